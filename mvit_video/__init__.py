@@ -1,0 +1,1 @@
+"""MViTv2 for video: train, evaluate and use it."""

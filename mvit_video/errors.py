@@ -1,0 +1,33 @@
+"""Errors that a user can act on. Commands print them as one line; a stack trace means a bug."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class MVitVideoError(Exception):
+    """Base of the toolkit's errors: its text names the file, key or shape, and what to do."""
+
+
+class ConfigError(MVitVideoError):
+    """A setting is misspelt, missing or out of range."""
+
+
+class DataError(MVitVideoError):
+    """An index of videos can't be read or contradicts itself."""
+
+
+class VideoError(MVitVideoError):
+    """A video file can't give the frames that were asked for."""
+
+    def __init__(self, path: str | Path, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.path = str(path)
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type[VideoError], tuple[str, str]]:
+        return type(self), (self.path, self.reason)  # crosses from loader workers intact
+
+
+class CheckpointError(MVitVideoError):
+    """A weight file can't be read or doesn't fit the model."""

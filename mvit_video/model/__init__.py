@@ -1,0 +1,17 @@
+"""The model: torch only, knows no video files."""
+
+from mvit_video.model.checkpoint import from_slowfast, load_model, load_weights
+from mvit_video.model.mvit import MViT, MViTConfig
+from mvit_video.model.protocol import Protocol
+from mvit_video.model.variants import create_model, list_models
+
+__all__ = [
+    "MViT",
+    "MViTConfig",
+    "Protocol",
+    "create_model",
+    "from_slowfast",
+    "list_models",
+    "load_model",
+    "load_weights",
+]
