@@ -28,7 +28,7 @@ class PoolingAttention(nn.Module):
         kernel: size of the pooling convolutions (tokens).
         q_stride, kv_stride: strides of the poolings (tokens).
         class_token: whether the first token lies outside the grid.
-        residual_pooling: add the pooled queries to the attention's output (paper, eq. 3).
+        residual_pooling: add the pooled queries to the attention's output (paper, eq. 5).
         rel_pos_temporal, rel_pos_spatial: which axes have relative positions.
     """
 
@@ -106,9 +106,9 @@ class PoolingAttention(nn.Module):
         return norm(pooled.unflatten(-1, (self.num_heads, -1))), (t, h, w)
 
     def _fold_positions(self, q: Tensor, k: Tensor, q_grid: Grid, k_grid: Grid) -> tuple[Tensor, Tensor]:
-        """Extend q and k so that their product alone is ``scale * q k + q R_t + q R_h + q R_w`` (eq. 4).
+        """Extend q and k so that their product alone is ``scale * q k + q R_t + q R_h + q R_w``.
 
-        Per axis, q is extended by its products with the positions of all key coordinates, and k by a one-hot
+        (Paper, eq. 3 and 4.) Per axis, q is extended by its products with the positions of all key coordinates, and k by a one-hot
         vector of its coordinate, so no (N, M) bias exists. Class tokens are extended by zeros. Note that the
         relative terms take the unscaled q.
         """

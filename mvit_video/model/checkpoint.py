@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import pickle
+import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from mvit_video.errors import CheckpointError
+from mvit_video.errors import CheckpointError, ConfigError
 from mvit_video.model.mvit import MViT, MViTConfig
 from mvit_video.model.protocol import Protocol
 from mvit_video.model.variants import replace_fields
@@ -49,10 +50,13 @@ def load_model(path: str | Path) -> MViT:
             "for example model=mvitv2_s_16x4"
         )
     metadata = checkpoint[METADATA_KEY]
-    config = replace_fields(MViTConfig(), metadata["config"])
-    model = MViT(config, replace_fields(Protocol(), metadata["protocol"]))
-    if metadata["class_names"]:
-        model.class_names = tuple(metadata["class_names"])
+    try:
+        config = replace_fields(MViTConfig(), metadata["config"])
+        model = MViT(config, replace_fields(Protocol(), metadata["protocol"]))
+        if metadata["class_names"]:
+            model.class_names = tuple(metadata["class_names"])
+    except (ConfigError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: its description of the model can't be used ({error!r})") from None
     _load_strictly(model, _state_dict(checkpoint, str(path)), str(path))
     return model.eval()
 
@@ -105,14 +109,15 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        found = str(error).split("Unsupported", 1)[-1].split("\n", 1)[0].strip(" .")
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if found is None:
+            raise CheckpointError(f"{path}: not a checkpoint file, or damaged") from None
         raise CheckpointError(
-            f"{path}: refused, it is no file of plain weights (loading it could run code): {found}"
+            f"{path}: refused, it is no file of plain weights: loading it could run code ({found[1]})"
         ) from None
     except Exception as error:
-        raise CheckpointError(
-            f"{path}: not a checkpoint file, or damaged ({error})".replace("\n", " ")
-        ) from None
+        reason = f"{type(error).__name__}: {error}".replace("\n", " ")
+        raise CheckpointError(f"{path}: not a checkpoint file, or damaged ({reason})") from None
     if not isinstance(checkpoint, dict):
         raise CheckpointError(
             f"{path}: expected a checkpoint or a state dict, found {type(checkpoint).__name__}"
@@ -171,6 +176,10 @@ def _slowfast_config(cfg: Mapping[str, Any], name: str) -> tuple[MViTConfig, Pro
     """Translate an official configuration; CheckpointError for one that ``MViTConfig`` can't express."""
     try:
         mvit, data = cfg["MVIT"], cfg["DATA"]
+        _check_options(mvit, _ONLY_VALUES, name)  # first: image models differ in more than values
+        for option in ("POOL_KVQ_KERNEL", "POOL_KV_STRIDE_ADAPTIVE"):
+            if mvit[option] is None:
+                raise CheckpointError(f"{name}: MVIT.{option} = None can't be built; only three numbers can")
         widen = [int(block) for block, factor in mvit["DIM_MUL"] if factor == 2.0]
         stage_edges = [0, *widen, mvit["DEPTH"]]
         q_strides = {block: tuple(stride) for block, *stride in mvit["POOL_Q_STRIDE"]}
@@ -186,7 +195,7 @@ def _slowfast_config(cfg: Mapping[str, Any], name: str) -> tuple[MViTConfig, Pro
             patch_kernel=tuple(mvit["PATCH_KERNEL"]),
             patch_stride=tuple(mvit["PATCH_STRIDE"]),
             pool_kernel=tuple(mvit["POOL_KVQ_KERNEL"]),
-            q_stride=q_strides[widen[0]] if widen else (1, 1, 1),
+            q_stride=q_strides.get(widen[0], (1, 1, 1)) if widen else (1, 1, 1),
             kv_stride=tuple(mvit["POOL_KV_STRIDE_ADAPTIVE"]),
             class_token=mvit["CLS_EMBED_ON"],
             residual_pooling=mvit["RESIDUAL_POOLING"],
@@ -203,12 +212,8 @@ def _slowfast_config(cfg: Mapping[str, Any], name: str) -> tuple[MViTConfig, Pro
             ],
             "PATCH_PADDING": [k // 2 for k in config.patch_kernel],
             "POOL_KV_STRIDE": [],
-            **_ONLY_VALUES,
         }
-        for option, value in expected.items():
-            found = mvit.get(option, value)
-            if found != value:
-                raise CheckpointError(f"{name}: MVIT.{option} = {found} can't be built; only {value} can")
+        _check_options(mvit, expected, name)
         protocol = Protocol(
             clip_frames=data["NUM_FRAMES"],
             stride=data["SAMPLING_RATE"],
@@ -217,9 +222,16 @@ def _slowfast_config(cfg: Mapping[str, Any], name: str) -> tuple[MViTConfig, Pro
             mean=tuple(data["MEAN"]),
             std=tuple(data["STD"]),
         )
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{name}: its cfg is no MViTv2 configuration ({error!r})") from None
     return config, protocol
+
+
+def _check_options(options: Mapping[str, Any], possible: Mapping[str, Any], name: str) -> None:
+    for option, value in possible.items():
+        found = options.get(option, value)
+        if found != value:
+            raise CheckpointError(f"{name}: MVIT.{option} = {found} can't be built; only {value} can")
 
 
 _ONLY_VALUES: dict[str, Any] = {
