@@ -108,9 +108,9 @@ class PoolingAttention(nn.Module):
     def _fold_positions(self, q: Tensor, k: Tensor, q_grid: Grid, k_grid: Grid) -> tuple[Tensor, Tensor]:
         """Extend q and k so that their product alone is ``scale * q k + q R_t + q R_h + q R_w``.
 
-        (Paper, eq. 3 and 4.) Per axis, q is extended by its products with the positions of all key coordinates, and k by a one-hot
-        vector of its coordinate, so no (N, M) bias exists. Class tokens are extended by zeros. Note that the
-        relative terms take the unscaled q.
+        (Paper, eq. 3 and 4.) Per axis, q is extended by its products with the positions of all key
+        coordinates, and k by a one-hot vector of its coordinate, so no (N, M) bias exists. Class tokens are
+        extended by zeros. Note that the relative terms take the unscaled q.
         """
         first = int(self.class_token)
         q_cells = q[:, first:].unflatten(1, q_grid)  # (B, T, H, W, n, c)
