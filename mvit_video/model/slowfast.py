@@ -57,7 +57,7 @@ _DATA_DEFAULTS: dict[str, Any] = {
     "NUM_FRAMES": 8,
     "SAMPLING_RATE": 8,
     "TRAIN_CROP_SIZE": 224,
-    "TEST_CROP_SIZE": 256,
+    "TEST_CROP_SIZE": None,  # the official model takes no other size than the training crop
     "TARGET_FPS": 30,
     "TRAIN_JITTER_SCALES": [256, 320],
     "INPUT_CHANNEL_NUM": [3],
@@ -226,8 +226,8 @@ def _believe_weights(config: MViTConfig, weight_names: set[str]) -> MViTConfig:
 
 def _protocol(cfg: Mapping[str, Any], data: dict[str, Any]) -> Protocol:
     test = cfg.get("TEST") or {}
-    crop, num_crops = data["TEST_CROP_SIZE"], test.get("NUM_SPATIAL_CROPS", 1)
-    crop = min(crop, data["TRAIN_CROP_SIZE"])  # the official model takes no other size
+    crop = data["TEST_CROP_SIZE"] or data["TRAIN_CROP_SIZE"]
+    num_crops = test.get("NUM_SPATIAL_CROPS", 1)
     segments = test.get("DATASET") == "ssv2"
     image = data["NUM_FRAMES"] == 1
     # Videos tested by one crop keep the margin that they are trained with.
