@@ -39,7 +39,7 @@ class PoolingAttention(nn.Module):
         pool_first: pool the tokens before they are projected to queries, keys and values.
         separate_qkv: three projections instead of one, as with ``pool_first``.
         class_token: whether the first token lies outside the grid.
-        residual_pooling: add the pooled queries to the attention's output (paper, eq. 3).
+        residual_pooling: add the pooled queries to the attention's output (paper, eq. 5).
         rel_pos_temporal, rel_pos_spatial: which axes have relative positions.
         rel_pos_joint: "none": a table per axis (decomposed, paper, eq. 4); "space": one table over height and
             width together; "space_time": one over all three axes.
@@ -190,11 +190,11 @@ class PoolingAttention(nn.Module):
         return pooled, (t, h, w)
 
     def _fold_positions(self, q: Tensor, k: Tensor, q_grid: Grid, k_grid: Grid) -> tuple[Tensor, Tensor]:
-        """Extend q and k so that their product alone is ``scale * q k + q R_t + q R_h + q R_w`` (eq. 4).
+        """Extend q and k so that their product alone is ``scale * q k + q R_t + q R_h + q R_w``.
 
-        Per axis, q is extended by its products with the positions of all key coordinates, and k by a one-hot
-        vector of its coordinate, so no (N, M) bias exists. Class tokens are extended by zeros. Note that the
-        relative terms take the unscaled q.
+        (Paper, eq. 3 and 4.) Per axis, q is extended by its products with the positions of all key
+        coordinates, and k by a one-hot vector of its coordinate, so no (N, M) bias exists. Class tokens are
+        extended by zeros. Note that the relative terms take the unscaled q.
         """
         first = int(self.class_token)
         q_cells = q[:, first:].unflatten(1, q_grid)  # (B, T, H, W, n, c)

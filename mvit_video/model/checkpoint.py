@@ -7,6 +7,7 @@ them are read as values, never instantiated.
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from mvit_video.errors import CheckpointError
+from mvit_video.errors import CheckpointError, ConfigError
 from mvit_video.model.config import MViTConfig
 from mvit_video.model.mvit import MViT
 from mvit_video.model.protocol import Protocol
@@ -50,10 +51,13 @@ def load_model(path: str | Path) -> MViT:
             "for example model=mvitv2_s_16x4"
         )
     metadata = checkpoint[METADATA_KEY]
-    config = replace_fields(MViTConfig(), metadata["config"])
-    model = MViT(config, replace_fields(Protocol(), metadata["protocol"]))
-    if metadata["class_names"]:
-        model.class_names = tuple(metadata["class_names"])
+    try:
+        config = replace_fields(MViTConfig(), metadata["config"])
+        model = MViT(config, replace_fields(Protocol(), metadata["protocol"]))
+        if metadata["class_names"]:
+            model.class_names = tuple(metadata["class_names"])
+    except (ConfigError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: its description of the model can't be used ({error!r})") from None
     _load_strictly(model, _state_dict(checkpoint, str(path)), str(path))
     return model.eval()
 
@@ -113,14 +117,15 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        found = str(error).split("Unsupported", 1)[-1].split("\n", 1)[0].strip(" .")
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if found is None:
+            raise CheckpointError(f"{path}: not a checkpoint file, or damaged") from None
         raise CheckpointError(
-            f"{path}: refused, it is no file of plain weights (loading it could run code): {found}"
+            f"{path}: refused, it is no file of plain weights: loading it could run code ({found[1]})"
         ) from None
     except Exception as error:
-        raise CheckpointError(
-            f"{path}: not a checkpoint file, or damaged ({error})".replace("\n", " ")
-        ) from None
+        reason = f"{type(error).__name__}: {error}".replace("\n", " ")
+        raise CheckpointError(f"{path}: not a checkpoint file, or damaged ({reason})") from None
     if not isinstance(checkpoint, dict):
         raise CheckpointError(
             f"{path}: expected a checkpoint or a state dict, found {type(checkpoint).__name__}"

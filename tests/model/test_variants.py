@@ -1,17 +1,16 @@
-"""The named models: their published counts, the official logits, other implementations, their config files."""
+"""The named models: published counts, official logits, other implementations, config files."""
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import golden_weights
 import pytest
 import torch
 import yaml
+from golden_models import golden, golden_input, golden_state
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from peers import randomized, torchvision_twin
@@ -29,18 +28,17 @@ from mvit_video.model import (
 from mvit_video.model.protocol import IMAGENET_MEAN, IMAGENET_STD
 from mvit_video.model.variants import VARIANTS
 
-ROOT = Path(__file__).parents[2]
-CONF = ROOT / "conf" / "model"
+CONF = Path(__file__).parents[2] / "conf" / "model"
 TOLERANCE = 1e-4  # float32 against float32, on logits of a standard deviation of 3
 
-# Parameters and billions of multiply-adds, computed by running the official code (S, B, L, images) or published.
+# Parameters and billions of multiply-adds, of the official code or (v1, H) as published.
 COUNTS = {
     "mvitv2_s_16x4": (34_537_744, 64.457),
     "mvitv2_b_32x3": (51_230_128, 225.170),
     "mvitv2_l_40x3": (213_390_112, 2828.101),
-    "mvitv1_b_16x4": (36_610_672, 70.80),
+    "mvitv1_b_16x4": (36_610_672, 70.804),
     "mvitv1_b_32x3": (36_611_440, 170.37),
-    "mvitv2_t_224": (24_173_320, 4.704),
+    "mvitv2_t_224": (24_173_320, 4.7042),
     "mvitv2_s_224": (34_870_216, 6.998),
     "mvitv2_b_224": (51_472_744, 10.159),
     "mvitv2_l_224": (217_992_952, 43.869),
@@ -48,22 +46,9 @@ COUNTS = {
 }
 
 
-def golden(case: str) -> dict[str, Any]:
-    return json.loads((ROOT / "tests" / "reference" / f"model_{case}.json").read_text())
-
-
-def golden_state(case: str) -> dict[str, Tensor]:
-    return {name: torch.from_numpy(w) for name, w in golden_weights.weights(golden(case)["params"]).items()}
-
-
-def golden_image(case: str) -> Tensor:
-    """(1, 3, 1, H, W)"""
-    return torch.from_numpy(golden_weights.image(*golden(case)["input"]["args"])).unsqueeze(2)
-
-
 def assert_logits(model: MViT, case: str) -> None:
     with torch.inference_mode():
-        found = model(golden_image(case))[0]
+        found = model(golden_input(case).unsqueeze(2))[0]
     torch.testing.assert_close(found, torch.tensor(golden(case)["logits"]), atol=TOLERANCE, rtol=0)
 
 
@@ -268,9 +253,8 @@ def test_segments_and_swapped_channels_of_something_something():
 def test_layout_is_believed_from_the_weights(dim_mul_in_attention, pool_q_every_block):
     # The published L has another number of parameters than its configuration gives.
     layout = {"dim_mul_in_attention": dim_mul_in_attention, "pool_q_every_block": pool_q_every_block}
-    cfg = json.loads((ROOT / "tests" / "reference" / "model_in1k_t.json").read_text())["cfg"]
     other = create_model("mvitv2_t_224", **layout)
-    model = from_slowfast({"model_state": other.state_dict(), "cfg": cfg})
+    model = from_slowfast({"model_state": other.state_dict(), "cfg": golden("in1k_t")["cfg"]})
     assert model.config == other.config
     assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())
 

@@ -1,0 +1,51 @@
+# make demo and make test are all that a fresh machine needs: both set up .venv first.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DEMO := demo
+
+.PHONY: setup demo test test-all test-gpu lint format clean
+
+setup: $(VENV)/.installed
+
+# Installed anew whenever the dependencies change.
+$(VENV)/.installed: pyproject.toml
+	@echo "setting up $(VENV) (about two minutes, most of it PyTorch)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test,lint]"
+	@touch $@
+
+demo: setup
+	$(BIN)/python datasets/motion/generate.py --root $(DEMO)/motion
+	$(BIN)/mvit-train experiment=motion data.root=$(DEMO)/motion hydra.run.dir=$(DEMO)/train
+	$(BIN)/mvit-eval data=motion data.root=$(DEMO)/motion weights=$(DEMO)/train/checkpoints/best.ckpt views=5x1 \
+		hydra.run.dir=$(DEMO)/eval
+	$(BIN)/mvit-predict $(DEMO)/motion/val/rotating_clockwise/0000.mp4 weights=$(DEMO)/train/checkpoints/best.ckpt \
+		topk=3 per_clip=true output=$(DEMO)/predictions.json
+	@echo
+	@echo "learning curve    $(DEMO)/train/learning_curve.png"
+	@echo "confusion matrix  $(DEMO)/eval/confusion.png"
+	@echo "results           $(DEMO)/eval/results.json"
+	@echo "predictions       $(DEMO)/predictions.json"
+	@echo "checkpoint        $(DEMO)/train/checkpoints/best.ckpt"
+
+test: setup
+	$(BIN)/python -m pytest -q
+
+test-all: setup
+	$(BIN)/python -m pytest -q -m "not gpu"
+
+test-gpu: setup
+	$(BIN)/python -m pytest -q -m gpu
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) $(DEMO) outputs multirun build dist

@@ -1,0 +1,166 @@
+"""The edge between the command line and the toolkit: Hydra in, one clear line out when something is wrong."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.errors import HydraException, InstantiationException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from mvit_video.errors import ConfigError, MVitVideoError
+from mvit_video.model import MViT, Protocol, load_model, load_weights
+from mvit_video.model.variants import replace_fields
+
+_PACKAGE = Path(__file__).parent
+# A wheel carries conf/ inside the package; a checkout has it beside the package.
+CONF_DIR = next(d for d in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if d.is_dir())
+
+
+def run(job: Callable[[DictConfig], None], config_name: str) -> None:
+    """Run ``job`` as a Hydra application on ``conf/<config_name>.yaml`` with the arguments in ``sys.argv``.
+
+    What a user can mend (bad overrides, bad data, bad files) ends the process with status 1 and one line on
+    standard error. ``HYDRA_FULL_ERROR=1`` shows the stack trace instead.
+    """
+    full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise instead of printing
+
+    def guarded_job(config: DictConfig) -> None:
+        # Hydra prints a line of its own for exceptions that leave the job, so ours must not leave it.
+        try:
+            _quiet_libraries()
+            job(config)
+        except (MVitVideoError, InstantiationException, OmegaConfBaseException) as error:
+            if full_error:
+                raise
+            _exit(config_name, _one_line(error))
+
+    application = hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)(
+        guarded_job
+    )
+    try:
+        application()
+    except (HydraException, OmegaConfBaseException) as error:
+        if full_error:
+            raise
+        _exit(config_name, _explain_composition(error, config_name))
+
+
+def build(config: Any, **kwargs: Any) -> Any:
+    """``hydra.utils.instantiate`` with plain lists and dicts as arguments."""
+    return hydra.utils.instantiate(config, _convert_="all", **kwargs)
+
+
+def build_model(config: DictConfig, num_classes: int | None = None) -> MViT:
+    """The model that ``config.weights`` describes, or ``config.model`` with these weights, in eval mode.
+
+    ``config.views`` replaces parts of its protocol. Without weights the model stays as it was initialised.
+    """
+    if "model" in config:
+        model = build(config.model, num_classes=num_classes)
+        if config.weights:
+            load_weights(model, config.weights)
+    elif config.weights:
+        model = load_model(config.weights)
+    else:
+        raise ConfigError("nothing to run: give weights=FILE, or model=NAME to see random weights at work")
+    model.protocol = override_protocol(model.protocol, config.views)
+    return model.eval()
+
+
+def override_protocol(protocol: Protocol, views: DictConfig) -> Protocol:
+    """A copy of a protocol with the values of the ``views`` group that aren't null."""
+    values = OmegaConf.to_container(views, resolve=True)
+    assert isinstance(values, dict)
+    try:
+        return replace_fields(protocol, {str(k): v for k, v in values.items() if v is not None})
+    except ValueError as error:
+        raise ConfigError(f"views: {error}") from None
+
+
+def _exit(config_name: str, message: str) -> None:
+    sys.stderr.write(f"mvit-{config_name}: error: {message}\n")
+    sys.exit(1)
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, MissingMandatoryValue):
+        key = error.full_key or str(error).rsplit(" ", 1)[-1]
+        return f"{key} isn't set; give {key}=..."
+    if isinstance(error, InstantiationException) and error.__cause__ is not None:
+        where = re.search(r"full_key: (\S+)", str(error))
+        prefix = f"{where[1]}: " if where else ""
+        cause = error.__cause__
+        return _one_line(cause) if isinstance(cause, MissingMandatoryValue) else prefix + _one_line(cause)
+    return " ".join(str(error).split())
+
+
+def _explain_composition(error: HydraException | OmegaConfBaseException, config_name: str) -> str:
+    if isinstance(error, MissingConfigException) and error.options is not None:
+        group, _, choice = (error.missing_cfg_file or "").rpartition("/")
+        nearest = _did_you_mean(choice, error.options)
+        return f"{group} has no {choice!r}{nearest}; it has: {', '.join(error.options)}"
+    unknown = re.search(r"Could not override '([^'@]+)'", str(error))
+    if unknown:
+        return _explain_unknown_key(unknown[1], config_name)
+    return _one_line(error)
+
+
+def _explain_unknown_key(key: str, config_name: str) -> str:
+    """Name the nearest key and the siblings that the composed config has in the place of ``key``."""
+    overrides = [
+        a for a in sys.argv[1:] if "=" in a and not a.startswith("-") and not a.startswith(f"{key}=")
+    ]
+    with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        try:
+            config = hydra.compose(config_name, overrides)
+        except (HydraException, OmegaConfBaseException):
+            config = hydra.compose(config_name)
+    parent, _, name = key.rpartition(".")
+    node = OmegaConf.select(config, parent) if parent else config
+    if not isinstance(node, DictConfig):
+        return _explain_unknown_key(parent, config_name)
+    known = sorted(str(k) for k in node)
+    prefix = f"{parent}." if parent else ""
+    nearest = _did_you_mean(name, known, prefix)
+    return f"there is no {key!r}{nearest}; {parent or 'the top level'} has: {', '.join(known)}"
+
+
+def _did_you_mean(word: str, known: Any, prefix: str = "") -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {prefix}{close[0]}?)" if close else ""
+
+
+def _quiet_libraries() -> None:
+    """Drop warnings of libraries that a user can do nothing about."""
+    for message in (
+        ".*does not have many workers.*",
+        ".*Checkpoint directory .* exists.*",
+        ".*isinstance.treespec, LeafSpec..*",
+        ".*number of training batches .* is smaller than the logging interval.*",
+    ):
+        warnings.filterwarnings("ignore", message)
+
+
+def choose_device(device: str) -> str:
+    """Resolve "auto"; ConfigError for a device that isn't there."""
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"device {device!r} can't be used here: {' '.join(str(error).split())[:200]}"
+        ) from None
+    return device

@@ -1,0 +1,63 @@
+"""uint8 frames -> what the model sees, on whatever device the frames are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mvit_video.data.views import CropBox, SpatialView
+
+RGB = tuple[float, float, float]
+
+
+def test_clips(
+    frames: Tensor, clips: Sequence[Sequence[int]], views: Sequence[SpatialView], *, mean: RGB, std: RGB
+) -> Tensor:
+    """Cut the views of one video: every clip with every crop, crops varying fastest.
+
+    Args:
+        frames: uint8 (N, 3, H, W), the frames that the clips need, each once.
+        clips: for each clip, positions in ``frames``.
+        views: crops of one resized picture.
+        mean, std: of RGB in [0, 1].
+
+    Returns:
+        float (clips * views, 3, T, crop, crop)
+    """
+    view = views[0]
+    # Bilinear without antialiasing, as in the official code. It commutes with normalisation.
+    resized = normalise(_resize(frames, view.resized_height, view.resized_width), mean, std)
+    crops = [resized[:, :, v.top : v.top + v.crop, v.left : v.left + v.crop] for v in views]
+    return torch.stack([crop[list(clip)].transpose(0, 1) for clip in clips for crop in crops])
+
+
+def training_clip(frames: Tensor, box: CropBox, size: int, *, mean: RGB, std: RGB) -> Tensor:
+    """Cut one box out of all frames of a clip, resize it to a square and mirror it where the box says so.
+
+    Args:
+        frames: uint8 (T, 3, H, W).
+        size: pixels of the square.
+
+    Returns:
+        float (3, T, size, size)
+    """
+    frames = frames[:, :, box.top : box.top + box.height, box.left : box.left + box.width]
+    clip = normalise(_resize(frames, size, size), mean, std)
+    return (clip.flip(-1) if box.flip else clip).transpose(0, 1).contiguous()
+
+
+def normalise(frames: Tensor, mean: RGB, std: RGB) -> Tensor:
+    """(T, 3, H, W) in [0, 255] -> float (x / 255 - mean) / std."""
+    scale = frames.new_tensor([1 / (255 * s) for s in std], dtype=torch.float32)
+    shift = frames.new_tensor([-m / s for m, s in zip(mean, std, strict=True)], dtype=torch.float32)
+    return torch.addcmul(shift[:, None, None], frames.float(), scale[:, None, None])
+
+
+def _resize(frames: Tensor, height: int, width: int) -> Tensor:
+    frames = frames.float()
+    if frames.shape[-2:] == (height, width):
+        return frames
+    return F.interpolate(frames, size=(height, width), mode="bilinear", align_corners=False)

@@ -1,0 +1,130 @@
+"""mvit-train: train a model on labelled videos."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+from pytorch_lightning.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, RichProgressBar
+
+from mvit_video import cli
+from mvit_video.data.clips import TestViews, TrainingClips, training_loader, validation_loader
+from mvit_video.data.index import VideoSplits
+from mvit_video.errors import CheckpointError, ConfigError
+from mvit_video.model import load_weights
+from mvit_video.recipe import History, write_bad_videos
+from mvit_video.report import plot_history
+
+log = logging.getLogger(__name__)
+
+
+def main() -> None:
+    cli.run(train, "train")
+
+
+def train(config: DictConfig) -> None:
+    """Build everything that ``conf/train.yaml`` describes, fit, and leave checkpoints, logs and curves."""
+    output = Path(HydraConfig.get().runtime.output_dir)
+    pl.seed_everything(config.seed, workers=True, verbose=False)
+    # Everything that can be checked without data is built before data are read.
+    augment = cli.build(config.augment)
+    open_file = cli.build(config.decoder)
+    resume_from = _find_checkpoint(config.ckpt_path, output)
+    history = History()
+    trainer = _build_trainer(config, output, history)
+    cli.build(config.optim, model=cli.build(config.model))
+
+    splits: VideoSplits = cli.build(config.data)
+    model = cli.build(config.model, num_classes=splits.num_classes)
+    model.protocol = cli.override_protocol(model.protocol, config.views)
+    if config.weights:
+        load_weights(model, config.weights)
+    model.class_names = splits.class_names
+    classifier = cli.build(config.optim, model=model)
+
+    loading: dict[str, Any] = {
+        "batch_size": config.batch_size,
+        "num_workers": config.num_workers,
+        "pin_memory": torch.cuda.is_available(),
+    }
+    clips = TrainingClips(splits.train.videos, model.protocol, augment, seed=config.seed, open_file=open_file)
+    one_view = replace(model.protocol, num_clips=1, num_crops=1)
+    centre_clips = TestViews(splits.val.videos, one_view, open_file=open_file)
+    log.info(
+        "%.1f M parameters, %d classes, %d training and %d validation videos; %s",
+        sum(p.numel() for p in model.parameters()) / 1e6,
+        splits.num_classes,
+        len(splits.train),
+        len(splits.val),
+        model.protocol,
+    )
+    log.info("everything goes to %s", output)
+    trainer.fit(
+        classifier,
+        training_loader(clips, **loading),
+        validation_loader(centre_clips, **loading),
+        ckpt_path=resume_from,
+        weights_only=True,
+    )
+
+    if classifier.bad_videos:
+        write_bad_videos(classifier.bad_videos.values(), output / "bad_videos.csv")
+        log.warning("%d bad videos, listed in %s", len(classifier.bad_videos), output / "bad_videos.csv")
+    if history.epochs:
+        plot_history(history.epochs, output / "learning_curve.png")
+        log.info("learning curve: %s", output / "learning_curve.png")
+    if isinstance(trainer.checkpoint_callback, ModelCheckpoint):
+        log.info("best checkpoint: %s", trainer.checkpoint_callback.best_model_path)
+
+
+def _build_trainer(config: DictConfig, output: Path, history: History) -> pl.Trainer:
+    callbacks: list[Callback] = [history]
+    if config.trainer.enable_checkpointing:
+        callbacks.append(
+            ModelCheckpoint(
+                output / "checkpoints",
+                "best",
+                monitor="val/top1",
+                mode="max",
+                save_last=True,
+                enable_version_counter=False,
+            )
+        )
+    if config.trainer.enable_progress_bar:
+        callbacks.append(RichProgressBar(refresh_rate=1))
+    loggers = list(cli.build(config.logger).values())
+    if loggers:
+        callbacks.append(LearningRateMonitor("step"))
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    return cli.build(config.trainer, callbacks=callbacks, logger=loggers, default_root_dir=str(output))
+
+
+def _find_checkpoint(ckpt_path: str | None, output: Path) -> str | None:
+    """Resolve "last": this run's own checkpoint, or that of the newest run beside it."""
+    if ckpt_path is None:
+        return None
+    if ckpt_path != "last":
+        if not Path(ckpt_path).is_file():
+            raise CheckpointError(f"{ckpt_path}: no such file; ckpt_path takes a checkpoint or 'last'")
+        return ckpt_path
+    own = output / "checkpoints" / "last.ckpt"
+    runs = output.parents[1]
+    found = (
+        [own]
+        if own.is_file()
+        else sorted(runs.glob("*/*/checkpoints/last.ckpt"), key=lambda p: p.stat().st_mtime)
+    )
+    if not found:
+        raise ConfigError(f"ckpt_path=last: no run below {runs} has left a checkpoint")
+    log.info("resuming from %s", found[-1])
+    return str(found[-1])
+
+
+if __name__ == "__main__":
+    main()
