@@ -18,7 +18,7 @@ from mvit_video.model.windows import axis_windows, cut_windows, gather_windows
 Grid = tuple[int, int, int]  # (T, H, W): tokens along time, height and width
 PoolMode = Literal["conv", "conv_unshared", "max", "avg"]
 JointPositions = Literal["none", "space", "space_time"]
-Pool: TypeAlias = "nn.Conv3d | nn.MaxPool3d | nn.AvgPool3d | None"
+Pool: TypeAlias = "nn.Conv3d | nn.MaxPool3d | nn.Sequential | None"
 
 NORM_EPS = 1e-6
 
@@ -280,7 +280,8 @@ def make_pool(mode: PoolMode, width: int, kernel: Grid | Literal["stride"], stri
     if mode == "max":
         return nn.MaxPool3d(kernel, stride, half(kernel))
     if mode == "avg":
-        return nn.AvgPool3d(kernel, stride, half(kernel))
+        t, h, w = half(kernel)  # padding counts, but torch's own refuses inputs smaller than the kernel
+        return nn.Sequential(nn.ZeroPad3d((w, w, h, h, t, t)), nn.AvgPool3d(kernel, stride))
     return nn.Conv3d(width, width, kernel, stride, half(kernel), groups=width, bias=False)
 
 

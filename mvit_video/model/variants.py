@@ -127,8 +127,9 @@ def create_model(name: str, num_classes: int | None = None, **overrides: Any) ->
             f"unknown model {name!r}{_did_you_mean(name, VARIANTS)}; known: {', '.join(list_models())}"
         )
     variant = VARIANTS[name]
-    given = {"num_classes": num_classes, **overrides}
-    config = replace_fields(variant.config, {k: v for k, v in given.items() if v is not None})
+    overrides["num_classes"] = num_classes
+    values = {k: getattr(variant.config, k, None) if v is None else v for k, v in overrides.items()}
+    config = replace_fields(variant.config, values)
     protocol = variant.protocol
     if config.num_frames != variant.config.num_frames or config.crop_size != variant.config.crop_size:
         short_side = round(protocol.short_side * config.crop_size / protocol.crop)
