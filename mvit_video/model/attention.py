@@ -18,7 +18,7 @@ from mvit_video.model.windows import axis_windows, cut_windows, gather_windows
 Grid = tuple[int, int, int]  # (T, H, W): tokens along time, height and width
 PoolMode = Literal["conv", "conv_unshared", "max", "avg"]
 JointPositions = Literal["none", "space", "space_time"]
-Pool: TypeAlias = "nn.Conv3d | nn.MaxPool3d | nn.Sequential | None"
+Pool: TypeAlias = "nn.Conv3d | nn.MaxPool3d | AveragePool | None"
 
 NORM_EPS = 1e-6
 
@@ -271,6 +271,21 @@ class PoolingAttention(nn.Module):
         return x
 
 
+class AveragePool(nn.Module):
+    """Mean over windows of a (B, C, T, H, W) volume, in which padding counts as zeros.
+
+    torch's own has no half precision on CPUs, and takes no volume smaller than its kernel.
+    """
+
+    def __init__(self, kernel: Grid, stride: Grid) -> None:
+        super().__init__()
+        self.kernel, self.stride = kernel, stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = x.new_full((x.shape[1], 1, *self.kernel), 1 / math.prod(self.kernel))
+        return F.conv3d(x, weight, None, self.stride, half(self.kernel), groups=x.shape[1])
+
+
 def make_pool(mode: PoolMode, width: int, kernel: Grid | Literal["stride"], stride: Grid) -> Pool:
     """A pooling over (B, C, T, H, W), padded by half its kernel; None where it would change nothing."""
     if kernel == "stride":
@@ -280,8 +295,7 @@ def make_pool(mode: PoolMode, width: int, kernel: Grid | Literal["stride"], stri
     if mode == "max":
         return nn.MaxPool3d(kernel, stride, half(kernel))
     if mode == "avg":
-        t, h, w = half(kernel)  # padding counts, but torch's own refuses inputs smaller than the kernel
-        return nn.Sequential(nn.ZeroPad3d((w, w, h, h, t, t)), nn.AvgPool3d(kernel, stride))
+        return AveragePool(kernel, stride)
     return nn.Conv3d(width, width, kernel, stride, half(kernel), groups=width, bias=False)
 
 
@@ -350,19 +364,24 @@ def joint_positions(
     return table[tuple(indices)]
 
 
-# Compilers may fuse multiply and add, which rounds otherwise: they take the result as it is.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def relative_index(q_length: int, k_length: int) -> Tensor:
     """Row of the table for (query i, key j) along one axis, int64 (q_length, k_length).
 
     Coordinates are stretched to the finer of the two axes. float32, this order of operations and truncation
-    are part of the definition: for ratios such as 78 / 10 the rounding decides the row.
+    are part of the definition: for ratios such as 78 / 10 the rounding decides the row. The products are
+    rounded before torch sees them: compilers fuse multiplication and addition, which rounds otherwise.
     """
     q_step = max(k_length / q_length, 1.0)
     k_step = max(q_length / k_length, 1.0)
-    q_coordinates = torch.arange(q_length, dtype=torch.float32)[:, None] * q_step
-    k_coordinates = torch.arange(k_length, dtype=torch.float32)[None, :] * k_step
-    return (q_coordinates - k_coordinates + (k_length - 1) * k_step).long()
+    q_coordinates = torch.tensor([i * _float32(q_step) for i in range(q_length)], dtype=torch.float32)
+    k_coordinates = torch.tensor([j * _float32(k_step) for j in range(k_length)], dtype=torch.float32)
+    return (q_coordinates[:, None] - k_coordinates[None, :] + (k_length - 1) * k_step).long()
+
+
+def _float32(value: float) -> float:
+    """Round to the 24 bits of a float32: adding and taking away a large multiple drops the others."""
+    large = value * (2**29 + 1)
+    return large - (large - value)
 
 
 def one_hot_coordinates(grid: Grid, axis: int, like: Tensor) -> Tensor:

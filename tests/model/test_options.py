@@ -216,6 +216,14 @@ def test_attention_equals_its_slow_form(layout, class_token):
 # Positions
 
 
+def test_relative_index_is_the_float32_arithmetic_of_the_official_code():
+    for q, k in itertools.product((1, 2, 3, 5, 7, 10, 13, 14, 20, 28, 39, 56, 78, 97), repeat=2):
+        q_step, k_step = max(k / q, 1.0), max(q / k, 1.0)
+        distance = torch.arange(q)[:, None] * q_step - torch.arange(k)[None, :] * k_step
+        distance += (k - 1) * k_step
+        assert torch.equal(relative_index(q, k), distance.long()), (q, k)
+
+
 @torch.inference_mode()
 @pytest.mark.parametrize("joint", ["space", "space_time"])
 @pytest.mark.parametrize("size", [(4, 32, 32), (6, 40, 24)], ids=["as made for", "interpolated"])
@@ -390,7 +398,7 @@ def test_counted_pairs_are_those_that_meet(attention):
         {"q_strides": ((0, 1, 2, 2), (2, 2, 1, 1)), "kv_strides": ((0, 2, 2, 2), (3, 1, 1, 1))},
         {"q_strides": (), "kv_strides": (), "dim_mul": (), "head_mul": ()},
         {"q_stride": (2, 2, 2), "kv_stride": (4, 4, 4)},
-        {"pool_first": True, "pool_mode": "avg"},
+        {"pool_first": True, "pool_mode": "max"},
         {"pool_first": True, "pool_mode": "conv_unshared"},
         {"pool_kernel": (1, 1, 1), "kv_stride": (1, 1, 1)},
         {"patch_padding": (0, 0, 0)},
