@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
@@ -38,6 +40,7 @@ def run(job: Callable[[DictConfig], None], config_name: str) -> None:
         # Hydra prints a line of its own for exceptions that leave the job, so ours must not leave it.
         try:
             _quiet_libraries()
+            _check_types(config, config_name)
             job(config)
         except (MVitVideoError, InstantiationException, OmegaConfBaseException) as error:
             if full_error:
@@ -77,6 +80,14 @@ def build_model(config: DictConfig, num_classes: int | None = None) -> MViT:
     return model.eval()
 
 
+def check_loading(config: DictConfig) -> None:
+    """ConfigError for a batch without clips or a negative number of processes."""
+    if config.batch_size < 1:
+        raise ConfigError(f"batch_size must be at least 1, got {config.batch_size}")
+    if config.num_workers < 0:
+        raise ConfigError(f"num_workers must be at least 0, got {config.num_workers}")
+
+
 def override_protocol(protocol: Protocol, views: DictConfig) -> Protocol:
     """A copy of a protocol with the values of the ``views`` group that aren't null."""
     values = OmegaConf.to_container(views, resolve=True)
@@ -110,29 +121,58 @@ def _explain_composition(error: HydraException | OmegaConfBaseException, config_
         nearest = _did_you_mean(choice, error.options)
         return f"{group} has no {choice!r}{nearest}; it has: {', '.join(error.options)}"
     unknown = re.search(r"Could not override '([^'@]+)'", str(error))
-    if unknown:
-        return _explain_unknown_key(unknown[1], config_name)
-    return _one_line(error)
+    return _explain_unknown_key(unknown[1], config_name) if unknown else _one_line(error)
 
 
 def _explain_unknown_key(key: str, config_name: str) -> str:
-    """Name the nearest key and the siblings that the composed config has in the place of ``key``."""
-    overrides = [
-        a for a in sys.argv[1:] if "=" in a and not a.startswith("-") and not a.startswith(f"{key}=")
-    ]
-    with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        try:
-            config = hydra.compose(config_name, overrides)
-        except (HydraException, OmegaConfBaseException):
-            config = hydra.compose(config_name)
+    """Name the nearest key and what the composed config has in the place of ``key``."""
+    config = _compose_defaults(config_name, sys.argv[1:])
     parent, _, name = key.rpartition(".")
     node = OmegaConf.select(config, parent) if parent else config
-    if not isinstance(node, DictConfig):
+    if parent and node is None:
         return _explain_unknown_key(parent, config_name)
-    known = sorted(str(k) for k in node)
+    if not isinstance(node, DictConfig):
+        return f"there is no {key!r}: {parent} is a value ({node})"
+    known = sorted({str(k) for k in node} | (set() if parent else _groups()))
     prefix = f"{parent}." if parent else ""
     nearest = _did_you_mean(name, known, prefix)
     return f"there is no {key!r}{nearest}; {parent or 'the top level'} has: {', '.join(known)}"
+
+
+def _check_types(config: DictConfig, config_name: str) -> None:
+    """ConfigError for an override that turns a number or a switch into something else."""
+    overrides = list(HydraConfig.get().overrides.task)
+    defaults = _compose_defaults(config_name, overrides)
+    for override in overrides:
+        key = override.partition("=")[0].lstrip("+~")
+        default, value = OmegaConf.select(defaults, key), OmegaConf.select(config, key)
+        if value is None or isinstance(value, type(default)) and not isinstance(value, bool):
+            continue
+        if isinstance(default, bool):
+            expected, good = "true or false", isinstance(value, bool)
+        elif isinstance(default, int):
+            expected, good = "a whole number", False
+        elif isinstance(default, float):
+            expected, good = "a number", isinstance(value, int) and not isinstance(value, bool)
+        else:
+            continue
+        if not good:
+            raise ConfigError(f"{key} is {value!r}, expected {expected} (the default is {default})")
+
+
+def _compose_defaults(config_name: str, overrides: list[str]) -> DictConfig:
+    """The config as the chosen group options leave it, without any value from the command line."""
+    choices = [o for o in overrides if o.lstrip("+~").partition("=")[0] in _groups()]
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        try:
+            return hydra.compose(config_name, choices)
+        except HydraException:  # a choice is the mistake
+            return hydra.compose(config_name)
+
+
+def _groups() -> set[str]:
+    return {entry.name for entry in CONF_DIR.iterdir() if entry.is_dir()}
 
 
 def _did_you_mean(word: str, known: Any, prefix: str = "") -> str:

@@ -37,6 +37,7 @@ def evaluate(config: DictConfig) -> None:
     output = Path(HydraConfig.get().runtime.output_dir)
     if config.split not in ("train", "val"):
         raise ConfigError(f"split is {config.split!r}; it must be train or val")
+    cli.check_loading(config)
     device = cli.choose_device(config.device)
     open_file = cli.build(config.decoder)
     model = cli.build_model(config) if "model" not in config else None

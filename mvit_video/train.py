@@ -33,12 +33,16 @@ def train(config: DictConfig) -> None:
     output = Path(HydraConfig.get().runtime.output_dir)
     pl.seed_everything(config.seed, workers=True, verbose=False)
     # Everything that can be checked without data is built before data are read.
+    cli.check_loading(config)
     augment = cli.build(config.augment)
     open_file = cli.build(config.decoder)
     resume_from = _find_checkpoint(config.ckpt_path, output)
     history = History()
     trainer = _build_trainer(config, output, history)
-    cli.build(config.optim, model=cli.build(config.model))
+    with torch.device("meta"):
+        sketch = cli.build(config.model)
+        cli.override_protocol(sketch.protocol, config.views)
+        cli.build(config.optim, model=sketch)
 
     splits: VideoSplits = cli.build(config.data)
     model = cli.build(config.model, num_classes=splits.num_classes)

@@ -190,7 +190,9 @@ class Video:
             )
         self._position = len(packets)
         self._holes = _find_holes(packets)
-        return _build_index(packets, self._container.format.name), first
+        # AVI has no presentation times: with B-frames FFmpeg guesses them, often wrongly (UCF101's XviD).
+        guessed = self._container.format.name == "avi" and self._codec.has_b_frames
+        return None if guessed else _build_index(packets), first
 
     def _try_decode(self, packet: Packet[VideoStream]) -> VideoFrame | None:
         try:
@@ -435,7 +437,7 @@ class _Index:
         return any(start <= position <= self.position[self.pts[frame]] for position in damage)
 
 
-def _build_index(packets: list[_PacketInfo], container: str) -> _Index | None:
+def _build_index(packets: list[_PacketInfo]) -> _Index | None:
     """None when the order or number of pictures shown can't be read off the packets' timestamps."""
     pts = [packet.pts for packet in packets if packet.pts is not None]
     dts = [packet.dts for packet in packets if packet.dts is not None]
@@ -451,8 +453,6 @@ def _build_index(packets: list[_PacketInfo], container: str) -> _Index | None:
         and packets[0].is_key
         and min(pts) == pts[0]  # pictures before the first key frame may or may not be shown
         and not any(packet.is_hidden for packet in packets)
-        # AVI has no presentation times; FFmpeg's guess is wrong for XviD's packed B-frames (UCF101).
-        and not (container == "avi" and pts != sorted(pts))
     )
     if not trustworthy:
         return None

@@ -53,6 +53,7 @@ def predict_files(config: DictConfig, files: list[str]) -> None:
     """Classify the files given as arguments and in ``config.videos``; print a table, write the json file."""
     if config.topk < 1:
         raise ConfigError(f"topk must be at least 1, got {config.topk}")
+    cli.check_loading(config)
     paths = files + list(config.videos)
     if not paths:
         raise ConfigError("no videos given; type their files or folders after the command")
@@ -84,17 +85,18 @@ def predict_files(config: DictConfig, files: list[str]) -> None:
 
 
 def _rows(prediction: Prediction, *, per_clip: bool) -> list[tuple[str, str, str, str]]:
-    name = prediction.path
+    """Table rows of one video; its name and each span are said once."""
     if prediction.error:
-        return [(name, "", f"error: {prediction.error}", "")]
+        return [(prediction.path, "", f"error: {prediction.error}", "")]
     found = [("all", prediction.classes, prediction.scores)]
     if per_clip:
         found += [(f"{c.start:.2f} - {c.end:.2f}", c.classes, c.scores) for c in prediction.clips]
-    return [
-        (name, span, class_name, f"{score:.4f}")
+    rows = [
+        (span if rank == 0 else "", class_name, f"{score:.4f}")
         for span, classes, scores in found
-        for class_name, score in zip(classes, scores, strict=True)
+        for rank, (class_name, score) in enumerate(zip(classes, scores, strict=True))
     ]
+    return [(prediction.path if index == 0 else "", *row) for index, row in enumerate(rows)]
 
 
 def _write_json(predictions: list[Prediction], model: MViT, config: DictConfig) -> None:

@@ -1,0 +1,453 @@
+"""Frames by number: every file here shows in frame i the number i (or what its test says)."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from videos import numbered_frame, read_number, write_numbered_video, write_silence, write_video
+
+from mvit_video.data.decode import open_video
+from mvit_video.errors import ConfigError, VideoError
+
+X264 = {"preset": "veryfast"}
+VP9 = {"deadline": "realtime", "cpu-used": "8"}
+X265 = {"preset": "ultrafast", "x265-params": "log-level=none:keyint=12:bframes=3:open-gop=1"}
+UNEVEN = [i * 0.04 + (i % 3) * 0.011 + (0.7 if i > 20 else 0) for i in range(40)]
+
+# name: (arguments of write_numbered_video), 40 frames unless it says otherwise
+FILES: dict[str, dict[str, Any]] = {
+    "h264_long_gop.mp4": {"num_frames": 120, "options": X264 | {"bf": "3", "g": "250"}},
+    "h264_short_gop.mp4": {"num_frames": 120, "options": X264 | {"bf": "2", "g": "10"}},
+    "h264_open_gop.mp4": {"options": X264 | {"bf": "3", "g": "12", "x264-params": "open-gop=1"}},
+    "h264_intra_refresh.mp4": {"options": X264 | {"g": "12", "x264-params": "intra-refresh=1"}},
+    "h264_audio.mp4": {"options": X264 | {"g": "12"}, "audio_seconds": 3.0},
+    "h264_uneven_times.mp4": {"times": UNEVEN, "options": X264 | {"g": "12"}},
+    "h264_fragmented.mp4": {
+        "options": X264 | {"g": "10"},
+        "container_options": {"movflags": "frag_keyframe"},
+    },
+    "h264_gray.mp4": {"pix_fmt": "gray"},
+    "h264_60fps.mov": {"fps": 60},
+    "h264_ntsc.mp4": {"fps": Fraction(30000, 1001)},
+    "h264_one.mp4": {"num_frames": 1},
+    "h264_five.mkv": {"num_frames": 5},
+    "h264_bframes.avi": {"options": X264 | {"bf": "1", "g": "3"}},
+    "h264_stream.ts": {"options": X264 | {"bf": "2", "g": "10"}, "audio_seconds": 1.0},
+    "h264_webm_named.webm": {"codec": "libvpx-vp9", "options": VP9},
+    "hevc_10bit_open_gop.mp4": {"codec": "libx265", "pix_fmt": "yuv420p10le", "options": X265},
+    "vp9_12fps_audio.webm": {"codec": "libvpx-vp9", "options": VP9, "fps": 12, "audio_seconds": 1.0},
+    "vp9_odd_size.webm": {"codec": "libvpx-vp9", "options": VP9, "height": 121, "width": 161},
+    "vp8.webm": {"codec": "libvpx", "options": VP9},
+    "mpeg4.avi": {"codec": "mpeg4", "options": {"g": "10"}},
+    "mpeg4_bframes.avi": {"codec": "mpeg4", "options": {"bf": "2", "g": "10"}},
+    "mpeg4.mp4": {"codec": "mpeg4", "options": {"bf": "2", "g": "10"}},
+    "mpeg2.mpg": {"codec": "mpeg2video", "options": {"bf": "2", "g": "10"}},
+    "mjpeg.avi": {"codec": "mjpeg", "pix_fmt": "yuvj420p"},
+    "prores.mov": {"codec": "prores_ks", "pix_fmt": "yuv422p10le"},
+    "animation.gif": {"codec": "gif", "pix_fmt": "rgb8", "fps": 10},
+}
+
+
+def requests(num_frames: int) -> dict[str, list[int]]:
+    some = random.Random(num_frames)
+    return {
+        "first": [0],
+        "last": [num_frames - 1],
+        "random": sorted(some.randrange(num_frames) for _ in range(8)),
+        "unsorted, repeated": [num_frames // 2, 0, num_frames - 1, num_frames // 2, num_frames // 3],
+        "strided": list(range(num_frames // 3, num_frames, 4)),
+        "none": [],
+        "all": list(range(num_frames)),
+    }
+
+
+def numbers(frames: torch.Tensor) -> list[int | None]:
+    return [read_number(frame) for frame in frames]
+
+
+def plain_decode(path: Path) -> list[np.ndarray]:
+    with av.open(str(path)) as container:
+        return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("videos")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_request_gives_the_frames_of_a_plain_decode(folder: Path, name: str) -> None:
+    arguments = {"num_frames": 40, "options": X264 if name.startswith("h264") else None} | FILES[name]
+    path = write_numbered_video(folder / name, **arguments)
+    expected = plain_decode(path)
+    with open_video(path) as video:
+        assert video.num_frames == len(expected) == arguments["num_frames"]
+        assert (video.height, video.width) == expected[0].shape[:2]
+        for request, indices in requests(video.num_frames).items():
+            frames = video.get_frames(indices)
+            assert frames.dtype == torch.uint8
+            assert frames.shape == (len(indices), 3, video.height, video.width)
+            assert numbers(frames) == indices, request
+            for frame, index in zip(frames, indices, strict=True):
+                np.testing.assert_array_equal(frame.permute(1, 2, 0), expected[index])
+
+
+def test_a_single_frame_of_a_fresh_video(folder: Path) -> None:
+    for suffix in (".mp4", ".avi", ".ts", ".mkv"):
+        path = write_numbered_video(folder / f"fresh{suffix}", 8, options=X264 | {"bf": "1", "g": "3"})
+        for index in range(8):
+            with open_video(path) as video:
+                assert numbers(video.get_frames([index])) == [index]
+
+
+def test_times_and_rate_are_measured(folder: Path) -> None:
+    path = write_numbered_video(folder / "times.mp4", 40, times=UNEVEN)
+    with open_video(path) as video:
+        assert video.frame_time(0) == 0
+        assert [video.frame_time(i) for i in range(40)] == pytest.approx(UNEVEN, abs=1e-3)
+        assert video.fps == pytest.approx(39 / UNEVEN[-1], abs=1e-3)
+        assert video.duration == pytest.approx(40 / video.fps)
+
+
+@pytest.mark.parametrize("fps", [12, 25, Fraction(30000, 1001), 60])
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".ts"])
+def test_constant_rate(folder: Path, fps: Fraction, suffix: str) -> None:
+    with open_video(write_numbered_video(folder / f"rate{suffix}", 30, fps=fps)) as video:
+        assert video.fps == pytest.approx(float(fps), rel=1e-3)
+        assert video.duration == pytest.approx(30 / fps, rel=1e-3)
+
+
+def test_one_frame_has_the_declared_rate(folder: Path) -> None:
+    with open_video(write_numbered_video(folder / "one.mp4", 1, fps=50)) as video:
+        assert (video.fps, video.duration) == (50, 0.02)
+
+
+@pytest.mark.parametrize("degrees", [90, 180, 270])
+def test_rotation_is_applied(folder: Path, degrees: int) -> None:
+    lying = (np.rot90(numbered_frame(i), -degrees // 90) for i in range(5))
+    path = write_video(folder / f"turned{degrees}.mp4", lying, rotation=degrees)
+    with open_video(path) as video:
+        assert (video.height, video.width) == (120, 160)
+        assert numbers(video.get_frames([4, 0])) == [4, 0]
+
+
+def test_size_change_is_resized_to_the_first_size_and_equal_timestamps_are_counted(folder: Path) -> None:
+    small = write_numbered_video(folder / "small.ts", 20, options=X264)
+    large = write_video(folder / "large.ts", [numbered_frame(i, 176, 240) for i in range(20, 40)])
+    path = folder / "both.ts"
+    path.write_bytes(small.read_bytes() + large.read_bytes())  # the clock starts again
+    with open_video(path) as video:
+        assert (video.num_frames, video.height, video.width) == (40, 120, 160)
+        for indices in requests(40).values():
+            assert numbers(video.get_frames(indices)) == indices
+
+
+def test_edit_list_hides_frames(folder: Path) -> None:
+    with open_video(Path(__file__).parent / "files" / "edit_list.mp4") as video:
+        shown = [*range(25, 76), 77]
+        assert video.num_frames == 52
+        for indices in requests(52).values():
+            assert _corpus_numbers(video.get_frames(indices)) == [shown[i] for i in indices]
+
+
+def _corpus_numbers(frames: torch.Tensor) -> list[int]:
+    """This file's numbers: 12 bits from the second cell on of a 6 x 3 grid in the upper two thirds."""
+    gray = frames.float().mean(1)
+    height, width = gray.shape[1:]
+    cells = [
+        (int((0.04 + 0.22 * (k // 6 + 0.5)) * height), int((0.04 + 0.92 * (k % 6 + 0.5) / 6) * width))
+        for k in range(1, 13)
+    ]
+    return [sum(int(frame[y, x] > 128) << 11 - bit for bit, (y, x) in enumerate(cells)) for frame in gray]
+
+
+def test_packed_b_frames_of_xvid_in_avi(folder: Path) -> None:
+    """UCF101's files: two pictures in one packet, then an empty one. Their timestamps are wrong."""
+    source = write_numbered_video(folder / "unpacked.avi", 41, codec="mpeg4", options={"bf": "1", "g": "100"})
+    path = folder / "packed.avi"
+    with av.open(str(source)) as old, av.open(str(path), "w") as new:
+        packets = [bytes(packet) for packet in old.demux(video=0) if packet.size]
+        stream = new.add_stream_from_template(old.streams.video[0])
+        for number, data in enumerate(_pack(packets)):
+            packet = av.Packet(data)
+            packet.stream, packet.pts, packet.dts, packet.time_base = stream, number, number, Fraction(1, 25)
+            packet.is_keyframe = number == 0
+            new.mux(packet)
+    shown = [read_number(picture) for picture in plain_decode(path)]
+    assert shown[:30] == list(range(30))
+    with open_video(path) as video:
+        assert numbers(video.get_frames(range(video.num_frames))) == shown
+        assert numbers(video.get_frames([29, 3, 4])) == [29, 3, 4]
+
+
+def _pack(packets: list[bytes]) -> Iterator[bytes]:
+    signature = b"\x00\x00\x01\xb2DivX503b1393p"
+    not_coded = b"\x00\x00\x01\xb6\x51\x7f"
+    start = packets[0].index(b"\x00\x00\x01\xb6")
+    yield packets[0][:start] + signature + packets[0][start:]
+    for later, between in zip(packets[1::2], packets[2::2], strict=False):
+        yield later + between
+        yield not_coded
+
+
+def test_hidden_vp8_pictures_are_no_frames(folder: Path) -> None:
+    source = write_numbered_video(folder / "vp8_shown.webm", 20, codec="libvpx", options=VP9)
+    path = folder / "vp8_hidden.webm"
+    with av.open(str(source)) as old, av.open(str(path), "w") as new:
+        stream = new.add_stream_from_template(old.streams.video[0])
+        for number, packet in enumerate(p for p in old.demux(video=0) if p.size):
+            data = bytearray(bytes(packet))
+            data[0] &= ~16 if number in (7, 12) else 255
+            copy = av.Packet(bytes(data))
+            copy.stream, copy.pts, copy.dts, copy.time_base = stream, packet.pts, packet.dts, packet.time_base
+            copy.is_keyframe = packet.is_keyframe
+            new.mux(copy)
+    shown = [i for i in range(20) if i not in (7, 12)]
+    with open_video(path) as video:
+        assert video.num_frames == 18
+        for indices in requests(18).values():
+            assert numbers(video.get_frames(indices)) == [shown[i] for i in indices]
+
+
+# Broken files and wrong calls
+
+
+def _h264(folder: Path, *, faststart: bool = False) -> bytes:
+    options = {"movflags": "faststart"} if faststart else {}
+    path = folder / f"sound_{faststart}.mp4"
+    write_numbered_video(path, 90, options=X264 | {"g": "30", "bf": "2"}, container_options=options)
+    return path.read_bytes()
+
+
+def _half(data: bytes) -> bytes:
+    return data[: len(data) // 2]
+
+
+def _zeroed(data: bytes) -> bytes:
+    start = data.index(b"mdat") + 4
+    end = data.index(b"moov") - 4
+    return data[:start] + bytes(end - start) + data[end:]
+
+
+def _audio_only(folder: Path) -> bytes:
+    with av.open(str(folder / "sound.m4a"), "w") as container:
+        stream = container.add_stream("aac", rate=48_000, layout="mono")
+        write_silence(container, stream, 0.5)
+    return (folder / "sound.m4a").read_bytes()
+
+
+BROKEN: dict[str, tuple[Callable[[Path], bytes], str]] = {
+    "empty": (lambda folder: b"", "the file is empty"),
+    "text": (lambda folder: b"not a video\n" * 50, "not a video file, or one that FFmpeg can't read"),
+    "cut, table last": (lambda folder: _half(_h264(folder)), "without its table of frames: it is cut off"),
+    "cut, table first": (
+        lambda folder: _half(_h264(folder, faststart=True)),
+        r"the file is cut off: \d+ of its 90 frames are there",
+    ),
+    "zeroed": (lambda folder: _zeroed(_h264(folder)), "no frame can be decoded, the file is damaged"),
+    "audio only": (_audio_only, "the file has no video stream"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_broken_file_is_refused_with_a_reason(folder: Path, kind: str) -> None:
+    make, reason = BROKEN[kind]
+    path = folder / "broken.mp4"
+    path.write_bytes(make(folder))
+    with pytest.raises(VideoError, match=f"{re.escape(str(path))}: .*{reason}"):
+        open_video(path)
+
+
+def test_missing_file_and_directory(folder: Path) -> None:
+    with pytest.raises(VideoError, match=r"nowhere.mp4: no such file"):
+        open_video(folder / "nowhere.mp4")
+    with pytest.raises(VideoError, match="this is a directory, not a video file"):
+        open_video(folder)
+    with pytest.raises(VideoError, match="no such file"):
+        open_video("null\0byte.mp4")
+
+
+def test_damage_spoils_only_the_frames_that_depend_on_it(folder: Path) -> None:
+    data = bytearray(_h264(folder))
+    path = folder / "damaged.mp4"
+    path.write_bytes(data)
+    with av.open(str(path)) as container:  # overwrite the coded picture in the middle of the second of three
+        place = next(p.pos for p in container.demux(video=0) if p.pts and p.pts * p.time_base > 1.6)
+    data[place + 8 : place + 40] = b"\xff" * 32
+    path.write_bytes(data)
+    with open_video(path) as video:
+        assert video.num_frames == 90
+        assert numbers(video.get_frames([0, 10, 29])) == [0, 10, 29]
+        assert numbers(video.get_frames([60, 75, 89])) == [60, 75, 89]
+        with pytest.raises(VideoError, match="frame 55 of 90 can't be decoded, the file is damaged"):
+            video.get_frames([0, 55, 70])
+        assert numbers(video.get_frames([75])) == [75]  # an error changes nothing
+
+
+def test_lost_packets_in_a_transport_stream_are_no_silent_repeats(folder: Path) -> None:
+    data = write_numbered_video(folder / "whole.ts", 60, options=X264 | {"g": "30", "bf": "0"}).read_bytes()
+    path = folder / "hole.ts"
+    path.write_bytes(data[: 188 * 60] + data[188 * 70 :])
+    with open_video(path) as video:
+        for index in range(video.num_frames):
+            try:
+                (number,) = numbers(video.get_frames([index]))
+            except VideoError:
+                continue
+            assert number in (index, index + 60 - video.num_frames)
+
+
+@pytest.mark.parametrize("name", ["h264_short_gop.mp4", "mpeg4_bframes.avi", "h264_stream.ts", "mjpeg.avi"])
+def test_random_damage_gives_frames_or_a_video_error(folder: Path, name: str) -> None:
+    path = write_numbered_video(folder / name, **({"num_frames": 30} | FILES[name]))
+    sound = path.read_bytes()
+    for seed in range(12):
+        some = random.Random(seed)
+        data = bytearray(sound)
+        place = some.randrange(len(data))
+        data[place : place + 40] = some.randbytes(len(data[place : place + 40]))
+        path.write_bytes(data)
+        try:
+            with open_video(path) as video:
+                video.get_frames(range(0, video.num_frames, 3))
+        except VideoError:
+            continue
+
+
+@pytest.mark.parametrize("index", [-1, 40, 1000])
+def test_index_out_of_range_is_the_callers_mistake(folder: Path, index: int) -> None:
+    with open_video(write_numbered_video(folder / "range.mp4", 40)) as video:
+        with pytest.raises(ValueError, match=f"frame {index} was asked of .*, which has 40"):
+            video.get_frames([0, index])
+        with pytest.raises(ValueError, match="which has 40"):
+            video.frame_time(index)
+
+
+def test_impossible_device_or_backend_says_what_is_possible(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="'cuda' is not possible, choose 'auto' or 'cpu'"):
+        open_video(folder / "any.mp4", device="cuda")
+    with pytest.raises(ConfigError, match="'decord' is not possible, choose 'auto' or 'pyav'"):
+        open_video(folder / "any.mp4", backend="decord")
+
+
+@pytest.mark.parametrize(
+    "name", ["a:b.mp4", "http:x.mp4", "100% ? #1 [é] 'q'.mp4", "-i.mp4", "webm named.mp4"]
+)
+def test_odd_names_are_files(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    codec = {"codec": "libvpx-vp9", "options": VP9} if "webm" in name else {}
+    source = write_numbered_video(folder / ("plain.webm" if codec else "plain.mp4"), 5, **codec)
+    (folder / name).write_bytes(source.read_bytes())
+    monkeypatch.chdir(folder)
+    with open_video(name) as video:
+        assert numbers(video.get_frames([4])) == [4]
+
+
+def test_a_path_never_opens_the_network() -> None:
+    with pytest.raises(VideoError, match="no such file"):
+        open_video("http://127.0.0.1:1/a.mp4")
+
+
+# Cost
+
+
+class CountingCodec:
+    """Stands in for a decoder and counts the packets given to it and the pictures it gives."""
+
+    def __init__(self, codec: Any) -> None:
+        self.__dict__.update(codec=codec, packets=0, pictures=0)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.codec, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.codec, name, value)
+
+    def decode(self, packet: Any) -> Any:
+        frames = self.codec.decode(packet)
+        self.__dict__["packets"] += packet is not None
+        self.__dict__["pictures"] += len(frames)
+        return frames
+
+
+def _cost(path: Path, indices: list[int]) -> CountingCodec:
+    with open_video(path) as video:
+        counter = CountingCodec(video._codec)
+        video._codec = counter  # type: ignore[assignment]
+        assert numbers(video.get_frames(indices)) == indices
+        assert video._codec is counter
+        return counter
+
+
+def test_only_what_is_needed_is_decoded(folder: Path) -> None:
+    options = X264 | {"g": "30", "keyint_min": "30", "sc_threshold": "0", "bf": "2"}
+    path = write_numbered_video(folder / "cost.mp4", 300, options=options)
+    assert _cost(path, [275, 279]).packets <= 15
+    assert _cost(path, [0, 275]).packets <= 10
+    assert _cost(path, [10, 279]).packets <= 30
+    views = [start + 4 * i for start in (0, 60, 120, 180, 239) for i in range(16)]
+    whole = _cost(path, sorted(set(views)))
+    assert whole.packets <= 305
+    assert whole.pictures < 0.8 * 300  # pictures that nobody refers to are dropped
+
+
+def test_pictures_between_are_not_kept(folder: Path) -> None:
+    """Decoding from the front goes through the whole file with two pictures in memory, not all."""
+    peak = Path("/proc/self/clear_refs")
+    if not peak.exists():
+        pytest.skip("needs Linux to measure the peak of memory")
+    frames = (numbered_frame(i, 480, 640) for i in range(200))  # 92 MB as YUV
+    path = write_video(folder / "large.avi", frames, codec="mpeg4", options={"bf": "2"})
+    with open_video(path) as video:
+        video.get_frames([199])
+        try:
+            peak.write_text("5")
+        except OSError:
+            pytest.skip("the peak of memory can't be reset here")
+        before = _peak_kilobytes()
+        video.get_frames([0, 199])
+        assert _peak_kilobytes() - before < 20_000
+
+
+def _peak_kilobytes() -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+)", status)[1])  # type: ignore[index]
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_structure_and_any_request(folder: Path, data: st.DataObject) -> None:
+    num_frames = data.draw(st.integers(8, 50), "frames")  # FFmpeg knows no shorter .ts
+    gop, b_frames = data.draw(st.integers(1, 25), "gop"), data.draw(st.integers(0, 4), "b-frames")
+    open_gop, pyramid = (
+        data.draw(st.booleans(), "open"),
+        data.draw(st.sampled_from(["none", "normal"]), "pyramid"),
+    )
+    path = write_numbered_video(
+        folder / f"any{data.draw(st.sampled_from(['.mp4', '.mkv', '.ts', '.avi']), 'container')}",
+        num_frames,
+        height=64,
+        width=80,
+        fps=data.draw(st.sampled_from([10, 24, 50]), "fps"),
+        options=X264
+        | {
+            "g": str(gop),
+            "bf": str(b_frames),
+            "x264-params": f"open-gop={int(open_gop)}:b-pyramid={pyramid}",
+        },
+    )
+    with open_video(path) as video:
+        assert video.num_frames == num_frames
+        for _ in range(3):
+            indices = data.draw(st.lists(st.integers(0, num_frames - 1), max_size=12), "indices")
+            assert numbers(video.get_frames(indices)) == indices
