@@ -1,18 +1,24 @@
 """Pooling attention with decomposed relative positions (MViTv2 paper, section 3; arXiv 2112.01526).
 
-Axis letters: B clips, N tokens, T, H, W grid of tokens, n heads, C channels, c channels of a head.
+Axis letters: B clips, N queries, M keys, T, H, W grid of tokens, n heads, C channels, c channels of a head.
 Tokens are (B, N, C), the class token (if any) first, the grid behind it in t-major order.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mvit_video.model.windows import axis_windows, cut_windows, gather_windows
+
 Grid = tuple[int, int, int]  # (T, H, W): tokens along time, height and width
+PoolMode = Literal["conv", "conv_unshared", "max", "avg"]
+JointPositions = Literal["none", "space", "space_time"]
+Pool: TypeAlias = "nn.Conv3d | nn.MaxPool3d | AveragePool | None"
 
 NORM_EPS = 1e-6
 
@@ -25,12 +31,34 @@ class PoolingAttention(nn.Module):
         num_heads: heads; each has ``dim_out / num_heads`` channels.
         grid: the grid (T, H, W) that the relative-position tables are made for. Other grids work: the
             tables are then interpolated.
-        kernel: size of the pooling convolutions (tokens).
-        q_stride, kv_stride: strides of the poolings (tokens).
+        kernel: size of the poolings (tokens); "stride": stride + 1 where strided, else 1.
+        q_stride, kv_stride: strides of the poolings (tokens). Nothing is pooled by a kernel and stride of 1.
+        pools_q, pools_kv: whether queries, and keys and values, are pooled at all.
+        pool_mode: "conv": depthwise convolutions, shared by the heads, and LayerNorm; "conv_unshared": a
+            kernel for every channel, needs ``pool_first``; "max" and "avg" have neither weights nor norm.
+        pool_first: pool the tokens before they are projected to queries, keys and values.
+        separate_qkv: three projections instead of one, as with ``pool_first``.
         class_token: whether the first token lies outside the grid.
         residual_pooling: add the pooled queries to the attention's output (paper, eq. 5).
         rel_pos_temporal, rel_pos_spatial: which axes have relative positions.
+        rel_pos_joint: "none": a table per axis (decomposed, paper, eq. 4); "space": one table over height and
+            width together; "space_time": one over all three axes.
+        rel_pos_zero_init: tables start at zero.
+        window: attend only inside windows of this many tokens (T, H, W) of the grid that comes in; the class
+            token sees and is seen by everything.
+        shifted: move the windows' edges by half a window.
+        dropout: of the output, in training.
     """
+
+    q: nn.Linear
+    k: nn.Linear
+    v: nn.Linear
+    pool_q: Pool
+    pool_k: Pool
+    pool_v: Pool
+    norm_q: nn.LayerNorm | None
+    norm_k: nn.LayerNorm | None
+    norm_v: nn.LayerNorm | None
 
     def __init__(
         self,
@@ -39,71 +67,127 @@ class PoolingAttention(nn.Module):
         num_heads: int,
         *,
         grid: Grid,
-        kernel: Grid = (3, 3, 3),
+        kernel: Grid | Literal["stride"] = (3, 3, 3),
         q_stride: Grid = (1, 1, 1),
         kv_stride: Grid = (1, 1, 1),
+        pools_q: bool = True,
+        pools_kv: bool = True,
+        pool_mode: PoolMode = "conv",
+        pool_first: bool = False,
+        separate_qkv: bool = False,
         qkv_bias: bool = True,
         class_token: bool = True,
         residual_pooling: bool = True,
         rel_pos_temporal: bool = True,
         rel_pos_spatial: bool = True,
+        rel_pos_joint: JointPositions = "none",
+        rel_pos_zero_init: bool = False,
+        window: Grid | None = None,
+        shifted: bool = False,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.class_token = class_token
         self.residual_pooling = residual_pooling
+        self.pool_first = pool_first
+        self.q_stride, self.kv_stride = q_stride, kv_stride
+        self.window, self.shifted = window, shifted
         head_dim = dim_out // num_heads
 
-        self.qkv = nn.Linear(dim, 3 * dim_out, bias=qkv_bias)
+        names = ("q", "k", "v") if separate_qkv or pool_first else ()
+        for name in names:
+            setattr(self, name, nn.Linear(dim, dim_out, bias=qkv_bias))
+        self.qkv = None if names else nn.Linear(dim, 3 * dim_out, bias=qkv_bias)
         self.proj = nn.Linear(dim_out, dim_out)
+        self.dropout = nn.Dropout(dropout)
 
-        def pool(stride: Grid) -> nn.Conv3d:
-            return nn.Conv3d(head_dim, head_dim, kernel, stride, half(kernel), groups=head_dim, bias=False)
+        pooled_dim = dim if pool_first else dim_out
+        width = pooled_dim if pool_mode == "conv_unshared" else pooled_dim // num_heads
+        for name, stride, present in (
+            ("q", q_stride, pools_q),
+            ("k", kv_stride, pools_kv),
+            ("v", kv_stride, pools_kv),
+        ):
+            pool = make_pool(pool_mode, width, kernel, stride) if present else None
+            setattr(self, f"pool_{name}", pool)
+            norm = nn.LayerNorm(width, eps=NORM_EPS) if isinstance(pool, nn.Conv3d) else None
+            setattr(self, f"norm_{name}", norm)
 
-        self.pool_q, self.norm_q = pool(q_stride), nn.LayerNorm(head_dim, eps=NORM_EPS)
-        self.pool_k, self.norm_k = pool(kv_stride), nn.LayerNorm(head_dim, eps=NORM_EPS)
-        self.pool_v, self.norm_v = pool(kv_stride), nn.LayerNorm(head_dim, eps=NORM_EPS)
+        # The official tables count strides by floor division, although the convolutions round up; where the
+        # two differ (312 pixels) they are interpolated like tables of another input size. In time, strides
+        # don't count.
+        t, h, w = (
+            2 * max(n // s, n // r) - 1
+            for n, s, r in zip(grid, (1, *q_stride[1:]), (1, *kv_stride[1:]), strict=True)
+        )
+        joint = rel_pos_joint if rel_pos_spatial else "none"
 
-        def table(axis: int, present: bool) -> nn.Parameter | None:
-            # The official tables count strides by floor division, although the convolutions round up; where
-            # the two differ (312 pixels) they are interpolated like tables of another input size.
-            longest = max(grid[axis] // q_stride[axis], grid[axis] // kv_stride[axis])
-            return nn.Parameter(torch.zeros(2 * longest - 1, head_dim)) if present else None
+        def table(*lengths: int, present: bool) -> nn.Parameter | None:
+            if not present:
+                return None
+            values = torch.zeros(*lengths, head_dim)
+            return nn.Parameter(values if rel_pos_zero_init else nn.init.trunc_normal_(values, std=0.02))
 
-        self.rel_pos_t = table(0, rel_pos_temporal)
-        self.rel_pos_h = table(1, rel_pos_spatial)
-        self.rel_pos_w = table(2, rel_pos_spatial)
+        decomposed = rel_pos_spatial and joint == "none"
+        self.rel_pos_h = table(h, present=decomposed)
+        self.rel_pos_w = table(w, present=decomposed)
+        self.rel_pos_hw = table(h, w, present=joint == "space")
+        self.rel_pos_t = table(t, present=rel_pos_temporal and joint != "space_time")
+        self.rel_pos_thw = table(t, h, w, present=joint == "space_time")
 
     def forward(self, x: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
         """(B, N, C) tokens on ``grid`` -> (B, N', C') tokens on the pooled grid, and that grid."""
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
-        q, q_grid = self._pool(q, grid, self.pool_q, self.norm_q)  # (B, N', n, c)
-        k, k_grid = self._pool(k, grid, self.pool_k, self.norm_k)
-        v, _ = self._pool(v, grid, self.pool_v, self.norm_v)
-
+        q, k, v, q_grid, k_grid = self._queries_keys_values(x, grid)
         q_folded, k_folded = self._fold_positions(q, k, q_grid, k_grid)
-        x = fused_attention(q_folded.transpose(1, 2), k_folded.transpose(1, 2), v.transpose(1, 2))
-        x = x.transpose(1, 2)  # (B, N', n, c)
+        if self.window is not None and any(w < n for w, n in zip(self.window, grid, strict=True)):
+            x = self._attend_in_windows(q_folded, k_folded, v, grid, q_grid, k_grid)
+        else:
+            bias = self._joint_bias(q, q_grid, k_grid)
+            x = fused_attention(
+                q_folded.transpose(1, 2), k_folded.transpose(1, 2), v.transpose(1, 2), bias
+            ).transpose(1, 2)  # (B, N', n, c)
 
         if self.residual_pooling:
             # The class token isn't pooled, so it gets no residual.
             first = int(self.class_token)
             x = torch.cat([x[:, :first], x[:, first:] + q[:, first:]], dim=1) if first else x + q
-        return self.proj(x.flatten(2)), q_grid
+        return self.dropout(self.proj(x.flatten(2))), q_grid
 
-    def _pool(self, x: Tensor, grid: Grid, conv: nn.Conv3d, norm: nn.LayerNorm) -> tuple[Tensor, Grid]:
-        """(B, N, C) -> normalised (B, N', n, c) and the pooled grid; the class token is only normalised."""
+    def _queries_keys_values(self, x: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor, Grid, Grid]:
+        """Pooled q (B, N', n, c), k and v (B, M, n, c), and the grids of queries and keys."""
+        if self.qkv is not None:
+            q, k, v = self.qkv(x).chunk(3, dim=-1)
+        else:
+            q, k, v = (x, x, x) if self.pool_first else (self.q(x), self.k(x), self.v(x))
+        q, q_grid = self._pool(q, grid, self.pool_q, self.norm_q)
+        k, k_grid = self._pool(k, grid, self.pool_k, self.norm_k)
+        v, _ = self._pool(v, grid, self.pool_v, self.norm_v)
+        if self.pool_first:
+            q, k, v = self.q(q), self.k(k), self.v(v)
+        heads = (self.num_heads, -1)
+        return q.unflatten(-1, heads), k.unflatten(-1, heads), v.unflatten(-1, heads), q_grid, k_grid
+
+    def _pool(self, x: Tensor, grid: Grid, pool: Pool, norm: nn.LayerNorm | None) -> tuple[Tensor, Grid]:
+        """(B, N, C) -> (B, N', C), normalised by heads, and its grid; the class token is only normalised."""
+        if pool is None:
+            return x, grid
         batch, _, channels = x.shape
         first = int(self.class_token)
-        # Tokens are a channels-last picture already: only the view changes. All heads share one kernel.
+        # Tokens are a channels-last picture already: only the view changes.
         volume = x[:, first:].reshape(batch, *grid, channels).permute(0, 4, 1, 2, 3)
-        weight = conv.weight.repeat(self.num_heads, 1, 1, 1, 1)
-        volume = F.conv3d(volume, weight, None, conv.stride, conv.padding, groups=channels)
+        if isinstance(pool, nn.Conv3d):  # all heads share one kernel
+            weight = pool.weight.repeat(channels // pool.in_channels, 1, 1, 1, 1)
+            volume = F.conv3d(volume, weight, None, pool.stride, pool.padding, groups=channels)
+        else:
+            volume = pool(volume)
+        _, _, t, h, w = volume.shape
         pooled = volume.permute(0, 2, 3, 4, 1).flatten(1, 3)  # (B, T'*H'*W', C)
         if first:
             pooled = torch.cat([x[:, :first], pooled], dim=1)
-        _, _, t, h, w = volume.shape
-        return norm(pooled.unflatten(-1, (self.num_heads, -1))), (t, h, w)
+        if norm is not None:
+            pooled = norm(pooled.unflatten(-1, (-1, *norm.normalized_shape))).flatten(-2)
+        return pooled, (t, h, w)
 
     def _fold_positions(self, q: Tensor, k: Tensor, q_grid: Grid, k_grid: Grid) -> tuple[Tensor, Tensor]:
         """Extend q and k so that their product alone is ``scale * q k + q R_t + q R_h + q R_w``.
@@ -122,6 +206,11 @@ class PoolingAttention(nn.Module):
             positions = relative_positions(table, q_grid[axis], k_grid[axis])
             extra_q.append(torch.einsum(f"bthwnc,{name}kc->bthwnk", q_cells, positions))
             extra_k.append(one_hot_coordinates(k_grid, axis, k))
+        if self.rel_pos_hw is not None:
+            positions = joint_positions(self.rel_pos_hw, q_grid[1:], k_grid[1:])  # (H, W, h, w, c)
+            extra_q.append(torch.einsum("bthwnc,hwkc->bthwnk", q_cells, positions.flatten(2, 3)))
+            plane = torch.eye(k_grid[1] * k_grid[2], dtype=k.dtype, device=k.device)
+            extra_k.append(plane.repeat(k_grid[0], 1))
 
         scaled = q * q.shape[-1] ** -0.5
         if not extra_q:
@@ -131,6 +220,90 @@ class PoolingAttention(nn.Module):
         k_positions = k_positions.expand(k.shape[0], -1, self.num_heads, -1)
         return torch.cat([scaled, q_positions], -1), torch.cat([k, k_positions], -1)
 
+    def _joint_bias(self, q: Tensor, q_grid: Grid, k_grid: Grid) -> Tensor | None:
+        """q R_thw as the (B, n, N, M) bias that it is: one table over all axes leaves nothing to fold."""
+        if self.rel_pos_thw is None:
+            return None
+        first = int(self.class_token)
+        q_cells = q[:, first:].unflatten(1, q_grid)  # (B, T, H, W, n, c)
+        frames = []
+        for time in range(q_grid[0]):  # one by one: positions for all of them would be (N, M, c)
+            now = slice(time, time + 1)
+            positions = joint_positions(self.rel_pos_thw, q_grid, k_grid, first=now)[0]  # (H, W, t, h, w, c)
+            frames.append(torch.einsum("bhwnc,hwkc->bnhwk", q_cells[:, time], positions.flatten(2, 4)))
+        return F.pad(torch.stack(frames, 2).flatten(2, 4), (first, 0, first, 0))
+
+    def _attend_in_windows(
+        self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, q_grid: Grid, k_grid: Grid
+    ) -> Tensor:
+        """Attention of (B, N, n, d) queries to the keys of their window and to the class token."""
+        assert self.window is not None
+        axes = [
+            axis_windows(
+                grid[axis],
+                self.window[axis],
+                shifted=self.shifted,
+                q_stride=self.q_stride[axis],
+                kv_stride=self.kv_stride[axis],
+                q_length=q_grid[axis],
+                k_length=k_grid[axis],
+            )
+            for axis in range(3)
+        ]
+        windows = cut_windows(axes, q_grid, k_grid, q.device)
+        count, first = len(windows.k_cells), int(self.class_token)
+
+        def cut(x: Tensor) -> Tensor:  # keys or values of all windows, each with the class token
+            cells = gather_windows(x[:, first:], windows.k_cells)
+            shared = x[:, :first].transpose(1, 2).repeat_interleave(count, dim=0)
+            return torch.cat([shared, cells], dim=2)
+
+        mask = windows.k_valid
+        if mask is not None:
+            mask = F.pad(mask, (first, 0), value=True).repeat(q.shape[0], 1)[:, None, None]  # (B*W, 1, 1, K)
+        q_windows = gather_windows(q[:, first:], windows.q_cells)
+        x = fused_attention(q_windows, cut(k), cut(v), mask)  # (B * windows, n, Q, c)
+        x = x.transpose(1, 2).unflatten(0, (-1, count)).flatten(1, 2)[:, windows.q_slots]
+        if first:
+            k, v = k.transpose(1, 2), v.transpose(1, 2)
+            for_class = fused_attention(q[:, :first].transpose(1, 2), k, v).transpose(1, 2)
+            x = torch.cat([for_class, x], dim=1)
+        return x
+
+
+class AveragePool(nn.Module):
+    """Mean over windows of a (B, C, T, H, W) volume, in which padding counts as zeros.
+
+    torch's own has no half precision on CPUs, and takes no volume smaller than its kernel.
+    """
+
+    def __init__(self, kernel: Grid, stride: Grid) -> None:
+        super().__init__()
+        self.kernel, self.stride = kernel, stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = x.new_full((x.shape[1], 1, *self.kernel), 1 / math.prod(self.kernel))
+        return F.conv3d(x, weight, None, self.stride, half(self.kernel), groups=x.shape[1])
+
+
+def make_pool(mode: PoolMode, width: int, kernel: Grid | Literal["stride"], stride: Grid) -> Pool:
+    """A pooling over (B, C, T, H, W), padded by half its kernel; None where it would change nothing."""
+    if kernel == "stride":
+        kernel = pool_kernel_for(stride)
+    if max(kernel) == max(stride) == 1:
+        return None
+    if mode == "max":
+        return nn.MaxPool3d(kernel, stride, half(kernel))
+    if mode == "avg":
+        return AveragePool(kernel, stride)
+    return nn.Conv3d(width, width, kernel, stride, half(kernel), groups=width, bias=False)
+
+
+def pool_kernel_for(stride: Grid) -> Grid:
+    """The smallest kernel by which strided windows overlap: stride + 1, and 1 where nothing is strided."""
+    t, h, w = (s + 1 if s > 1 else 1 for s in stride)
+    return t, h, w
+
 
 def half(kernel: Grid) -> Grid:
     """The padding that centres a kernel."""
@@ -138,15 +311,15 @@ def half(kernel: Grid) -> Grid:
     return t // 2, h // 2, w // 2
 
 
-def fused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q kᵀ) v for q (B, n, N, d), k (B, n, M, d), v (B, n, M, c) with c <= d -> (B, n, N, c).
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """softmax(q kᵀ + mask) v for q (B, n, N, d), k (B, n, M, d), v (B, n, M, c), c <= d -> (B, n, N, c).
 
-    The head widths are padded to one common multiple of 16: fused kernels ask for q, k and v of one width,
-    and are fastest on such widths.
+    A boolean mask says which keys count, a float one is added. The head widths are padded to one common
+    multiple of 16: fused kernels ask for q, k and v of one width, and are fastest on such widths.
     """
     width = math.ceil(q.shape[-1] / 16) * 16
     q, k, padded_v = (F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, padded_v, scale=1.0)[..., : v.shape[-1]]
+    return F.scaled_dot_product_attention(q, k, padded_v, mask, scale=1.0)[..., : v.shape[-1]]
 
 
 def relative_positions(table: Tensor, q_length: int, k_length: int) -> Tensor:
@@ -164,17 +337,51 @@ def relative_positions(table: Tensor, q_length: int, k_length: int) -> Tensor:
     return table[relative_index(q_length, k_length).to(table.device)]
 
 
+def joint_positions(
+    table: Tensor, q_grid: tuple[int, ...], k_grid: tuple[int, ...], first: slice = slice(None)
+) -> Tensor:
+    """Look up the position of every key relative to every query in a table over two or three axes.
+
+    Args:
+        table: (2 * max(q, k) - 1 of each axis..., c), interpolated to these lengths where it has others.
+        first: which queries of the first axis.
+
+    Returns:
+        (queries of each axis..., keys of each axis..., c)
+    """
+    axes = len(q_grid)
+    lengths = [2 * max(q, k) - 1 for q, k in zip(q_grid, k_grid, strict=True)]
+    if list(table.shape[:-1]) != lengths:
+        mode = "bilinear" if axes == 2 else "trilinear"
+        table = F.interpolate(table.movedim(-1, 0)[None], size=lengths, mode=mode)[0].movedim(0, -1)
+    indices = []
+    for axis, (q_length, k_length) in enumerate(zip(q_grid, k_grid, strict=True)):
+        index = relative_index(q_length, k_length).to(table.device)
+        index = index[first] if axis == 0 else index
+        shape = [1] * (2 * axes)
+        shape[axis], shape[axes + axis] = index.shape
+        indices.append(index.reshape(shape))
+    return table[tuple(indices)]
+
+
 def relative_index(q_length: int, k_length: int) -> Tensor:
     """Row of the table for (query i, key j) along one axis, int64 (q_length, k_length).
 
     Coordinates are stretched to the finer of the two axes. float32, this order of operations and truncation
-    are part of the definition: for ratios such as 78 / 10 the rounding decides the row.
+    are part of the definition: for ratios such as 78 / 10 the rounding decides the row. The products are
+    rounded before torch sees them: compilers fuse multiplication and addition, which rounds otherwise.
     """
     q_step = max(k_length / q_length, 1.0)
     k_step = max(q_length / k_length, 1.0)
-    q_coordinates = torch.arange(q_length, dtype=torch.float32)[:, None] * q_step
-    k_coordinates = torch.arange(k_length, dtype=torch.float32)[None, :] * k_step
-    return (q_coordinates - k_coordinates + (k_length - 1) * k_step).long()
+    q_coordinates = torch.tensor([i * _float32(q_step) for i in range(q_length)], dtype=torch.float32)
+    k_coordinates = torch.tensor([j * _float32(k_step) for j in range(k_length)], dtype=torch.float32)
+    return (q_coordinates[:, None] - k_coordinates[None, :] + (k_length - 1) * k_step).long()
+
+
+def _float32(value: float) -> float:
+    """Round to the 24 bits of a float32: adding and taking away a large multiple drops the others."""
+    large = value * (2**29 + 1)
+    return large - (large - value)
 
 
 def one_hot_coordinates(grid: Grid, axis: int, like: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ them are read as values, never instantiated.
 
 from __future__ import annotations
 
-import itertools
 import pickle
 import re
 from collections.abc import Mapping
@@ -19,8 +18,10 @@ import yaml
 from torch import Tensor
 
 from mvit_video.errors import CheckpointError, ConfigError
-from mvit_video.model.mvit import MViT, MViTConfig
+from mvit_video.model.config import MViTConfig
+from mvit_video.model.mvit import MViT
 from mvit_video.model.protocol import Protocol
+from mvit_video.model.slowfast import translate_config
 from mvit_video.model.variants import replace_fields
 
 METADATA_KEY = "mvit_video"  # in our checkpoints: config, protocol and class names beside the weights
@@ -81,20 +82,27 @@ def load_weights(model: MViT, source: str | Path | Mapping[str, Any]) -> None:
 
 
 def from_slowfast(source: str | Path | Mapping[str, Any]) -> MViT:
-    """Build the MViTv2 that a PySlowFast checkpoint describes and load its weights, in eval mode.
+    """Build the MViT that a PySlowFast checkpoint describes and load its weights, in eval mode.
 
     Args:
-        source: a ``.pyth`` file or a dict with "model_state" and "cfg" (yaml text or a nested dict).
+        source: a ``.pyth`` file or a dict with "model_state" and "cfg" (yaml text or a nested dict). A
+            configuration alone, as a ``.yaml`` file or a dict with "MVIT", gives a model with fresh weights.
 
     Raises:
         CheckpointError: the file can't be read, its configuration uses an option that this model doesn't
             have (named in the text), or the weights don't fit.
     """
-    name, checkpoint = (
-        ("checkpoint", source) if isinstance(source, Mapping) else (str(source), read_checkpoint(source))
-    )
-    missing = {"model_state", "cfg"} - set(checkpoint)
-    if missing:
+    if isinstance(source, Mapping):
+        name, checkpoint = "checkpoint", source
+    else:
+        name, path = str(source), Path(source)
+        if path.suffix in (".yaml", ".yml") and path.is_file():
+            checkpoint = _parse_yaml(path.read_text(encoding="utf-8"), name)
+        else:
+            checkpoint = read_checkpoint(path)
+    if isinstance(checkpoint, Mapping) and "MVIT" in checkpoint:
+        checkpoint = {"cfg": checkpoint}  # a configuration without weights
+    elif missing := {"model_state", "cfg"} - set(checkpoint or ()):
         raise CheckpointError(
             f"{name}: not a PySlowFast checkpoint, it has no {' and no '.join(sorted(missing))}"
         )
@@ -160,88 +168,18 @@ def _load_strictly(model: MViT, weights: Mapping[str, Tensor], name: str) -> Non
 
 
 def _built_from_slowfast(checkpoint: Mapping[str, Any], name: str) -> MViT:
-    cfg = checkpoint["cfg"]
+    cfg, weights = checkpoint["cfg"], checkpoint.get("model_state")
     if isinstance(cfg, str):
-        try:
-            cfg = yaml.safe_load(cfg)
-        except yaml.YAMLError as error:
-            raise CheckpointError(f"{name}: its cfg is no plain yaml ({error})".replace("\n", " ")) from None
-    config, protocol = _slowfast_config(cfg, name)
+        cfg = _parse_yaml(cfg, name)
+    config, protocol = translate_config(cfg, name, weights or ())
     model = MViT(config, protocol)
-    _load_strictly(model, checkpoint["model_state"], name)
+    if weights is not None:
+        _load_strictly(model, weights, name)
     return model.eval()
 
 
-def _slowfast_config(cfg: Mapping[str, Any], name: str) -> tuple[MViTConfig, Protocol]:
-    """Translate an official configuration; CheckpointError for one that ``MViTConfig`` can't express."""
+def _parse_yaml(text: str, name: str) -> Any:
     try:
-        mvit, data = cfg["MVIT"], cfg["DATA"]
-        _check_options(mvit, _ONLY_VALUES, name)  # first: image models differ in more than values
-        for option in ("POOL_KVQ_KERNEL", "POOL_KV_STRIDE_ADAPTIVE"):
-            if mvit[option] is None:
-                raise CheckpointError(f"{name}: MVIT.{option} = None can't be built; only three numbers can")
-        widen = [int(block) for block, factor in mvit["DIM_MUL"] if factor == 2.0]
-        stage_edges = [0, *widen, mvit["DEPTH"]]
-        q_strides = {block: tuple(stride) for block, *stride in mvit["POOL_Q_STRIDE"]}
-        config = MViTConfig(
-            num_classes=cfg["MODEL"]["NUM_CLASSES"],
-            num_frames=data["NUM_FRAMES"],
-            crop_size=data["TRAIN_CROP_SIZE"],
-            embed_dim=mvit["EMBED_DIM"],
-            num_heads=mvit["NUM_HEADS"],
-            stages=tuple(b - a for a, b in itertools.pairwise(stage_edges)),
-            mlp_ratio=mvit["MLP_RATIO"],
-            qkv_bias=mvit["QKV_BIAS"],
-            patch_kernel=tuple(mvit["PATCH_KERNEL"]),
-            patch_stride=tuple(mvit["PATCH_STRIDE"]),
-            pool_kernel=tuple(mvit["POOL_KVQ_KERNEL"]),
-            q_stride=q_strides.get(widen[0], (1, 1, 1)) if widen else (1, 1, 1),
-            kv_stride=tuple(mvit["POOL_KV_STRIDE_ADAPTIVE"]),
-            class_token=mvit["CLS_EMBED_ON"],
-            residual_pooling=mvit["RESIDUAL_POOLING"],
-            rel_pos_temporal=mvit["REL_POS_TEMPORAL"],
-            rel_pos_spatial=mvit["REL_POS_SPATIAL"],
-            drop_path=mvit["DROPPATH_RATE"],
-            head_dropout=cfg["MODEL"]["DROPOUT_RATE"],
-        )
-        expected = {
-            "DIM_MUL": [[block, 2.0] for block in widen],
-            "HEAD_MUL": [[block, 2.0] for block in widen],
-            "POOL_Q_STRIDE": [
-                [block, *(config.q_stride if block in widen else (1, 1, 1))] for block in range(mvit["DEPTH"])
-            ],
-            "PATCH_PADDING": [k // 2 for k in config.patch_kernel],
-            "POOL_KV_STRIDE": [],
-        }
-        _check_options(mvit, expected, name)
-        protocol = Protocol(
-            clip_frames=data["NUM_FRAMES"],
-            stride=data["SAMPLING_RATE"],
-            short_side=max(data["TEST_CROP_SIZE"], 256 if data["TEST_CROP_SIZE"] == 224 else 0),
-            crop=data["TEST_CROP_SIZE"],
-            mean=tuple(data["MEAN"]),
-            std=tuple(data["STD"]),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{name}: its cfg is no MViTv2 configuration ({error!r})") from None
-    return config, protocol
-
-
-def _check_options(options: Mapping[str, Any], possible: Mapping[str, Any], name: str) -> None:
-    for option, value in possible.items():
-        found = options.get(option, value)
-        if found != value:
-            raise CheckpointError(f"{name}: MVIT.{option} = {found} can't be built; only {value} can")
-
-
-_ONLY_VALUES: dict[str, Any] = {
-    "MODE": "conv",
-    "NORM": "layernorm",
-    "DIM_MUL_IN_ATT": True,
-    "POOL_FIRST": False,
-    "SEPARATE_QKV": False,
-    "USE_ABS_POS": False,
-    "USE_MEAN_POOLING": False,
-    "NORM_STEM": False,
-    "PATCH_2D": False,
-}
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise CheckpointError(f"{name}: its cfg is no plain yaml ({error})".replace("\n", " ")) from None

@@ -1,110 +1,32 @@
-"""Multiscale Vision Transformer v2 for clips; an image is a clip of one frame (arXiv 2112.01526)."""
+"""Multiscale Vision Transformers for clips; an image is a clip of one frame.
+
+MViTv2: arXiv 2112.01526. MViT: arXiv 2104.11227.
+"""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from mvit_video.model.attention import NORM_EPS, Grid, PoolingAttention, half
+from mvit_video.model.attention import NORM_EPS, Grid, PoolingAttention, half, pool_kernel_for
+from mvit_video.model.config import BlockPlan, MViTConfig, divide, plan_blocks
+from mvit_video.model.positions import joint_table, position_parameters, resize_table
 from mvit_video.model.protocol import Protocol
 
 
-@dataclass(frozen=True)
-class MViTConfig:
-    """Everything that shapes an MViTv2. Sizes are in input frames and pixels, strides in tokens.
-
-    ``stages`` counts the blocks of each stage. The first block of every stage but the first doubles channels
-    and heads inside its attention and pools its queries by ``q_stride``; keys and values start with
-    ``kv_stride``, which is divided by every query stride on the way (paper, section 3 and table 1).
-    ``num_frames`` and ``crop_size`` say which input the relative-position tables are made for; other inputs
-    work and interpolate them.
-    """
-
-    num_classes: int = 400
-    num_frames: int = 16
-    crop_size: int = 224
-    embed_dim: int = 96
-    num_heads: int = 1
-    stages: tuple[int, ...] = (1, 2, 11, 2)
-    mlp_ratio: float = 4.0
-    qkv_bias: bool = True
-    patch_kernel: Grid = (3, 7, 7)
-    patch_stride: Grid = (2, 4, 4)
-    pool_kernel: Grid = (3, 3, 3)
-    q_stride: Grid = (1, 2, 2)
-    kv_stride: Grid = (1, 8, 8)
-    class_token: bool = True
-    residual_pooling: bool = True
-    rel_pos_temporal: bool = True
-    rel_pos_spatial: bool = True
-    drop_path: float = 0.2
-    head_dropout: float = 0.5
-
-    def __post_init__(self) -> None:
-        for name in ("num_classes", "num_frames", "crop_size", "embed_dim", "num_heads", "mlp_ratio"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("drop_path", "head_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-        for name in ("patch_kernel", "patch_stride", "pool_kernel", "q_stride", "kv_stride"):
-            value = getattr(self, name)
-            if len(value) != 3 or min(value) < 1:
-                raise ValueError(f"{name} must be three positive numbers (T, H, W), got {value}")
-        if not self.stages or min(self.stages) < 1:
-            raise ValueError(
-                f"stages must list the blocks of each stage, at least one each, got {self.stages}"
-            )
-        if self.embed_dim % self.num_heads:
-            raise ValueError(f"embed_dim {self.embed_dim} must be a multiple of num_heads {self.num_heads}")
-
-
-@dataclass(frozen=True)
-class BlockPlan:
-    """One block as ``plan_blocks`` lays it out; ``grid`` is the grid of its input tokens (T, H, W)."""
-
-    dim: int
-    dim_out: int
-    num_heads: int
-    grid: Grid
-    q_stride: Grid
-    kv_stride: Grid
-    drop_path: float
-
-
-def plan_blocks(config: MViTConfig) -> Iterator[BlockPlan]:
-    """Lay the stages of ``config`` out as blocks."""
-    depth = sum(config.stages)
-    stage_starts = {sum(config.stages[:stage]) for stage in range(1, len(config.stages))}
-    dim, num_heads, kv_stride = config.embed_dim, config.num_heads, config.kv_stride
-    size = (config.num_frames, config.crop_size, config.crop_size)
-    grid = _divide(size, config.patch_stride)
-    for index in range(depth):
-        dim_out, q_stride = dim, (1, 1, 1)
-        if index in stage_starts:
-            dim_out, num_heads, q_stride = 2 * dim, 2 * num_heads, config.q_stride
-            kv_stride = _divide(kv_stride, q_stride)
-        # Drop path grows linearly over the depth (paper, appendix).
-        drop_path = config.drop_path * index / max(depth - 1, 1)
-        yield BlockPlan(dim, dim_out, num_heads, grid, q_stride, kv_stride, drop_path)
-        dim, grid = dim_out, _divide(grid, q_stride)
-
-
-def _divide(size: Grid, stride: Grid) -> Grid:
-    t, h, w = (max(n // s, 1) for n, s in zip(size, stride, strict=True))
-    return t, h, w
-
-
 class MViT(nn.Module):
-    """MViTv2 from a config: float clips (B, 3, T, H, W) -> logits (B, num_classes).
+    """MViT from a config: float clips (B, 3, T, H, W) -> logits (B, num_classes).
 
     Parameter names are those of the official PySlowFast checkpoints. ``protocol`` says how clips for this
     model are cut and normalised; ``class_names`` (None: unknown) what its outputs mean.
     """
+
+    pos_embed: nn.Parameter | None
+    pos_embed_spatial: nn.Parameter | None
+    pos_embed_temporal: nn.Parameter | None
+    pos_embed_class: nn.Parameter | None
 
     def __init__(self, config: MViTConfig, protocol: Protocol | None = None) -> None:
         super().__init__()
@@ -113,16 +35,27 @@ class MViT(nn.Module):
             clip_frames=config.num_frames, short_side=config.crop_size, crop=config.crop_size
         )
         self.class_names: tuple[str, ...] | None = None
-        self.patch_embed = PatchEmbed(config.embed_dim, config.patch_kernel, config.patch_stride)
+        self.patch_embed = PatchEmbed(config)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.embed_dim)) if config.class_token else None
+        self.grid = divide(config.input_size, config.patch_stride)  # of the absolute positions
+        positions = position_parameters(config.abs_pos, config.embed_dim, self.grid, config.class_token)
+        for name in ("pos_embed", "pos_embed_spatial", "pos_embed_temporal", "pos_embed_class"):
+            self.register_parameter(name, positions.get(name))
+        self.dropout = nn.Dropout(config.dropout)
+        self.norm_stem = nn.LayerNorm(config.embed_dim, eps=NORM_EPS) if config.norm_stem else None
+
         plans = list(plan_blocks(config))
         self.blocks = nn.ModuleList(Block(plan, config) for plan in plans)
         self.norm = nn.LayerNorm(plans[-1].dim_out, eps=NORM_EPS)
         self.head = Head(plans[-1].dim_out, config.num_classes, config.head_dropout)
+
         self.apply(_init_module)
         for name, parameter in self.named_parameters():
-            if "rel_pos" in name or name == "cls_token":
+            if name == "cls_token" or name.startswith("pos_embed"):
                 nn.init.trunc_normal_(parameter, std=0.02)
+        with torch.no_grad():
+            for parameter in self.head.parameters():
+                parameter.mul_(config.head_init_scale)
 
     def forward(self, clips: Tensor) -> Tensor:
         """Float clips (B, 3, T, H, W) -> logits (B, num_classes). Raises ValueError for another shape."""
@@ -132,9 +65,27 @@ class MViT(nn.Module):
         """Float clips (B, 3, T, H, W) -> what the head reads, (B, C): the class token or the mean token."""
         x, grid = self.embed(clips)
         for block in self.blocks:
-            x, grid = block(x, grid)
+            x, grid = self._run(block, x, grid)
+        first = int(self.cls_token is not None)
+        if self.config.mean_pooling:
+            return self.norm(x[:, first:].mean(1))
         x = self.norm(x)
-        return x[:, 0] if self.cls_token is not None else x.mean(1)
+        return x[:, 0] if first else x.mean(1)
+
+    def forward_stages(self, clips: Tensor) -> list[Tensor]:
+        """Float clips (B, 3, T, H, W) -> the grid of tokens that leaves each stage, (B, C, T', H', W').
+
+        The maps are neither normalised nor hold the class token.
+        """
+        x, grid = self.embed(clips)
+        ends = {start - 1 for start in (*self.config.stage_starts[1:], len(self.blocks))}
+        maps = []
+        for index, block in enumerate(self.blocks):
+            x, grid = self._run(block, x, grid)
+            if index in ends:
+                cells = x[:, int(self.cls_token is not None) :]
+                maps.append(cells.unflatten(1, grid).permute(0, 4, 1, 2, 3))
+        return maps
 
     def embed(self, clips: Tensor) -> tuple[Tensor, Grid]:
         """Float clips (B, 3, T, H, W) -> tokens (B, N, C), class token first, and their grid (T', H', W')."""
@@ -143,18 +94,58 @@ class MViT(nn.Module):
         x, grid = self.patch_embed(clips)
         if self.cls_token is not None:
             x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
-        return x, grid
+        table: Tensor | None = self.pos_embed
+        if self.pos_embed_spatial is not None and self.pos_embed_temporal is not None:
+            table = joint_table(self.pos_embed_spatial, self.pos_embed_temporal, self.pos_embed_class)
+        if table is not None:
+            x = x + resize_table(table, self.grid, grid)
+        x = self.dropout(x)
+        return x if self.norm_stem is None else self.norm_stem(x), grid
+
+    def _run(self, block: nn.Module, x: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
+        if self.config.checkpoint_blocks and torch.is_grad_enabled():
+            return checkpoint(block, x, grid, use_reentrant=False)
+        return block(x, grid)
+
+
+def layer_groups(model: MViT) -> list[list[str]]:
+    """Parameter names by depth, for layer-wise decay: what feeds the first block, each block, norm and head.
+
+    The last of ``len(model.blocks) + 2`` groups is the one nearest to the output.
+    """
+    depth = len(model.blocks)
+    groups: list[list[str]] = [[] for _ in range(depth + 2)]
+    for name, _ in model.named_parameters():
+        part, _, rest = name.partition(".")
+        if part == "blocks":
+            groups[int(rest.partition(".")[0]) + 1].append(name)
+        else:
+            groups[depth + 1 if part in ("norm", "head") else 0].append(name)
+    return groups
 
 
 class PatchEmbed(nn.Module):
     """Cut a clip into overlapping space-time patches: one strided convolution."""
 
-    def __init__(self, dim: int, kernel: Grid, stride: Grid) -> None:
+    def __init__(self, config: MViTConfig) -> None:
         super().__init__()
-        self.proj = nn.Conv3d(3, dim, kernel, stride, half(kernel))
+        kernel, stride = config.patch_kernel, config.patch_stride
+        padding = half(kernel) if config.patch_padding is None else config.patch_padding
+        if config.patch_2d:
+            self.proj: nn.Conv2d | nn.Conv3d = nn.Conv2d(
+                3, config.embed_dim, kernel[1:], stride[1:], padding[1:]
+            )
+        else:
+            self.proj = nn.Conv3d(3, config.embed_dim, kernel, stride, padding)
 
     def forward(self, clips: Tensor) -> tuple[Tensor, Grid]:
-        x = self.proj(clips)  # (B, C, T', H', W')
+        """(B, 3, T, H, W) -> tokens (B, T'*H'*W', C) and their grid."""
+        if isinstance(self.proj, nn.Conv2d):  # frame by frame
+            weight, bias = self.proj.weight.unsqueeze(2), self.proj.bias
+            stride, padding = (1, *self.proj.stride), (0, *self.proj.padding)
+            x = F.conv3d(clips, weight, bias, stride, padding)
+        else:
+            x = self.proj(clips)  # (B, C, T', H', W')
         _, _, t, h, w = x.shape
         return x.flatten(2).transpose(1, 2), (t, h, w)
 
@@ -167,21 +158,33 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(plan.dim, eps=NORM_EPS)
         self.attn = PoolingAttention(
             plan.dim,
-            plan.dim_out,
+            plan.attention_dim,
             plan.num_heads,
             grid=plan.grid,
             kernel=config.pool_kernel,
             q_stride=plan.q_stride,
             kv_stride=plan.kv_stride,
+            pools_q=plan.pools_q,
+            pools_kv=plan.pools_kv,
+            pool_mode=config.pool_mode,
+            pool_first=config.pool_first,
+            separate_qkv=config.separate_qkv,
             qkv_bias=config.qkv_bias,
             class_token=config.class_token,
             residual_pooling=config.residual_pooling,
             rel_pos_temporal=config.rel_pos_temporal,
             rel_pos_spatial=config.rel_pos_spatial,
+            rel_pos_joint=config.rel_pos_joint,
+            rel_pos_zero_init=config.rel_pos_zero_init,
+            window=plan.window,
+            shifted=plan.shifted,
+            dropout=config.dropout,
         )
-        self.norm2 = nn.LayerNorm(plan.dim_out, eps=NORM_EPS)
-        self.mlp = Mlp(plan.dim_out, int(plan.dim_out * config.mlp_ratio))
+        self.norm2 = nn.LayerNorm(plan.attention_dim, eps=NORM_EPS)
+        hidden_dim = int(plan.attention_dim * config.mlp_ratio)
+        self.mlp = Mlp(plan.attention_dim, hidden_dim, plan.dim_out, config.dropout)
         self.proj = nn.Linear(plan.dim, plan.dim_out) if plan.dim != plan.dim_out else None
+        self.widens_in_attention = config.dim_mul_in_attention
         self.q_stride = plan.q_stride
         self.class_token = config.class_token
         self.drop_path = plan.drop_path
@@ -191,9 +194,13 @@ class Block(nn.Module):
         normed = self.norm1(x)
         attended, out_grid = self.attn(normed, grid)
         # Where the width changes, the skip path starts from the normalised tokens.
-        skip = x if self.proj is None else self.proj(normed)
-        x = self._pool_skip(skip, grid) + self._drop(attended)
-        x = x + self._drop(self.mlp(self.norm2(x)))
+        if self.proj is not None and self.widens_in_attention:
+            x = self.proj(normed)
+        x = self._pool_skip(x, grid) + self._drop(attended)
+        normed = self.norm2(x)
+        if self.proj is not None and not self.widens_in_attention:
+            x = self.proj(normed)
+        x = x + self._drop(self.mlp(normed))
         return x, out_grid
 
     def _pool_skip(self, x: Tensor, grid: Grid) -> Tensor:
@@ -201,9 +208,9 @@ class Block(nn.Module):
         if self.q_stride == (1, 1, 1):
             return x
         first = int(self.class_token)
-        t, h, w = (s + 1 if s > 1 else 1 for s in self.q_stride)
+        kernel = pool_kernel_for(self.q_stride)
         volume = x[:, first:].unflatten(1, grid).permute(0, 4, 1, 2, 3)  # (B, C, T, H, W)
-        pooled = F.max_pool3d(volume, (t, h, w), self.q_stride, half((t, h, w))).flatten(2).transpose(1, 2)
+        pooled = F.max_pool3d(volume, kernel, self.q_stride, half(kernel)).flatten(2).transpose(1, 2)
         return torch.cat([x[:, :first], pooled], dim=1)
 
     def _drop(self, x: Tensor) -> Tensor:
@@ -218,13 +225,15 @@ class Block(nn.Module):
 class Mlp(nn.Module):
     """Two linear layers with the exact GELU between them."""
 
-    def __init__(self, dim: int, hidden_dim: int) -> None:
+    def __init__(self, dim: int, hidden_dim: int, dim_out: int, dropout: float) -> None:
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.fc2 = nn.Linear(hidden_dim, dim_out)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        """(B, N, C) -> (B, N, C')"""
+        return self.dropout(self.fc2(self.dropout(F.gelu(self.fc1(x)))))
 
 
 class Head(nn.Module):
@@ -241,7 +250,7 @@ class Head(nn.Module):
 
 def _init_module(module: nn.Module) -> None:
     """The official initialisation, in which biases of linear layers and norms start at 0.02 as well."""
-    if isinstance(module, nn.Linear | nn.Conv3d):
+    if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d):
         nn.init.trunc_normal_(module.weight, std=0.02)
     if isinstance(module, nn.Linear | nn.LayerNorm) and module.bias is not None:
         nn.init.constant_(module.bias, 0.02)

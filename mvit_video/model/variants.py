@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from mvit_video.errors import ConfigError
-from mvit_video.model.mvit import MViT, MViTConfig
-from mvit_video.model.protocol import Protocol
+from mvit_video.model.config import MViTConfig
+from mvit_video.model.mvit import MViT
+from mvit_video.model.protocol import IMAGENET_MEAN, IMAGENET_STD, Protocol
 
 
 @dataclass(frozen=True)
@@ -18,12 +20,72 @@ class Variant:
     protocol: Protocol
 
 
+# Kinetics-400. MViTv2 paper, table 1, and the official configurations.
+_S = MViTConfig(embed_dim=96, num_heads=1, stages=(1, 2, 11, 2), drop_path=0.2)
+_B = MViTConfig(embed_dim=96, num_heads=1, stages=(2, 3, 16, 3), drop_path=0.3, num_frames=32)
+_L = MViTConfig(
+    embed_dim=144, num_heads=2, stages=(2, 6, 36, 4), drop_path=0.75, num_frames=40, crop_size=312
+)
+
+# Kinetics-400. MViT paper, table 3: no relative positions, no residual, widening in MLPs.
+_V1_B = MViTConfig(
+    stages=(1, 2, 11, 2),
+    abs_pos="separable",
+    rel_pos_temporal=False,
+    rel_pos_spatial=False,
+    residual_pooling=False,
+    pool_q_every_block=False,
+    dim_mul_in_attention=False,
+)
+
+# ImageNet-1K. MViTv2 paper, table 1 and appendix.
+_IMAGE = MViTConfig(
+    num_classes=1000,
+    num_frames=1,
+    patch_kernel=(1, 7, 7),
+    patch_stride=(1, 4, 4),
+    patch_2d=True,
+    pool_kernel=(1, 3, 3),
+    kv_stride=(1, 4, 4),
+    class_token=False,
+    rel_pos_temporal=False,
+    head_dropout=0.0,
+)
+_IMAGE_PROTOCOL = Protocol(clip_frames=1, stride=1, num_clips=1, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+
+
+def _image(**layout: Any) -> Variant:
+    return Variant(replace(_IMAGE, **layout), _IMAGE_PROTOCOL)
+
+
 VARIANTS = {
-    # Paper, table 1 and the official configuration for Kinetics-400.
-    "mvitv2_s_16x4": Variant(
-        MViTConfig(embed_dim=96, num_heads=1, stages=(1, 2, 11, 2), num_frames=16, crop_size=224),
-        Protocol(clip_frames=16, stride=4, num_clips=5, num_crops=1, short_side=256, crop=224),
+    "mvitv2_s_16x4": Variant(_S, Protocol(clip_frames=16, stride=4)),
+    "mvitv2_b_32x3": Variant(_B, Protocol(clip_frames=32, stride=3)),
+    "mvitv2_l_40x3": Variant(
+        _L,
+        Protocol(
+            clip_frames=40,
+            stride=3,
+            num_crops=3,
+            short_side=312,
+            crop=312,
+            mean=IMAGENET_MEAN,
+            std=IMAGENET_STD,
+        ),
     ),
+    "mvitv1_b_16x4": Variant(_V1_B, Protocol(clip_frames=16, stride=4)),
+    "mvitv1_b_32x3": Variant(
+        replace(_V1_B, num_frames=32, drop_path=0.3), Protocol(clip_frames=32, stride=3)
+    ),
+    "mvitv2_t_224": _image(stages=(1, 2, 5, 2), drop_path=0.1),
+    "mvitv2_s_224": _image(stages=(1, 2, 11, 2), drop_path=0.1),
+    "mvitv2_b_224": _image(stages=(2, 3, 16, 3), drop_path=0.3),
+    # The published L widens in MLPs.
+    "mvitv2_l_224": _image(
+        embed_dim=144, num_heads=2, stages=(2, 6, 36, 4), drop_path=0.5, dim_mul_in_attention=False
+    ),
+    # Published for ImageNet-21K, with a class token; the drop path is that of its detection model.
+    "mvitv2_h_224": _image(embed_dim=192, num_heads=3, stages=(4, 8, 60, 8), drop_path=0.6, class_token=True),
     # Not from the paper: small enough to train on two CPU cores in minutes.
     "mvitv2_nano_8x4": Variant(
         MViTConfig(
@@ -33,10 +95,11 @@ VARIANTS = {
             num_frames=8,
             crop_size=64,
             kv_stride=(1, 4, 4),
+            window=(4, 8, 8),
             drop_path=0.0,
             head_dropout=0.0,
         ),
-        Protocol(clip_frames=8, stride=4, num_clips=5, num_crops=1, short_side=64, crop=64),
+        Protocol(clip_frames=8, stride=4, short_side=64, crop=64),
     ),
 }
 
@@ -52,8 +115,8 @@ def create_model(name: str, num_classes: int | None = None, **overrides: Any) ->
     Args:
         name: one of ``list_models()``.
         num_classes: outputs of the head; the variant's own where None.
-        overrides: fields of ``MViTConfig`` that differ from the variant's. The model's protocol follows
-            ``num_frames`` and ``crop_size``.
+        overrides: fields of ``MViTConfig`` that differ from the variant's; None leaves the variant's. The
+            model's protocol follows ``num_frames`` and ``crop_size``.
 
     Raises:
         ConfigError: for an unknown name or field.
@@ -64,9 +127,9 @@ def create_model(name: str, num_classes: int | None = None, **overrides: Any) ->
             f"unknown model {name!r}{_did_you_mean(name, VARIANTS)}; known: {', '.join(list_models())}"
         )
     variant = VARIANTS[name]
-    if num_classes is not None:
-        overrides["num_classes"] = num_classes
-    config = replace_fields(variant.config, overrides)
+    overrides["num_classes"] = num_classes
+    values = {k: getattr(variant.config, k, None) if v is None else v for k, v in overrides.items()}
+    config = replace_fields(variant.config, values)
     protocol = variant.protocol
     if config.num_frames != variant.config.num_frames or config.crop_size != variant.config.crop_size:
         short_side = round(protocol.short_side * config.crop_size / protocol.crop)
@@ -85,8 +148,14 @@ def replace_fields(config: Any, overrides: dict[str, Any]) -> Any:
             raise ConfigError(
                 f"{kind} has no {key!r}{_did_you_mean(key, fields)}; it has: {', '.join(fields)}"
             )
-    # Lists come from yaml; the dataclasses hold tuples.
-    return replace(config, **{k: tuple(v) if isinstance(v, list) else v for k, v in overrides.items()})
+    return replace(config, **{key: _as_tuples(value) for key, value in overrides.items()})
+
+
+def _as_tuples(value: Any) -> Any:
+    """Lists come from yaml; the dataclasses hold tuples."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return tuple(_as_tuples(item) for item in value)
+    return value
 
 
 def _did_you_mean(word: str, known: Any) -> str:

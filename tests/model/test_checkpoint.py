@@ -359,27 +359,35 @@ def test_slowfast_weights_that_contradict_their_cfg():
 @pytest.mark.parametrize(
     ("option", "value"),
     [
-        ("MODE", "max"),
-        ("NORM", "batchnorm"),
-        ("DIM_MUL_IN_ATT", False),
-        ("POOL_FIRST", True),
-        ("SEPARATE_QKV", True),
-        ("USE_ABS_POS", True),
-        ("USE_MEAN_POOLING", True),
-        ("NORM_STEM", True),
-        ("PATCH_2D", True),
-        ("PATCH_PADDING", [2, 4, 4]),
-        ("HEAD_MUL", [[1, 2.0]]),
-        ("DIM_MUL", [[1, 2.0], [3, 1.5]]),
-        ("POOL_KV_STRIDE", [[0, 1, 8, 8]]),
-        ("POOL_Q_STRIDE", [[1, 1, 2, 2], [3, 1, 2, 2]]),
-        ("POOL_Q_STRIDE", [[0, 1, 1, 1], [1, 1, 2, 2], [2, 1, 2, 2], [3, 1, 2, 2]]),
+        ("MVIT__MODE", "median"),
+        ("MVIT__NORM", "batchnorm"),
+        ("MVIT__USE_FIXED_SINCOS_POS", True),
+        ("DATA__INPUT_CHANNEL_NUM", [3, 3]),
+        ("MODEL__MODEL_NAME", "SlowFast"),
+        ("MODEL__HEAD_ACT", "sigmoid"),
     ],
 )
 def test_option_that_cannot_be_built_is_named(option, value):
-    with pytest.raises(CheckpointError, match=rf"MVIT\.{option} = .* can't be built; only .* can") as caught:
-        from_slowfast(slowfast_checkpoint(**{f"MVIT__{option}": value}))
-    assert f"MVIT.{option} = {value} " in str(caught.value)
+    named = option.replace("__", ".")
+    with pytest.raises(CheckpointError, match=rf"{named} = .* can't be built; only .* can") as caught:
+        from_slowfast(slowfast_checkpoint(**{option: value}))
+    assert f"{named} = {value} " in str(caught.value)
+
+
+@pytest.mark.parametrize("section", ["MVIT.REV", "DETECTION", "MASK"])
+def test_other_models_of_a_configuration_are_named(section):
+    checkpoint = slowfast_checkpoint()
+    place = cfg = yaml.safe_load(checkpoint["cfg"])
+    for part in section.split("."):
+        place = place.setdefault(part, {})
+    place["ENABLE"] = True
+    with pytest.raises(CheckpointError, match=rf"{section}\.ENABLE = True can't be built; only False can"):
+        from_slowfast(checkpoint | {"cfg": cfg})
+
+
+def test_unknown_option_is_named():
+    with pytest.raises(CheckpointError, match=r"MVIT\.GATED = True can't be built; it is unknown"):
+        from_slowfast(slowfast_checkpoint(MVIT__GATED=True))
 
 
 @pytest.mark.parametrize("text", ["a: [", "key: value: other", "\t- x"])
@@ -389,9 +397,9 @@ def test_cfg_that_is_no_yaml(text):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("cfg", ["just words", "", "- a list", {}, {"MVIT": {}, "DATA": {}}, None, 3])
+@pytest.mark.parametrize("cfg", ["just words", "", "- a list", {}, {"DATA": {}}, None, 3])
 def test_cfg_that_is_no_mvit_configuration(cfg):
-    with pytest.raises(CheckpointError, match="its cfg is no MViTv2 configuration"):
+    with pytest.raises(CheckpointError, match="its cfg is no MViT configuration"):
         from_slowfast(slowfast_checkpoint() | {"cfg": cfg})
 
 
@@ -408,24 +416,8 @@ def test_cfg_that_is_no_mvit_configuration(cfg):
     ],
 )
 def test_cfg_out_of_range_is_a_checkpoint_error(option, value):
-    with pytest.raises(CheckpointError, match="its cfg is no MViTv2 configuration"):
+    with pytest.raises(CheckpointError, match="its cfg is no MViT configuration"):
         from_slowfast(slowfast_checkpoint(**{f"MVIT__{option}": value}))
-
-
-def test_image_checkpoints_are_refused_by_their_option():
-    with pytest.raises(CheckpointError, match=r"MVIT\.PATCH_2D = True can't be built"):
-        from_slowfast({"model_state": {}, "cfg": golden("in1k_t")["cfg"]})
-
-
-@pytest.mark.parametrize("option", ["POOL_KVQ_KERNEL", "POOL_KV_STRIDE_ADAPTIVE"])
-def test_absent_pooling_is_named(option):
-    with pytest.raises(CheckpointError, match=rf"MVIT\.{option} = None can't be built"):
-        from_slowfast(slowfast_checkpoint(**{f"MVIT__{option}": None}))
-
-
-def test_queries_that_are_not_pooled_are_named():
-    with pytest.raises(CheckpointError, match=r"MVIT\.POOL_Q_STRIDE = \[\] can't be built"):
-        from_slowfast(slowfast_checkpoint(MVIT__POOL_Q_STRIDE=[]))
 
 
 @pytest.mark.parametrize(

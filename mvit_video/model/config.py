@@ -1,0 +1,280 @@
+"""What shapes a model: the configuration, and the blocks that it lays out."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, get_args, get_type_hints
+
+from mvit_video.model.attention import Grid, JointPositions, PoolMode
+from mvit_video.model.positions import AbsolutePositions
+
+AttentionKind = Literal[
+    "pooling",
+    "pooling_shifted_window",
+    "pooling_hybrid_window",
+    "full",
+    "window",
+    "shifted_window",
+    "hybrid_window",
+]
+
+
+@dataclass(frozen=True)
+class MViTConfig:
+    """Everything that shapes a model; the defaults are MViTv2's.
+
+    Sizes are in input frames and pixels, strides in tokens. ``stages`` counts the blocks of each stage. The
+    first block of every stage but the first doubles channels and heads and pools its queries by ``q_stride``;
+    keys and values start with ``kv_stride``, which is divided by every query stride on the way (paper,
+    section 3 and table 1). ``num_frames`` and ``crop_size`` say which input the position tables are made for;
+    other inputs work and interpolate them.
+
+    Attributes:
+        patch_padding: None: half of ``patch_kernel``.
+        patch_2d: hold the patch embedding's weights without a time axis, as official image models do;
+            ``patch_kernel`` and ``patch_stride`` must be 1 in time.
+        pool_kernel: "stride": stride + 1 where strided, else 1.
+        pool_mode, pool_first, separate_qkv, rel_pos_joint: see ``PoolingAttention``.
+        pool_q_every_block: pool queries in every block, not only where a stage begins.
+        attention: "pooling", or without pooled keys and values: "full". "window": inside windows;
+            "shifted_window": every second block of a stage moves them by half; "hybrid_window": except in the
+            last block of the last three stages (Hwin). "pooling_..." does both. Without pooling, queries are
+            pooled only where a stage begins.
+        window: tokens of the first stage (T, H, W), divided by every query stride like ``kv_stride``.
+        mean_pooling: the head reads the norm of the mean of the grid, not the class token. Without a class
+            token it reads the mean, or with ``mean_pooling`` the norm of the mean.
+        abs_pos: absolute positions: "joint": a row for every token; "separable": one for every place and one
+            for every time, summed.
+        rel_pos_temporal, rel_pos_spatial: which axes have relative positions.
+        norm_stem: LayerNorm before the first block.
+        dim_mul_in_attention: the attention of a stage's first block doubles the channels; False: the MLP of
+            the block before does, as in MViTv1.
+        dim_mul, head_mul: (block, factor) pairs in place of what ``stages`` says.
+        q_strides, kv_strides: (block, T, H, W) of all blocks that pool queries, or keys and values, in place
+            of what the strides above say.
+        dropout: of positions, attention outputs and MLPs.
+        drop_path: probability that the last block's branches are dropped; grows linearly over the blocks.
+        head_init_scale: factor on the head's first weights.
+        checkpoint_blocks: recompute blocks in the backward pass instead of keeping their activations.
+    """
+
+    num_classes: int = 400
+    num_frames: int = 16
+    crop_size: int = 224
+    embed_dim: int = 96
+    num_heads: int = 1
+    stages: tuple[int, ...] = (1, 2, 11, 2)
+    mlp_ratio: float = 4.0
+    qkv_bias: bool = True
+    patch_kernel: Grid = (3, 7, 7)
+    patch_stride: Grid = (2, 4, 4)
+    patch_padding: Grid | None = None
+    patch_2d: bool = False
+    pool_kernel: Grid | Literal["stride"] = (3, 3, 3)
+    pool_mode: PoolMode = "conv"
+    pool_first: bool = False
+    pool_q_every_block: bool = True
+    separate_qkv: bool = False
+    q_stride: Grid = (1, 2, 2)
+    kv_stride: Grid = (1, 8, 8)
+    attention: AttentionKind = "pooling"
+    window: Grid = (8, 28, 28)
+    class_token: bool = True
+    mean_pooling: bool = False
+    residual_pooling: bool = True
+    abs_pos: AbsolutePositions = "none"
+    rel_pos_temporal: bool = True
+    rel_pos_spatial: bool = True
+    rel_pos_joint: JointPositions = "none"
+    rel_pos_zero_init: bool = False
+    norm_stem: bool = False
+    dim_mul_in_attention: bool = True
+    dim_mul: tuple[tuple[int, float], ...] | None = None
+    head_mul: tuple[tuple[int, float], ...] | None = None
+    q_strides: tuple[tuple[int, int, int, int], ...] | None = None
+    kv_strides: tuple[tuple[int, int, int, int], ...] | None = None
+    dropout: float = 0.0
+    drop_path: float = 0.2
+    head_dropout: float = 0.5
+    head_init_scale: float = 1.0
+    checkpoint_blocks: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("num_classes", "num_frames", "crop_size", "embed_dim", "num_heads", "mlp_ratio"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("dropout", "drop_path", "head_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        for name in ("patch_kernel", "patch_stride", "pool_kernel", "q_stride", "kv_stride", "window"):
+            value = getattr(self, name)
+            if value != "stride" and (len(value) != 3 or min(value) < 1):
+                raise ValueError(f"{name} must be three positive numbers (T, H, W), got {value}")
+        if not self.stages or min(self.stages) < 1:
+            raise ValueError(
+                f"stages must list the blocks of each stage, at least one each, got {self.stages}"
+            )
+        if self.embed_dim % self.num_heads:
+            raise ValueError(f"embed_dim {self.embed_dim} must be a multiple of num_heads {self.num_heads}")
+        self._check_choices()
+        self._check_block_lists()
+        self._check_combinations()
+
+    def _check_choices(self) -> None:
+        for name in ("pool_mode", "attention", "abs_pos", "rel_pos_joint"):
+            allowed = get_args(get_type_hints(type(self))[name])
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+
+    def _check_block_lists(self) -> None:
+        depth = sum(self.stages)
+        for name, size, what in (
+            ("dim_mul", 2, "(block, factor)"),
+            ("head_mul", 2, "(block, factor)"),
+            ("q_strides", 4, "(block, T, H, W)"),
+            ("kv_strides", 4, "(block, T, H, W)"),
+        ):
+            for entry in getattr(self, name) or ():
+                if len(entry) != size or not 0 <= entry[0] < depth or min(entry[1:]) <= 0:
+                    raise ValueError(f"{name} must list {what} of blocks 0 to {depth - 1}, got {entry}")
+
+    def _check_combinations(self) -> None:
+        padding = self.patch_padding
+        if padding is not None and (len(padding) != 3 or min(padding) < 0):
+            raise ValueError(f"patch_padding must be three numbers (T, H, W) from 0, got {padding}")
+        if self.patch_2d and not self.patch_kernel[0] == self.patch_stride[0] == 1:
+            raise ValueError(
+                "patch_2d needs patch_kernel and patch_stride of 1 in time, "
+                f"got {self.patch_kernel} and {self.patch_stride}"
+            )
+        if self.pool_mode == "conv_unshared" and not self.pool_first:
+            raise ValueError("pool_mode 'conv_unshared' needs pool_first")
+        if self.rel_pos_joint != "none" and not self.rel_pos_spatial:
+            raise ValueError(f"rel_pos_joint {self.rel_pos_joint!r} needs rel_pos_spatial")
+        if self.rel_pos_joint == "space_time" and not self.rel_pos_temporal:
+            raise ValueError("rel_pos_joint 'space_time' needs rel_pos_temporal")
+        if self.rel_pos_joint == "space_time" and "window" in self.attention:
+            raise ValueError(f"rel_pos_joint 'space_time' doesn't go with attention {self.attention!r}")
+
+    @property
+    def input_size(self) -> Grid:
+        """Frames, height and width that the position tables are made for."""
+        return self.num_frames, self.crop_size, self.crop_size
+
+    @property
+    def stage_starts(self) -> tuple[int, ...]:
+        """Index of the first block of every stage."""
+        return tuple(itertools.accumulate(self.stages[:-1], initial=0))
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """One block as ``plan_blocks`` lays it out.
+
+    Attributes:
+        dim, attention_dim, dim_out: channels that come in, leave the attention and leave the block.
+        grid: the grid (T, H, W) of the tokens that come in.
+        q_stride, kv_stride: 1 where the block doesn't pool.
+        window: tokens (T, H, W) of ``grid``; None: attention is global.
+    """
+
+    stage: int
+    dim: int
+    attention_dim: int
+    dim_out: int
+    num_heads: int
+    grid: Grid
+    q_stride: Grid
+    kv_stride: Grid
+    pools_q: bool
+    pools_kv: bool
+    window: Grid | None
+    shifted: bool
+    drop_path: float
+
+
+def plan_blocks(config: MViTConfig) -> Iterator[BlockPlan]:
+    """Lay the stages of ``config`` out as blocks."""
+    depth, starts = sum(config.stages), config.stage_starts
+    doubled = tuple((start, 2.0) for start in starts[1:])
+    dim_mul = dict(doubled if config.dim_mul is None else config.dim_mul)
+    head_mul = dict(doubled if config.head_mul is None else config.head_mul)
+    q_strides, kv_strides = pooling_strides(config)
+
+    dim, num_heads, window = config.embed_dim, config.num_heads, config.window
+    grid = divide(config.input_size, config.patch_stride)
+    stage = -1
+    for index in range(depth):
+        stage += index in starts
+        num_heads = round_width(num_heads, head_mul.get(index, 1.0))
+        widens = index if config.dim_mul_in_attention else index + 1
+        divisor = round_width(num_heads, head_mul.get(widens, 1.0))
+        dim_out = round_width(dim, dim_mul.get(widens, 1.0), divisor)
+        attention_dim = dim_out if config.dim_mul_in_attention else dim
+        if attention_dim % num_heads:
+            raise ValueError(
+                f"dim_mul and head_mul give block {index} {attention_dim} channels, "
+                f"which {num_heads} heads can't share evenly"
+            )
+        q_stride = q_strides.get(index, (1, 1, 1))
+        yield BlockPlan(
+            stage=stage,
+            dim=dim,
+            attention_dim=attention_dim,
+            dim_out=dim_out,
+            num_heads=num_heads,
+            grid=grid,
+            q_stride=q_stride,
+            kv_stride=kv_strides.get(index, (1, 1, 1)),
+            pools_q=index in q_strides,
+            pools_kv=index in kv_strides,
+            window=None if _is_global(config, index) else window,
+            shifted=config.attention.endswith("shifted_window") and (index - starts[stage]) % 2 == 1,
+            # Drop path grows linearly over the depth (paper, appendix).
+            drop_path=config.drop_path * index / max(depth - 1, 1),
+        )
+        dim, grid, window = dim_out, divide(grid, q_stride), divide(window, q_stride)
+
+
+def pooling_strides(config: MViTConfig) -> tuple[dict[int, Grid], dict[int, Grid]]:
+    """Strides of the blocks that pool queries, and of those that pool keys and values."""
+    pooling = config.attention.startswith("pooling")
+    blocks = range(sum(config.stages))
+    one = (1, 1, 1)
+    if config.q_strides is not None:
+        q_strides = {index: (t, h, w) for index, t, h, w in config.q_strides}
+    else:
+        q_strides = dict.fromkeys(blocks, one) if config.pool_q_every_block else {}
+        q_strides |= dict.fromkeys(config.stage_starts[1:], config.q_stride)
+    if config.kv_strides is not None:
+        kv_strides = {index: (t, h, w) for index, t, h, w in config.kv_strides}
+    else:
+        kv_strides, stride = {}, config.kv_stride
+        for index in blocks:
+            stride = divide(stride, q_strides.get(index, one))
+            kv_strides[index] = stride
+    if pooling:
+        return q_strides, kv_strides
+    return {index: stride for index, stride in q_strides.items() if stride != one}, {}
+
+
+def _is_global(config: MViTConfig, index: int) -> bool:
+    if not config.attention.endswith("window"):
+        return True
+    ends = [start - 1 for start in (*config.stage_starts[1:], sum(config.stages))]
+    return config.attention.endswith("hybrid_window") and index in ends[-3:]
+
+
+def divide(size: Grid, stride: Grid) -> Grid:
+    """Floor division per axis, but at least 1."""
+    t, h, w = (max(n // s, 1) for n, s in zip(size, stride, strict=True))
+    return t, h, w
+
+
+def round_width(width: int, factor: float, divisor: int = 1) -> int:
+    """``width * factor``, rounded to a multiple of ``divisor`` but not to less than nine tenths of it."""
+    scaled = width * factor
+    rounded = max(int(scaled + divisor / 2) // divisor * divisor, 1)
+    return rounded if rounded >= 0.9 * scaled else rounded + divisor
