@@ -30,7 +30,11 @@ def error_line(result: Result, name: str) -> str:
         ("train", ["optm.lr=1"], ["'optm'", "did you mean optim?"]),
         ("train", ["experimnt=motion"], ["'experimnt'", "did you mean experiment?"]),
         ("train", ["optim.lr.start=1"], ["'optim.lr.start'", "optim.lr is a value"]),
-        ("train", ["model=mvitv2_nano_8x"], ["model has no 'mvitv2_nano_8x'", "did you mean mvitv2_nano_8x4?"]),
+        (
+            "train",
+            ["model=mvitv2_nano_8x"],
+            ["model has no 'mvitv2_nano_8x'", "did you mean mvitv2_nano_8x4?"],
+        ),
         ("train", ["data=kinetic"], ["data has no 'kinetic'", "folder", "csv"]),
         ("eval", ["weights=x", "veiws=5x1"], ["'veiws'", "did you mean views?"]),
         ("eval", ["weights=x", "views=5by1"], ["views has no '5by1'", "5x1"]),
@@ -122,11 +126,16 @@ def test_training_replaces_and_counts_bad_videos(command: Command, damaged: Path
     assert result.code == 0, result.err
     rows = (tmp_path / "run" / "bad_videos.csv").read_text().splitlines()
     assert rows[0] == "path,reason"
-    assert sorted(Path(row.split(",")[0]).name for row in rows[1:]) == ["broken.mp4", "broken1.mp4", "broken2.mp4"]
+    assert sorted(Path(row.split(",")[0]).name for row in rows[1:]) == [
+        "broken.mp4",
+        "broken1.mp4",
+        "broken2.mp4",
+    ]
     assert "3 bad videos" in (tmp_path / "run" / "train.log").read_text()
-    assert "0.5 M parameters, 2 classes, 10 training and 5 validation videos" in (
-        tmp_path / "run" / "train.log"
-    ).read_text()
+    assert (
+        "0.5 M parameters, 2 classes, 10 training and 5 validation videos"
+        in (tmp_path / "run" / "train.log").read_text()
+    )
 
 
 def test_training_gives_up_where_nothing_can_be_read(command: Command, tmp_path: Path) -> None:
@@ -184,7 +193,9 @@ def test_evaluation_refuses_other_classes(
     assert "'dogs'" in line
 
 
-def test_bare_weights_need_a_model(command: Command, two_classes: Path, checkpoint: Path, tmp_path: Path) -> None:
+def test_bare_weights_need_a_model(
+    command: Command, two_classes: Path, checkpoint: Path, tmp_path: Path
+) -> None:
     torch.save(mv.load_model(checkpoint).state_dict(), tmp_path / "bare.pth")
     arguments = [f"data.root={two_classes}", "weights=bare.pth", "num_workers=0"]
     assert "model=" in error_line(command("eval", *arguments), "eval")

@@ -20,8 +20,6 @@ OPPOSITES = [
 ]
 
 
-
-
 def decode(path: Path) -> NDArray[np.uint8]:
     with av.open(str(path)) as container:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])

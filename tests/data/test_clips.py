@@ -1,0 +1,140 @@
+"""From files to clips: the frames that the plan names, the same whoever makes them, bad files replaced."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from videos import read_number, write_numbered_video
+
+from mvit_video.data.clips import Augment, EpochSampler, TestViews, TrainingClips, training_loader
+from mvit_video.data.decode import open_video
+from mvit_video.data.index import LabelledVideo
+from mvit_video.data.views import kinetics_frame_indices, segment_frame_indices
+from mvit_video.errors import ConfigError, DataError
+from mvit_video.model import Protocol
+
+PROTOCOL = Protocol(clip_frames=4, stride=2, target_fps=25, num_clips=3, short_side=96, crop=96)
+WHOLE_PICTURE = Augment(area=(1, 1), aspect=(1, 1), flip_probability=0)
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> list[LabelledVideo]:
+    root = tmp_path_factory.mktemp("numbered")
+    return [
+        LabelledVideo(
+            str(write_numbered_video(root / f"{i}.mp4", 20 + i, height=96, width=96)), i % 2, f"{i}"
+        )
+        for i in range(6)
+    ]
+
+
+def numbers(clip: torch.Tensor) -> list[int | None]:
+    """What the frames of a normalised (3, T, H, W) clip show."""
+    pixels = ((clip * 0.225 + 0.45) * 255).clamp(0, 255).to(torch.uint8)
+    return [read_number(frame) for frame in pixels.transpose(0, 1)]
+
+
+def test_test_views_show_the_planned_frames(videos: list[LabelledVideo]) -> None:
+    for index, views in enumerate(TestViews(videos, PROTOCOL)):
+        plan = kinetics_frame_indices(20 + index, 25, clip_frames=4, stride=2, num_clips=3, target_fps=25)
+        assert [numbers(clip) for clip in views.clips] == plan
+        assert views.spans == [pytest.approx((clip[0] / 25, clip[-1] / 25)) for clip in plan]
+
+
+def test_segment_sampling_shows_a_frame_of_each_segment(videos: list[LabelledVideo]) -> None:
+    views = TestViews(videos, replace(PROTOCOL, sampling="segment", num_crops=3))[1]
+    assert [numbers(clip) for clip in views.clips] == [segment_frame_indices(21, clip_frames=4)] * 3
+
+
+def test_one_decode_serves_all_views(videos: list[LabelledVideo]) -> None:
+    asked: list[list[int]] = []
+
+    def spy(path: str):
+        video = open_video(path)
+        get_frames = video.get_frames
+
+        def noted(indices):
+            asked.append(list(indices))
+            return get_frames(indices)
+
+        video.get_frames = noted
+        return video
+
+    views = TestViews(videos[:1], replace(PROTOCOL, num_crops=3), open_file=spy)[0]
+    assert len(views.clips) == 9
+    assert len(asked) == 1
+    assert asked[0] == sorted(set(asked[0]))
+
+
+def test_training_clips_depend_on_seed_epoch_and_video_alone(videos: list[LabelledVideo]) -> None:
+    dataset = TrainingClips(videos, PROTOCOL, Augment(), seed=3)
+    again = TrainingClips(videos, PROTOCOL, Augment(), seed=3)
+    random.seed(1)
+    torch.manual_seed(1)
+    for key in [(0, 4), (1, 4), (0, 0)]:
+        assert torch.equal(dataset[key].clip, again[key].clip)
+    assert not torch.equal(dataset[0, 4].clip, dataset[1, 4].clip)
+    assert not torch.equal(dataset[0, 4].clip, TrainingClips(videos, PROTOCOL, Augment(), seed=4)[0, 4].clip)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_batches_do_not_depend_on_the_number_of_workers(videos: list[LabelledVideo], workers: int) -> None:
+    dataset = TrainingClips(videos, PROTOCOL, Augment(), seed=0)
+    one, many = (
+        list(training_loader(dataset, batch_size=2, num_workers=n, pin_memory=False)) for n in (0, workers)
+    )
+    assert len(one) == len(many) == 3
+    for a, b in zip(one, many, strict=True):
+        assert torch.equal(a.clips, b.clips)
+        assert torch.equal(a.labels, b.labels)
+
+
+def test_the_sampler_shows_every_video_once_in_another_order_each_epoch() -> None:
+    sampler = EpochSampler(50, seed=1)
+    first = list(sampler)
+    assert first == list(EpochSampler(50, seed=1))
+    sampler.set_epoch(1)
+    second = list(sampler)
+    assert sorted(index for _, index in first) == sorted(index for _, index in second) == list(range(50))
+    assert {epoch for epoch, _ in second} == {1}
+    assert [index for _, index in first] != [index for _, index in second]
+
+
+def test_training_frames_rise_and_stay_inside(videos: list[LabelledVideo]) -> None:
+    dataset = TrainingClips(videos, PROTOCOL, WHOLE_PICTURE, seed=0)
+    starts = set()
+    for epoch in range(8):
+        shown = numbers(dataset[epoch, 2].clip)
+        assert all(number is not None and 0 <= number < 22 for number in shown)
+        assert shown == sorted(shown)
+        starts.add(shown[0])
+    assert len(starts) > 3
+
+
+def test_a_bad_video_is_replaced_and_reported(videos: list[LabelledVideo], tmp_path: Path) -> None:
+    broken = tmp_path / "broken.mp4"
+    broken.write_text("no video")
+    mixed = [LabelledVideo(str(broken), 0, "broken"), *videos]
+    dataset = TrainingClips(mixed, PROTOCOL, WHOLE_PICTURE, seed=0)
+    sample = dataset[0, 0]
+    assert [bad.path for bad in sample.bad] == [str(broken)] * len(sample.bad)
+    assert sample.bad
+    assert sample.clip.shape == (3, 4, 96, 96)
+    assert torch.equal(sample.clip, dataset[0, 0].clip)
+
+    views = TestViews(mixed, PROTOCOL)[0]
+    assert views.error
+    assert len(views.clips) == len(views.spans) == 0
+
+    with pytest.raises(DataError, match="in a row can't be read"):
+        TrainingClips(mixed[:1], PROTOCOL, WHOLE_PICTURE, seed=0)[0, 0]
+
+
+def test_a_batch_larger_than_the_data_set_is_refused(videos: list[LabelledVideo]) -> None:
+    dataset = TrainingClips(videos, PROTOCOL, WHOLE_PICTURE, seed=0)
+    with pytest.raises(ConfigError, match="batch_size is 7, but there are only 6 training videos"):
+        training_loader(dataset, batch_size=7, num_workers=0, pin_memory=False)

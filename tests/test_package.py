@@ -1,0 +1,77 @@
+"""The package as it is installed: light to import, complete as a wheel, its commands as Hydra users know them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from conftest import Command
+
+import mvit_video as mv
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted(path.relative_to(ROOT / "conf") for path in (ROOT / "conf").rglob("*.yaml"))
+
+
+def run(*command: str, **options) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
+
+
+def test_importing_leaves_out_what_only_the_commands_need() -> None:
+    code = (
+        "import sys, mvit_video as mv; assert callable(mv.predict); assert len(mv.__all__) > 10;"
+        "print([m for m in ('pytorch_lightning', 'hydra', 'matplotlib', 'pytorchvideo', 'torchvision')"
+        " if m in sys.modules])"
+    )
+    done = run(sys.executable, "-W", "error", "-c", code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
+
+
+def test_predict_stays_a_function_beside_its_command() -> None:
+    import mvit_video.predict
+    import mvit_video.predict.__main__  # noqa: F401
+
+    assert callable(mv.predict)
+    done = run(sys.executable, "-W", "error::RuntimeWarning", "-m", "mvit_video.predict", "--help")
+    assert done.returncode == 0, done.stderr
+    assert "mvit-predict says what happens in video files" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["train", "eval", "predict"])
+def test_help_and_config_are_shown(command: Command, name: str) -> None:
+    shown = command(name, "--help")
+    assert shown.code == 0
+    assert f"mvit-{name}" in shown.out
+    assert "views: " in shown.out
+    assert "Examples" in shown.out
+    shown = command(name, "--cfg", "job")
+    assert shown.code == 0
+    assert "num_workers: 2" in shown.out
+
+
+def test_the_wheel_carries_the_configuration(tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path), str(ROOT)]
+    done = run(*build)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {f"mvit_video/conf/{config}" for config in CONFIGS} <= set(names)
+    assert not [name for name in names if name.startswith(("tests", "datasets", "conf"))]
+
+    site = tmp_path / "site"
+    done = run(
+        sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)
+    )
+    assert done.returncode == 0, done.stderr
+    script = (
+        "import sys, mvit_video, mvit_video.train as train;"
+        f"assert mvit_video.__file__.startswith({str(site)!r}), mvit_video.__file__;"
+        "sys.argv = ['mvit-train', '--cfg', 'job', 'experiment=motion']; train.main()"
+    )
+    done = run(sys.executable, "-c", script, cwd=tmp_path, env={"PYTHONPATH": str(site), "PATH": ""})
+    assert done.returncode == 0, done.stderr
+    assert "name: mvitv2_nano_8x4" in done.stdout

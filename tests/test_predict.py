@@ -1,0 +1,135 @@
+"""Prediction by the command and from Python, on files of many kinds."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from conftest import Command, TrainedRun
+from videos import write_numbered_video
+
+import mvit_video as mv
+from mvit_video.predict.__main__ import split_arguments
+
+
+def test_a_trained_model_names_the_motion(command: Command, trained: TrainedRun, tmp_path: Path) -> None:
+    folder = trained.data / "val" / "rotating_clockwise"
+    result = command(
+        "predict",
+        folder,
+        f"weights={trained.checkpoint}",
+        "topk=3",
+        "per_clip=true",
+        "output=sub/answer.json",
+    )
+    assert result.code == 0, result.err
+    assert "rotating_clockwise" in result.out
+    assert "random" not in result.out
+    answer = json.loads((tmp_path / "sub" / "answer.json").read_text())
+    assert [Path(video["path"]).name for video in answer["videos"]] == [f"{i:04}.mp4" for i in range(8)]
+    right = [video["classes"][0] == "rotating_clockwise" for video in answer["videos"]]
+    assert sum(right) >= 5
+    for video in answer["videos"]:
+        assert video["scores"] == sorted(video["scores"], reverse=True)
+        assert len(video["classes"]) == 3
+        assert len(video["clips"]) == 5
+        assert all(0 <= clip["start"] < clip["end"] for clip in video["clips"])
+
+
+def test_random_weights_are_said_to_be_random(command: Command, two_classes: Path, tmp_path: Path) -> None:
+    result = command(
+        "predict", two_classes / "cats" / "0.mp4", "model=mvitv2_nano_8x4", "num_workers=0", "output=a.json"
+    )
+    assert result.code == 0, result.err
+    assert "random weights" in result.out
+    assert json.loads((tmp_path / "a.json").read_text())["weights"] == "random"
+    assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("with sound.mp4", {"audio_seconds": 3.0}),
+        ("vp9.webm", {"codec": "libvpx-vp9"}),
+        ("mpeg4.avi", {"codec": "mpeg4"}),
+        ("mjpeg.avi", {"codec": "mjpeg", "pix_fmt": "yuvj420p"}),
+        ("hevc.mkv", {"codec": "libx265", "options": {"x265-params": "log-level=none"}}),
+        ("a=b, {c}'s.mp4", {}),
+        ("square.mp4", {"height": 64, "width": 64}),
+        ("upright.mp4", {"height": 96, "width": 48}),
+    ],
+)
+def test_any_file_that_pyav_reads(
+    command: Command, checkpoint: Path, tmp_path: Path, name: str, options: dict
+) -> None:
+    write_numbered_video(tmp_path / name, 20, **options)
+    result = command("predict", name, f"weights={checkpoint}", "num_workers=0", "output=answer.json")
+    assert result.code == 0, result.err
+    (video,) = json.loads((tmp_path / "answer.json").read_text())["videos"]
+    assert video["path"] == name
+    assert video["error"] is None
+    assert sum(video["scores"]) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("num_frames", [1, 2, 5, 300])
+def test_any_length(checkpoint: Path, tmp_path: Path, num_frames: int) -> None:
+    path = write_numbered_video(tmp_path / "v.mp4", num_frames, height=48, width=64)
+    (prediction,) = mv.predict(path, checkpoint)
+    assert prediction.error is None
+    assert len(prediction.clips) == 5
+    assert prediction.clips[-1].end <= num_frames / 25
+    if num_frames == 300:
+        starts = [clip.start for clip in prediction.clips]
+        assert starts == sorted(set(starts))
+
+
+def test_python_gives_what_the_command_gives(
+    command: Command, two_classes: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    command("predict", two_classes, f"weights={checkpoint}", "output=answer.json", "views=1x3_segment")
+    told = json.loads((tmp_path / "answer.json").read_text())["videos"]
+    model = mv.load_model(checkpoint)
+    protocol = model.protocol
+    predictions = mv.predict([two_classes], model, num_clips=2, num_crops=3, batch_size=5)
+    assert model.protocol is protocol
+    assert [p.path for p in predictions] == [video["path"] for video in told]
+    assert len(predictions) == 12
+    assert all(len(p.clips) == 2 for p in predictions)
+    for prediction in predictions:
+        assert math.fsum(prediction.scores) == pytest.approx(1, abs=1e-5)
+        mean = sum(dict(zip(c.classes, c.scores, strict=True))["cats"] for c in prediction.clips) / 2
+        assert dict(zip(prediction.classes, prediction.scores, strict=True))["cats"] == pytest.approx(mean)
+
+
+def test_python_names_what_is_wrong(checkpoint: Path, two_classes: Path, tmp_path: Path) -> None:
+    with pytest.raises(mv.DataError, match="gone"):
+        mv.predict(tmp_path / "gone.mp4", checkpoint)
+    with pytest.raises(mv.CheckpointError, match="no such file"):
+        mv.predict(two_classes, tmp_path / "gone.ckpt")
+    with pytest.raises(ValueError, match="topk"):
+        mv.predict(two_classes, checkpoint, topk=0)
+    with pytest.raises(ValueError, match="num_crops"):
+        mv.predict(two_classes, checkpoint, num_crops=2)
+
+
+def test_arguments_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("x=1.mp4").touch()
+    files, others = split_arguments(
+        [
+            "a.mp4",
+            "topk=3",
+            "--config-dir",
+            "my/conf",
+            "x=1.mp4",
+            "-m",
+            "folder",
+            "weights=w.ckpt",
+            "--cfg",
+            "job",
+        ]
+    )
+    assert files == ["a.mp4", "x=1.mp4", "folder"]
+    assert others == ["topk=3", "--config-dir", "my/conf", "-m", "weights=w.ckpt", "--cfg", "job"]
