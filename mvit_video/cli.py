@@ -146,18 +146,13 @@ def _check_types(config: DictConfig, config_name: str) -> None:
     for override in overrides:
         key = override.partition("=")[0].lstrip("+~")
         default, value = OmegaConf.select(defaults, key), OmegaConf.select(config, key)
-        if value is None or isinstance(value, type(default)) and not isinstance(value, bool):
-            continue
-        if isinstance(default, bool):
-            expected, good = "true or false", isinstance(value, bool)
-        elif isinstance(default, int):
-            expected, good = "a whole number", False
-        elif isinstance(default, float):
-            expected, good = "a number", isinstance(value, int) and not isinstance(value, bool)
-        else:
-            continue
-        if not good:
-            raise ConfigError(f"{key} is {value!r}, expected {expected} (the default is {default})")
+        for kind, allowed, expected in (
+            (bool, (bool,), "true or false"),
+            (int, (int,), "a whole number"),
+            (float, (int, float), "a number"),
+        ):
+            if type(default) is kind and value is not None and type(value) not in allowed:
+                raise ConfigError(f"{key} is {value!r}, expected {expected} (the default is {default})")
 
 
 def _compose_defaults(config_name: str, overrides: list[str]) -> DictConfig:

@@ -1,5 +1,103 @@
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import generate as motion
+import pytest
 import torch
+from videos import write_numbered_video
+
+import mvit_video as mv
+from mvit_video.model.checkpoint import METADATA_KEY, model_metadata
+
+MAINS = {"train": "mvit_video.train", "eval": "mvit_video.eval", "predict": "mvit_video.predict.__main__"}
 
 
-def pytest_configure(config):
-    torch.set_num_threads(1)  # workers of pytest-xdist share the cores
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(1)  # small models gain nothing from more
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Command = Callable[..., Result]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Command:
+    """Runs a console script in this process, from an empty folder: ``command("train", "data.root=...")``."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+
+    def run(name: str, *arguments: str) -> Result:
+        monkeypatch.setattr(sys, "argv", [f"mvit-{name}", *map(str, arguments)])
+        capfd.readouterr()
+        try:
+            importlib.import_module(MAINS[name]).main()
+            code = 0
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 0
+        os.environ.pop("HYDRA_FULL_ERROR", None)
+        out, err = capfd.readouterr()
+        return Result(code, out, err)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def two_classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of own videos, ``root/<class>/``: two classes of six short videos, each of another kind."""
+    root = tmp_path_factory.mktemp("two_classes")
+    for name, suffix, codec in (("cats", ".mp4", "libx264"), ("dogs and birds", ".webm", "libvpx-vp9")):
+        (root / name).mkdir()
+        for number in range(6):
+            write_numbered_video(
+                root / name / f"{number}{suffix}", 12 + number, codec=codec, height=48, width=64, fps=12
+            )
+    return root
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file as ``mvit-train`` leaves it, of an untrained nano model that knows the two classes."""
+    torch.manual_seed(0)
+    model = mv.create_model("mvitv2_nano_8x4", num_classes=2)
+    model.class_names = ("cats", "dogs and birds")
+    path = tmp_path_factory.mktemp("checkpoint") / "model.ckpt"
+    weights = {f"model.{name}": value for name, value in model.state_dict().items()}
+    torch.save({"state_dict": weights, METADATA_KEY: model_metadata(model)}, path)
+    return path
+
+
+class TrainedRun(NamedTuple):
+    data: Path
+    output: Path
+    checkpoint: Path
+    log: str
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> TrainedRun:
+    """A nano model after some epochs of the motion data set, trained by the installed command."""
+    data, work = tmp_path_factory.mktemp("motion"), tmp_path_factory.mktemp("work")
+    motion.generate(data, train_per_class=40, val_per_class=8, size=64)
+    command = [
+        str(Path(sys.executable).parent / "mvit-train"),
+        "experiment=motion",
+        f"data.root={data}",
+        "trainer.max_epochs=8",
+        "hydra.run.dir=run",
+    ]
+    done = subprocess.run(command, cwd=work, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+    output = work / "run"
+    return TrainedRun(data, output, output / "checkpoints" / "best.ckpt", done.stdout + done.stderr)

@@ -1,19 +1,16 @@
 """The motion data set: real files, the same for the same arguments, and classes only motion can tell."""
 
-import importlib.util
 import json
-import sys
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
-from types import ModuleType
 
 import av
+import generate as motion
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-GENERATOR = Path(__file__).parents[1] / "datasets" / "motion" / "generate.py"
 TINY = {"train_per_class": 3, "val_per_class": 2, "size": 32}
 OPPOSITES = [
     ("moving_left", "moving_right"),
@@ -23,17 +20,6 @@ OPPOSITES = [
 ]
 
 
-def _load_generator() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("motion_generate", GENERATOR)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-motion = _load_generator()
 
 
 def decode(path: Path) -> NDArray[np.uint8]:
