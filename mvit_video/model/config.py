@@ -21,6 +21,14 @@ AttentionKind = Literal[
 ]
 
 
+_SCALARS: dict[type, tuple[tuple[type, ...], str]] = {
+    bool: ((bool,), "true or false"),
+    int: ((int,), "a whole number"),
+    float: ((int, float), "a number"),
+}
+_GRIDS = ("patch_kernel", "patch_stride", "pool_kernel", "q_stride", "kv_stride", "window")
+
+
 @dataclass(frozen=True)
 class MViTConfig:
     """Everything that shapes a model; the defaults are MViTv2's.
@@ -102,13 +110,14 @@ class MViTConfig:
     checkpoint_blocks: bool = False
 
     def __post_init__(self) -> None:
+        self._check_types()
         for name in ("num_classes", "num_frames", "crop_size", "embed_dim", "num_heads", "mlp_ratio"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         for name in ("dropout", "drop_path", "head_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-        for name in ("patch_kernel", "patch_stride", "pool_kernel", "q_stride", "kv_stride", "window"):
+        for name in _GRIDS:
             value = getattr(self, name)
             if value != "stride" and (len(value) != 3 or min(value) < 1):
                 raise ValueError(f"{name} must be three positive numbers (T, H, W), got {value}")
@@ -121,6 +130,19 @@ class MViTConfig:
         self._check_choices()
         self._check_block_lists()
         self._check_combinations()
+
+    def _check_types(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            if hint not in _SCALARS:
+                continue
+            value, (kinds, what) = getattr(self, name), _SCALARS[hint]
+            if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+                raise ValueError(f"{name} must be {what}, got {value!r}")
+        for name in ("stages", *_GRIDS):
+            value = getattr(self, name)
+            whole = isinstance(value, tuple) and all(type(item) is int for item in value)
+            if not whole and (name, value) != ("pool_kernel", "stride"):
+                raise ValueError(f"{name} must list whole numbers, got {value!r}")
 
     def _check_choices(self) -> None:
         for name in ("pool_mode", "attention", "abs_pos", "rel_pos_joint"):
@@ -137,12 +159,17 @@ class MViTConfig:
             ("kv_strides", 4, "(block, T, H, W)"),
         ):
             for entry in getattr(self, name) or ():
-                if len(entry) != size or not 0 <= entry[0] < depth or min(entry[1:]) <= 0:
+                if (
+                    not isinstance(entry, tuple)
+                    or len(entry) != size
+                    or not 0 <= entry[0] < depth
+                    or min(entry[1:]) <= 0
+                ):
                     raise ValueError(f"{name} must list {what} of blocks 0 to {depth - 1}, got {entry}")
 
     def _check_combinations(self) -> None:
         padding = self.patch_padding
-        if padding is not None and (len(padding) != 3 or min(padding) < 0):
+        if padding is not None and (not isinstance(padding, tuple) or len(padding) != 3 or min(padding) < 0):
             raise ValueError(f"patch_padding must be three numbers (T, H, W) from 0, got {padding}")
         if self.patch_2d and not self.patch_kernel[0] == self.patch_stride[0] == 1:
             raise ValueError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -77,16 +77,8 @@ def describe(config: MViTConfig) -> Description:
             stages.append(
                 Stage(0, grid, plan.attention_dim, plan.num_heads, plan.q_stride, plan.kv_stride, 0.0)
             )
-        last = stages[-1]
-        stages[-1] = Stage(
-            last.blocks + 1,
-            last.tokens,
-            last.channels,
-            last.num_heads,
-            last.q_stride,
-            last.kv_stride,
-            last.gmacs + macs / 1e9,
-        )
+        stage = stages[-1]
+        stages[-1] = replace(stage, blocks=stage.blocks + 1, gmacs=stage.gmacs + macs / 1e9)
     normed = 1 if config.mean_pooling else math.prod(grid) + first
     total += plans[-1].dim_out * (5 * normed + config.num_classes)
     return Description(tuple(stages), parameters, total / 1e9)

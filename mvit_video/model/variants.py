@@ -27,7 +27,7 @@ _L = MViTConfig(
     embed_dim=144, num_heads=2, stages=(2, 6, 36, 4), drop_path=0.75, num_frames=40, crop_size=312
 )
 
-# Kinetics-400. MViT paper, table 3: no relative positions, no residual, widening in MLPs.
+# Kinetics-400. MViT paper (arXiv 2104.11227): no relative positions, no residual, widening in MLPs.
 _V1_B = MViTConfig(
     stages=(1, 2, 11, 2),
     abs_pos="separable",

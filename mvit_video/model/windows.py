@@ -1,4 +1,4 @@
-"""Attention inside windows of the grid, plain and shifted (MViTv2 paper, section 3.3: Hwin, and table 5)."""
+"""Attention inside windows of the grid, plain and shifted (MViTv2 paper, hybrid window attention)."""
 
 from __future__ import annotations
 
