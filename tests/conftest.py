@@ -2,13 +2,11 @@ from __future__ import annotations
 
 import importlib
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import generate as motion
 import pytest
 import torch
 from videos import write_numbered_video
@@ -76,28 +74,3 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     weights = {f"model.{name}": value for name, value in model.state_dict().items()}
     torch.save({"state_dict": weights, METADATA_KEY: model_metadata(model)}, path)
     return path
-
-
-class TrainedRun(NamedTuple):
-    data: Path
-    output: Path
-    checkpoint: Path
-    log: str
-
-
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> TrainedRun:
-    """A nano model after some epochs of the motion data set, trained by the installed command."""
-    data, work = tmp_path_factory.mktemp("motion"), tmp_path_factory.mktemp("work")
-    motion.generate(data, train_per_class=40, val_per_class=8, size=64)
-    command = [
-        str(Path(sys.executable).parent / "mvit-train"),
-        "experiment=motion",
-        f"data.root={data}",
-        "trainer.max_epochs=8",
-        "hydra.run.dir=run",
-    ]
-    done = subprocess.run(command, cwd=work, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr
-    output = work / "run"
-    return TrainedRun(data, output, output / "checkpoints" / "best.ckpt", done.stdout + done.stderr)

@@ -1,4 +1,4 @@
-"""The package as it is installed: light to import, complete as a wheel, its commands as Hydra users know them."""
+"""The package as it is installed: light to import, complete as a wheel."""
 
 from __future__ import annotations
 

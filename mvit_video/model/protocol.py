@@ -51,9 +51,12 @@ class Protocol:
             raise ValueError(f"mean and std need three numbers, std positive, got {self.mean} and {self.std}")
 
     def __str__(self) -> str:
-        clips = f"{self.num_clips} clips" if self.sampling == "uniform" else "1 clip over segments"
-        stride = f" x stride {self.stride} at {self.target_fps:g} fps" if self.sampling == "uniform" else ""
+        if self.sampling == "segment":
+            clips, stride = "1 clip over segments", ""
+        else:
+            clips = f"{self.num_clips} clip{'s' * (self.num_clips > 1)}"
+            stride = f" x stride {self.stride} at {self.target_fps:g} fps"
         return (
-            f"{clips} x {self.num_crops} crops, {self.clip_frames} frames{stride}, "
+            f"{clips} x {self.num_crops} crop{'s' * (self.num_crops > 1)}, {self.clip_frames} frames{stride}, "
             f"short side {self.short_side}, crop {self.crop}"
         )

@@ -416,7 +416,7 @@ def test_protocol_out_of_range_names_the_field_and_the_value(field, value):
 
 
 def test_protocol_reads_as_a_line():
-    assert str(Protocol()) == ("5 clips x 1 crops, 16 frames x stride 4 at 30 fps, short side 256, crop 224")
+    assert str(Protocol()) == ("5 clips x 1 crop, 16 frames x stride 4 at 30 fps, short side 256, crop 224")
     segments = Protocol(sampling="segment", num_crops=3)
     assert str(segments) == "1 clip over segments x 3 crops, 16 frames, short side 256, crop 224"
 
