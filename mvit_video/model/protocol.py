@@ -57,6 +57,7 @@ class Protocol:
             clips = f"{self.num_clips} clip{'s' * (self.num_clips > 1)}"
             stride = f" x stride {self.stride} at {self.target_fps:g} fps"
         return (
-            f"{clips} x {self.num_crops} crop{'s' * (self.num_crops > 1)}, {self.clip_frames} frames{stride}, "
+            f"{clips} x {self.num_crops} crop{'s' * (self.num_crops > 1)}, "
+            f"{self.clip_frames} frames{stride}, "
             f"short side {self.short_side}, crop {self.crop}"
         )
