@@ -7,12 +7,13 @@ Tokens are (B, N, C), the class token (if any) first, the grid behind it in t-ma
 from __future__ import annotations
 
 import math
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mvit_video.model.depthwise import depthwise_conv3d
 from mvit_video.model.windows import axis_windows, cut_windows, gather_windows
 
 Grid = tuple[int, int, int]  # (T, H, W): tokens along time, height and width
@@ -178,7 +179,8 @@ class PoolingAttention(nn.Module):
         volume = x[:, first:].reshape(batch, *grid, channels).permute(0, 4, 1, 2, 3)
         if isinstance(pool, nn.Conv3d):  # all heads share one kernel
             weight = pool.weight.repeat(channels // pool.in_channels, 1, 1, 1, 1)
-            volume = F.conv3d(volume, weight, None, pool.stride, pool.padding, groups=channels)
+            stride, padding = cast(Grid, pool.stride), cast(Grid, pool.padding)
+            volume = depthwise_conv3d(volume, weight, stride, padding)
         else:
             volume = pool(volume)
         _, _, t, h, w = volume.shape

@@ -91,7 +91,7 @@ VARIANTS = {
         MViTConfig(
             embed_dim=32,
             num_heads=1,
-            stages=(1, 2, 2),
+            stages=(1, 1, 1),
             num_frames=8,
             crop_size=64,
             kv_stride=(1, 4, 4),
