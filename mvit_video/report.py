@@ -37,8 +37,8 @@ def plot_confusion(counts: Tensor, class_names: Sequence[str], path: Path) -> No
     """Confusion matrix: ``counts[i, j]`` videos of class i were taken for class j; rows shown as shares."""
     num_classes = len(class_names)
     shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
-    size = min(max(4.0, 0.45 * num_classes), 16.0)
-    figure = Figure(figsize=(size + 1.5, size), layout="constrained")
+    size = min(max(4.0, 0.45 * num_classes), 16.0)  # inches, without the names
+    figure = Figure(figsize=(size + 4, size + 2.5), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(image, ax=axes, label="share of the true class", fraction=0.05)
@@ -54,11 +54,14 @@ def plot_confusion(counts: Tensor, class_names: Sequence[str], path: Path) -> No
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """A table on standard output; numbers are right-aligned."""
-    table = Table(title=title, title_justify="left")
+    """A line and a table on standard output; numbers are right-aligned."""
+    table = Table()
     for index, column in enumerate(columns):
         numeric = bool(rows) and all(isinstance(row[index], int | float) for row in rows)
         table.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*(f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in row))
-    Console().print(table)
+    console = Console()
+    if title:
+        console.print(title)
+    console.print(table)

@@ -133,7 +133,7 @@ def test_training_replaces_and_counts_bad_videos(command: Command, damaged: Path
     ]
     assert "3 bad videos" in (tmp_path / "run" / "train.log").read_text()
     assert (
-        "0.4 M parameters, 2 classes, 10 training and 5 validation videos"
+        "0.3 M parameters, 2 classes, 10 training and 5 validation videos"
         in (tmp_path / "run" / "train.log").read_text()
     )
 
