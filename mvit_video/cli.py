@@ -112,7 +112,12 @@ def _one_line(error: BaseException) -> str:
         prefix = f"{where[1]}: " if where else ""
         cause = error.__cause__
         return _one_line(cause) if isinstance(cause, MissingMandatoryValue) else prefix + _one_line(cause)
-    return " ".join(str(error).split())
+    text = str(error)
+    if (
+        " in DataLoader worker process " in text
+    ):  # carries the worker's whole stack trace; its end is the error
+        text = text.strip().rpartition("\n")[2].partition(": ")[2]
+    return " ".join(text.split())
 
 
 def _explain_composition(error: HydraException | OmegaConfBaseException, config_name: str) -> str:

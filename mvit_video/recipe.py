@@ -108,7 +108,7 @@ class Classifier(pl.LightningModule):
         self._step_end = now
         size = len(batch.labels)
         self.log("train/loss", loss, prog_bar=True, on_step=True, on_epoch=True, batch_size=size)
-        self.log("train/top1", self.train_top1, prog_bar=True, on_step=False, on_epoch=True)
+        self.log("train/top1", self.train_top1, prog_bar=True, on_step=True, on_epoch=True)
         self.log("clips/s", clips_per_second, prog_bar=True, on_step=True, on_epoch=True, batch_size=size)
         return loss
 
@@ -165,7 +165,7 @@ class History(pl.Callback):
         self.epochs: list[dict[str, float]] = []
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        names = ("train/loss_epoch", "train/top1", "val/loss", "val/top1", "val/top5", "clips/s_epoch")
+        names = ("train/loss_epoch", "train/top1_epoch", "val/loss", "val/top1", "val/top5", "clips/s_epoch")
         metrics = {n.removesuffix("_epoch"): trainer.callback_metrics.get(n) for n in names}
         row = {name: float(value) for name, value in metrics.items() if value is not None}
         self.epochs.append({"epoch": trainer.current_epoch + 1, **row})

@@ -138,15 +138,22 @@ def test_training_replaces_and_counts_bad_videos(command: Command, damaged: Path
     )
 
 
-def test_training_gives_up_where_nothing_can_be_read(command: Command, tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [0, 1])
+def test_training_gives_up_where_nothing_can_be_read(command: Command, tmp_path: Path, workers: int) -> None:
     for name in ("a", "b"):
         (tmp_path / "data" / name).mkdir(parents=True)
         for number in range(3):
             (tmp_path / "data" / name / f"{number}.mp4").write_text("no video")
     result = command(
-        "train", "experiment=motion", "data.root=data", "batch_size=2", "num_workers=0", "hydra.run.dir=run"
+        "train",
+        "experiment=motion",
+        "data.root=data",
+        "batch_size=2",
+        f"num_workers={workers}",
+        "hydra.run.dir=run",
     )
-    assert "in a row can't be read" in error_line(result, "train")
+    line = error_line(result, "train")
+    assert line.startswith("20 videos in a row can't be read, the last: data/")
 
 
 def test_evaluation_fails_on_a_bad_video_unless_allowed(

@@ -25,7 +25,7 @@ from mvit_video.data.views import (
     segment_frame_indices,
     spatial_views,
 )
-from mvit_video.errors import ConfigError, DataError, VideoError
+from mvit_video.errors import DataError, VideoError
 from mvit_video.model.protocol import Protocol
 
 OpenVideo = Callable[[str], Video]
@@ -212,12 +212,10 @@ def read_test_views(video: Video, protocol: Protocol) -> tuple[Tensor, list[tupl
 def training_loader(
     dataset: TrainingClips, *, batch_size: int, num_workers: int, pin_memory: bool
 ) -> DataLoader[TrainingSample]:
-    """Batches of random clips in the order of ``EpochSampler``; an incomplete last batch is dropped.
+    """Batches of random clips in the order of ``EpochSampler``.
 
-    Raises ConfigError for a batch larger than the data set.
+    An incomplete last batch is dropped, unless it is the only one.
     """
-    if batch_size > len(dataset):
-        raise ConfigError(f"batch_size is {batch_size}, but there are only {len(dataset)} training videos")
     return DataLoader(
         dataset,
         batch_size=batch_size,
@@ -226,7 +224,7 @@ def training_loader(
         persistent_workers=num_workers > 0,
         pin_memory=pin_memory,
         collate_fn=_collate_training,
-        drop_last=True,
+        drop_last=len(dataset) > batch_size,
     )
 
 

@@ -14,7 +14,7 @@ from mvit_video.data.clips import Augment, EpochSampler, TestViews, TrainingClip
 from mvit_video.data.decode import open_video
 from mvit_video.data.index import LabelledVideo
 from mvit_video.data.views import kinetics_frame_indices, segment_frame_indices
-from mvit_video.errors import ConfigError, DataError
+from mvit_video.errors import DataError
 from mvit_video.model import Protocol
 
 PROTOCOL = Protocol(clip_frames=4, stride=2, target_fps=25, num_clips=3, short_side=96, crop=96)
@@ -134,7 +134,11 @@ def test_a_bad_video_is_replaced_and_reported(videos: list[LabelledVideo], tmp_p
         TrainingClips(mixed[:1], PROTOCOL, WHOLE_PICTURE, seed=0)[0, 0]
 
 
-def test_a_batch_larger_than_the_data_set_is_refused(videos: list[LabelledVideo]) -> None:
+@pytest.mark.parametrize(("batch_size", "sizes"), [(2, [2, 2, 2]), (4, [4]), (6, [6]), (9, [6])])
+def test_an_incomplete_batch_is_dropped_unless_it_is_the_only_one(
+    videos: list[LabelledVideo], batch_size: int, sizes: list[int]
+) -> None:
     dataset = TrainingClips(videos, PROTOCOL, WHOLE_PICTURE, seed=0)
-    with pytest.raises(ConfigError, match="batch_size is 7, but there are only 6 training videos"):
-        training_loader(dataset, batch_size=7, num_workers=0, pin_memory=False)
+    loader = training_loader(dataset, batch_size=batch_size, num_workers=0, pin_memory=False)
+    assert [len(batch.labels) for batch in loader] == sizes
+    assert len(loader) == len(sizes)
