@@ -68,7 +68,7 @@ class Video:
         self._position = 0  # of the packet that `_demuxer` gives next, in decoding order
         self._holes: list[int] = []
         self._sound = 0  # frames before the first damage; only of files without an index
-        _check_file(self.path)
+        check_file(self.path)
         self._open()
         try:
             self._index, first = self._read_index()
@@ -149,7 +149,7 @@ class Video:
                 metadata_errors="replace",
             )
         except (FFmpegError, OSError, ValueError) as error:
-            raise VideoError(self.path, _why_not_opened(self.path, error)) from error
+            raise VideoError(self.path, why_not_opened(self.path, error)) from error
         stream = self._container.streams.best("video")
         try:
             self._stream = self._usable(cast("VideoStream | None", stream))
@@ -170,13 +170,13 @@ class Video:
             raise VideoError(self.path, "FFmpeg has no decoder for its video stream")
         return stream
 
-    def _read_index(self) -> tuple[_Index | None, VideoFrame | None]:
+    def _read_index(self) -> tuple[Index | None, VideoFrame | None]:
         """The index, None where it would mislead, and some early frame for the size and orientation."""
         packets = []
         first = None
         try:
-            for packet in _filled(self._demuxer):
-                packets.append(_PacketInfo.of(packet))
+            for packet in filled(self._demuxer):
+                packets.append(PacketInfo.of(packet))
                 if first is None:
                     first = self._try_decode(packet)
         except FFmpegError as error:
@@ -189,10 +189,10 @@ class Video:
                 self.path, f"the file is cut off: {len(packets)} of its {listed} frames are there"
             )
         self._position = len(packets)
-        self._holes = _find_holes(packets)
+        self._holes = find_holes(packets)
         # AVI has no presentation times: with B-frames FFmpeg guesses them, often wrongly (UCF101's XviD).
         guessed = self._container.format.name == "avi" and self._codec.has_b_frames
-        return None if guessed else _build_index(packets), first
+        return None if guessed else build_index(packets), first
 
     def _try_decode(self, packet: Packet[VideoStream]) -> VideoFrame | None:
         try:
@@ -219,18 +219,18 @@ class Video:
 
     # Decoding by the index
 
-    def _decode_indexed(self, index: _Index, slots: dict[int, _Picture]) -> list[int]:
+    def _decode_indexed(self, index: Index, slots: dict[int, _Picture]) -> list[int]:
         """Fill the slots (frame index -> (H, W, 3) array); returns the frames that did not come."""
         missing: list[int] = []
-        for stretch in _plan(index, list(slots)):
+        for stretch in plan(index, list(slots)):
             late = self._decode_stretch(index, stretch, slots)
             if late and stretch.key > 0:  # a decoder may need a longer run-up, as with periodic intra refresh
-                longer = _Stretch(stretch.key - 1, stretch.last, late)
+                longer = Stretch(stretch.key - 1, stretch.last, late)
                 late = self._decode_stretch(index, longer, slots)
             missing += late
         return missing
 
-    def _decode_stretch(self, index: _Index, stretch: _Stretch, slots: dict[int, _Picture]) -> list[int]:
+    def _decode_stretch(self, index: Index, stretch: Stretch, slots: dict[int, _Picture]) -> list[int]:
         key = index.keys[stretch.key]
         wanted = {index.pts[i]: i for i in stretch.frames}
         came: set[int] = set()
@@ -261,16 +261,16 @@ class Video:
                     self._convert(frame, slots[wanted[frame.pts]])
         return [i for i in stretch.frames if i not in came or index.is_spoilt(i, damage)]
 
-    def _packets(self, index: _Index, key: _Key, last: int) -> Iterator[Packet[VideoStream] | None]:
+    def _packets(self, index: Index, key: Key, last: int) -> Iterator[Packet[VideoStream] | None]:
         """Packets from a key frame to position `last`, then None to force out what the decoder holds."""
         packet = self._go_to(index, key)
         while packet is not None:
             yield packet
-            packet = next(_filled(self._demuxer), None) if self._position <= last else None
+            packet = next(filled(self._demuxer), None) if self._position <= last else None
             self._position += packet is not None
         yield None
 
-    def _go_to(self, index: _Index, key: _Key) -> Packet[VideoStream] | None:
+    def _go_to(self, index: Index, key: Key) -> Packet[VideoStream] | None:
         """Read the key frame's packet, seeking if it is not near."""
         if 0 <= key.position - self._position <= _SHORT_GAP:
             packet = self._read_until(index, key)
@@ -288,8 +288,8 @@ class Video:
             packet = self._read_until(index, key)
         return packet
 
-    def _read_until(self, index: _Index, key: _Key) -> Packet[VideoStream] | None:
-        for packet in _filled(self._demuxer):
+    def _read_until(self, index: Index, key: Key) -> Packet[VideoStream] | None:
+        for packet in filled(self._demuxer):
             position = -1 if packet.pts is None else index.position.get(packet.pts, -1)
             if position > key.position:
                 return None
@@ -300,7 +300,7 @@ class Video:
 
     # Decoding from the front
 
-    def _distrust_index(self, index: _Index, missing: int) -> None:
+    def _distrust_index(self, index: Index, missing: int) -> None:
         """A promised frame did not come: either the file is damaged or its packets are no index of it."""
         promised = self.num_frames
         self._count_frames()
@@ -345,7 +345,7 @@ class Video:
         self._container.close()
         self._open()
         try:
-            for position, packet in enumerate(_filled(self._demuxer)):
+            for position, packet in enumerate(filled(self._demuxer)):
                 if position in self._holes:
                     yield None
                 yield from self._decode_or_none(packet)
@@ -366,161 +366,3 @@ class Video:
         plane = rgb.planes[0]
         rows = np.frombuffer(cast(Any, plane), np.uint8).reshape(-1, plane.line_size)[:height, : width * 3]
         slot[:] = self._turn.apply(rows.reshape(height, width, 3))
-
-
-@dataclass(frozen=True)
-class _Turn:
-    """How the stored picture becomes upright: the display matrix, by its signs."""
-
-    transpose: bool = False
-    flip_x: bool = False
-    flip_y: bool = False
-
-    @classmethod
-    def of(cls, frame: VideoFrame) -> _Turn:
-        data = cast(Any, frame.side_data).get(SideDataType.DISPLAYMATRIX)
-        if data is None:
-            return cls()
-        # x' = a x + c y and y' = b x + d y
-        a, b, _, c, d = np.frombuffer(memoryview(cast(Any, data)), np.int32)[:5].tolist()
-        if abs(b) > abs(a):
-            return cls(transpose=True, flip_x=c < 0, flip_y=b < 0)
-        return cls(flip_x=a < 0, flip_y=d < 0)
-
-    def apply(self, picture: _Picture) -> _Picture:
-        if self.transpose:
-            picture = picture.transpose(1, 0, 2)
-        return picture[:: -1 if self.flip_y else 1, :: -1 if self.flip_x else 1]
-
-
-class _PacketInfo(NamedTuple):
-    pts: int | None
-    dts: int | None
-    is_key: bool
-    is_discard: bool  # decoded but not shown: an edit list cuts it off
-    is_hidden: bool
-    is_corrupt: bool  # something is missing at or after it
-
-    @classmethod
-    def of(cls, packet: Packet[VideoStream]) -> _PacketInfo:
-        # VP8 stores pictures that are only referred to as packets of their own; bit 4 says "show".
-        hidden = packet.stream.codec_context.name == "vp8" and not memoryview(packet)[0] & 16
-        return cls(packet.pts, packet.dts, packet.is_keyframe, packet.is_discard, hidden, packet.is_corrupt)
-
-
-@dataclass(frozen=True)
-class _Key:
-    position: int
-    pts: int
-    seek_time: int
-
-
-@dataclass(frozen=True)
-class _Index:
-    """Where each frame is. A position counts packets in decoding order; pts counts the stream's clock."""
-
-    pts: list[int]  # of each frame, rising
-    position: dict[int, int]  # pts -> position, of all packets
-    keys: list[_Key]  # rising in position and pts
-
-    def key_of(self, frame: int) -> int:
-        """Number of the last key frame that frame needs: neither shown nor stored after it."""
-        pts = self.pts[frame]
-        number = bisect.bisect_right(self.keys, pts, key=lambda key: key.pts) - 1
-        while number > 0 and self.keys[number].position > self.position[pts]:
-            number -= 1
-        return max(number, 0)
-
-    def is_spoilt(self, frame: int, damage: list[int]) -> bool:
-        """Whether damage lies between the frame's key frame and the frame itself."""
-        start = self.keys[self.key_of(frame)].position
-        return any(start <= position <= self.position[self.pts[frame]] for position in damage)
-
-
-def _build_index(packets: list[_PacketInfo]) -> _Index | None:
-    """None when the order or number of pictures shown can't be read off the packets' timestamps."""
-    pts = [packet.pts for packet in packets if packet.pts is not None]
-    dts = [packet.dts for packet in packets if packet.dts is not None]
-    keys = [
-        _Key(i, packet.pts, packet.pts if packet.dts is None else packet.dts)
-        for i, packet in enumerate(packets)
-        if packet.is_key and packet.pts is not None
-    ]
-    trustworthy = (
-        len(pts) == len(set(pts)) == len(packets) > 0
-        and all(a < b for a, b in pairwise(dts))
-        and all(a.pts < b.pts for a, b in pairwise(keys))
-        and packets[0].is_key
-        and min(pts) == pts[0]  # pictures before the first key frame may or may not be shown
-        and not any(packet.is_hidden for packet in packets)
-    )
-    if not trustworthy:
-        return None
-    shown = sorted(p for p, packet in zip(pts, packets, strict=True) if not packet.is_discard)
-    return _Index(shown, {p: i for i, p in enumerate(pts)}, keys)
-
-
-def _find_holes(packets: list[_PacketInfo]) -> list[int]:
-    """Positions before which packets are lost; not where a key frame follows, as at joints of a stream."""
-    flagged = (i for i, packet in enumerate(packets) if packet.is_corrupt)
-    # The parser hands the flag on one packet too early, so a joint may be two packets away.
-    return [i + 1 for i in flagged if not any(after.is_key for after in packets[i + 1 : i + 3])]
-
-
-@dataclass
-class _Stretch:
-    """Packets to decode in one go: from a key frame (its number) to a last position, for these frames."""
-
-    key: int
-    last: int
-    frames: list[int]
-
-
-def _plan(index: _Index, wanted: list[int]) -> list[_Stretch]:
-    """Stretches for rising frame indices; a new one begins where a later key frame saves some packets."""
-    stretches: list[_Stretch] = []
-    for frame in wanted:
-        key = index.key_of(frame)
-        position = index.position[index.pts[frame]]
-        current = stretches[-1] if stretches else None
-        if current is not None and (
-            index.keys[key].position <= current.last + 1 or key == index.key_of(current.frames[-1])
-        ):
-            current.frames.append(frame)
-            current.last = max(current.last, position)
-        else:
-            stretches.append(_Stretch(key, position, [frame]))
-    return stretches
-
-
-def _filled(packets: Iterator[Packet[VideoStream]]) -> Iterator[Packet[VideoStream]]:
-    """Without the empty packets with which PyAV ends a stream, and those that stand for no picture."""
-    return (packet for packet in packets if packet.size)
-
-
-def _check_file(path: str) -> None:
-    file = Path(path)
-    try:
-        if not file.exists():
-            raise VideoError(path, "no such file")
-        if file.is_dir():
-            raise VideoError(path, "this is a directory, not a video file")
-        if not file.is_file():
-            raise VideoError(path, "this is not a regular file")
-        if file.stat().st_size == 0:
-            raise VideoError(path, "the file is empty")
-    except (OSError, ValueError) as error:  # a name that is too long or holds a null byte
-        raise VideoError(path, f"the file can't be read ({error})") from error
-
-
-def _why_not_opened(path: str, error: Exception) -> str:
-    if isinstance(error, PermissionError):
-        return "no permission to read the file"
-    try:
-        with Path(path).open("rb") as file:
-            start = file.read(12)
-    except OSError as reading:
-        return f"the file can't be read ({reading.strerror})"
-    if start[4:8] == b"ftyp":
-        return "an MP4 file without its table of frames: it is cut off or damaged"
-    return "not a video file, or one that FFmpeg can't read"
