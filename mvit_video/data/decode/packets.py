@@ -45,6 +45,19 @@ class Index:
     position: dict[int, int]  # pts -> position, of all packets
     keys: list[Key]  # rising in position and pts
 
+    @property
+    def hides_frames(self) -> bool:
+        """Whether some pictures are decoded but not shown, as an edit list says."""
+        return len(self.position) > len(self.pts)
+
+    @property
+    def has_open_gops(self) -> bool:
+        """Whether pictures stored after a key frame are shown before it."""
+        shown = list(self.position)  # by position
+        return any(
+            any(pts < key.pts for pts in shown[key.position + 1 : key.position + 9]) for key in self.keys
+        )
+
     def key_of(self, frame: int) -> int:
         """Number of the last key frame that frame needs: neither shown nor stored after it."""
         pts = self.pts[frame]

@@ -1,4 +1,4 @@
-"""Exact frames out of video files, as fast as one CPU core gives them.
+"""The exact decoder: PyAV, on the CPU or with NVDEC.
 
 Frame i is the i-th picture that a plain front-to-back decode of the file shows: never a header's count,
 never time x rate. Opening a video reads all its packets (no decoding) into an index; asking for frames
@@ -11,69 +11,57 @@ from __future__ import annotations
 import bisect
 import operator
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
-from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import TypeAlias, cast
+from pathlib import Path
 
 import av
-import numpy as np
-import numpy.typing as npt
 import torch
 from av.error import FFmpegError
 from av.packet import Packet
-from av.sidedata.sidedata import Type as SideDataType
 from av.stream import Disposition
 from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
+from torch import Tensor
 
-from mvit_video.errors import ConfigError, VideoError
+from mvit_video.data.decode import cuda
+from mvit_video.data.decode.files import check_file, why_not_opened
+from mvit_video.data.decode.packets import Index, Key, PacketInfo, Stretch, build_index, filled, find_holes, plan
+from mvit_video.data.decode.pictures import Look, NotOnHardware, PlanePictures, RgbPictures
+from mvit_video.errors import VideoError
 
 # Reading on is cheaper than a seek when the next key frame is at most this many packets away.
 _SHORT_GAP = 32
 
-_Picture: TypeAlias = npt.NDArray[np.uint8]  # (H, W, 3)
+_Pictures: TypeAlias = RgbPictures | PlanePictures
+_Slots: TypeAlias = dict[int, int]  # frame index, rising -> place among the pictures asked for
 
 
-def open_video(path: str | Path, *, device: str = "cpu", backend: str = "auto") -> Video:
-    """Open a video file; use it as a context manager or `close()` it.
+class PyAVVideo:
+    """An open video file; see `Video`. Not thread-safe: each thread opens its own.
 
-    `device` is "cpu" or "auto", `backend` is "pyav" or "auto"; anything else raises `ConfigError`.
-    A file that can't be used raises `VideoError` with the reason.
-    """
-    if device not in ("auto", "cpu"):
-        raise ConfigError(f"decoder device {device!r} is not possible, choose 'auto' or 'cpu'")
-    if backend not in ("auto", "pyav"):
-        raise ConfigError(f"decoder backend {backend!r} is not possible, choose 'auto' or 'pyav'")
-    return Video(path)
-
-
-class Video:
-    """An open video file. Not thread-safe: each thread opens its own.
-
-    Attributes:
-        path: as given, as a string.
-        num_frames: how many frames the file shows.
-        fps: frames a second, measured: (num_frames - 1) / (time of the last - time of the first frame).
-        duration: seconds, num_frames / fps.
-        height, width: pixels of the upright picture (after rotation) of the first frame.
+    `device` is where the frames end up; `nvdec` decodes on it too, where it can decode the file's codec.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(
+        self, path: str | Path, *, device: torch.device | None = None, nvdec: bool = False
+    ) -> None:
         self.path = str(path)
+        self.device = device or torch.device("cpu")
+        self._nvdec = nvdec
+        self._hardware: cuda.HardwareDecoder | None = None  # decodes in the place of `_codec`
         self._reformatter = VideoReformatter()  # kept: setting it up costs more than converting a frame
         self._demuxer: Iterator[Packet[VideoStream]] = iter(())
         self._position = 0  # of the packet that `_demuxer` gives next, in decoding order
-        self._holes: list[int] = []
+        self.holes: list[int] = []
         self._sound = 0  # frames before the first damage; only of files without an index
         check_file(self.path)
         self._open()
         try:
-            self._index, first = self._read_index()
-            if self._index is not None:
-                self._set_times(self._index.pts)
+            self.index, first = self._read_index()
+            if self.index is not None:
+                self._set_times(self.index.pts)
             else:
                 self._count_frames()
             if first is None or not self.num_frames:
@@ -81,11 +69,10 @@ class Video:
         except BaseException:
             self.close()
             raise
-        self._stored_size = (first.height, first.width)
-        self._turn = _Turn.of(first)
-        self.height, self.width = self._stored_size[:: -1 if self._turn.transpose else 1]
+        self._look = look = Look.of(first)
+        self.height, self.width = look.upright_size
 
-    def __enter__(self) -> Video:
+    def __enter__(self) -> PyAVVideo:
         return self
 
     def __exit__(
@@ -100,38 +87,53 @@ class Video:
 
     def frame_time(self, index: int) -> float:
         """Seconds from the first frame to frame `index`."""
-        self._check_range([index])
+        self.check_range([index])
         return self._times[index]
 
-    def get_frames(self, indices: Sequence[int]) -> torch.Tensor:
-        """Decode frames: uint8 (T, 3, H, W), RGB, upright, in the order asked; indices may repeat.
-
-        The memory is laid out as (T, H, W, 3), as decoders give pictures. Raises `VideoError` when the file
-        can't give one of the frames, `ValueError` for an index outside of 0 <= index < num_frames.
-        """
+    def get_frames(self, indices: Sequence[int]) -> Tensor:
+        """See `Video.get_frames`. A damaged file may look sound to NVDEC: the CPU decoder sees more."""
         asked = [operator.index(index) for index in indices]
-        self._check_range(asked)
+        self.check_range(asked)
         wanted = sorted(set(asked))
-        frames = torch.empty(len(wanted), self.height, self.width, 3, dtype=torch.uint8)
-        slots = dict(zip(wanted, frames.numpy(), strict=True))
         try:
-            self._fill(slots)
+            frames = self._decode({index: slot for slot, index in enumerate(wanted)})
         except (FFmpegError, OSError) as error:
             raise VideoError(self.path, "the file can't be read any more") from error
         if wanted != asked:
             frames = frames[[bisect.bisect_left(wanted, index) for index in asked]]
-        return frames.permute(0, 3, 1, 2)
+        return frames
 
-    def _fill(self, slots: dict[int, _Picture]) -> None:
-        """Decode into the slots: frame index, rising -> (H, W, 3) array."""
-        if self._index is not None:
-            missing = self._decode_indexed(self._index, slots)
+    def _decode(self, slots: _Slots) -> Tensor:
+        if self._nvdec and self.index is not None:
+            try:
+                return self._decode_on_gpu(self.index, slots)
+            except NotOnHardware as reason:
+                self._nvdec = False
+                cuda.fall_back(self.path, str(reason))
+        self._hardware = None
+        pictures = self._new_pictures(len(slots))
+        if self.index is not None:
+            missing = self._decode_indexed(self.index, slots, pictures)
             if missing:
-                self._distrust_index(self._index, missing[0])
-        if self._index is None:
-            self._decode_from_front(slots)
+                self._distrust_index(self.index, missing[0])
+        if self.index is None:
+            self._decode_from_front(slots, pictures)
+        return pictures.finish().to(self.device)
 
-    def _check_range(self, indices: Sequence[int]) -> None:
+    def _decode_on_gpu(self, index: Index, slots: _Slots) -> Tensor:
+        self._hardware = cuda.decoder_for(self._stream, self._look.pix_fmt, self.device)
+        pictures = PlanePictures(len(slots), self._look, self._reformatter, self.device)
+        if self._decode_indexed(index, slots, pictures):
+            raise NotOnHardware("NVDEC did not give all frames")  # the CPU decoder says what is wrong
+        return pictures.finish()
+
+    def _new_pictures(self, count: int) -> _Pictures:
+        if self.device.type == "cpu" or not self._look.as_planes:
+            return RgbPictures(count, self._look, self._reformatter)
+        return PlanePictures(count, self._look, self._reformatter, self.device)
+
+    def check_range(self, indices: Sequence[int]) -> None:
+        """Raises `ValueError` for an index that no frame has."""
         for index in indices:
             if not 0 <= index < self.num_frames:
                 raise ValueError(f"frame {index} was asked of {self.path}, which has {self.num_frames}")
@@ -156,6 +158,7 @@ class Video:
         except VideoError:
             self._container.close()
             raise
+        self.container_format = _short_name(self._container.format.name)
         self._codec = self._stream.codec_context
         self._codec.thread_type = "NONE"  # clips are decoded in parallel instead: same speed, less CPU time
         self._codec.thread_count = 1
@@ -189,9 +192,9 @@ class Video:
                 self.path, f"the file is cut off: {len(packets)} of its {listed} frames are there"
             )
         self._position = len(packets)
-        self._holes = find_holes(packets)
+        self.holes = find_holes(packets)
         # AVI has no presentation times: with B-frames FFmpeg guesses them, often wrongly (UCF101's XviD).
-        guessed = self._container.format.name == "avi" and self._codec.has_b_frames
+        guessed = self.container_format == "avi" and self._codec.has_b_frames
         return None if guessed else build_index(packets), first
 
     def _try_decode(self, packet: Packet[VideoStream]) -> VideoFrame | None:
@@ -209,6 +212,8 @@ class Video:
         self.num_frames = len(pts)
         tick = float(self._stream.time_base or 0)  # seconds
         known = [p for p in pts if p is not None]
+        self.start_ticks = known[0] if known else 0
+        self.start = self.start_ticks * tick  # seconds on the stream's clock
         times = [(p - known[0]) * tick for p in known]
         rate = float(self._stream.average_rate or self._stream.guessed_rate or 25)
         if len(times) == len(pts) > 1 and times[-1] > 0:
@@ -219,34 +224,37 @@ class Video:
 
     # Decoding by the index
 
-    def _decode_indexed(self, index: Index, slots: dict[int, _Picture]) -> list[int]:
-        """Fill the slots (frame index -> (H, W, 3) array); returns the frames that did not come."""
+    def _decode_indexed(self, index: Index, slots: _Slots, pictures: _Pictures) -> list[int]:
+        """Gather the frames; returns those that did not come."""
         missing: list[int] = []
         for stretch in plan(index, list(slots)):
-            late = self._decode_stretch(index, stretch, slots)
+            late = self._decode_stretch(index, stretch, slots, pictures)
             if late and stretch.key > 0:  # a decoder may need a longer run-up, as with periodic intra refresh
                 longer = Stretch(stretch.key - 1, stretch.last, late)
-                late = self._decode_stretch(index, longer, slots)
+                late = self._decode_stretch(index, longer, slots, pictures)
             missing += late
         return missing
 
-    def _decode_stretch(self, index: Index, stretch: Stretch, slots: dict[int, _Picture]) -> list[int]:
+    def _decode_stretch(
+        self, index: Index, stretch: Stretch, slots: _Slots, pictures: _Pictures
+    ) -> list[int]:
         key = index.keys[stretch.key]
         wanted = {index.pts[i]: i for i in stretch.frames}
         came: set[int] = set()
-        damage = list(self._holes)  # positions of packets that are lost or don't decode well
+        damage = list(self.holes)  # positions of packets that are lost or don't decode well
         newest = key.pts
-        self._codec.flush_buffers()
+        (self._hardware or self._codec).flush_buffers()
         for packet in self._packets(index, key, stretch.last):
+            pts = None if packet is None else packet.pts  # decoding may empty the packet
+            decoder = self._hardware or self._codec  # the latter may have been opened anew
             try:
                 # Pictures that nobody wants and nobody refers to are dropped undecoded: lossless.
-                needed = packet is None or packet.pts in wanted
-                self._codec.skip_frame = "DEFAULT" if needed else "NONREF"
-                frames = self._codec.decode(packet)
+                decoder.skip_frame = "DEFAULT" if packet is None or pts in wanted else "NONREF"
+                frames = decoder.decode(packet)
             except FFmpegError:
                 frames = []
-                if packet is not None and packet.pts is not None and packet.pts >= key.pts:
-                    damage.append(index.position[packet.pts])
+                if pts is not None and pts >= key.pts:
+                    damage.append(index.position[pts])
             for frame in frames:
                 # Pictures shown before the key frame but coded after it refer to what was not decoded.
                 if frame.pts is None or frame.pts < key.pts:
@@ -258,7 +266,7 @@ class Video:
                     damage.append(index.position[frame.pts])
                 elif frame.pts in wanted:
                     came.add(wanted[frame.pts])
-                    self._convert(frame, slots[wanted[frame.pts]])
+                    pictures.put(slots[wanted[frame.pts]], frame)
         return [i for i in stretch.frames if i not in came or index.is_spoilt(i, damage)]
 
     def _packets(self, index: Index, key: Key, last: int) -> Iterator[Packet[VideoStream] | None]:
@@ -309,7 +317,7 @@ class Video:
             raise VideoError(
                 self.path, f"frame {missing} of {promised} can't be decoded, the file is damaged"
             )
-        self._index = None
+        self.index = None
 
     def _count_frames(self) -> None:
         pts: list[int | None] = []
@@ -326,7 +334,7 @@ class Video:
         self._sound = len(pts) if sound is None else sound
         self._set_times(pts)
 
-    def _decode_from_front(self, slots: dict[int, _Picture]) -> None:
+    def _decode_from_front(self, slots: _Slots, pictures: _Pictures) -> None:
         for index in slots:
             if index >= self._sound:
                 which = f"frame {index} of {self.num_frames}"
@@ -338,7 +346,7 @@ class Video:
             if frame is None:
                 raise VideoError(self.path, "the file changed while it was read")
             if number in slots:
-                self._convert(frame, slots[number])
+                pictures.put(slots[number], frame)
 
     def _shown(self) -> Iterator[VideoFrame | None]:
         """All pictures in the order shown, with None for each damaged packet."""
@@ -346,7 +354,7 @@ class Video:
         self._open()
         try:
             for position, packet in enumerate(filled(self._demuxer)):
-                if position in self._holes:
+                if position in self.holes:
                     yield None
                 yield from self._decode_or_none(packet)
         except FFmpegError:
@@ -359,10 +367,7 @@ class Video:
         except FFmpegError:
             return [None]
 
-    def _convert(self, frame: VideoFrame, slot: _Picture) -> None:
-        """Write the frame as upright RGB into an (H, W, 3) array."""
-        height, width = self._stored_size  # swscale's defaults: what the published weights were trained on
-        rgb = self._reformatter.reformat(frame, width=width, height=height, format="rgb24", threads=1)
-        plane = rgb.planes[0]
-        rows = np.frombuffer(cast(Any, plane), np.uint8).reshape(-1, plane.line_size)[:height, : width * 3]
-        slot[:] = self._turn.apply(rows.reshape(height, width, 3))
+
+def _short_name(format_name: str) -> str:
+    names = format_name.split(",")  # "mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"
+    return "mp4" if "mp4" in names else names[0]
