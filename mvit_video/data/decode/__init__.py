@@ -11,7 +11,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from mvit_video.data.decode import choice, engines
@@ -69,8 +68,8 @@ def open_video(path: str | Path, *, device: str = "cpu", backend: str = "auto") 
         backend: "pyav", "torchcodec", "decord" or "auto", which is PyAV: the others refuse files that they
             get wrong.
 
-    Raises `ConfigError` for what is not possible on this machine, `VideoError` with the reason for a file that
-    can't be used.
+    Raises `ConfigError` for what is not possible on this machine, `VideoError` with the reason for a file
+    that can't be used.
     """
     if backend not in BACKENDS:
         raise ConfigError(
@@ -84,8 +83,3 @@ def open_video(path: str | Path, *, device: str = "cpu", backend: str = "auto") 
     if backend == "torchcodec":
         return engines.open_with_torchcodec(path, target)
     return PyAVVideo(path, device=target, nvdec=nvdec)
-
-
-def possible_device(device: str) -> torch.device:
-    """What `open_video` makes of a device's name. Raises `ConfigError` for what is not possible here."""
-    return choice.resolve(device)[0]

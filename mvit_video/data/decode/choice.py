@@ -43,7 +43,7 @@ def _parse(device: str) -> torch.device:
         target = torch.device("meta")
     if target.type != "cuda":
         raise ConfigError(f"decoder device {device!r} is not possible, choose 'auto', 'cpu' or 'cuda'")
-    if target.index is not None:
+    if ":" in device:
         return target
     return torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_available() else 0)
 

@@ -171,7 +171,7 @@ def why_no_nvdec(index: int = 0) -> str | None:
             stream = container.streams.video[0]
             decoder = decoder_for(stream, "yuv420p", torch.device("cuda", index))
             frames = [frame for packet in container.demux(stream) for frame in decoder.decode(packet)]
-            torch.from_dlpack(frames[0].planes[0].__dlpack__()).cpu()
+            torch.utils.dlpack.from_dlpack(frames[0].planes[0].__dlpack__()).cpu()
     except (FFmpegError, NotOnHardware, NotImplementedError, RuntimeError, IndexError) as error:
         return (
             f"NVDEC does not work ({type(error).__name__}: {error}); in a container the driver's video part "

@@ -8,18 +8,24 @@ Damage inside a file these engines paint over: only PyAV, run as here, reports i
 from __future__ import annotations
 
 import bisect
+import ctypes.util
+import functools
+import importlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from mvit_video.data.decode.cuda import SAMPLE
 from mvit_video.data.decode.pyav import PyAVVideo
 from mvit_video.errors import ConfigError, VideoError
 
 _Read = Callable[[list[int]], Tensor]  # rising frame indices -> uint8 (T, 3, H, W)
 _SAME_TIME = 1e-3  # seconds
+_FFMPEG_LIBRARIES = ("avcodec", "avdevice", "avfilter", "avformat", "avutil", "swresample", "swscale")
 
 
 class EngineVideo:
@@ -63,17 +69,16 @@ class EngineVideo:
 
 
 def open_with_torchcodec(path: str | Path, device: torch.device) -> EngineVideo:
-    """Raises `ConfigError` where torchcodec can't be used, `VideoError` for a file it can't be trusted with."""
-    try:
-        from torchcodec.decoders import VideoDecoder
-    except ImportError as error:
-        raise ConfigError("torchcodec isn't installed: pip install 'mvit-video[torchcodec]'") from error
+    """Raises `ConfigError` where torchcodec can't be used, `VideoError` for a file that it gets wrong."""
+    decoders = import_torchcodec()
     with PyAVVideo(path) as facts:
         _refuse_uncounted(facts, "torchcodec")
         try:
-            decoder = VideoDecoder(str(Path(path).absolute()), device=str(device), num_ffmpeg_threads=1)
+            decoder = decoders.VideoDecoder(
+                str(Path(path).absolute()), device=str(device), num_ffmpeg_threads=1
+            )
         except (RuntimeError, ValueError) as error:
-            raise _no_torchcodec(facts.path, error) from error
+            raise VideoError(facts.path, f"torchcodec can't read it ({_first_line(error)})") from error
     if decoder.metadata.num_frames != facts.num_frames:
         raise _refusal(facts, "torchcodec", f"counts {decoder.metadata.num_frames} frames")
 
@@ -92,11 +97,8 @@ def open_with_torchcodec(path: str | Path, device: torch.device) -> EngineVideo:
 
 
 def open_with_decord(path: str | Path) -> EngineVideo:
-    """Raises `ConfigError` where decord can't be used, `VideoError` for a file it can't be trusted with."""
-    try:
-        import decord
-    except ImportError as error:
-        raise ConfigError("decord isn't installed: pip install 'mvit-video[decord]'") from error
+    """Raises `ConfigError` where decord can't be used, `VideoError` for a file that it gets wrong."""
+    decord = import_decord()
     with PyAVVideo(path) as facts:
         _refuse_uncounted(facts, "decord")
         assert facts.index is not None
@@ -146,13 +148,29 @@ def _refusal(facts: PyAVVideo, engine: str, problem: str) -> VideoError:
     return VideoError(facts.path, f"{engine} {problem}; decode it with decoder=pyav")
 
 
-def _no_torchcodec(path: str, error: Exception) -> ConfigError | VideoError:
-    if "libtorchcodec" in str(error):
-        return ConfigError(
-            "torchcodec needs FFmpeg's shared libraries (libavcodec, libavformat, libavutil, libavfilter, "
-            "libavdevice, libswscale, libswresample; versions 4 to 9), for example: apt-get install ffmpeg"
-        )
-    return VideoError(path, f"torchcodec can't read it ({_first_line(error)})")
+@functools.cache
+def import_torchcodec() -> Any:
+    """Its `decoders`. Raises `ConfigError` where it or the FFmpeg libraries that it needs are missing."""
+    try:
+        decoders = importlib.import_module("torchcodec.decoders")
+        decoders.VideoDecoder(str(SAMPLE))  # FFmpeg may be loaded only now
+    except ImportError as error:
+        raise ConfigError("torchcodec isn't installed: pip install 'mvit-video[torchcodec]'") from error
+    except RuntimeError as error:
+        missing = [name for name in _FFMPEG_LIBRARIES if ctypes.util.find_library(name) is None]
+        raise ConfigError(
+            f"torchcodec finds no FFmpeg of version 4 to 9 (not installed: {', '.join(missing) or 'none'}); "
+            "try: apt-get install ffmpeg"
+        ) from error
+    return decoders
+
+
+def import_decord() -> Any:
+    """The module. Raises `ConfigError` where it is missing."""
+    try:
+        return importlib.import_module("decord")
+    except ImportError as error:
+        raise ConfigError("decord isn't installed: pip install 'mvit-video[decord]'") from error
 
 
 def _first_line(error: Exception) -> str:

@@ -146,7 +146,7 @@ class PlanePictures:
                 frame, width=look.width, height=look.height, format=look.pix_fmt, threads=1
             )
         # A capsule: handed the plane itself, torch passes a stream along, which PyAV refuses.
-        planes = [torch.from_dlpack(plane.__dlpack__()) for plane in frame.planes]
+        planes = [torch.utils.dlpack.from_dlpack(plane.__dlpack__()) for plane in frame.planes]
         with self._decoding_stream():
             if not self._planes:
                 self._planes = [self._empty(plane) for plane in planes]

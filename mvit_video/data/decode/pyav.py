@@ -11,9 +11,9 @@ from __future__ import annotations
 import bisect
 import operator
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import TypeAlias, cast
-from pathlib import Path
 
 import av
 import torch
@@ -27,7 +27,16 @@ from torch import Tensor
 
 from mvit_video.data.decode import cuda
 from mvit_video.data.decode.files import check_file, why_not_opened
-from mvit_video.data.decode.packets import Index, Key, PacketInfo, Stretch, build_index, filled, find_holes, plan
+from mvit_video.data.decode.packets import (
+    Index,
+    Key,
+    PacketInfo,
+    Stretch,
+    build_index,
+    filled,
+    find_holes,
+    plan,
+)
 from mvit_video.data.decode.pictures import Look, NotOnHardware, PlanePictures, RgbPictures
 from mvit_video.errors import VideoError
 
@@ -44,9 +53,7 @@ class PyAVVideo:
     `device` is where the frames end up; `nvdec` decodes on it too, where it can decode the file's codec.
     """
 
-    def __init__(
-        self, path: str | Path, *, device: torch.device | None = None, nvdec: bool = False
-    ) -> None:
+    def __init__(self, path: str | Path, *, device: torch.device | None = None, nvdec: bool = False) -> None:
         self.path = str(path)
         self.device = device or torch.device("cpu")
         self._nvdec = nvdec
