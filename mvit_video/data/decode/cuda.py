@@ -63,14 +63,16 @@ class HardwareDecoder:
 
         Raises `NotOnHardware` when the decoder took to software, FFmpegError for a bad packet.
         """
-        packets: list[Packet[VideoStream] | None] = [packet]
-        if self._filter is not None and packet is not None:
-            packets = cast("list[Packet[VideoStream] | None]", self._filter.filter(packet))
-        frames = [frame for p in packets for frame in self._context.decode(p)]
-        for frame in frames:
-            if frame.format.name != "cuda":
-                raise NotOnHardware(f"NVDEC can't decode this kind of {self._context.name}")
+        frames = self._decode(packet)
+        if any(frame.format.name != "cuda" for frame in frames):
+            raise NotOnHardware(f"NVDEC can't decode this kind of {self._context.name}")
         return frames
+
+    def _decode(self, packet: Packet[VideoStream] | None) -> list[VideoFrame]:
+        if self._filter is None or packet is None:
+            return self._context.decode(packet)
+        packets = cast("list[Packet[VideoStream]]", self._filter.filter(packet))
+        return [frame for filtered in packets for frame in self._context.decode(filtered)]
 
     def flush_buffers(self) -> None:
         self._context.flush_buffers()
