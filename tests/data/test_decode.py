@@ -334,11 +334,17 @@ def test_index_out_of_range_is_the_callers_mistake(folder: Path, index: int) -> 
             video.frame_time(index)
 
 
-def test_impossible_device_or_backend_says_what_is_possible(folder: Path) -> None:
-    with pytest.raises(ConfigError, match="'cuda' is not possible, choose 'auto' or 'cpu'"):
-        open_video(folder / "any.mp4", device="cuda")
-    with pytest.raises(ConfigError, match="'decord' is not possible, choose 'auto' or 'pyav'"):
-        open_video(folder / "any.mp4", backend="decord")
+@pytest.mark.parametrize("device", ["gpu", "mps", "cpu:0:0", ""])
+def test_impossible_device_says_what_is_possible(folder: Path, device: str) -> None:
+    with pytest.raises(ConfigError, match=f"'{device}' is not possible, choose 'auto', 'cpu' or 'cuda'"):
+        open_video(folder / "any.mp4", device=device)
+
+
+def test_impossible_backend_says_what_is_possible(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="'opencv' is not possible, choose one of: auto, pyav, torchcodec"):
+        open_video(folder / "any.mp4", backend="opencv")
+    with pytest.raises(ConfigError, match="decord decodes on the CPU only"):
+        open_video(folder / "any.mp4", backend="decord", device="cuda")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,87 @@
+"""Where to decode: settled once per process by trying, and said once in the log."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from mvit_video.data.decode.cuda import SAMPLE, why_no_gpu, why_no_nvdec
+from mvit_video.data.decode.pyav import PyAVVideo
+from mvit_video.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+_lock = threading.Lock()  # so that threads that start together measure once
+_MAX_THREADS = 7  # as many NVDEC units as an H100 has
+
+
+def resolve(device: str, *, nvdec_possible: bool = True) -> tuple[torch.device, bool]:
+    """The device where frames end up, and whether PyAV decodes on it. Raises `ConfigError`."""
+    if device == "cpu":
+        return torch.device("cpu"), False
+    if device == "auto":
+        with _lock:
+            return _best()
+    target = _parse(device)
+    with _lock:
+        problem = why_no_nvdec(target.index) if nvdec_possible else why_no_gpu(target.index)
+    if problem is not None:
+        raise ConfigError(f"decoder device {device!r} is not possible here: {problem}; 'auto' or 'cpu' is")
+    return target, nvdec_possible
+
+
+def _parse(device: str) -> torch.device:
+    try:
+        target = torch.device(device)
+    except RuntimeError:
+        target = torch.device("meta")
+    if target.type != "cuda":
+        raise ConfigError(f"decoder device {device!r} is not possible, choose 'auto', 'cpu' or 'cuda'")
+    if ":" in device:
+        return target
+    return torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_available() else 0)
+
+
+@functools.cache
+def _best() -> tuple[torch.device, bool]:
+    no_gpu = why_no_gpu()
+    if no_gpu is not None:
+        log.info("decoding with PyAV on the CPU: %s", no_gpu)
+        return torch.device("cpu"), False
+    device = _parse("cuda")
+    no_nvdec = why_no_nvdec(device.index)
+    if no_nvdec is not None:
+        log.info("decoding with PyAV on the CPU, colours on %s: %s", device, no_nvdec)
+        return device, False
+    on_cpu, on_gpu = (_clips_a_second(device, nvdec) for nvdec in (False, True))
+    log.info(
+        "decoding with PyAV on %s: %.0f small clips/s there, %.0f on the CPU",
+        device if on_gpu > on_cpu else "the CPU",
+        on_gpu,
+        on_cpu,
+    )
+    return device, on_gpu > on_cpu
+
+
+def _clips_a_second(device: torch.device, nvdec: bool) -> float:
+    """Of the packaged clip, by as many threads as a loader would have."""
+    threads = min(os.cpu_count() or 1, _MAX_THREADS)
+
+    def decode(count: int) -> None:
+        for _ in range(count):
+            with PyAVVideo(SAMPLE, device=device, nvdec=nvdec) as video:
+                video.get_frames(range(0, video.num_frames, 4))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(decode, [1] * threads))  # decoders are made the first time
+        start = time.perf_counter()
+        list(pool.map(decode, [4] * threads))
+        return 4 * threads / (time.perf_counter() - start)

@@ -1,0 +1,180 @@
+"""Where decoded frames are gathered: as RGB on the CPU, or as planes that become RGB on their device."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from av.sidedata.sidedata import Type as SideDataType
+from av.video.frame import VideoFrame
+from av.video.reformatter import ColorRange, VideoReformatter
+from torch import Tensor
+
+from mvit_video.data.decode.colour import Colour, matrix_of, to_rgb
+
+# Layouts that are converted from planes, and the step of a sample that is one 8-bit level.
+_UNITS = {
+    **dict.fromkeys(("gray", "nv12", "yuv420p", "yuv422p", "yuv444p"), 1),
+    **dict.fromkeys(("yuvj420p", "yuvj422p", "yuvj444p"), 1),
+    **dict.fromkeys(("gray10le", "yuv420p10le", "yuv422p10le", "yuv444p10le"), 4),
+    "p010le": 256,
+}
+
+
+class NotOnHardware(Exception):  # noqa: N818 (never leaves this package)
+    """The GPU's decoder can't give this file's frames."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """How the stored picture becomes upright: the display matrix, by its signs."""
+
+    transpose: bool = False
+    flip_x: bool = False
+    flip_y: bool = False
+
+    @classmethod
+    def of(cls, frame: VideoFrame) -> Turn:
+        data = cast(Any, frame.side_data).get(SideDataType.DISPLAYMATRIX)
+        if data is None:
+            return cls()
+        # x' = a x + c y and y' = b x + d y
+        a, b, _, c, d = np.frombuffer(memoryview(cast(Any, data)), np.int32)[:5].tolist()
+        if abs(b) > abs(a):
+            return cls(transpose=True, flip_x=c < 0, flip_y=b < 0)
+        return cls(flip_x=a < 0, flip_y=d < 0)
+
+    def apply(self, picture: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """Turn an (H, W, 3) picture."""
+        if self.transpose:
+            picture = picture.transpose(1, 0, 2)
+        return picture[:: -1 if self.flip_y else 1, :: -1 if self.flip_x else 1]
+
+    def apply_all(self, pictures: Tensor) -> Tensor:
+        """Turn (N, 3, H, W) pictures."""
+        if self.transpose:
+            pictures = pictures.transpose(2, 3)
+        axes = [axis for axis, flip in ((2, self.flip_y), (3, self.flip_x)) if flip]
+        return pictures.flip(axes) if axes else pictures
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a file's frames look like, from one that was decoded on the CPU.
+
+    Kept decoders may carry a former file's colour range along, so it is never asked of their frames.
+    """
+
+    height: int  # as stored, before turning
+    width: int
+    turn: Turn
+    pix_fmt: str
+    matrix: tuple[float, float]
+    full_range: bool
+    as_planes: bool  # whether the planes can be converted without swscale
+
+    @property
+    def upright_size(self) -> tuple[int, int]:
+        """Height and width."""
+        return (self.width, self.height) if self.turn.transpose else (self.height, self.width)
+
+    @classmethod
+    def of(cls, frame: VideoFrame) -> Look:
+        pix_fmt = frame.format.name
+        return cls(
+            frame.height,
+            frame.width,
+            Turn.of(frame),
+            pix_fmt,
+            matrix_of(frame.colorspace),
+            frame.color_range == ColorRange.JPEG or pix_fmt.startswith("yuvj"),
+            pix_fmt in _UNITS and all(plane.line_size > 0 for plane in frame.planes),
+        )
+
+
+class RgbPictures:
+    """Frames converted one by one by swscale: on the CPU that is the fastest way."""
+
+    def __init__(self, count: int, look: Look, reformatter: VideoReformatter) -> None:
+        self._look, self._reformatter = look, reformatter
+        self._frames = torch.empty(count, *look.upright_size, 3, dtype=torch.uint8)
+        self._slots = self._frames.numpy()
+
+    def put(self, slot: int, frame: VideoFrame) -> None:
+        """Gather a frame."""
+        height, width = self._look.height, self._look.width
+        # swscale's defaults: what the published weights were trained on.
+        rgb = self._reformatter.reformat(frame, width=width, height=height, format="rgb24", threads=1)
+        plane = rgb.planes[0]
+        rows = np.frombuffer(cast(Any, plane), np.uint8).reshape(-1, plane.line_size)[:height, : width * 3]
+        self._slots[slot] = self._look.turn.apply(rows.reshape(height, width, 3))
+
+    def finish(self) -> Tensor:
+        """uint8 (N, 3, H, W), upright."""
+        return self._frames.permute(0, 3, 1, 2)
+
+
+class PlanePictures:
+    """Frames kept as YUV planes, 1.5 bytes a pixel, and converted together on `device` at the end.
+
+    They come from NVDEC, and stay on the GPU, or from a CPU decoder, and travel through pinned memory.
+    """
+
+    def __init__(self, count: int, look: Look, reformatter: VideoReformatter, device: torch.device) -> None:
+        self._count, self._look, self._reformatter, self._device = count, look, reformatter, device
+        self._planes: list[Tensor] = []  # each (N, h, w) or, with U and V in turn, (N, h, w, 2)
+        self._pix_fmt = look.pix_fmt
+        self._on_gpu = False
+
+    def put(self, slot: int, frame: VideoFrame) -> None:
+        """Gather a frame. Raises `NotOnHardware` for one of another size, which only swscale resizes."""
+        look = self._look
+        self._on_gpu = frame.format.name == "cuda"
+        if self._on_gpu:
+            if (frame.height, frame.width) != (look.height, look.width):
+                raise NotOnHardware("its pictures change size")
+            assert frame.sw_format is not None
+            self._pix_fmt = frame.sw_format.name
+            if self._pix_fmt not in _UNITS:
+                raise NotOnHardware(f"NVDEC gives {self._pix_fmt}")
+        else:
+            frame = self._reformatter.reformat(
+                frame, width=look.width, height=look.height, format=look.pix_fmt, threads=1
+            )
+        # A capsule: handed the plane itself, torch passes a stream along, which PyAV refuses.
+        planes = [torch.utils.dlpack.from_dlpack(plane.__dlpack__()) for plane in frame.planes]
+        with self._decoding_stream():
+            if not self._planes:
+                self._planes = [self._empty(plane) for plane in planes]
+            for all_planes, plane in zip(self._planes, planes, strict=True):
+                all_planes[slot].copy_(plane)  # now, since the decoder will use its surface again
+
+    def _decoding_stream(self) -> AbstractContextManager[Any]:
+        # FFmpeg decodes on the default stream: what is queued there next sees the finished picture.
+        if self._on_gpu:
+            return torch.cuda.stream(torch.cuda.default_stream(self._device))
+        return nullcontext()
+
+    def _empty(self, plane: Tensor) -> Tensor:
+        pinned = not self._on_gpu and self._device.type == "cuda"
+        return torch.empty(
+            self._count, *plane.shape, dtype=plane.dtype, device=plane.device, pin_memory=pinned
+        )
+
+    def finish(self) -> Tensor:
+        """uint8 (N, 3, H, W) on the device, upright, ordered after what its current stream holds."""
+        if not self._planes:  # no frame was asked for
+            return RgbPictures(0, self._look, self._reformatter).finish().to(self._device)
+        if self._on_gpu:
+            current = torch.cuda.current_stream(self._device)
+            current.wait_stream(torch.cuda.default_stream(self._device))
+            for planes in self._planes:
+                planes.record_stream(current)
+        luma, *rest = (planes.to(self._device, non_blocking=True) for planes in self._planes)
+        chroma = rest[0].unbind(-1) if len(rest) == 1 else tuple(rest)
+        colour = Colour(self._look.matrix, self._look.full_range, _UNITS[self._pix_fmt])
+        return self._look.turn.apply_all(to_rgb(luma, cast(Any, chroma or None), colour))

@@ -1,0 +1,380 @@
+"""The exact decoder: PyAV, on the CPU or with NVDEC.
+
+Frame i is the i-th picture that a plain front-to-back decode of the file shows: never a header's count,
+never time x rate. Opening a video reads all its packets (no decoding) into an index; asking for frames
+plans which stretches of packets to decode, seeks to each and decodes only what is needed. A file whose
+timestamps can't be trusted is decoded from the front and its pictures are counted instead.
+"""
+
+from __future__ import annotations
+
+import bisect
+import operator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TypeAlias, cast
+
+import av
+import torch
+from av.error import FFmpegError
+from av.packet import Packet
+from av.stream import Disposition
+from av.video.frame import VideoFrame
+from av.video.reformatter import VideoReformatter
+from av.video.stream import VideoStream
+from torch import Tensor
+
+from mvit_video.data.decode import cuda
+from mvit_video.data.decode.files import check_file, why_not_opened
+from mvit_video.data.decode.packets import (
+    Index,
+    Key,
+    PacketInfo,
+    Stretch,
+    build_index,
+    filled,
+    find_holes,
+    plan,
+)
+from mvit_video.data.decode.pictures import Look, NotOnHardware, PlanePictures, RgbPictures
+from mvit_video.errors import VideoError
+
+# Reading on is cheaper than a seek when the next key frame is at most this many packets away.
+_SHORT_GAP = 32
+
+_Pictures: TypeAlias = RgbPictures | PlanePictures
+_Slots: TypeAlias = dict[int, int]  # frame index, rising -> place among the pictures asked for
+
+
+class PyAVVideo:
+    """An open video file; see `Video`. Not thread-safe: each thread opens its own.
+
+    `device` is where the frames end up; `nvdec` decodes on it too, where it can decode the file's codec.
+    """
+
+    def __init__(self, path: str | Path, *, device: torch.device | None = None, nvdec: bool = False) -> None:
+        self.path = str(path)
+        self.device = device or torch.device("cpu")
+        self._nvdec = nvdec
+        self._hardware: cuda.HardwareDecoder | None = None  # decodes in the place of `_codec`
+        self._reformatter = VideoReformatter()  # kept: setting it up costs more than converting a frame
+        self._demuxer: Iterator[Packet[VideoStream]] = iter(())
+        self._position = 0  # of the packet that `_demuxer` gives next, in decoding order
+        self.holes: list[int] = []
+        self._sound = 0  # frames before the first damage; only of files without an index
+        check_file(self.path)
+        self._open()
+        try:
+            self.index, first = self._read_index()
+            if self.index is not None:
+                self._set_times(self.index.pts)
+            else:
+                self._count_frames()
+            if first is None or not self.num_frames:
+                raise VideoError(self.path, "no frame can be decoded, the file is damaged")
+        except BaseException:
+            self.close()
+            raise
+        self._look = look = Look.of(first)
+        self.height, self.width = look.upright_size
+
+    def __enter__(self) -> PyAVVideo:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release the file and the decoder."""
+        self._demuxer = iter(())
+        self._container.close()
+
+    def frame_time(self, index: int) -> float:
+        """Seconds from the first frame to frame `index`."""
+        self.check_range([index])
+        return self._times[index]
+
+    def get_frames(self, indices: Sequence[int]) -> Tensor:
+        """See `Video.get_frames`. A damaged file may look sound to NVDEC: the CPU decoder sees more."""
+        asked = [operator.index(index) for index in indices]
+        self.check_range(asked)
+        wanted = sorted(set(asked))
+        try:
+            frames = self._decode({index: slot for slot, index in enumerate(wanted)})
+        except (FFmpegError, OSError) as error:
+            raise VideoError(self.path, "the file can't be read any more") from error
+        if wanted != asked:
+            frames = frames[[bisect.bisect_left(wanted, index) for index in asked]]
+        return frames
+
+    def _decode(self, slots: _Slots) -> Tensor:
+        if self._nvdec and self.index is not None:
+            try:
+                return self._decode_on_gpu(self.index, slots)
+            except NotOnHardware as reason:
+                self._nvdec = False
+                cuda.fall_back(self.path, str(reason))
+        self._hardware = None
+        pictures = self._new_pictures(len(slots))
+        if self.index is not None:
+            missing = self._decode_indexed(self.index, slots, pictures)
+            if missing:
+                self._distrust_index(self.index, missing[0])
+        if self.index is None:
+            self._decode_from_front(slots, pictures)
+        return pictures.finish().to(self.device)
+
+    def _decode_on_gpu(self, index: Index, slots: _Slots) -> Tensor:
+        self._hardware = cuda.decoder_for(self._stream, self._look.pix_fmt, self.device)
+        pictures = PlanePictures(len(slots), self._look, self._reformatter, self.device)
+        if self._decode_indexed(index, slots, pictures):
+            raise NotOnHardware("NVDEC did not give all frames")  # the CPU decoder says what is wrong
+        return pictures.finish()
+
+    def _new_pictures(self, count: int) -> _Pictures:
+        if self.device.type == "cpu" or not self._look.as_planes:
+            return RgbPictures(count, self._look, self._reformatter)
+        return PlanePictures(count, self._look, self._reformatter, self.device)
+
+    def check_range(self, indices: Sequence[int]) -> None:
+        """Raises `ValueError` for an index that no frame has."""
+        for index in indices:
+            if not 0 <= index < self.num_frames:
+                raise ValueError(f"frame {index} was asked of {self.path}, which has {self.num_frames}")
+
+    # Opening
+
+    def _open(self) -> None:
+        try:
+            # "file:" keeps FFmpeg from taking a name like "http://x" or "a:b.mp4" for a protocol, the white
+            # list keeps playlists from fetching anything. PyAV silences FFmpeg's log by default.
+            self._container = av.open(
+                f"file:{self.path}",
+                "r",
+                container_options={"protocol_whitelist": "file"},
+                metadata_errors="replace",
+            )
+        except (FFmpegError, OSError, ValueError) as error:
+            raise VideoError(self.path, why_not_opened(self.path, error)) from error
+        stream = self._container.streams.best("video")
+        try:
+            self._stream = self._usable(cast("VideoStream | None", stream))
+        except VideoError:
+            self._container.close()
+            raise
+        self.container_format = _short_name(self._container.format.name)
+        self._codec = self._stream.codec_context
+        self._codec.thread_type = "NONE"  # clips are decoded in parallel instead: same speed, less CPU time
+        self._codec.thread_count = 1
+        self._codec.options = {"err_detect": "explode"}  # fail where FFmpeg would paint over damage
+        self._demuxer = self._container.demux(self._stream)
+        self._position = 0
+
+    def _usable(self, stream: VideoStream | None) -> VideoStream:
+        if stream is None or stream.disposition & Disposition.attached_pic:
+            raise VideoError(self.path, "the file has no video stream")
+        if cast("object | None", stream.codec_context) is None:
+            raise VideoError(self.path, "FFmpeg has no decoder for its video stream")
+        return stream
+
+    def _read_index(self) -> tuple[Index | None, VideoFrame | None]:
+        """The index, None where it would mislead, and some early frame for the size and orientation."""
+        packets = []
+        first = None
+        try:
+            for packet in filled(self._demuxer):
+                packets.append(PacketInfo.of(packet))
+                if first is None:
+                    first = self._try_decode(packet)
+        except FFmpegError as error:
+            raise VideoError(self.path, "the file can't be read to its end, it is damaged") from error
+        # A table of all packets (MP4, AVI) tells when some are missing; others list key frames or nothing.
+        entries = self._stream.index_entries
+        listed = len(packets) if len(entries) <= len(packets) else sum(entry.size > 0 for entry in entries)
+        if listed > len(packets):
+            raise VideoError(
+                self.path, f"the file is cut off: {len(packets)} of its {listed} frames are there"
+            )
+        self._position = len(packets)
+        self.holes = find_holes(packets)
+        # AVI has no presentation times: with B-frames FFmpeg guesses them, often wrongly (UCF101's XviD).
+        guessed = self.container_format == "avi" and self._codec.has_b_frames
+        return None if guessed else build_index(packets), first
+
+    def _try_decode(self, packet: Packet[VideoStream]) -> VideoFrame | None:
+        try:
+            frames = self._codec.decode(packet)
+            if not frames and not packet.is_discard:  # the decoder holds it back to reorder: force it out
+                frames = self._codec.decode(None)
+                self._codec.flush_buffers()
+        except FFmpegError:
+            self._codec.flush_buffers()
+            return None
+        return frames[0] if frames else None
+
+    def _set_times(self, pts: Sequence[int | None]) -> None:
+        self.num_frames = len(pts)
+        tick = float(self._stream.time_base or 0)  # seconds
+        known = [p for p in pts if p is not None]
+        self.start_ticks = known[0] if known else 0
+        self.start = self.start_ticks * tick  # seconds on the stream's clock
+        times = [(p - known[0]) * tick for p in known]
+        rate = float(self._stream.average_rate or self._stream.guessed_rate or 25)
+        if len(times) == len(pts) > 1 and times[-1] > 0:
+            rate = (len(times) - 1) / times[-1]
+        else:
+            times = [i / rate for i in range(len(pts))]
+        self._times, self.fps, self.duration = times, rate, len(pts) / rate
+
+    # Decoding by the index
+
+    def _decode_indexed(self, index: Index, slots: _Slots, pictures: _Pictures) -> list[int]:
+        """Gather the frames; returns those that did not come."""
+        missing: list[int] = []
+        for stretch in plan(index, list(slots)):
+            late = self._decode_stretch(index, stretch, slots, pictures)
+            if late and stretch.key > 0:  # a decoder may need a longer run-up, as with periodic intra refresh
+                longer = Stretch(stretch.key - 1, stretch.last, late)
+                late = self._decode_stretch(index, longer, slots, pictures)
+            missing += late
+        return missing
+
+    def _decode_stretch(
+        self, index: Index, stretch: Stretch, slots: _Slots, pictures: _Pictures
+    ) -> list[int]:
+        key = index.keys[stretch.key]
+        wanted = {index.pts[i]: i for i in stretch.frames}
+        came: set[int] = set()
+        damage = list(self.holes)  # positions of packets that are lost or don't decode well
+        newest = key.pts
+        (self._hardware or self._codec).flush_buffers()
+        for packet in self._packets(index, key, stretch.last):
+            pts = None if packet is None else packet.pts  # decoding may empty the packet
+            decoder = self._hardware or self._codec  # the latter may have been opened anew
+            try:
+                # Pictures that nobody wants and nobody refers to are dropped undecoded: lossless.
+                decoder.skip_frame = "DEFAULT" if packet is None or pts in wanted else "NONREF"
+                frames = decoder.decode(packet)
+            except FFmpegError:
+                frames = []
+                if pts is not None and pts >= key.pts:
+                    damage.append(index.position[pts])
+            for frame in frames:
+                # Pictures shown before the key frame but coded after it refer to what was not decoded.
+                if frame.pts is None or frame.pts < key.pts:
+                    continue
+                if frame.pts < newest or frame.pts not in index.position:
+                    return stretch.frames  # not the order of the timestamps: the index is wrong
+                newest = frame.pts
+                if frame.is_corrupt:
+                    damage.append(index.position[frame.pts])
+                elif frame.pts in wanted:
+                    came.add(wanted[frame.pts])
+                    pictures.put(slots[wanted[frame.pts]], frame)
+        return [i for i in stretch.frames if i not in came or index.is_spoilt(i, damage)]
+
+    def _packets(self, index: Index, key: Key, last: int) -> Iterator[Packet[VideoStream] | None]:
+        """Packets from a key frame to position `last`, then None to force out what the decoder holds."""
+        packet = self._go_to(index, key)
+        while packet is not None:
+            yield packet
+            packet = next(filled(self._demuxer), None) if self._position <= last else None
+            self._position += packet is not None
+        yield None
+
+    def _go_to(self, index: Index, key: Key) -> Packet[VideoStream] | None:
+        """Read the key frame's packet, seeking if it is not near."""
+        if 0 <= key.position - self._position <= _SHORT_GAP:
+            packet = self._read_until(index, key)
+            if packet is not None:
+                return packet
+        try:
+            self._container.seek(key.seek_time, stream=self._stream)
+            self._demuxer = self._container.demux(self._stream)
+            packet = self._read_until(index, key)
+        except FFmpegError:
+            packet = None
+        if packet is None:  # the seek failed or went too far: read from the front
+            self._container.close()
+            self._open()
+            packet = self._read_until(index, key)
+        return packet
+
+    def _read_until(self, index: Index, key: Key) -> Packet[VideoStream] | None:
+        for packet in filled(self._demuxer):
+            position = -1 if packet.pts is None else index.position.get(packet.pts, -1)
+            if position > key.position:
+                return None
+            if position == key.position:
+                self._position = position + 1
+                return packet
+        return None
+
+    # Decoding from the front
+
+    def _distrust_index(self, index: Index, missing: int) -> None:
+        """A promised frame did not come: either the file is damaged or its packets are no index of it."""
+        promised = self.num_frames
+        self._count_frames()
+        if self._sound < self.num_frames:
+            self._set_times(index.pts)
+            raise VideoError(
+                self.path, f"frame {missing} of {promised} can't be decoded, the file is damaged"
+            )
+        self.index = None
+
+    def _count_frames(self) -> None:
+        pts: list[int | None] = []
+        last_key = 0
+        sound: int | None = None
+        for frame in self._shown():
+            if frame is not None and frame.key_frame:
+                last_key = len(pts)
+            lost = frame is None or frame.is_corrupt or not (pts or frame.key_frame)
+            if lost and sound is None:
+                sound = last_key  # pictures in between may refer to the damaged one
+            if frame is not None:
+                pts.append(frame.pts)
+        self._sound = len(pts) if sound is None else sound
+        self._set_times(pts)
+
+    def _decode_from_front(self, slots: _Slots, pictures: _Pictures) -> None:
+        for index in slots:
+            if index >= self._sound:
+                which = f"frame {index} of {self.num_frames}"
+                raise VideoError(self.path, f"{which} can't be decoded, the file is damaged")
+        last = max(slots, default=-1)
+        shown = (frame for frame in self._shown() if frame is not None)
+        for number in range(last + 1):
+            frame = next(shown, None)
+            if frame is None:
+                raise VideoError(self.path, "the file changed while it was read")
+            if number in slots:
+                pictures.put(slots[number], frame)
+
+    def _shown(self) -> Iterator[VideoFrame | None]:
+        """All pictures in the order shown, with None for each damaged packet."""
+        self._container.close()
+        self._open()
+        try:
+            for position, packet in enumerate(filled(self._demuxer)):
+                if position in self.holes:
+                    yield None
+                yield from self._decode_or_none(packet)
+        except FFmpegError:
+            yield None
+        yield from self._decode_or_none(None)
+
+    def _decode_or_none(self, packet: Packet[VideoStream] | None) -> Sequence[VideoFrame | None]:
+        try:
+            return self._codec.decode(packet)
+        except FFmpegError:
+            return [None]
+
+
+def _short_name(format_name: str) -> str:
+    names = format_name.split(",")  # "mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"
+    return "mp4" if "mp4" in names else names[0]

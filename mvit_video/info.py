@@ -1,0 +1,104 @@
+"""mvit-info: what this machine can do. ``mvit-info system`` lists decoders, versions and what is missing."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Callable
+from importlib import metadata
+from typing import NamedTuple
+
+import av
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from mvit_video.data.decode.cuda import why_no_gpu, why_no_nvdec
+from mvit_video.data.decode.engines import import_decord, import_torchcodec
+from mvit_video.errors import ConfigError, MVitVideoError
+
+_CODECS = ("h264", "hevc", "vp8", "vp9", "av1", "mpeg4", "mpeg2video", "mjpeg", "prores")
+_NVDEC_CODECS = ("h264", "hevc", "vp8", "vp9", "av1")  # those that the toolkit decodes there
+
+
+class Row(NamedTuple):
+    """One finding: what was looked for, what there is, and how to get what is missing."""
+
+    what: str
+    found: str
+    remedy: str = ""
+
+
+def main() -> None:
+    """The command ``mvit-info``."""
+    arguments = sys.argv[1:]
+    try:
+        if arguments == ["system"]:
+            _print_table(describe_system())
+        else:
+            describe_model_command(arguments)
+    except MVitVideoError as error:
+        sys.stderr.write(f"mvit-info: error: {error}\n")
+        sys.exit(1)
+
+
+def describe_system() -> list[Row]:
+    """Versions, GPU, and each decoder with its codecs, as this process finds them."""
+    return [
+        Row("machine", f"{platform.machine()}, {os.cpu_count()} CPU cores, {platform.system()}"),
+        Row("Python", platform.python_version()),
+        Row("PyTorch", torch.__version__),
+        _gpu(),
+        Row("PyAV", f"{av.__version__}, FFmpeg {av.ffmpeg_version_info}"),
+        Row("PyAV on the CPU", ", ".join(codec for codec in _CODECS if _decodes(codec))),
+        _nvdec(),
+        _engine("torchcodec", import_torchcodec),
+        _engine("decord", import_decord),
+    ]
+
+
+def describe_model_command(arguments: list[str]) -> None:
+    """What is known of a model."""
+    raise ConfigError("nothing to describe; try: mvit-info system")
+
+
+def _gpu() -> Row:
+    problem = why_no_gpu()
+    if problem is not None:
+        return Row("GPU", "none", problem)
+    return Row("GPU", ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())))
+
+
+def _nvdec() -> Row:
+    problem = why_no_nvdec()
+    if problem is not None:
+        return Row("PyAV on the GPU (NVDEC)", "no", problem)
+    return Row("PyAV on the GPU (NVDEC)", ", ".join(_NVDEC_CODECS), "other codecs are decoded on the CPU")
+
+
+def _engine(name: str, load: Callable[[], object]) -> Row:
+    try:
+        load()
+    except ConfigError as error:
+        return Row(name, "no", str(error))
+    return Row(name, metadata.version(name))
+
+
+def _decodes(codec: str) -> bool:
+    try:
+        av.Codec(codec, "r")
+    except av.codec.codec.UnknownCodecError:
+        return False
+    return True
+
+
+def _print_table(rows: list[Row]) -> None:
+    table = Table("", "here", "what is missing, and how to get it")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

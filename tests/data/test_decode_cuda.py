@@ -1,0 +1,276 @@
+"""Decoding on a GPU: up to the driver anywhere, beyond it in the tests marked gpu."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+import torch
+from videos import numbered_frame, read_number, write_numbered_video, write_video
+
+from mvit_video.data.decode import choice, cuda, open_video
+from mvit_video.data.decode.pictures import NotOnHardware
+from mvit_video.data.decode.pyav import PyAVVideo
+from mvit_video.errors import ConfigError
+
+CPU = torch.device("cpu")
+X264 = {"preset": "veryfast", "g": "30", "bf": "2"}
+no_gpu_here = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+
+
+@no_gpu_here
+@pytest.mark.parametrize("device", ["cuda", "cuda:0", "cuda:3"])
+@pytest.mark.parametrize("backend", ["auto", "pyav", "torchcodec"])
+def test_cuda_without_a_gpu_is_a_clear_error(tmp_path: Path, device: str, backend: str) -> None:
+    with pytest.raises(ConfigError, match=f"'{device}' is not possible here: .*; 'auto' or 'cpu' is"):
+        open_video(tmp_path / "any.mp4", device=device, backend=backend)
+
+
+@no_gpu_here
+def test_auto_falls_back_and_says_so_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write_numbered_video(tmp_path / "any.mp4", 5)
+    choice._best.cache_clear()
+    with caplog.at_level(logging.INFO):
+        for _ in range(3):
+            with open_video(path, device="auto") as video:
+                assert video.get_frames([0]).device == CPU
+    (message,) = [record.getMessage() for record in caplog.records if "decoding with" in record.getMessage()]
+    assert message.startswith("decoding with PyAV on the CPU: ")
+
+
+def test_the_faster_of_cpu_and_gpu_is_chosen(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(choice, "why_no_gpu", lambda index=0: None)
+    monkeypatch.setattr(choice, "why_no_nvdec", lambda index=0: None)
+    for speeds, expected in (({True: 90.0, False: 40.0}, True), ({True: 30.0, False: 40.0}, False)):
+        choice._best.cache_clear()
+        monkeypatch.setattr(choice, "_clips_a_second", lambda device, nvdec, speeds=speeds: speeds[nvdec])
+        with caplog.at_level(logging.INFO):
+            assert choice.resolve("auto") == (torch.device("cuda", 0), expected)
+        assert f"{speeds[True]:.0f} small clips/s there, {speeds[False]:.0f} on the CPU" in caplog.text
+    choice._best.cache_clear()
+
+
+def test_the_packaged_clip_can_be_measured() -> None:
+    assert choice._clips_a_second(CPU, nvdec=False) > 1
+
+
+# Kept decoders, with software contexts in the place of NVDEC's
+
+
+@pytest.fixture
+def software(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "_acceleration", lambda device: None)
+    monkeypatch.setattr(cuda, "_kept", cuda._KeptDecoders())
+    monkeypatch.setattr(cuda, "fallbacks", type(cuda.fallbacks)())
+
+
+def test_software_frames_are_noticed_and_the_file_is_decoded_on_the_cpu(
+    tmp_path: Path, software: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("a.mp4", "b.mp4"):
+        path = write_numbered_video(tmp_path / name, 40, options=X264)
+        with PyAVVideo(path, device=CPU, nvdec=True) as video, open_video(path) as exact:
+            for indices in ([30, 2], [39]):
+                torch.testing.assert_close(video.get_frames(indices), exact.get_frames(indices))
+    assert cuda.fallbacks == {"NVDEC can't decode this kind of h264": 2}
+    assert len(caplog.records) == 1
+    assert "a.mp4: NVDEC can't decode this kind of h264, so the CPU decodes it" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "reason"),
+    [
+        ("mpeg4.mp4", {"codec": "mpeg4"}, "NVDEC doesn't decode mpeg4"),
+        ("high.mp4", {"pix_fmt": "yuv420p10le"}, "NVDEC doesn't decode h264 in yuv420p10le"),
+        ("dense.mp4", {"pix_fmt": "yuv444p"}, "NVDEC doesn't decode h264 in yuv444p"),
+    ],
+)
+def test_codecs_that_nvdec_lacks_go_to_the_cpu(
+    tmp_path: Path, software: None, name: str, arguments: dict[str, Any], reason: str
+) -> None:
+    path = write_numbered_video(tmp_path / name, 10, **arguments)
+    with PyAVVideo(path, device=CPU, nvdec=True) as video:
+        assert [read_number(frame) for frame in video.get_frames([9, 1])] == [9, 1]
+    assert cuda.fallbacks == {reason: 1}
+
+
+def test_av1_is_decoded_by_name(tmp_path: Path, software: None) -> None:
+    """av.open would take libdav1d, which knows no GPU."""
+    path = write_numbered_video(
+        tmp_path / "av1.mp4", 5, height=128, width=192, codec="libsvtav1", options={"preset": "12"}
+    )
+    with av.open(str(path)) as container:
+        decoder = cuda.decoder_for(container.streams.video[0], "yuv420p", CPU)
+        assert decoder._context.codec.name == "av1"
+
+
+def test_a_kept_decoder_gives_the_pictures_of_a_new_one(tmp_path: Path, software: None) -> None:
+    """Files of one size but other parameter sets share a decoder, from the middle as from the front."""
+    codecs: list[dict[str, Any]] = [
+        {"options": X264 | {"x264-params": "cabac=0"}},
+        {"options": X264 | {"x264-params": "open-gop=1:ref=5", "g": "8"}},
+        {"options": X264 | {"profile": "main", "x264-params": "fullrange=on"}},
+    ]
+    paths = [
+        write_video(tmp_path / f"{i}.mp4", (numbered_frame(k + i, 144, 176) for k in range(40)), **codec)
+        for i, codec in enumerate(codecs)
+    ]
+    contexts = set()
+    for start in (0, 17, 0, 30):
+        for path in paths:
+            with av.open(str(path)) as container:
+                expected = {f.pts: f.to_ndarray() for f in container.decode(video=0)}
+            with av.open(str(path)) as container:
+                stream = container.streams.video[0]
+                decoder = cuda.decoder_for(stream, "yuv420p", CPU)
+                contexts.add(id(decoder._context))
+                decoder.flush_buffers()
+                container.seek(int(start / 25 / stream.time_base), stream=stream)
+                packets = [packet for packet in container.demux(stream) if packet.size]
+                frames = [f for packet in [*packets[:9], None] for f in decoder._decode(packet)]
+            assert len(frames) >= 9 - 3  # leading pictures of an open group need what was not read
+            sound = [f for f in frames if f.pts >= packets_start(path, start)]
+            for frame in sound:
+                np.testing.assert_array_equal(frame.to_ndarray(), expected[frame.pts])
+    assert len(contexts) <= 2  # one a profile
+
+
+def packets_start(path: Path, start: int) -> int:
+    """Time stamp of the key frame that a seek to frame `start` reaches."""
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        container.seek(int(start / 25 / stream.time_base), stream=stream)
+        return next(packet.pts for packet in container.demux(stream) if packet.is_keyframe)
+
+
+def test_few_decoders_are_kept_and_none_is_shared_between_threads() -> None:
+    kept = cuda._KeptDecoders()
+    first: Any = kept.get(0, object)  # type: ignore[arg-type]
+    for key in range(1, 8):
+        kept.get(key, object)  # type: ignore[arg-type]
+    assert kept.get(0, object) is first  # type: ignore[arg-type]
+    kept.get(8, object)  # type: ignore[arg-type]
+    assert list(kept._contexts) == [2, 3, 4, 5, 6, 7, 0, 8]
+    other: list[Any] = []
+    thread = threading.Thread(target=lambda: other.append(kept.get(0, object)))  # type: ignore[arg-type]
+    thread.start()
+    thread.join()
+    assert other[0] is not first
+
+
+@no_gpu_here
+def test_a_decoder_that_can_not_be_made_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    accelerate = av.codec.hwaccel.HWAccel("cuda", device="0", is_hw_owned=True)
+    monkeypatch.setattr(cuda, "_acceleration", lambda device: accelerate)
+    with (
+        av.open(str(cuda.SAMPLE)) as container,
+        pytest.raises(NotOnHardware, match="no NVDEC decoder for h264 could be made"),
+    ):
+        cuda.decoder_for(container.streams.video[0], "yuv420p", CPU)
+
+
+# With a GPU
+
+GPU_FILES: dict[str, dict[str, Any]] = {
+    "h264.mp4": {"options": X264},
+    "open_gop.mp4": {"options": X264 | {"x264-params": "open-gop=1", "g": "12"}},
+    "full_range.mp4": {"options": X264 | {"x264-params": "fullrange=on:colormatrix=bt709"}},
+    "hevc.mp4": {"codec": "libx265", "options": {"preset": "ultrafast", "x265-params": "log-level=none"}},
+    "hevc10.mp4": {
+        "codec": "libx265",
+        "pix_fmt": "yuv420p10le",
+        "options": {"preset": "ultrafast", "x265-params": "log-level=none"},
+    },
+    "vp9.webm": {"codec": "libvpx-vp9", "options": {"deadline": "realtime", "cpu-used": "8"}},
+    "av1.mp4": {"codec": "libsvtav1", "options": {"preset": "12"}},
+    "turned.mp4": {"options": X264, "rotation": 90},
+    "odd.webm": {
+        "codec": "libvpx-vp9",
+        "options": {"deadline": "realtime", "cpu-used": "8"},
+        "height": 257,
+        "width": 341,
+    },
+    "mpeg4.avi": {"codec": "mpeg4"},
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", GPU_FILES)
+def test_gpu_frames_are_the_cpu_frames(tmp_path: Path, name: str) -> None:
+    arguments = {"height": 256, "width": 340} | GPU_FILES[name]
+    path = write_numbered_video(tmp_path / name, 60, **arguments)
+    torch.zeros(1, device="cuda")
+    with open_video(path, device="cuda") as video, open_video(path) as exact:
+        for indices in ([0], [59], [30, 4, 30], list(range(60))):
+            frames = video.get_frames(indices)
+            assert frames.device.type == "cuda"
+            difference = (frames.cpu().int() - exact.get_frames(indices).int()).abs().float()
+            assert difference.mean() < 2.2
+            if "10" not in name:  # swscale interpolates the chroma of 10-bit files
+                assert difference.max() <= 3
+
+
+@pytest.mark.gpu
+def test_gpu_frames_are_safe_on_a_side_stream_and_after_the_decoder_goes_on() -> None:
+    with open_video(cuda.SAMPLE) as exact:
+        expected = exact.get_frames(range(64)).int()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        held = []
+        for _ in range(4):
+            with open_video(cuda.SAMPLE, device="cuda") as video:
+                held.append(video.get_frames(range(64)))
+        for frames in held:
+            assert (frames.cpu().int() - expected).abs().max() <= 3
+
+
+@pytest.mark.gpu
+def test_two_thousand_opens_leak_nothing() -> None:
+    def used() -> int:
+        free, total = torch.cuda.mem_get_info()
+        return total - free
+
+    for opens in range(2000):
+        with open_video(cuda.SAMPLE, device="cuda") as video:
+            video.get_frames([0, 5])
+        if opens == 100:
+            before, resident = used(), _resident_kilobytes()
+    assert used() - before < 64 << 20
+    assert _resident_kilobytes() - resident < 100_000
+
+
+def _resident_kilobytes() -> int:
+    return int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1])  # type: ignore[index]
+
+
+@pytest.mark.gpu
+def test_threads_decode_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    speeds = {}
+    for threads in (1, 2, 4, 8, 16):
+        start = time.perf_counter()
+        workers = [threading.Thread(target=_decode_clips, args=(20,)) for _ in range(threads)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        torch.cuda.synchronize()
+        speeds[threads] = 20 * threads / (time.perf_counter() - start)
+    with capsys.disabled():
+        print("\nNVDEC clips/s by threads:", {k: round(v) for k, v in speeds.items()})
+    if (os.cpu_count() or 1) >= 4:
+        assert max(speeds.values()) > 1.5 * speeds[1]
+
+
+def _decode_clips(count: int) -> None:
+    for _ in range(count):
+        with open_video(cuda.SAMPLE, device="cuda") as video:
+            video.get_frames(range(0, 64, 4))
