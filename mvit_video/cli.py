@@ -18,6 +18,8 @@ from hydra.errors import HydraException, InstantiationException, MissingConfigEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from mvit_video.data.clips import OpenVideo
+from mvit_video.data.decode.cuda import SAMPLE
 from mvit_video.errors import ConfigError, MVitVideoError
 from mvit_video.model import MViT, Protocol, load_model, load_weights
 from mvit_video.model.variants import replace_fields
@@ -78,6 +80,19 @@ def build_model(config: DictConfig, num_classes: int | None = None) -> MViT:
         raise ConfigError("nothing to run: give weights=FILE, or model=NAME to see random weights at work")
     model.protocol = override_protocol(model.protocol, config.views)
     return model.eval()
+
+
+def build_decoder(config: DictConfig) -> OpenVideo:
+    """What ``config.decoder`` opens files with, tried on a packaged clip.
+
+    Raises ConfigError for what isn't possible on this machine.
+    """
+    open_file = build(config.decoder)
+    with open_file(SAMPLE) as video:
+        device = video.get_frames([0]).device
+    if device.type != "cpu" and config.num_workers:
+        raise ConfigError(f"decoding on {device} happens in this process: it needs num_workers=0")
+    return open_file
 
 
 def check_loading(config: DictConfig) -> None:

@@ -39,7 +39,7 @@ def evaluate(config: DictConfig) -> None:
         raise ConfigError(f"split is {config.split!r}; it must be train or val")
     cli.check_loading(config)
     device = cli.choose_device(config.device)
-    open_file = cli.build(config.decoder)
+    open_file = cli.build_decoder(config)
     model = cli.build_model(config) if "model" not in config else None
     splits: VideoSplits = cli.build(config.data)
     if model is None:

@@ -1,4 +1,4 @@
-"""mvit-info: what this machine can do. ``mvit-info system`` lists decoders, versions and what is missing."""
+"""mvit-info: what a model is made of, and what this machine can do (``mvit-info system``)."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from typing import NamedTuple
 
 import av
 import torch
-from rich.console import Console
-from rich.table import Table
+from omegaconf import DictConfig
 
+from mvit_video import cli
 from mvit_video.data.decode.cuda import why_no_gpu, why_no_nvdec
 from mvit_video.data.decode.engines import import_decord, import_torchcodec
-from mvit_video.errors import ConfigError, MVitVideoError
+from mvit_video.errors import ConfigError
+from mvit_video.model.describe import describe
+from mvit_video.report import print_table
 
 _CODECS = ("h264", "hevc", "vp8", "vp9", "av1", "mpeg4", "mpeg2video", "mjpeg", "prores")
 _NVDEC_CODECS = ("h264", "hevc", "vp8", "vp9", "av1")  # those that the toolkit decodes there
@@ -32,15 +34,36 @@ class Row(NamedTuple):
 
 def main() -> None:
     """The command ``mvit-info``."""
-    arguments = sys.argv[1:]
-    try:
-        if arguments == ["system"]:
-            _print_table(describe_system())
-        else:
-            describe_model_command(arguments)
-    except MVitVideoError as error:
-        sys.stderr.write(f"mvit-info: error: {error}\n")
-        sys.exit(1)
+    if sys.argv[1:] == ["system"]:
+        print_table("", ("", "here", "what is missing, and how to get it"), describe_system())
+    else:
+        cli.run(print_model, "info")
+
+
+def print_model(config: DictConfig) -> None:
+    """Print the stages of the model that ``config.model`` names, its parameters and its cost per view."""
+    with torch.device("meta"):
+        model = cli.build(config.model)
+    described = describe(model.config)
+    rows = [
+        (
+            number,
+            stage.blocks,
+            "x".join(map(str, stage.tokens)),
+            stage.channels,
+            stage.num_heads,
+            "x".join(map(str, stage.q_stride)),
+            "x".join(map(str, stage.kv_stride)),
+            round(stage.gmacs, 2),
+        )
+        for number, stage in enumerate(described.stages, start=1)
+    ]
+    print_table(
+        config.model.name,
+        ("stage", "blocks", "tokens", "channels", "heads", "q stride", "kv stride", "GMACs"),
+        rows,
+    )
+    print(f"{described.parameters:,} parameters, {described.gmacs:.2f} GMACs a view; {model.protocol}")
 
 
 def describe_system() -> list[Row]:
@@ -56,11 +79,6 @@ def describe_system() -> list[Row]:
         _engine("torchcodec", import_torchcodec),
         _engine("decord", import_decord),
     ]
-
-
-def describe_model_command(arguments: list[str]) -> None:
-    """What is known of a model."""
-    raise ConfigError("nothing to describe; try: mvit-info system")
 
 
 def _gpu() -> Row:
@@ -91,13 +109,6 @@ def _decodes(codec: str) -> bool:
     except av.codec.codec.UnknownCodecError:
         return False
     return True
-
-
-def _print_table(rows: list[Row]) -> None:
-    table = Table("", "here", "what is missing, and how to get it")
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
 
 
 if __name__ == "__main__":

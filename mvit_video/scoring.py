@@ -54,7 +54,7 @@ def score_videos(
         TestViews(videos, model.protocol, open_file=open_file),
         batch_size=None,
         num_workers=num_workers,
-        pin_memory=torch.device(device).type == "cuda",
+        pin_memory=torch.device(device).type == "cuda" and num_workers > 0,
     )
     model = model.to(device).eval()
     for group in _groups(loader, batch_size):

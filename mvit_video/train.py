@@ -35,7 +35,7 @@ def train(config: DictConfig) -> None:
     # Everything that can be checked without data is built before data are read.
     cli.check_loading(config)
     augment = cli.build(config.augment)
-    open_file = cli.build(config.decoder)
+    open_file = cli.build_decoder(config)
     resume_from = _find_checkpoint(config.ckpt_path, output)
     history = History()
     trainer = _build_trainer(config, output, history)
@@ -55,7 +55,7 @@ def train(config: DictConfig) -> None:
     loading: dict[str, Any] = {
         "batch_size": config.batch_size,
         "num_workers": config.num_workers,
-        "pin_memory": torch.cuda.is_available(),
+        "pin_memory": torch.cuda.is_available() and config.num_workers > 0,
     }
     clips = TrainingClips(splits.train.videos, model.protocol, augment, seed=config.seed, open_file=open_file)
     one_view = replace(model.protocol, num_clips=1, num_crops=1)

@@ -14,7 +14,12 @@ from videos import write_numbered_video
 import mvit_video as mv
 from mvit_video.model.checkpoint import METADATA_KEY, model_metadata
 
-MAINS = {"train": "mvit_video.train", "eval": "mvit_video.eval", "predict": "mvit_video.predict.__main__"}
+MAINS = {
+    "train": "mvit_video.train",
+    "eval": "mvit_video.eval",
+    "predict": "mvit_video.predict.__main__",
+    "info": "mvit_video.info",
+}
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -53,8 +53,12 @@ def error_line(result: Result, name: str) -> str:
         ("train", ["data.root=.", "batch_size=0"], ["batch_size must be at least 1"]),
         ("train", ["data.root=.", "num_workers=-1"], ["num_workers must be at least 0"]),
         ("train", ["data.root=.", "trainer.precision=7"], ["trainer", "Precision 7"]),
+        ("train", ["data.root=.", "decoder.device=abacus"], ["'abacus'", "cpu"]),
+        ("train", ["data.root=.", "decoder.backend=abacus"], ["'abacus'", "pyav"]),
         ("eval", ["weights=x", "device=abacus", "data.root=."], ["'abacus'"]),
         ("eval", ["weights=x", "split=dev", "data.root=."], ["'dev'", "train or val"]),
+        ("info", ["model=mvitv2_xs"], ["model has no 'mvitv2_xs'", "mvitv2_s_16x4"]),
+        ("info", ["model.stages=[0]"], ["model", "stages"]),
         ("predict", ["a.mp4", "topk=0", "model=mvitv2_nano_8x4"], ["topk must be at least 1"]),
         # what isn't there
         ("train", [], ["data.root isn't set", "data.root=..."]),

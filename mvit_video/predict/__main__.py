@@ -70,7 +70,7 @@ def predict_files(config: DictConfig, files: list[str]) -> None:
         batch_size=config.batch_size,
         num_workers=config.num_workers,
         device=device,
-        open_file=cli.build(config.decoder),
+        open_file=cli.build_decoder(config),
     )
     predictions = list(track(found, "predicting", total=len(videos)))
     if config.output:
