@@ -128,9 +128,8 @@ def _one_line(error: BaseException) -> str:
         cause = error.__cause__
         return _one_line(cause) if isinstance(cause, MissingMandatoryValue) else prefix + _one_line(cause)
     text = str(error)
-    if (
-        " in DataLoader worker process " in text
-    ):  # carries the worker's whole stack trace; its end is the error
+    if " in DataLoader worker process " in text:
+        # It carries the worker's whole stack trace; the last line is the error.
         text = text.strip().rpartition("\n")[2].partition(": ")[2]
     return " ".join(text.split())
 

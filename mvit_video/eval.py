@@ -97,22 +97,20 @@ def confusion(scores: Iterable[VideoScores], num_classes: int) -> torch.Tensor:
     return matrix.compute()
 
 
-def write_scores(scores: Iterable[VideoScores], path: Path) -> None:
+def write_scores(scores: Sequence[VideoScores], path: Path) -> None:
     """One row per view: id, path, label, view, start and end in seconds, and the softmax scores."""
-    rows = [
-        {
-            "id": video.video.id,
-            "path": video.video.path,
-            "label": video.video.label,
-            "view": view,
-            "start": start,
-            "end": end,
-            "scores": video.views[view].tolist(),
-        }
-        for video in scores
-        for view, (start, end) in enumerate(video.spans)
-    ]
-    pq.write_table(pa.Table.from_pylist(rows), path)
+    rows = [(video.video, view, *span) for video in scores for view, span in enumerate(video.spans)]
+    probabilities = torch.cat([video.views for video in scores])
+    columns = {
+        "id": [video.id for video, *_ in rows],
+        "path": [video.path for video, *_ in rows],
+        "label": [video.label for video, *_ in rows],
+        "view": [view for _, view, *_ in rows],
+        "start": [start for _, _, start, _ in rows],
+        "end": [end for *_, end in rows],
+        "scores": pa.FixedSizeListArray.from_arrays(probabilities.flatten().numpy(), probabilities.shape[1]),
+    }
+    pq.write_table(pa.table(columns), path)
 
 
 def _split_bad(

@@ -83,8 +83,9 @@ def train(config: DictConfig) -> None:
     if history.epochs:
         plot_history(history.epochs, output / "learning_curve.png")
         log.info("learning curve: %s", output / "learning_curve.png")
-    if isinstance(trainer.checkpoint_callback, ModelCheckpoint):
-        log.info("best checkpoint: %s", trainer.checkpoint_callback.best_model_path)
+    kept = trainer.checkpoint_callback
+    if isinstance(kept, ModelCheckpoint) and kept.best_model_path:
+        log.info("best checkpoint: %s", kept.best_model_path)
 
 
 def _build_trainer(config: DictConfig, output: Path, history: History) -> pl.Trainer:

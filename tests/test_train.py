@@ -87,3 +87,22 @@ def test_a_sweep_runs_every_job(command: Command, two_classes: Path, tmp_path: P
     assert result.code == 0, result.err
     models = [mv.load_model(tmp_path / "sweep" / job / "checkpoints" / "best.ckpt") for job in "01"]
     assert [model.config.rel_pos_temporal for model in models] == [False, True]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["trainer.fast_dev_run=true"],
+        ["trainer.overfit_batches=2", "trainer.max_epochs=1"],
+        ["trainer.precision=bf16-mixed", "trainer.max_epochs=1", "logger=csv"],
+        ["trainer.accumulate_grad_batches=2", "trainer.max_epochs=1", "trainer.enable_checkpointing=false"],
+        ["optim=sgd", "trainer.max_epochs=1", "model.checkpoint_blocks=true", "views.stride=2"],
+    ],
+    ids=lambda options: options[0],
+)
+def test_options_of_the_trainer_work(command: Command, two_classes: Path, options: list[str]) -> None:
+    result = command(
+        "train", "experiment=motion", f"data.root={two_classes}", "batch_size=2", "num_workers=0", *options
+    )
+    assert result.code == 0, result.err
+    assert "epoch 1/1: train/loss" in result.out

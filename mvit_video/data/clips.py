@@ -105,7 +105,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
 
 
 class TrainingClips(Dataset[TrainingSample]):
-    """One random clip of each video; keys are (epoch, index)."""
+    """One random clip of each video; keys are (epoch, index), or an index alone for epoch 0."""
 
     def __init__(
         self,
@@ -122,8 +122,8 @@ class TrainingClips(Dataset[TrainingSample]):
     def __len__(self) -> int:
         return len(self.videos)
 
-    def __getitem__(self, key: tuple[int, int]) -> TrainingSample:
-        epoch, index = key
+    def __getitem__(self, key: tuple[int, int] | int) -> TrainingSample:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
         rng = random.Random(f"{self.seed} {epoch} {index}")
         bad: list[BadVideo] = []
         for _ in range(MAX_REPLACEMENTS):
