@@ -1,4 +1,4 @@
-"""Weights from files: the toolkit's own checkpoints and those of the official PySlowFast code.
+"""Weights from files: the toolkit's own, PySlowFast's, torchvision's, timm's and safetensors.
 
 Files are data: they are read with ``weights_only=True``, so nothing in them is executed, and configs found in
 them are read as values, never instantiated.
@@ -6,24 +6,29 @@ them are read as values, never instantiated.
 
 from __future__ import annotations
 
+import json
 import pickle
 import re
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from mvit_video.errors import CheckpointError, ConfigError
 from mvit_video.model.config import MViTConfig
+from mvit_video.model.formats import adapted, official_names
 from mvit_video.model.mvit import MViT
 from mvit_video.model.protocol import Protocol
 from mvit_video.model.slowfast import translate_config
 from mvit_video.model.variants import replace_fields
 
+HEAD = "head.projection.weight"
 METADATA_KEY = "mvit_video"  # in our checkpoints: config, protocol and class names beside the weights
 
 
@@ -39,8 +44,8 @@ def model_metadata(model: MViT) -> dict[str, Any]:
 def load_model(path: str | Path) -> MViT:
     """Build the model that a checkpoint describes and load its weights, in eval mode on the CPU.
 
-    Reads checkpoints of ``mvit-train`` and PySlowFast's ``.pyth`` files. Raises CheckpointError for a file
-    that can't be read, holds weights alone, or doesn't fit its own description.
+    Reads checkpoints of ``mvit-train``, files of ``save_weights`` and PySlowFast's ``.pyth`` files. Raises
+    CheckpointError for a file that can't be read, holds weights alone, or doesn't fit its own description.
     """
     checkpoint = read_checkpoint(path)
     if "model_state" in checkpoint and "cfg" in checkpoint:
@@ -58,27 +63,72 @@ def load_model(path: str | Path) -> MViT:
             model.class_names = tuple(metadata["class_names"])
     except (ConfigError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: its description of the model can't be used ({error!r})") from None
-    _load_strictly(model, _state_dict(checkpoint, str(path)), str(path))
+    _load(model, _state_dict(checkpoint, str(path)), str(path), adapt=False)
     return model.eval()
 
 
-def load_weights(model: MViT, source: str | Path | Mapping[str, Any]) -> None:
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of each of the model's tensors, by name.
+
+    Attributes:
+        loaded: taken over as they were.
+        reshaped, inflated, interpolated: taken over in another shape, see ``formats.adapted``.
+        fresh: not in the source, and left as they were initialised.
+    """
+
+    loaded: tuple[str, ...] = ()
+    reshaped: tuple[str, ...] = ()
+    inflated: tuple[str, ...] = ()
+    interpolated: tuple[str, ...] = ()
+    fresh: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return ", ".join(f"{len(names)} {how}" for how, names in vars(self).items() if names)
+
+
+def load_weights(
+    model: MViT, source: str | Path | Mapping[str, Any], *, head: Literal["strict", "new"] = "strict"
+) -> LoadReport:
     """Load weights into ``model``, strictly; the format is found out from the file.
+
+    Position tables of another resolution or clip length are interpolated, and weights of an image model are
+    inflated to a video model, where the class token and the temporal tables then stay as initialised. Any
+    other difference in names or shapes is an error.
 
     Args:
         model: with the architecture of the weights.
-        source: a file or what is in one: a checkpoint of ``mvit-train``, of PySlowFast, or a state dict.
+        source: a file or what is in one: a checkpoint of ``mvit-train``, of PySlowFast or of the official
+            image code, a state dict with their names, torchvision's or timm's, or a safetensors file.
+        head: "new" keeps the model's own head, as for other classes.
 
     Raises:
         CheckpointError: the file can't be read, or names or shapes differ; the text lists which.
     """
+    if head not in ("strict", "new"):
+        raise ConfigError(f"head must be 'strict' or 'new', got {head!r}")
     name, checkpoint = (
         ("state dict", source) if isinstance(source, Mapping) else (str(source), read_checkpoint(source))
     )
-    _load_strictly(model, _state_dict(checkpoint, name), name)
+    report = _load(model, official_names(_state_dict(checkpoint, name)), name, new_head=head == "new")
     class_names = (checkpoint.get(METADATA_KEY) or {}).get("class_names")
-    if class_names:
+    if class_names and head == "strict":
         model.class_names = tuple(class_names)
+    return report
+
+
+def save_weights(model: MViT, path: str | Path) -> None:
+    """Save weights with what ``load_model`` needs: config, protocol and class names.
+
+    ``.safetensors`` gives a safetensors file, anything else a file that PySlowFast reads as well
+    ("model_state", its names).
+    """
+    path, metadata = Path(path), model_metadata(model)
+    weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    if path.suffix == ".safetensors":
+        save_file(weights, path, {METADATA_KEY: json.dumps(metadata)})
+    else:
+        torch.save({"model_state": weights, METADATA_KEY: metadata}, path)
 
 
 def from_slowfast(source: str | Path | Mapping[str, Any]) -> MViT:
@@ -114,6 +164,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -133,6 +185,16 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            metadata = (file.metadata() or {}).get(METADATA_KEY)
+        return {"model_state": weights} | ({METADATA_KEY: json.loads(metadata)} if metadata else {})
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path}: not a safetensors file, or damaged ({error})") from None
+
+
 def _state_dict(checkpoint: Mapping[str, Any], name: str) -> dict[str, Tensor]:
     """The model's weights inside a checkpoint of any known kind."""
     if "model_state" in checkpoint:  # PySlowFast
@@ -147,24 +209,46 @@ def _state_dict(checkpoint: Mapping[str, Any], name: str) -> dict[str, Tensor]:
     )
 
 
-def _load_strictly(model: MViT, weights: Mapping[str, Tensor], name: str) -> None:
+def _load(
+    model: MViT, weights: Mapping[str, Tensor], name: str, *, adapt: bool = True, new_head: bool = False
+) -> LoadReport:
     expected = model.state_dict()
-    head = "head.projection.weight"
-    if head in weights and weights[head].shape[0] != expected[head].shape[0]:
+    kept = [key for key in expected if new_head and key.startswith("head.")]
+    if new_head:
+        weights = {key: value for key, value in weights.items() if not key.startswith("head.")}
+    elif (HEAD in weights) and len(weights[HEAD]) != len(expected[HEAD]):
         raise CheckpointError(
-            f"{name}: its head has {weights[head].shape[0]} classes, the model has {expected[head].shape[0]}"
+            f"{name}: its head has {len(weights[HEAD])} classes, the model has {len(expected[HEAD])}; "
+            "a new head can be asked for (head=new)"
         )
-    problems = [f"missing {key}" for key in expected if key not in weights]
-    problems += [f"unexpected {key}" for key in weights if key not in expected]
-    problems += [
-        f"{key} is {tuple(weights[key].shape)}, expected {tuple(value.shape)}"
-        for key, value in expected.items()
-        if key in weights and weights[key].shape != value.shape
+    fitted: dict[str, Tensor] = {}
+    how: dict[str, list[str]] = {"loaded": [], "reshaped": [], "inflated": [], "interpolated": []}
+    problems = []
+    for key, value in expected.items():
+        if key not in weights:
+            continue
+        found = weights[key]
+        result: tuple[Tensor, str] | None = (found, "loaded")
+        if found.shape != value.shape:
+            result = adapted(key, found, tuple(value.shape)) if adapt else None
+        if result is None:
+            problems.append(f"{key} is {tuple(found.shape)}, expected {tuple(value.shape)}")
+        else:
+            fitted[key] = result[0]
+            how[result[1]].append(key)
+    if how["inflated"]:  # an image model has no time
+        kept += [key for key in expected if key == "cls_token" or key.endswith("rel_pos_t")]
+    fresh = [key for key in kept if key not in weights]
+    problems = [
+        *(f"missing {key}" for key in expected if key not in weights and key not in fresh),
+        *(f"unexpected {key}" for key in weights if key not in expected),
+        *problems,
     ]
     if problems:
         more = f"; and {len(problems) - 6} more" if len(problems) > 6 else ""
         raise CheckpointError(f"{name}: doesn't fit the model: {'; '.join(problems[:6])}{more}")
-    model.load_state_dict(weights)
+    model.load_state_dict(fitted, strict=False)
+    return LoadReport(**{key: tuple(names) for key, names in how.items()}, fresh=tuple(fresh))
 
 
 def _built_from_slowfast(checkpoint: Mapping[str, Any], name: str) -> MViT:
@@ -174,7 +258,7 @@ def _built_from_slowfast(checkpoint: Mapping[str, Any], name: str) -> MViT:
     config, protocol = translate_config(cfg, name, weights or ())
     model = MViT(config, protocol)
     if weights is not None:
-        _load_strictly(model, weights, name)
+        _load(model, weights, name, adapt=False)
     return model.eval()
 
 

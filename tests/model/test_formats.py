@@ -1,0 +1,206 @@
+"""Weights of other implementations, other sizes and other classes, through ``load_weights``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import golden_weights
+import pytest
+import torch
+import torchvision
+from peers import TORCHVISION_NAMES, randomized, renamed, torchvision_twin
+
+import mvit_video as mv
+from mvit_video.model.checkpoint import save_weights
+from mvit_video.model.formats import official_names
+
+REFERENCE = Path(__file__).parents[1] / "reference"
+NAMES = json.loads((REFERENCE / "name_maps.json").read_text())
+IMAGE_TO_VIDEO = json.loads((REFERENCE / "train_facts.json").read_text())["image_to_video"]
+TINY = {"embed_dim": 16, "stages": (1, 1), "num_frames": 4, "crop_size": 32, "num_classes": 5}
+
+
+def tiny(**overrides) -> mv.MViT:
+    return randomized(mv.create_model("mvitv2_s_16x4", **{**TINY, **overrides}))
+
+
+@pytest.mark.parametrize("source", ["torchvision", "timm_tiny"])
+def test_names_are_mapped_as_in_the_verified_tables(source: str) -> None:
+    pairs = dict(NAMES[source])
+    theirs = {name: torch.empty(0) for name in pairs.values()}
+    assert sorted(official_names(theirs)) == sorted(pairs)
+
+
+def test_official_names_stay() -> None:
+    state = tiny().state_dict()
+    assert list(official_names(state)) == list(state)
+
+
+@pytest.mark.parametrize("version", ["v2", "v1"])
+def test_a_torchvision_model_computes_the_same_here(version: str) -> None:
+    options = {} if version == "v2" else {"crop_size": 64}
+    name = {"v2": "mvitv2_s_16x4", "v1": "mvitv1_b_16x4"}[version]
+    model = randomized(mv.create_model(name, **{**TINY, **options}))
+    twin = torchvision_twin(model)
+    other = mv.create_model(name, **{**TINY, **options}).eval()
+    report = mv.load_weights(other, twin.state_dict())
+    assert "cls_token" in report.reshaped
+    clips = torch.randn(2, 3, 4, other.config.crop_size, other.config.crop_size)
+    with torch.inference_mode():
+        torch.testing.assert_close(other(clips), twin(clips), atol=1e-4, rtol=0)
+
+
+@pytest.mark.slow
+def test_torchvisions_full_model_computes_the_same_here() -> None:
+    torch.manual_seed(0)
+    theirs = torchvision.models.video.mvit_v2_s().eval()
+    ours = mv.create_model("mvitv2_s_16x4").eval()
+    mv.load_weights(ours, theirs.state_dict())
+    clips = torch.randn(1, 3, 16, 224, 224)
+    with torch.inference_mode():
+        torch.testing.assert_close(ours(clips), theirs(clips), atol=1e-4, rtol=0)
+
+
+def test_a_timm_model_computes_the_same_here() -> None:
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    theirs = timm.create_model("mvitv2_tiny", num_classes=7).eval()
+    ours = mv.create_model("mvitv2_t_224", num_classes=7).eval()
+    report = mv.load_weights(ours, theirs.state_dict())
+    assert any("pool_q" in name for name in report.reshaped)
+    images = torch.randn(1, 3, 224, 224)
+    with torch.inference_mode():
+        torch.testing.assert_close(ours(images[:, :, None]), theirs(images), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("squeezed", [False, True], ids=["5-d pooling kernels", "4-d pooling kernels"])
+def test_image_weights_become_a_video_models_as_in_pyslowfast(squeezed: bool) -> None:
+    facts = IMAGE_TO_VIDEO["image_init"]
+    weights = {
+        name: torch.from_numpy(value)
+        for name, value in golden_weights.weights(IMAGE_TO_VIDEO["image_params"]).items()
+    }
+    if squeezed:
+        weights = {n: v.squeeze(2) if ".pool_" in n else v for n, v in weights.items()}
+    model = mv.create_model(
+        "mvitv2_s_16x4",
+        num_classes=3,
+        embed_dim=32,
+        stages=(1, 2, 1),
+        kv_stride=(1, 4, 4),
+        num_frames=IMAGE_TO_VIDEO["video_frames"],
+        crop_size=IMAGE_TO_VIDEO["video_crop"],
+    )
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    report = mv.load_weights(model, weights, head="new")
+    assert sorted(report.fresh) == sorted(facts["not_loaded"])
+    after = model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in report.fresh)
+    assert sorted(set(after) - set(report.fresh)) == sorted(facts["loaded"])
+    for name, fact in facts["loaded"].items():
+        value = after[name]
+        assert list(value.shape) == fact["shape"]
+        assert value.double().sum().item() == pytest.approx(fact["sum"], abs=1e-2)
+        assert value.double().abs().sum().item() == pytest.approx(fact["abs_sum"], rel=1e-5)
+        torch.testing.assert_close(value.flatten()[:8], torch.tensor(fact["first8"]), atol=1e-6, rtol=0)
+
+
+def test_tables_fit_another_resolution_and_length() -> None:
+    source = tiny()
+    larger = mv.create_model("mvitv2_s_16x4", **{**TINY, "crop_size": 64, "num_frames": 8}).eval()
+    report = mv.load_weights(larger, source.state_dict())
+    assert len(report.interpolated) == 6
+    clips = torch.randn(1, 3, 8, 64, 64)
+    with torch.inference_mode():  # the tables that a model interpolates at run time are the same
+        torch.testing.assert_close(larger(clips), source(clips), atol=1e-5, rtol=0)
+
+
+def test_absolute_positions_fit_too() -> None:
+    source = randomized(mv.create_model("mvitv1_b_16x4", **TINY))
+    larger = mv.create_model("mvitv1_b_16x4", **{**TINY, "crop_size": 64, "num_frames": 8})
+    report = mv.load_weights(larger, source.state_dict())
+    assert sorted(report.interpolated) == ["pos_embed_spatial", "pos_embed_temporal"]
+
+
+def test_a_new_head_is_kept_when_asked_for() -> None:
+    source, model = tiny(), tiny(num_classes=9)
+    source.class_names = tuple("abcde")
+    with pytest.raises(mv.CheckpointError, match=r"its head has 5 classes, the model has 9; .*head=new"):
+        mv.load_weights(model, source.state_dict())
+    head = model.head.projection.weight.clone()
+    report = mv.load_weights(model, source.state_dict(), head="new")
+    assert report.fresh == ("head.projection.weight", "head.projection.bias")
+    assert torch.equal(model.head.projection.weight, head)
+    assert torch.equal(model.norm.weight, source.norm.weight)
+    assert "2 fresh" in str(report)
+    with pytest.raises(mv.ConfigError, match="head must be 'strict' or 'new', got 'old'"):
+        mv.load_weights(model, source.state_dict(), head="old")
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda s: s.pop("norm.bias"), "missing norm.bias"),
+        (lambda s: s.update(extra=torch.zeros(1)), "unexpected extra"),
+        (lambda s: s.update({"norm.bias": torch.zeros(3)}), "norm.bias is (3,), expected (32,)"),
+        (
+            lambda s: s.update({"blocks.0.attn.rel_pos_h": torch.zeros(7, 4)}),
+            "blocks.0.attn.rel_pos_h is (7, 4)",
+        ),
+        (
+            lambda s: s.update({"patch_embed.proj.weight": torch.zeros(16, 3, 2, 7, 7)}),
+            "patch_embed.proj.weight is (16, 3, 2, 7, 7)",
+        ),
+    ],
+)
+def test_anything_else_is_an_error_and_changes_nothing(change, expected: str) -> None:
+    state, model = dict(tiny().state_dict()), tiny()
+    change(state)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(mv.CheckpointError) as error:
+        mv.load_weights(model, state)
+    assert expected in str(error.value)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.pyth"])
+def test_saved_weights_come_back_bit_for_bit(tmp_path: Path, name: str) -> None:
+    model = tiny(pool_mode="max", class_token=False, q_strides=((0, 1, 1, 1), (1, 1, 2, 2)))
+    model.class_names = tuple("vwxyz")
+    save_weights(model, tmp_path / name)
+    again = mv.load_model(tmp_path / name)
+    assert again.config == model.config
+    assert again.protocol == model.protocol
+    assert again.class_names == model.class_names
+    assert list(again.state_dict()) == list(model.state_dict())
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(again.state_dict().values(), model.state_dict().values(), strict=True)
+    )
+    other = mv.create_model("mvitv2_s_16x4", **TINY, pool_mode="max", class_token=False)
+    mv.load_weights(other, tmp_path / name)
+    assert torch.equal(other.norm.weight, model.norm.weight)
+
+
+def test_bare_and_broken_safetensors(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    model = tiny()
+    save_file(dict(model.state_dict()), tmp_path / "bare.safetensors")
+    mv.load_weights(tiny(), tmp_path / "bare.safetensors")
+    with pytest.raises(mv.CheckpointError, match=r"bare\.safetensors: holds weights but not which model"):
+        mv.load_model(tmp_path / "bare.safetensors")
+    whole = (tmp_path / "bare.safetensors").read_bytes()
+    for content in (b"", b"no weights", whole[: len(whole) // 2]):
+        (tmp_path / "broken.safetensors").write_bytes(content)
+        with pytest.raises(
+            mv.CheckpointError, match=r"broken\.safetensors: not a safetensors file"
+        ):
+            mv.load_weights(tiny(), tmp_path / "broken.safetensors")
+
+
+def test_renaming_goes_both_ways() -> None:
+    state = tiny().state_dict()
+    back = official_names(renamed(dict(state), TORCHVISION_NAMES))
+    assert sorted(back) == sorted(state)
