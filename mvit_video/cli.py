@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import re
 import sys
@@ -23,6 +24,8 @@ from mvit_video.data.decode.cuda import SAMPLE
 from mvit_video.errors import ConfigError, MVitVideoError
 from mvit_video.model import MViT, Protocol, load_model, load_weights
 from mvit_video.model.variants import replace_fields
+
+log = logging.getLogger(__name__)
 
 _PACKAGE = Path(__file__).parent
 # A wheel carries conf/ inside the package; a checkout has it beside the package.
@@ -73,7 +76,7 @@ def build_model(config: DictConfig, num_classes: int | None = None) -> MViT:
     if "model" in config:
         model = build(config.model, num_classes=num_classes)
         if config.weights:
-            load_weights(model, config.weights)
+            log.info("%s: %s", config.weights, load_weights(model, config.weights))
     elif config.weights:
         model = load_model(config.weights)
     else:

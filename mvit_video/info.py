@@ -43,7 +43,7 @@ def main() -> None:
 def print_model(config: DictConfig) -> None:
     """Print the stages of the model that ``config.model`` names, its parameters and its cost per view."""
     with torch.device("meta"):
-        model = cli.build(config.model)
+        model = cli.build(config.model, weights=None)
     described = describe(model.config)
     rows = [
         (

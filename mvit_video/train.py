@@ -34,13 +34,15 @@ def train(config: DictConfig) -> None:
     pl.seed_everything(config.seed, workers=True, verbose=False)
     # Everything that can be checked without data is built before data are read.
     cli.check_loading(config)
+    if config.head not in ("strict", "new"):
+        raise ConfigError(f"head must be strict or new, got {config.head!r}")
     augment = cli.build(config.augment)
     open_file = cli.build_decoder(config)
     resume_from = _find_checkpoint(config.ckpt_path, output)
     history = History()
     trainer = _build_trainer(config, output, history)
     with torch.device("meta"):
-        sketch = cli.build(config.model)
+        sketch = cli.build(config.model, weights=None)
         cli.override_protocol(sketch.protocol, config.views)
         cli.build(config.optim, model=sketch)
 
@@ -48,7 +50,7 @@ def train(config: DictConfig) -> None:
     model = cli.build(config.model, num_classes=splits.num_classes)
     model.protocol = cli.override_protocol(model.protocol, config.views)
     if config.weights:
-        load_weights(model, config.weights)
+        log.info("%s: %s", config.weights, load_weights(model, config.weights, head=config.head))
     model.class_names = splits.class_names
     classifier = cli.build(config.optim, model=model)
 

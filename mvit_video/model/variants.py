@@ -109,19 +109,27 @@ def list_models() -> list[str]:
     return sorted(VARIANTS)
 
 
-def create_model(name: str, num_classes: int | None = None, **overrides: Any) -> MViT:
-    """Build a model by name, with fresh weights.
+def create_model(
+    name: str, num_classes: int | None = None, *, weights: str | None = None, **overrides: Any
+) -> MViT:
+    """Build a model by name, with fresh or published weights.
 
     Args:
         name: one of ``list_models()``.
         num_classes: outputs of the head; the variant's own where None.
+        weights: the name of published weights, see ``published.PUBLISHED``: "kinetics400", "ssv2", ...
         overrides: fields of ``MViTConfig`` that differ from the variant's; None leaves the variant's. The
             model's protocol follows ``num_frames`` and ``crop_size``.
 
     Raises:
         ConfigError: for an unknown name or field.
         ValueError: for a value out of range.
+        CheckpointError: published weights can't be fetched.
     """
+    if weights is not None:
+        from mvit_video.model.published import create_published  # which builds models itself
+
+        return create_published(name, weights, num_classes, **overrides)
     if name not in VARIANTS:
         raise ConfigError(
             f"unknown model {name!r}{_did_you_mean(name, VARIANTS)}; known: {', '.join(list_models())}"

@@ -194,9 +194,7 @@ def test_bare_and_broken_safetensors(tmp_path: Path) -> None:
     whole = (tmp_path / "bare.safetensors").read_bytes()
     for content in (b"", b"no weights", whole[: len(whole) // 2]):
         (tmp_path / "broken.safetensors").write_bytes(content)
-        with pytest.raises(
-            mv.CheckpointError, match=r"broken\.safetensors: not a safetensors file"
-        ):
+        with pytest.raises(mv.CheckpointError, match=r"broken\.safetensors: not a safetensors file"):
             mv.load_weights(tiny(), tmp_path / "broken.safetensors")
 
 
