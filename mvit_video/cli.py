@@ -76,7 +76,7 @@ def build_model(config: DictConfig, num_classes: int | None = None) -> MViT:
     if "model" in config:
         model = build(config.model, num_classes=num_classes)
         if config.weights:
-            log.info("%s: %s", config.weights, load_weights(model, config.weights))
+            log.info("weights of %s\n%s", config.weights, load_weights(model, config.weights))
     elif config.weights:
         model = load_model(config.weights)
     else:

@@ -50,7 +50,8 @@ def train(config: DictConfig) -> None:
     model = cli.build(config.model, num_classes=splits.num_classes)
     model.protocol = cli.override_protocol(model.protocol, config.views)
     if config.weights:
-        log.info("%s: %s", config.weights, load_weights(model, config.weights, head=config.head))
+        report = load_weights(model, config.weights, head=config.head)
+        log.info("weights of %s\n%s", config.weights, report)
     model.class_names = splits.class_names
     classifier = cli.build(config.optim, model=model)
 

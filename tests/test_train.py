@@ -72,6 +72,28 @@ def test_fine_tuning_starts_from_weights(
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_fine_tuning_takes_a_new_head_and_another_size(
+    command: Command, two_classes: Path, tmp_path: Path
+) -> None:
+    model = mv.create_model("mvitv2_nano_8x4", num_classes=7, crop_size=48)
+    torch.save(model.state_dict(), tmp_path / "seven.pth")
+    arguments = [
+        "experiment=motion",
+        f"data.root={two_classes}",
+        "weights=seven.pth",
+        "trainer.max_epochs=1",
+        "batch_size=4",
+        "num_workers=0",
+    ]
+    refused = command("train", *arguments)
+    assert refused.code == 1
+    assert "its head has 7 classes, the model has 2" in refused.err
+    taken = command("train", *arguments, "head=new")
+    assert taken.code == 0, taken.err
+    assert "6 interpolated: blocks.0.attn.rel_pos_h" in taken.out
+    assert "2 fresh: head.projection.weight, head.projection.bias" in taken.out
+
+
 def test_a_sweep_runs_every_job(command: Command, two_classes: Path, tmp_path: Path) -> None:
     result = command(
         "train",

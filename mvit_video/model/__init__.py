@@ -1,6 +1,6 @@
 """The model: torch only, knows no video files."""
 
-from mvit_video.model.checkpoint import from_slowfast, load_model, load_weights
+from mvit_video.model.checkpoint import LoadReport, from_slowfast, load_model, load_weights, save_weights
 from mvit_video.model.config import MViTConfig
 from mvit_video.model.describe import describe
 from mvit_video.model.mvit import MViT, layer_groups
@@ -8,6 +8,7 @@ from mvit_video.model.protocol import Protocol
 from mvit_video.model.variants import create_model, list_models
 
 __all__ = [
+    "LoadReport",
     "MViT",
     "MViTConfig",
     "Protocol",
@@ -18,4 +19,5 @@ __all__ = [
     "list_models",
     "load_model",
     "load_weights",
+    "save_weights",
 ]

@@ -84,7 +84,12 @@ class LoadReport:
     fresh: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return ", ".join(f"{len(names)} {how}" for how, names in vars(self).items() if names)
+        """A line for each way, with the number of tensors and, where something happened to them, names."""
+        lines = [f"{len(self.loaded)} tensors loaded"]
+        for how in ("reshaped", "inflated", "interpolated", "fresh"):
+            names = getattr(self, how)
+            lines += [f"{len(names)} {how}: {', '.join(names)}"] if names else []
+        return "\n".join(lines)
 
 
 def load_weights(

@@ -133,7 +133,7 @@ def test_a_new_head_is_kept_when_asked_for() -> None:
     assert report.fresh == ("head.projection.weight", "head.projection.bias")
     assert torch.equal(model.head.projection.weight, head)
     assert torch.equal(model.norm.weight, source.norm.weight)
-    assert "2 fresh" in str(report)
+    assert "2 fresh: head.projection.weight" in str(report)
     with pytest.raises(mv.ConfigError, match="head must be 'strict' or 'new', got 'old'"):
         mv.load_weights(model, source.state_dict(), head="old")
 
