@@ -17,12 +17,17 @@ import statistics
 import subprocess
 import sys
 import time
+from typing import Any
 
 import torch
 
 import mvit_video as mv
 
-POSITIONS = {"none": {"rel_pos_spatial": False}, "decomposed": {}, "joint": {"rel_pos_joint": "space"}}
+POSITIONS: dict[str, dict[str, Any]] = {
+    "none": {"rel_pos_spatial": False},
+    "decomposed": {},
+    "joint": {"rel_pos_joint": "space"},
+}
 
 
 def measure(positions: str, size: int, steps: int) -> dict[str, float]:
@@ -55,9 +60,8 @@ def main() -> None:
         positions, size, steps = arguments.case
         print(json.dumps(measure(positions, int(size), int(steps))))
         return
-    print(
-        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}\n"
-    )
+    machine = platform.processor() or platform.machine()
+    print(f"{machine}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
     print("| pixels | none | decomposed | joint | joint / decomposed |")
     print("|---|---|---|---|---|")
     for size in arguments.sizes:
