@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO := demo
 
-.PHONY: setup demo test test-all test-gpu lint format clean
+.PHONY: setup demo bench test test-all test-gpu lint format clean
 
 setup: $(VENV)/.installed
 
@@ -37,6 +37,9 @@ test-all: setup
 
 test-gpu: setup
 	$(BIN)/python -m pytest -q -m gpu
+
+bench: setup
+	$(BIN)/python benchmarks/positions.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -52,7 +52,7 @@ def measured_apart(positions: str, size: int, steps: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[224, 320, 448, 640])
+    parser.add_argument("--sizes", type=int, nargs="+", default=[160, 224, 320])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--case", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
