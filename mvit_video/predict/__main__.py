@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.progress import track
 
 from mvit_video import cli
@@ -59,7 +59,8 @@ def predict_files(config: DictConfig, files: list[str]) -> None:
         raise ConfigError("no videos given; type their files or folders after the command")
     device = cli.choose_device(config.device)
     model = cli.build_model(config)
-    if not config.weights:
+    weights = config.weights or OmegaConf.select(config, "model.weights") or "random"
+    if weights == "random":
         log.warning("the model has random weights: its answers mean nothing")
     videos = find_videos(paths)
     log.info("%d videos; %s", len(videos), model.protocol)
@@ -74,9 +75,9 @@ def predict_files(config: DictConfig, files: list[str]) -> None:
     )
     predictions = list(track(found, "predicting", total=len(videos)))
     if config.output:
-        _write_json(predictions, model, config)
+        _write_json(predictions, model, weights, Path(config.output))
     print_table(
-        "" if config.weights else "random weights",
+        "random weights" if weights == "random" else "",
         ("video", "seconds", "class", "score"),
         [row for prediction in predictions for row in _rows(prediction, per_clip=config.per_clip)],
     )
@@ -99,13 +100,12 @@ def _rows(prediction: Prediction, *, per_clip: bool) -> list[tuple[str, str, str
     return [(prediction.path if index == 0 else "", *row) for index, row in enumerate(rows)]
 
 
-def _write_json(predictions: list[Prediction], model: MViT, config: DictConfig) -> None:
+def _write_json(predictions: list[Prediction], model: MViT, weights: str, path: Path) -> None:
     answer: dict[str, Any] = {
-        "weights": config.weights or "random",
+        "weights": weights,
         "protocol": str(model.protocol),
         "videos": [asdict(prediction) for prediction in predictions],
     }
-    path = Path(config.output)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(answer, indent=2))
     log.info("predictions: %s", path)
