@@ -74,7 +74,8 @@ def build_model(config: DictConfig, num_classes: int | None = None) -> MViT:
     ``config.views`` replaces parts of its protocol. Without weights the model stays as it was initialised.
     """
     if "model" in config:
-        model = build(config.model, num_classes=num_classes)
+        published = OmegaConf.select(config, "model.weights")  # which bring their classes
+        model = build(config.model, num_classes=None if published else num_classes)
         if config.weights:
             log.info("weights of %s\n%s", config.weights, load_weights(model, config.weights))
     elif config.weights:
