@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 import re
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import torch
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException, MissingConfigException
@@ -21,7 +21,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from mvit_video.data.clips import OpenVideo
 from mvit_video.data.decode.cuda import SAMPLE
-from mvit_video.errors import ConfigError, MVitVideoError
+from mvit_video.errors import ConfigError, MVitVideoError, did_you_mean
 from mvit_video.model import MViT, Protocol, load_model, load_weights
 from mvit_video.model.variants import replace_fields
 
@@ -141,7 +141,7 @@ def _one_line(error: BaseException) -> str:
 def _explain_composition(error: HydraException | OmegaConfBaseException, config_name: str) -> str:
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, choice = (error.missing_cfg_file or "").rpartition("/")
-        nearest = _did_you_mean(choice, error.options)
+        nearest = did_you_mean(choice, error.options, "{}")
         return f"{group} has no {choice!r}{nearest}; it has: {', '.join(error.options)}"
     unknown = re.search(r"Could not override '([^'@]+)'", str(error))
     return _explain_unknown_key(unknown[1], config_name) if unknown else _one_line(error)
@@ -157,8 +157,7 @@ def _explain_unknown_key(key: str, config_name: str) -> str:
     if not isinstance(node, DictConfig):
         return f"there is no {key!r}: {parent} is a value ({node})"
     known = sorted({str(k) for k in node} | (set() if parent else _groups()))
-    prefix = f"{parent}." if parent else ""
-    nearest = _did_you_mean(name, known, prefix)
+    nearest = did_you_mean(name, known, f"{parent}.{{}}" if parent else "{}")
     return f"there is no {key!r}{nearest}; {parent or 'the top level'} has: {', '.join(known)}"
 
 
@@ -193,11 +192,6 @@ def _groups() -> set[str]:
     return {entry.name for entry in CONF_DIR.iterdir() if entry.is_dir()}
 
 
-def _did_you_mean(word: str, known: Any, prefix: str = "") -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {prefix}{close[0]}?)" if close else ""
-
-
 def _quiet_libraries() -> None:
     """Drop warnings of libraries that a user can do nothing about."""
     for message in (
@@ -211,8 +205,6 @@ def _quiet_libraries() -> None:
 
 def choose_device(device: str) -> str:
     """Resolve "auto"; ConfigError for a device that isn't there."""
-    import torch
-
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:

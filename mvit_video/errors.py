@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -31,3 +33,9 @@ class VideoError(MVitVideoError):
 
 class CheckpointError(MVitVideoError):
     """A weight file can't be read or doesn't fit the model."""
+
+
+def did_you_mean(word: str, known: Iterable[str], form: str = "{!r}") -> str:
+    """The known word nearest to ``word`` as a question in brackets, or nothing where none is near."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {form.format(close[0])}?)" if close else ""

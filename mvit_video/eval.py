@@ -116,7 +116,7 @@ def write_scores(scores: Sequence[VideoScores], path: Path) -> None:
 def _split_bad(
     scores: Iterable[VideoScores], max_bad_videos: int
 ) -> tuple[list[VideoScores], list[BadVideo]]:
-    """Sort the videos that can't be read out; DataError as soon as there are too many."""
+    """Sort the videos that can't be read out; DataError where there are too many."""
     good: list[VideoScores] = []
     bad: list[BadVideo] = []
     for video in scores:

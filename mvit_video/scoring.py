@@ -88,6 +88,6 @@ def _score_group(
         scores = iter(torch.cat(probabilities).split([len(views.spans) for views in good]))
     for views in group:
         if views.error is None:
-            yield VideoScores(views.video, next(scores).clone(), views.spans)
+            yield VideoScores(views.video, next(scores), views.spans)
         else:
             yield VideoScores(views.video, torch.empty(0), [], views.error)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mvit_video.errors import ConfigError
+from mvit_video.errors import ConfigError, did_you_mean
 from mvit_video.model.config import MViTConfig
 from mvit_video.model.mvit import MViT
 from mvit_video.model.protocol import IMAGENET_MEAN, IMAGENET_STD, Protocol
@@ -132,7 +131,7 @@ def create_model(
         return create_published(name, weights, num_classes, **overrides)
     if name not in VARIANTS:
         raise ConfigError(
-            f"unknown model {name!r}{_did_you_mean(name, VARIANTS)}; known: {', '.join(list_models())}"
+            f"unknown model {name!r}{did_you_mean(name, VARIANTS)}; known: {', '.join(list_models())}"
         )
     variant = VARIANTS[name]
     overrides["num_classes"] = num_classes
@@ -154,7 +153,7 @@ def replace_fields(config: Any, overrides: dict[str, Any]) -> Any:
         if key not in fields:
             kind = type(config).__name__
             raise ConfigError(
-                f"{kind} has no {key!r}{_did_you_mean(key, fields)}; it has: {', '.join(fields)}"
+                f"{kind} has no {key!r}{did_you_mean(key, fields)}; it has: {', '.join(fields)}"
             )
     return replace(config, **{key: _as_tuples(value) for key, value in overrides.items()})
 
@@ -164,8 +163,3 @@ def _as_tuples(value: Any) -> Any:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return tuple(_as_tuples(item) for item in value)
     return value
-
-
-def _did_you_mean(word: str, known: Any) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
