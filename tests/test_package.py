@@ -53,6 +53,15 @@ def test_help_and_config_are_shown(command: Command, name: str) -> None:
     assert "num_workers: 2" in shown.out
 
 
+def test_an_experiment_overrides_the_defaults(command: Command) -> None:
+    default = command("train", "--cfg", "job").out
+    recipe = command("train", "--cfg", "job", "experiment=motion").out
+    assert "batch_size: 4\n" in default
+    assert "batch_size: 8\n" in recipe
+    assert "max_epochs: 12\n" in recipe
+    assert "batch_size: 2\n" in command("train", "--cfg", "job", "experiment=motion", "batch_size=2").out
+
+
 def test_the_wheel_carries_the_configuration(tmp_path: Path) -> None:
     build = [sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path), str(ROOT)]
     done = run(*build)
