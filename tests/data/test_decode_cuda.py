@@ -91,6 +91,7 @@ def test_software_frames_are_noticed_and_the_file_is_decoded_on_the_cpu(
     ("name", "arguments", "reason"),
     [
         ("mpeg4.mp4", {"codec": "mpeg4"}, "NVDEC doesn't decode mpeg4"),
+        ("h264.avi", {"options": X264}, "its timestamps are no index of its frames"),
         ("high.mp4", {"pix_fmt": "yuv420p10le"}, "NVDEC doesn't decode h264 in yuv420p10le"),
         ("dense.mp4", {"pix_fmt": "yuv444p"}, "NVDEC doesn't decode h264 in yuv444p"),
     ],

@@ -114,9 +114,10 @@ def open_with_decord(path: str | Path) -> EngineVideo:
 
     def read(wanted: list[int]) -> Tensor:
         try:
-            frames = torch.from_numpy(reader.get_batch(wanted).asnumpy())
+            batch = reader.get_batch(wanted)  # torch's, if somebody has set decord's bridge so
         except (decord.DECORDError, RuntimeError) as error:
             raise VideoError(facts.path, f"decord can't read it ({_first_line(error)})") from error
+        frames = batch if isinstance(batch, Tensor) else torch.from_numpy(batch.asnumpy())
         return frames.permute(0, 3, 1, 2)
 
     return EngineVideo(facts, read)

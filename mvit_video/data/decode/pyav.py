@@ -76,8 +76,8 @@ class PyAVVideo:
         except BaseException:
             self.close()
             raise
-        self._look = look = Look.of(first)
-        self.height, self.width = look.upright_size
+        self._look = Look.of(first)
+        self.height, self.width = self._look.upright_size
 
     def __enter__(self) -> PyAVVideo:
         return self
@@ -111,9 +111,9 @@ class PyAVVideo:
         return frames
 
     def _decode(self, slots: _Slots) -> Tensor:
-        if self._nvdec and self.index is not None:
+        if self._nvdec:
             try:
-                return self._decode_on_gpu(self.index, slots)
+                return self._decode_on_gpu(slots)
             except NotOnHardware as reason:
                 self._nvdec = False
                 cuda.fall_back(self.path, str(reason))
@@ -127,10 +127,12 @@ class PyAVVideo:
             self._decode_from_front(slots, pictures)
         return pictures.finish().to(self.device)
 
-    def _decode_on_gpu(self, index: Index, slots: _Slots) -> Tensor:
+    def _decode_on_gpu(self, slots: _Slots) -> Tensor:
+        if self.index is None:
+            raise NotOnHardware("its timestamps are no index of its frames")
         self._hardware = cuda.decoder_for(self._stream, self._look.pix_fmt, self.device)
         pictures = PlanePictures(len(slots), self._look, self._reformatter, self.device)
-        if self._decode_indexed(index, slots, pictures):
+        if self._decode_indexed(self.index, slots, pictures):
             raise NotOnHardware("NVDEC did not give all frames")  # the CPU decoder says what is wrong
         return pictures.finish()
 
