@@ -1,18 +1,18 @@
 """Clips a second of each decoder, on files made here: python benchmarks/decode.py [--rounds 15] [--write]
 
 All contenders decode the same clips (pytorchvideo: clips of the same length) in random turns, in one process
-bound to one core and then to two; each reported time is a median over the rounds. Peak memory is measured in a
-process of its own. Frames are left at their size: uint8 from all, float from pytorchvideo, which converts
+bound to one core and then to two; each reported time is a median over the rounds. Peak memory is measured in
+a process of its own. Frames are left at their size: uint8 from all, float from pytorchvideo, which converts
 whatever it decodes.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import platform
 import random
-import resource
 import statistics
 import subprocess
 import sys
@@ -106,19 +106,17 @@ def decord_backend(path: Path, starts: list[int]) -> Any:
 
 
 def decord_alone(path: Path, starts: list[int]) -> Any:
-    import decord
-
+    decord: Any = importlib.import_module("decord")
     reader = decord.VideoReader(str(path), num_threads=1)
     return reader.get_batch(sorted({index for clip in indices_of(starts) for index in clip}))
 
 
 def torchcodec_samplers(path: Path, starts: list[int]) -> Any:
-    from torchcodec.decoders import VideoDecoder
-    from torchcodec.samplers import clips_at_random_indices, clips_at_regular_indices
-
-    sample = clips_at_random_indices if len(starts) == 1 else clips_at_regular_indices
+    decoders: Any = importlib.import_module("torchcodec.decoders")
+    samplers: Any = importlib.import_module("torchcodec.samplers")
+    sample = samplers.clips_at_random_indices if len(starts) == 1 else samplers.clips_at_regular_indices
     return sample(
-        VideoDecoder(str(path), num_ffmpeg_threads=1),
+        decoders.VideoDecoder(str(path), num_ffmpeg_threads=1),
         num_clips=len(starts),
         num_frames_per_clip=FRAMES,
         num_indices_between_frames=STRIDE,
@@ -136,8 +134,7 @@ def pytorchvideo(path: Path, starts: list[int], *, decoder: str) -> Any:
     dataset = LabeledVideoDataset(
         [(str(path), {"label": 0})], make_clip_sampler(*kind), decode_audio=False, decoder=decoder
     )
-    import decord
-
+    decord: Any = importlib.import_module("decord")
     decord.bridge.set_bridge("torch")  # a setting of each thread; pytorchvideo sets it in one
     for clip in dataset:
         frames = clip["video"][:, ::STRIDE]
@@ -204,12 +201,18 @@ def print_growth(name: str, path: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         tiny = write_file(Path(folder) / "tiny.mp4", File("libx264", 64, 64, SPAN + 9, {}))
         decode(tiny, [0])
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _peak_kilobytes()
     with av.open(str(path)) as container:
         last = container.streams.video[0].frames or 300
     for _ in range(3):
         decode(path, [i * (last - SPAN) // (VIEWS - 1) for i in range(VIEWS)])
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    print((_peak_kilobytes() - before) / 1024)
+
+
+def _peak_kilobytes() -> int:
+    # Not getrusage: a child process inherits the peak of the one that started it.
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:"))
 
 
 def report(rounds: int) -> str:
