@@ -47,7 +47,8 @@ def train(config: DictConfig) -> None:
         cli.build(config.optim, model=sketch)
 
     splits: VideoSplits = cli.build(config.data)
-    model = cli.build(config.model, num_classes=splits.num_classes)
+    head = {"head": config.head} if config.model.get("weights") else {}
+    model = cli.build(config.model, num_classes=splits.num_classes, **head)
     model.protocol = cli.override_protocol(model.protocol, config.views)
     if config.weights:
         report = load_weights(model, config.weights, head=config.head)

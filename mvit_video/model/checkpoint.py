@@ -6,13 +6,15 @@ them are read as values, never instantiated.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pickle
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import yaml
@@ -25,8 +27,11 @@ from mvit_video.model.config import MViTConfig
 from mvit_video.model.formats import adapted, official_names
 from mvit_video.model.mvit import MViT
 from mvit_video.model.protocol import Protocol
-from mvit_video.model.slowfast import translate_config
+from mvit_video.model.slowfast import slowfast_config, translate_config
 from mvit_video.model.variants import replace_fields
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 HEAD = "head.projection.weight"
 METADATA_KEY = "mvit_video"  # in our checkpoints: config, protocol and class names beside the weights
@@ -48,7 +53,7 @@ def load_model(path: str | Path) -> MViT:
     CheckpointError for a file that can't be read, holds weights alone, or doesn't fit its own description.
     """
     checkpoint = read_checkpoint(path)
-    if "model_state" in checkpoint and "cfg" in checkpoint:
+    if METADATA_KEY not in checkpoint and "model_state" in checkpoint and "cfg" in checkpoint:
         return _built_from_slowfast(checkpoint, str(path))
     if METADATA_KEY not in checkpoint:
         raise CheckpointError(
@@ -86,10 +91,29 @@ class LoadReport:
     def __str__(self) -> str:
         """A line for each way, with the number of tensors and, where something happened to them, names."""
         lines = [f"{len(self.loaded)} tensors loaded"]
-        for how in ("reshaped", "inflated", "interpolated", "fresh"):
-            names = getattr(self, how)
-            lines += [f"{len(names)} {how}: {', '.join(names)}"] if names else []
+        for how, groups in self._groups():
+            names = [f"{name} (x{count})" if count > 1 else name for name, count in groups.items()]
+            lines.append(f"{groups.total()} {how}: {', '.join(names)}")
         return "\n".join(lines)
+
+    def __rich__(self) -> Table:
+        """For rich's ``print``: a table with a row for each kind of tensor that something happened to."""
+        from rich.table import Table
+
+        table = Table(title=f"{len(self.loaded)} tensors loaded", title_justify="left")
+        for column in ("what", "tensors", "count"):
+            table.add_column(column, overflow="fold", justify="right" if column == "count" else "left")
+        for how, groups in self._groups():
+            for name, count in groups.items():
+                table.add_row(how, name, str(count))
+        return table
+
+    def _groups(self) -> Iterator[tuple[str, Counter[str]]]:
+        """The ways in which anything came but as it was, with names; those of all blocks are one."""
+        for how in ("reshaped", "inflated", "interpolated", "fresh"):
+            groups = Counter(re.sub(r"\.\d+\.", ".*.", name) for name in getattr(self, how))
+            if groups:
+                yield how, groups
 
 
 def load_weights(
@@ -115,7 +139,7 @@ def load_weights(
     name, checkpoint = (
         ("state dict", source) if isinstance(source, Mapping) else (str(source), read_checkpoint(source))
     )
-    report = _load(model, official_names(_state_dict(checkpoint, name)), name, new_head=head == "new")
+    report = _load(model, official_names(_state_dict(checkpoint, name), name), name, new_head=head == "new")
     class_names = (checkpoint.get(METADATA_KEY) or {}).get("class_names")
     if class_names and head == "strict":
         model.class_names = tuple(class_names)
@@ -126,14 +150,17 @@ def save_weights(model: MViT, path: str | Path) -> None:
     """Save weights with what ``load_model`` needs: config, protocol and class names.
 
     ``.safetensors`` gives a safetensors file, anything else a file that PySlowFast reads as well
-    ("model_state", its names).
+    ("model_state", its names; and "cfg", its configuration, unless its options can't express the model).
     """
     path, metadata = Path(path), model_metadata(model)
     weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     if path.suffix == ".safetensors":
         save_file(weights, path, {METADATA_KEY: json.dumps(metadata)})
     else:
-        torch.save({"model_state": weights, METADATA_KEY: metadata}, path)
+        content = {"epoch": 0, "model_state": weights, METADATA_KEY: metadata}
+        with contextlib.suppress(CheckpointError):
+            content["cfg"] = yaml.safe_dump(slowfast_config(model.config, model.protocol))
+        torch.save(content, path)
 
 
 def from_slowfast(source: str | Path | Mapping[str, Any]) -> MViT:
@@ -164,12 +191,17 @@ def from_slowfast(source: str | Path | Mapping[str, Any]) -> MViT:
     return _built_from_slowfast(checkpoint, name)
 
 
+def checkpoint_names(checkpoint: Mapping[str, Any], name: str) -> set[str]:
+    """The official names of the weights in a checkpoint of any known kind; ``name`` is for errors."""
+    return set(official_names(_state_dict(checkpoint, name), name))
+
+
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint file as plain data onto the CPU. Raises CheckpointError where that fails."""
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
-    if path.suffix == ".safetensors":
+    if _is_safetensors(path):
         return _read_safetensors(path)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -190,28 +222,39 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
+def _is_safetensors(path: Path) -> bool:
+    """Such files start with the length of a json header and that header."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    return path.suffix == ".safetensors" or start[8:] == b"{"
+
+
 def _read_safetensors(path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, framework="pt") as file:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
             metadata = (file.metadata() or {}).get(METADATA_KEY)
         return {"model_state": weights} | ({METADATA_KEY: json.loads(metadata)} if metadata else {})
-    except (SafetensorError, json.JSONDecodeError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path}: not a safetensors file, or damaged ({error})") from None
 
 
 def _state_dict(checkpoint: Mapping[str, Any], name: str) -> dict[str, Tensor]:
     """The model's weights inside a checkpoint of any known kind."""
-    if "model_state" in checkpoint:  # PySlowFast
-        return dict(checkpoint["model_state"])
-    if "state_dict" in checkpoint:  # Lightning: the model is a member of the training module
-        weights = checkpoint["state_dict"]
-        return {k.removeprefix("model."): v for k, v in weights.items() if k.startswith("model.")}
-    if checkpoint and all(isinstance(value, Tensor) for value in checkpoint.values()):
-        return dict(checkpoint)
-    raise CheckpointError(
-        f"{name}: no weights found; its keys are {', '.join(map(str, list(checkpoint)[:8]))}"
-    )
+    # "model_state": PySlowFast; "state_dict": Lightning, among others.
+    key = next((key for key in ("model_state", "state_dict") if key in checkpoint), None)
+    weights = checkpoint[key] if key else checkpoint
+    if not isinstance(weights, Mapping) or not any(isinstance(value, Tensor) for value in weights.values()):
+        raise CheckpointError(
+            f"{name}: no weights found; its keys are {', '.join(map(str, list(checkpoint)[:8]))}"
+        )
+    for entry, value in weights.items():
+        if not isinstance(entry, str) or not isinstance(value, Tensor):
+            raise CheckpointError(f"{name}: no weights: {entry!r} is a {type(value).__name__}, not a tensor")
+    if key == "state_dict":  # of Lightning: the model is a member of the training module
+        member = {k.removeprefix("model."): v for k, v in weights.items() if k.startswith("model.")}
+        return member or dict(weights)
+    return dict(weights)
 
 
 def _load(
@@ -235,7 +278,7 @@ def _load(
         found = weights[key]
         result: tuple[Tensor, str] | None = (found, "loaded")
         if found.shape != value.shape:
-            result = adapted(key, found, tuple(value.shape)) if adapt else None
+            result = adapted(key, found, tuple(value.shape), model.grid) if adapt else None
         if result is None:
             problems.append(f"{key} is {tuple(found.shape)}, expected {tuple(value.shape)}")
         else:
@@ -263,7 +306,7 @@ def _built_from_slowfast(checkpoint: Mapping[str, Any], name: str) -> MViT:
     config, protocol = translate_config(cfg, name, weights or ())
     model = MViT(config, protocol)
     if weights is not None:
-        _load(model, weights, name, adapt=False)
+        _load(model, _state_dict({"model_state": weights}, name), name, adapt=False)
     return model.eval()
 
 

@@ -225,9 +225,7 @@ class BlockPlan:
 def plan_blocks(config: MViTConfig) -> Iterator[BlockPlan]:
     """Lay the stages of ``config`` out as blocks."""
     depth, starts = sum(config.stages), config.stage_starts
-    doubled = tuple((start, 2.0) for start in starts[1:])
-    dim_mul = dict(doubled if config.dim_mul is None else config.dim_mul)
-    head_mul = dict(doubled if config.head_mul is None else config.head_mul)
+    dim_mul, head_mul = block_factors(config)
     q_strides, kv_strides = pooling_strides(config)
 
     dim, num_heads, window = config.embed_dim, config.num_heads, config.window
@@ -263,6 +261,15 @@ def plan_blocks(config: MViTConfig) -> Iterator[BlockPlan]:
             drop_path=config.drop_path * index / max(depth - 1, 1),
         )
         dim, grid, window = dim_out, divide(grid, q_stride), divide(window, q_stride)
+
+
+def block_factors(config: MViTConfig) -> tuple[dict[int, float], dict[int, float]]:
+    """Factors on channels and on heads, of the blocks that have any."""
+    doubled = tuple((start, 2.0) for start in config.stage_starts[1:])
+    return (
+        dict(doubled if config.dim_mul is None else config.dim_mul),
+        dict(doubled if config.head_mul is None else config.head_mul),
+    )
 
 
 def pooling_strides(config: MViTConfig) -> tuple[dict[int, Grid], dict[int, Grid]]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping
 
 import torch.nn.functional as F
 from torch import Tensor
+
+from mvit_video.errors import CheckpointError
+from mvit_video.model.positions import Grid, resize_table
 
 # torchvision's mvit_v1_b and mvit_v2_s.
 _TORCHVISION = (
@@ -29,11 +33,20 @@ _TIMM = (
 )
 
 
-def official_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same weights by the names of PySlowFast, from torchvision's, timm's or these names themselves."""
+def official_names(weights: Mapping[str, Tensor], source: str = "state dict") -> dict[str, Tensor]:
+    """The same weights by the names of PySlowFast, from torchvision's, timm's or these names themselves.
+
+    Raises CheckpointError, which names ``source``, for timm's models with a class token: they compute
+    something else.
+    """
     if "conv_proj.weight" in weights:
         return {_renamed(name, _TORCHVISION): value for name, value in weights.items()}
     if "stages.0.blocks.0.norm1.weight" in weights:
+        if "cls_token" in weights:
+            raise CheckpointError(
+                f"{source}: weights of a timm model with a class token can't be used: timm adds the pooled "
+                "queries to it, the official code doesn't; use the file of facebookresearch/mvit"
+            )
         first = _first_blocks(weights)
         return {
             _renamed(re.sub(r"^stages\.(\d+)\.blocks\.(\d+)", lambda m: _block(m, first), name), _TIMM): value
@@ -42,22 +55,28 @@ def official_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return dict(weights)
 
 
-def adapted(name: str, value: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, str] | None:
+def adapted(name: str, value: Tensor, shape: tuple[int, ...], grid: Grid) -> tuple[Tensor, str] | None:
     """A weight in another shape, and how that was done; None where there is no sound way.
+
+    ``grid`` is the one of tokens (T, H, W) that the model's absolute positions are made for.
 
     - "reshaped": the same numbers, with or without axes of length one.
     - "inflated": from images to clips, by repeating kernels over time, as PySlowFast initialises video models
       (not divided by the number of repeats).
-    - "interpolated": position tables of another length or grid (relative and temporal tables linearly,
-      spatial ones bicubically, as PySlowFast loads them).
+    - "interpolated": position tables of another length or grid (spatial ones bicubically, as PySlowFast loads
+      them, all others linearly).
     """
     if [n for n in value.shape if n != 1] == [n for n in shape if n != 1]:
         return value.reshape(shape), "reshaped"
     if name == "patch_embed.proj.weight" or ".attn.pool_" in name:
         return _inflated(value, shape)
-    if re.search(r"\.attn\.rel_pos_[thw]$", name) and value.ndim == 2 and value.shape[1] == shape[1]:
-        table = F.interpolate(value.T[None], size=shape[0], mode="linear")[0].T
+    if ".attn.rel_pos_" in name and value.ndim == len(shape) and value.shape[-1] == shape[-1]:
+        mode = ("linear", "bilinear", "trilinear")[value.ndim - 2]  # over (lengths of the axes..., c)
+        table = F.interpolate(value.movedim(-1, 0)[None], size=shape[:-1], mode=mode)[0].movedim(0, -1)
         return table.contiguous(), "interpolated"
+    if name == "pos_embed" and value.ndim == 3 and value.shape[-1] == shape[-1]:
+        made_for = _joint_grid(value.shape[1] - (shape[1] - math.prod(grid)), grid)
+        return None if made_for is None else (resize_table(value, made_for, grid), "interpolated")
     if name in ("pos_embed_temporal", "pos_embed_spatial") and value.shape[-1] == shape[-1]:
         return _resized_positions(name, value.reshape(1, -1, shape[-1]), shape[1])
     return None
@@ -84,6 +103,16 @@ def _resized_positions(name: str, table: Tensor, length: int) -> tuple[Tensor, s
     grid = table.transpose(1, 2).unflatten(2, (old, old))
     grid = F.interpolate(grid, size=(new, new), mode="bicubic")
     return grid.flatten(2).transpose(1, 2).contiguous(), "interpolated"
+
+
+def _joint_grid(cells: int, grid: Grid) -> Grid | None:
+    """The grid of a table with ``cells`` rows: square frames as many as in ``grid``, or more or fewer of its
+    frames. None where neither or both are possible.
+    """
+    t, h, w = grid
+    side = math.isqrt(max(cells, 0) // t)
+    possible = {c for c in ((t, side, side), (cells // (h * w), h, w)) if math.prod(c) == cells > 0}
+    return possible.pop() if len(possible) == 1 else None
 
 
 def _renamed(name: str, rules: tuple[tuple[str, str], ...]) -> str:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import urllib.error
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from mvit_video.errors import CheckpointError, ConfigError
-from mvit_video.model.checkpoint import from_slowfast, load_weights, read_checkpoint
+from mvit_video.model.checkpoint import checkpoint_names, from_slowfast, load_weights, read_checkpoint
 from mvit_video.model.mvit import MViT
+from mvit_video.model.slowfast import believe_weights
 from mvit_video.model.variants import create_model
 
 _SLOWFAST = "https://dl.fbaipublicfiles.com/pyslowfast/model_zoo"
@@ -28,6 +30,7 @@ class PublishedWeights:
         name: what ``create_model(model, weights=name)`` calls it: the data set, and the publisher where
             there are several.
         top1, top5: published accuracy in percent, with ``views`` (temporal x spatial).
+        saved_as: a name for the file where the publisher's tells too little.
     """
 
     model: str
@@ -37,10 +40,12 @@ class PublishedWeights:
     views: str
     top1: float
     top5: float
+    saved_as: str | None = None
 
     @property
     def file_name(self) -> str:
-        return self.url.rpartition("/")[2]
+        """The file's name in torch hub's folder."""
+        return self.saved_as or self.url.rpartition("/")[2]
 
     @property
     def hash_prefix(self) -> str | None:
@@ -91,15 +96,36 @@ PUBLISHED = (
         78.477,
         93.582,
     ),
+    *(
+        PublishedWeights(
+            "mvitv1_b_32x3",
+            f"kinetics{classes}",
+            classes,
+            f"{_SLOWFAST}/mvit/k{classes}.pyth",
+            "5x1",
+            top1,
+            top5,
+            saved_as=f"MViTv1_B_32x3_k{classes}.pyth",
+        )
+        for classes, top1, top5 in ((400, 80.4, 94.8), (600, 83.9, 96.5))
+    ),
 )
 
 
-def create_published(model: str, name: str, num_classes: int | None = None, **overrides: Any) -> MViT:
+def create_published(
+    model: str,
+    name: str,
+    num_classes: int | None = None,
+    *,
+    head: Literal["strict", "new"] = "strict",
+    **overrides: Any,
+) -> MViT:
     """Build a model with published weights, fetched on first use into torch hub's folder; in eval mode.
 
     Args:
         model, name: see ``PUBLISHED``.
-        num_classes: another number than the weights' gives a fresh head.
+        num_classes: that of the weights where None; another needs ``head="new"``.
+        head: "new" gives a fresh head.
         overrides: fields of ``MViTConfig``; tables for another size are interpolated.
 
     Raises:
@@ -112,16 +138,25 @@ def create_published(model: str, name: str, num_classes: int | None = None, **ov
         raise ConfigError(f"there are no weights {name!r} of {model}; published are: {names}")
     entry = known[name]
     checkpoint = fetch(entry)
-    changed = num_classes not in (None, entry.num_classes) or any(v is not None for v in overrides.values())
-    if "cfg" in checkpoint and not changed:
+    changed = head == "new" or num_classes not in (None, entry.num_classes)
+    if "cfg" in checkpoint and not changed and all(value is None for value in overrides.values()):
         return from_slowfast(checkpoint)  # the file knows its layout and protocol best
     built = create_model(model, num_classes or entry.num_classes, **overrides)
-    same_head = built.config.num_classes == entry.num_classes
-    load_weights(built, checkpoint, head="strict" if same_head else "new")
+    layout = believe_weights(built.config, checkpoint_names(checkpoint, entry.file_name))
+    if layout != built.config:  # the published L is another model than its configuration gives
+        built = MViT(layout, built.protocol)
+    load_weights(built, checkpoint, head=head)
     if name == "ssv2":
         crop = built.protocol.crop
         built.protocol = replace(
-            built.protocol, sampling="segment", num_clips=1, num_crops=3, short_side=crop
+            built.protocol,
+            sampling="segment",
+            num_clips=1,
+            num_crops=3,
+            short_side=crop,
+            # These models saw BGR frames, swapped behind the normalisation.
+            mean=built.protocol.mean[::-1],
+            std=built.protocol.std[::-1],
         )
     return built.eval()
 
@@ -135,6 +170,7 @@ def fetch(entry: PublishedWeights) -> dict[str, Any]:
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     path = folder / entry.file_name
     if path.is_file():
+        _check_hash(path, entry)
         return read_checkpoint(path)
     folder.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
@@ -150,3 +186,16 @@ def fetch(entry: PublishedWeights) -> dict[str, Any]:
     finally:
         part.unlink(missing_ok=True)
     return checkpoint
+
+
+def _check_hash(path: Path, entry: PublishedWeights) -> None:
+    """CheckpointError where a file that was put there by hand isn't the published one."""
+    if entry.hash_prefix is None:
+        return
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    found = digest.hexdigest()[: len(entry.hash_prefix)]
+    if found != entry.hash_prefix:
+        raise CheckpointError(f"{path}: damaged or another file, its SHA-256 starts with {found}; delete it")

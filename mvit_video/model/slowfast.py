@@ -5,12 +5,12 @@ from __future__ import annotations
 import ast
 import itertools
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from mvit_video.errors import CheckpointError
 from mvit_video.model.attention import Grid, half
-from mvit_video.model.config import MViTConfig, plan_blocks, pooling_strides
+from mvit_video.model.config import MViTConfig, block_factors, plan_blocks, pooling_strides
 from mvit_video.model.protocol import Protocol
 
 # What the official code assumes where a configuration file is silent. Options that shape nothing here
@@ -74,6 +74,22 @@ _MODEL_DEFAULTS: dict[str, Any] = {
 }
 
 
+# Fields that the blocks laid out by ``plan_blocks`` already show, or that shape nothing without them.
+_IN_PLAN = {
+    "attention",
+    "dim_mul",
+    "head_mul",
+    "kv_stride",
+    "kv_strides",
+    "pool_q_every_block",
+    "q_stride",
+    "q_strides",
+    "stages",
+    "window",
+}
+_COMPARED = [field.name for field in fields(MViTConfig) if field.name not in {*_IN_PLAN, "patch_padding"}]
+
+
 def translate_config(
     cfg: Mapping[str, Any], name: str, weight_names: Iterable[str] = ()
 ) -> tuple[MViTConfig, Protocol]:
@@ -98,10 +114,88 @@ def translate_config(
     _refuse_what_cannot_be_built(cfg, mvit, data, model, name)
     try:
         config = _model_config(mvit, data, model)
-        config = _believe_weights(config, set(weight_names))
+        config = believe_weights(config, set(weight_names))
         return config, _protocol(cfg, data)
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise CheckpointError(f"{name}: its cfg is no MViT configuration ({error})") from None
+
+
+def slowfast_config(config: MViTConfig, protocol: Protocol) -> dict[str, Any]:
+    """The official configuration of a model: ``translate_config`` the other way.
+
+    Raises:
+        CheckpointError: no official options give that model; names the fields that they can't express.
+    """
+    first = int(config.patch_2d)  # options of single frames lack the time axis
+    padding = half(config.patch_kernel) if config.patch_padding is None else config.patch_padding
+    q_strides, kv_strides = pooling_strides(config)
+    dim_mul, head_mul = block_factors(config)
+    mvit = {
+        "CLS_EMBED_ON": config.class_token,
+        "DEPTH": sum(config.stages),
+        "DIM_MUL": [list(item) for item in dim_mul.items()],
+        "DIM_MUL_IN_ATT": config.dim_mul_in_attention,
+        "DROPOUT_RATE": config.dropout,
+        "DROPPATH_RATE": config.drop_path,
+        "EMBED_DIM": config.embed_dim,
+        "HEAD_INIT_SCALE": config.head_init_scale,
+        "HEAD_MUL": [list(item) for item in head_mul.items()],
+        "MLP_RATIO": config.mlp_ratio,
+        "MODE": config.pool_mode,
+        "NORM_STEM": config.norm_stem,
+        "NUM_HEADS": config.num_heads,
+        "PATCH_2D": config.patch_2d,
+        "PATCH_KERNEL": list(config.patch_kernel[first:]),
+        "PATCH_PADDING": list(padding[first:]),
+        "PATCH_STRIDE": list(config.patch_stride[first:]),
+        "POOL_FIRST": config.pool_first,
+        "POOL_KVQ_KERNEL": list(config.pool_kernel) if isinstance(config.pool_kernel, tuple) else None,
+        "POOL_KV_STRIDE": [list(entry) for entry in _entries(kv_strides)],
+        "POOL_Q_STRIDE": [list(entry) for entry in _entries(q_strides)],
+        "QKV_BIAS": config.qkv_bias,
+        "REL_POS_SPATIAL": config.rel_pos_spatial,
+        "REL_POS_TEMPORAL": config.rel_pos_temporal,
+        "REL_POS_ZERO_INIT": config.rel_pos_zero_init,
+        "RESIDUAL_POOLING": config.residual_pooling,
+        "SEPARATE_QKV": config.separate_qkv,
+        "SEP_POS_EMBED": config.abs_pos == "separable",
+        "USE_ABS_POS": config.abs_pos != "none",
+        "USE_MEAN_POOLING": config.mean_pooling,
+    }
+    cfg = {"MVIT": mvit, **_other_sections(config, protocol)}
+    back, _ = translate_config(cfg, "export")
+    lost = [name for name in _COMPARED if getattr(back, name) != getattr(config, name)]
+    if lost or list(plan_blocks(back)) != list(plan_blocks(config)):
+        values = ", ".join(f"{name}={getattr(config, name)!r}" for name in lost or ["attention", "stages"])
+        raise CheckpointError(f"PySlowFast has no options for a model with {values}")
+    return cfg
+
+
+def _other_sections(config: MViTConfig, protocol: Protocol) -> dict[str, Any]:
+    segments = protocol.sampling == "segment"
+    return {
+        "MODEL": {
+            "MODEL_NAME": "MViT",
+            "ARCH": "mvit",
+            "NUM_CLASSES": config.num_classes,
+            "DROPOUT_RATE": config.head_dropout,
+            "ACT_CHECKPOINT": config.checkpoint_blocks,
+        },
+        "DATA": {
+            "NUM_FRAMES": config.num_frames,
+            "SAMPLING_RATE": protocol.stride,
+            "TARGET_FPS": protocol.target_fps,
+            "TRAIN_CROP_SIZE": config.crop_size,
+            "TEST_CROP_SIZE": protocol.crop,
+            "MEAN": list(protocol.mean),
+            "STD": list(protocol.std),
+        },
+        "TEST": {
+            **({"DATASET": "ssv2"} if segments else {}),
+            "NUM_ENSEMBLE_VIEWS": protocol.num_clips,
+            "NUM_SPATIAL_CROPS": protocol.num_crops,
+        },
+    }
 
 
 def _plain(value: Any) -> Any:
@@ -203,7 +297,7 @@ def _with_block_lists(config: MViTConfig, mvit: dict[str, Any], q_strides: dict[
     return config
 
 
-def _believe_weights(config: MViTConfig, weight_names: set[str]) -> MViTConfig:
+def believe_weights(config: MViTConfig, weight_names: set[str]) -> MViTConfig:
     """Correct where channels double and queries are pooled by which weights there are.
 
     The published L has another number of parameters than its configuration gives.

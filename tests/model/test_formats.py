@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import golden_weights
@@ -10,10 +12,14 @@ import pytest
 import torch
 import torchvision
 from peers import TORCHVISION_NAMES, randomized, renamed, torchvision_twin
+from rich.console import Console
+from safetensors.torch import save_file
 
 import mvit_video as mv
-from mvit_video.model.checkpoint import save_weights
+from mvit_video.model.checkpoint import METADATA_KEY, save_weights
 from mvit_video.model.formats import official_names
+from mvit_video.model.slowfast import slowfast_config, translate_config
+from mvit_video.model.variants import VARIANTS
 
 REFERENCE = Path(__file__).parents[1] / "reference"
 NAMES = json.loads((REFERENCE / "name_maps.json").read_text())
@@ -184,8 +190,6 @@ def test_saved_weights_come_back_bit_for_bit(tmp_path: Path, name: str) -> None:
 
 
 def test_bare_and_broken_safetensors(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
     model = tiny()
     save_file(dict(model.state_dict()), tmp_path / "bare.safetensors")
     mv.load_weights(tiny(), tmp_path / "bare.safetensors")
@@ -202,3 +206,126 @@ def test_renaming_goes_both_ways() -> None:
     state = tiny().state_dict()
     back = official_names(renamed(dict(state), TORCHVISION_NAMES))
     assert sorted(back) == sorted(state)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("joint", ["space", "space_time"])
+def test_joint_relative_tables_fit_another_size(joint: str) -> None:
+    source = tiny(rel_pos_joint=joint)
+    larger = tiny(rel_pos_joint=joint, crop_size=64, num_frames=8)
+    assert mv.load_weights(larger, source.state_dict()).interpolated
+    clips = torch.randn(1, 3, 8, 64, 64)
+    torch.testing.assert_close(larger(clips), source(clips), atol=1e-5, rtol=1e-5)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("size", [{"crop_size": 64}, {"num_frames": 8}], ids=str)
+def test_joint_absolute_table_fits_other_frames_or_another_number(size: dict[str, int]) -> None:
+    source, larger = tiny(abs_pos="joint"), tiny(abs_pos="joint", **size)
+    assert "pos_embed" in mv.load_weights(larger, source.state_dict()).interpolated
+    clips = torch.randn(1, 3, larger.config.num_frames, *[larger.config.crop_size] * 2)
+    torch.testing.assert_close(larger(clips), source(clips), atol=1e-5, rtol=1e-5)
+
+
+def test_joint_absolute_table_of_an_unknown_grid_is_refused() -> None:
+    options = {"abs_pos": "joint", "rel_pos_spatial": False, "rel_pos_temporal": False}
+    source, other = tiny(**options), tiny(**options, crop_size=64, num_frames=6)
+    with pytest.raises(mv.CheckpointError, match=r"pos_embed is .*, expected "):
+        mv.load_weights(other, source.state_dict())
+
+
+def test_timms_class_token_is_refused() -> None:
+    weights = {"stages.0.blocks.0.norm1.weight": torch.ones(8), "cls_token": torch.zeros(1, 1, 8)}
+    with pytest.raises(mv.CheckpointError, match="timm adds the pooled queries to it"):
+        mv.load_weights(tiny(), weights)
+
+
+def test_report_takes_the_blocks_together() -> None:
+    report = mv.load_weights(tiny(), tiny(crop_size=64).state_dict())
+    assert "4 interpolated: blocks.*.attn.rel_pos_h (x2), blocks.*.attn.rel_pos_w (x2)" in str(report)
+    console = Console(width=100, file=io.StringIO())
+    console.print(report)
+    shown = console.file.getvalue()
+    assert "blocks.*.attn.rel_pos_w" in shown
+    assert "interpolated" in shown
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"model_state": {"norm.bias": "os.system", "norm.weight": torch.ones(1)}}, r"'norm\.bias' is a str"),
+        ({"model_state": {3: torch.ones(1)}}, "3 is a Tensor|no weights"),
+        ({"model_state": "os.system"}, "no weights found; its keys are model_state"),
+        ({"state_dict": {}}, "no weights found; its keys are state_dict"),
+    ],
+)
+def test_entries_that_are_no_weights_are_named(content, said: str) -> None:
+    with pytest.raises(mv.CheckpointError, match=said):
+        mv.load_weights(tiny(), content)
+
+
+def test_a_wrapped_state_dict_and_safetensors_without_a_suffix(tmp_path: Path) -> None:
+    source = tiny()
+    mv.load_weights(tiny(), {"state_dict": source.state_dict()})
+    save_weights(source, tmp_path / "model.safetensors")
+    path = (tmp_path / "model.safetensors").rename(tmp_path / "model")
+    assert torch.equal(mv.load_model(path).norm.weight, source.norm.weight)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"config": {"_target_": "os.system"}}'])
+def test_safetensors_metadata_that_describe_no_model(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file(tiny().state_dict(), path, {METADATA_KEY: text})
+    with pytest.raises(mv.CheckpointError, match=r"damaged|its description of the model can't be used"):
+        mv.load_model(path)
+
+
+# PySlowFast's configuration of a model
+
+
+@pytest.mark.parametrize("name", [n for n in mv.list_models() if n != "mvitv2_nano_8x4"])
+def test_named_models_have_official_configurations(name: str) -> None:
+    variant = VARIANTS[name]
+    config, protocol = translate_config(slowfast_config(variant.config, variant.protocol), name)
+    assert replace(config, kv_stride=variant.config.kv_stride) == variant.config
+    assert protocol == variant.protocol
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"class_token": False, "mean_pooling": True},
+        {"dim_mul_in_attention": False, "abs_pos": "separable", "norm_stem": True},
+        {"pool_mode": "max", "separate_qkv": True},
+        {"pool_kernel": "stride", "pool_q_every_block": False, "patch_padding": (0, 3, 3)},
+        {"attention": "full", "qkv_bias": False},
+        {"q_strides": ((0, 1, 2, 2),), "kv_strides": ((1, 1, 2, 2),)},
+    ],
+    ids=str,
+)
+@torch.inference_mode()
+def test_pyslowfast_files_carry_their_configuration(options, tmp_path: Path) -> None:
+    model = tiny(**options)
+    save_weights(model, tmp_path / "model.pyth")
+    content = torch.load(tmp_path / "model.pyth", weights_only=True)
+    again = mv.from_slowfast({key: content[key] for key in ("model_state", "cfg")})
+    assert all(torch.equal(v, again.state_dict()[n]) for n, v in model.state_dict().items())
+    clips = torch.randn(1, 3, 4, 32, 32)
+    assert torch.equal(again(clips), model(clips))
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"rel_pos_joint": "space"}, "rel_pos_joint='space'"),
+        ({"attention": "window", "window": (1, 2, 2)}, "attention='window'"),
+    ],
+)
+def test_what_pyslowfast_cannot_express_is_named_and_left_out(options, named: str, tmp_path: Path) -> None:
+    model = tiny(**options)
+    with pytest.raises(mv.CheckpointError, match=f"PySlowFast has no options for a model with .*{named}"):
+        slowfast_config(model.config, model.protocol)
+    save_weights(model, tmp_path / "model.pyth")
+    assert "cfg" not in torch.load(tmp_path / "model.pyth", weights_only=True)
+    assert mv.load_model(tmp_path / "model.pyth").config == model.config

@@ -6,11 +6,13 @@ import hashlib
 import io
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import Command
 
 import mvit_video as mv
 from mvit_video.model import published
@@ -91,9 +93,11 @@ def test_weights_are_fetched_once(monkeypatch, server: Server, model: mv.MViT, t
     assert [p.name for p in (tmp_path / "hub" / "checkpoints").iterdir()] == [hashed_name(content)]
 
 
-def test_another_number_of_classes_gets_a_fresh_head(monkeypatch, server: Server, model: mv.MViT) -> None:
+def test_another_number_of_classes_needs_a_new_head(monkeypatch, server: Server, model: mv.MViT) -> None:
     publish(monkeypatch, server, "nano.pyth", packed(model))
-    other = mv.create_model(NANO, num_classes=2, weights="kinetics400", drop_path=0.1)
+    with pytest.raises(mv.CheckpointError, match=r"its head has 6 classes, the model has 2.*head=new"):
+        mv.create_model(NANO, num_classes=2, weights="kinetics400")
+    other = mv.create_model(NANO, num_classes=2, weights="kinetics400", head="new", drop_path=0.1)
     assert other.config.num_classes == 2
     assert other.config.drop_path == 0.1
     assert torch.equal(other.patch_embed.proj.weight, model.patch_embed.proj.weight)
@@ -156,3 +160,55 @@ def test_the_table_is_consistent() -> None:
     theirs = {w.url: w.meta["_metrics"]["Kinetics-400"] for w in (*MViT_V1_B_Weights, *MViT_V2_S_Weights)}
     ours = {e.url: {"acc@1": e.top1, "acc@5": e.top5} for e in PUBLISHED if "torchvision" in e.name}
     assert ours == theirs
+
+
+def test_a_damaged_file_that_is_already_there_is_refused(
+    monkeypatch, server: Server, model, tmp_path
+) -> None:
+    content = packed(model)
+    publish(monkeypatch, server, hashed_name(content), content)
+    mv.create_model(NANO, weights="kinetics400")
+    (tmp_path / "hub" / "checkpoints" / hashed_name(content)).write_bytes(packed(model.half()))
+    with pytest.raises(mv.CheckpointError, match=r"damaged or another file, its SHA-256 starts with \w{8}"):
+        mv.create_model(NANO, weights="kinetics400")
+
+
+def test_layout_is_believed_from_the_weights(monkeypatch, server: Server) -> None:
+    layout = {"dim_mul_in_attention": False, "pool_q_every_block": False}
+    other = mv.create_model(NANO, num_classes=6, **layout)
+    publish(monkeypatch, server, "nano.pyth", packed(other))
+    model = mv.create_model(NANO, weights="kinetics400", drop_path=0.1)
+    assert model.config == replace(other.config, drop_path=0.1)
+
+
+def test_a_publishers_name_that_tells_too_little_is_replaced(monkeypatch, server, model, tmp_path) -> None:
+    server.files["k400.pyth"] = packed(model)
+    url = f"{server.url}/k400.pyth"
+    entry = PublishedWeights(NANO, "kinetics400", 6, url, "5x1", 0.0, 0.0, saved_as="nano.pyth")
+    monkeypatch.setattr(published, "PUBLISHED", (entry,))
+    mv.create_model(NANO, weights="kinetics400")
+    assert (tmp_path / "hub" / "checkpoints" / "nano.pyth").is_file()
+
+
+def test_evaluation_of_published_weights_needs_their_classes(
+    monkeypatch, command: Command, server: Server, model: mv.MViT, two_classes: Path
+) -> None:
+    publish(monkeypatch, server, "nano.pyth", packed(model))
+    done = command(
+        "eval", f"model={NANO}", "model.weights=kinetics400", "weights=null", f"data.root={two_classes}"
+    )
+    assert done.code == 1
+    assert "the weights know 6 classes, the data set has 2" in done.err
+
+
+def test_training_on_other_classes_needs_a_new_head(
+    monkeypatch, command: Command, server: Server, model: mv.MViT, two_classes: Path
+) -> None:
+    publish(monkeypatch, server, "nano.pyth", packed(model))
+    arguments = ["experiment=motion", "model.weights=kinetics400", f"data.root={two_classes}"]
+    arguments += ["trainer.max_epochs=1", "batch_size=4", "num_workers=0"]
+    refused = command("train", *arguments)
+    assert refused.code == 1
+    assert "its head has 6 classes, the model has 2" in refused.err
+    taken = command("train", *arguments, "head=new")
+    assert taken.code == 0, taken.err
