@@ -276,6 +276,9 @@ def _load(
         if key not in weights:
             continue
         found = weights[key]
+        if not found.is_floating_point() or found.layout is not torch.strided:
+            problems.append(f"{key} holds {found.dtype} ({found.layout}), expected dense floats")
+            continue
         result: tuple[Tensor, str] | None = (found, "loaded")
         if found.shape != value.shape:
             result = adapted(key, found, tuple(value.shape), model.grid) if adapt else None

@@ -158,6 +158,14 @@ def test_a_new_head_is_kept_when_asked_for() -> None:
             lambda s: s.update({"patch_embed.proj.weight": torch.zeros(16, 3, 2, 7, 7)}),
             "patch_embed.proj.weight is (16, 3, 2, 7, 7)",
         ),
+        (
+            lambda s: s.update({"norm.bias": torch.zeros(32).to_sparse()}),
+            "norm.bias holds torch.float32 (torch.sparse_coo), expected dense floats",
+        ),
+        (
+            lambda s: s.update({"norm.bias": torch.zeros(32, dtype=torch.int8)}),
+            "norm.bias holds torch.int8 (torch.strided), expected dense floats",
+        ),
     ],
 )
 def test_anything_else_is_an_error_and_changes_nothing(change, expected: str) -> None:
