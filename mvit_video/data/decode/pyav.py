@@ -43,6 +43,9 @@ from mvit_video.errors import VideoError
 # Reading on is cheaper than a seek when the next key frame is at most this many packets away.
 _SHORT_GAP = 32
 
+# Probing a file decodes its first picture to learn the pixel format, which the first frame tells here anyway.
+_PROBE = {"skip_frame": "all"}
+
 _Pictures: TypeAlias = RgbPictures | PlanePictures
 _Slots: TypeAlias = dict[int, int]  # frame index, rising -> place among the pictures asked for
 
@@ -157,6 +160,7 @@ class PyAVVideo:
                 f"file:{self.path}",
                 "r",
                 container_options={"protocol_whitelist": "file"},
+                options=_PROBE,
                 metadata_errors="replace",
             )
         except (FFmpegError, OSError, ValueError) as error:
