@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import tracemalloc
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -457,3 +458,33 @@ def test_any_structure_and_any_request(folder: Path, data: st.DataObject) -> Non
         for _ in range(3):
             indices = data.draw(st.lists(st.integers(0, num_frames - 1), max_size=12), "indices")
             assert numbers(video.get_frames(indices)) == indices
+
+
+def test_memory_of_a_long_file_is_a_few_bytes_a_frame(tmp_path: Path) -> None:
+    """Half an hour at 25 fps, by repetition; the decoder's own memory is that of the short file."""
+    short = write_numbered_video(tmp_path / "short.mp4", 50, height=64, width=64, options=X264 | {"bf": "2"})
+    repeats = 900
+    with av.open(str(short)) as source, av.open(str(tmp_path / "long.mp4"), "w") as target:
+        stream = source.streams.video[0]
+        copy = target.add_stream_from_template(stream)
+        packets = [packet for packet in source.demux(stream) if packet.size]
+        ticks = 50 * packets[0].duration
+        for repeat in range(repeats):
+            for packet in packets:
+                again = av.Packet(bytes(packet))
+                again.pts, again.dts = packet.pts + repeat * ticks, packet.dts + repeat * ticks
+                again.time_base, again.stream = packet.time_base, copy
+                again.is_keyframe = packet.is_keyframe
+                target.mux(again)
+    peaks = []
+    for path in (short, tmp_path / "long.mp4"):
+        tracemalloc.start()
+        with open_video(path) as video:
+            for start in np.linspace(0, video.num_frames - 30, 10, dtype=int).tolist():
+                indices = range(start, start + 30, 2)
+                found = [read_number(frame) for frame in video.get_frames(list(indices))]
+                assert found == [index % 50 for index in indices]
+            peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert video.num_frames == 50 * repeats
+    assert peaks[1] - peaks[0] < 120 * video.num_frames

@@ -6,100 +6,138 @@ A position counts a stream's packets in the order in which they are stored and d
 from __future__ import annotations
 
 import bisect
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
+import numpy as np
 from av.packet import Packet
 from av.video.stream import VideoStream
 
-
-class PacketInfo(NamedTuple):
-    pts: int | None
-    dts: int | None
-    is_key: bool
-    is_discard: bool  # decoded but not shown: an edit list cuts it off
-    is_hidden: bool
-    is_corrupt: bool  # something is missing at or after it
-
-    @classmethod
-    def of(cls, packet: Packet[VideoStream]) -> PacketInfo:
-        # VP8 stores pictures that are only referred to as packets of their own; bit 4 says "show".
-        hidden = packet.stream.codec_context.name == "vp8" and not memoryview(packet)[0] & 16
-        return cls(packet.pts, packet.dts, packet.is_keyframe, packet.is_discard, hidden, packet.is_corrupt)
+_NO_TIME = -(1 << 63)  # as FFmpeg has it
+_KEY, _DISCARD, _HIDDEN, _CORRUPT = 1, 2, 4, 8
 
 
-@dataclass(frozen=True)
-class Key:
+class PacketList:
+    """What the packets of a stream say of themselves, in 17 bytes each: long files have very many."""
+
+    def __init__(self) -> None:
+        self.pts, self.dts, self.marks = array("q"), array("q"), bytearray()
+
+    def __len__(self) -> int:
+        return len(self.marks)
+
+    def add(self, packet: Packet[VideoStream]) -> None:
+        self.pts.append(_NO_TIME if packet.pts is None else packet.pts)
+        self.dts.append(_NO_TIME if packet.dts is None else packet.dts)
+        self.marks.append(
+            _KEY * packet.is_keyframe
+            | _DISCARD * packet.is_discard  # decoded but not shown: an edit list cuts it off
+            | _HIDDEN * _is_hidden(packet)
+            | _CORRUPT * packet.is_corrupt  # something is missing at or after it
+        )
+
+    def positions(self, mark: int) -> list[int]:
+        """Where the packets with a mark are."""
+        return np.flatnonzero(np.frombuffer(self.marks, np.uint8) & mark).tolist()
+
+
+def _is_hidden(packet: Packet[VideoStream]) -> bool:
+    # VP8 stores pictures that are only referred to as packets of their own; bit 4 says "show".
+    return packet.stream.codec_context.name == "vp8" and not memoryview(packet)[0] & 16
+
+
+class Key(NamedTuple):
     position: int
     pts: int
     seek_time: int
 
 
-@dataclass(frozen=True)
 class Index:
-    """Where each frame is. A position counts packets in decoding order; pts counts the stream's clock."""
+    """Where each frame is. A position counts packets in decoding order; pts counts the stream's clock.
 
-    pts: list[int]  # of each frame, rising
-    position: dict[int, int]  # pts -> position, of all packets
-    keys: list[Key]  # rising in position and pts
+    Attributes:
+        pts: of each frame, rising.
+        keys: rising in position and pts.
+    """
+
+    def __init__(self, packets: PacketList) -> None:
+        self._stored = packets.pts
+        stored = np.frombuffer(packets.pts, np.int64)
+        order = np.argsort(stored, kind="stable")
+        shown = (np.frombuffer(packets.marks, np.uint8)[order] & _DISCARD) == 0
+        self._order = array("q", order.astype(np.int64).tobytes())
+        self._sorted = array("q", stored[order].tobytes())
+        self.pts = self._sorted if shown.all() else array("q", stored[order][shown].tobytes())
+        self.keys = [
+            Key(i, packets.pts[i], packets.pts[i] if packets.dts[i] == _NO_TIME else packets.dts[i])
+            for i in packets.positions(_KEY)
+        ]
+
+    def position(self, pts: int) -> int | None:
+        """Of the packet with this time, None where there is none."""
+        place = bisect.bisect_left(self._sorted, pts)
+        known = place < len(self._sorted) and self._sorted[place] == pts
+        return self._order[place] if known else None
+
+    def position_of(self, frame: int) -> int:
+        """Of a frame's packet."""
+        position = self.position(self.pts[frame])
+        assert position is not None
+        return position
 
     @property
     def hides_frames(self) -> bool:
         """Whether some pictures are decoded but not shown, as an edit list says."""
-        return len(self.position) > len(self.pts)
+        return len(self._sorted) > len(self.pts)
 
     @property
     def has_open_gops(self) -> bool:
         """Whether pictures stored after a key frame are shown before it."""
-        shown = list(self.position)  # by position
         return any(
-            any(pts < key.pts for pts in shown[key.position + 1 : key.position + 9]) for key in self.keys
+            any(pts < key.pts for pts in self._stored[key.position + 1 : key.position + 9])
+            for key in self.keys
         )
 
     def key_of(self, frame: int) -> int:
         """Number of the last key frame that frame needs: neither shown nor stored after it."""
-        pts = self.pts[frame]
-        number = bisect.bisect_right(self.keys, pts, key=lambda key: key.pts) - 1
-        while number > 0 and self.keys[number].position > self.position[pts]:
+        number = bisect.bisect_right(self.keys, self.pts[frame], key=lambda key: key.pts) - 1
+        position = self.position_of(frame)
+        while number > 0 and self.keys[number].position > position:
             number -= 1
         return max(number, 0)
 
     def is_spoilt(self, frame: int, damage: list[int]) -> bool:
         """Whether damage lies between the frame's key frame and the frame itself."""
-        start = self.keys[self.key_of(frame)].position
-        return any(start <= position <= self.position[self.pts[frame]] for position in damage)
+        start, end = self.keys[self.key_of(frame)].position, self.position_of(frame)
+        return any(start <= position <= end for position in damage)
 
 
-def build_index(packets: list[PacketInfo]) -> Index | None:
+def build_index(packets: PacketList) -> Index | None:
     """None when the order or number of pictures shown can't be read off the packets' timestamps."""
-    pts = [packet.pts for packet in packets if packet.pts is not None]
-    dts = [packet.dts for packet in packets if packet.dts is not None]
-    keys = [
-        Key(i, packet.pts, packet.pts if packet.dts is None else packet.dts)
-        for i, packet in enumerate(packets)
-        if packet.is_key and packet.pts is not None
-    ]
-    trustworthy = (
-        len(pts) == len(set(pts)) == len(packets) > 0
-        and all(a < b for a, b in pairwise(dts))
-        and all(a.pts < b.pts for a, b in pairwise(keys))
-        and packets[0].is_key
-        and min(pts) == pts[0]  # pictures before the first key frame may or may not be shown
-        and not any(packet.is_hidden for packet in packets)
-    )
-    if not trustworthy:
+    if not len(packets) or not packets.marks[0] & _KEY or packets.positions(_HIDDEN):
         return None
-    shown = sorted(p for p, packet in zip(pts, packets, strict=True) if not packet.is_discard)
-    return Index(shown, {p: i for i, p in enumerate(pts)}, keys)
+    pts, dts = np.frombuffer(packets.pts, np.int64), np.frombuffer(packets.dts, np.int64)
+    if (pts == _NO_TIME).any() or pts.min() != pts[
+        0
+    ]:  # what precedes the first key frame may be shown or not
+        return None
+    if not (np.diff(np.sort(pts)) > 0).all() or not (np.diff(dts[dts != _NO_TIME]) > 0).all():
+        return None
+    index = Index(packets)
+    return index if all(a.pts < b.pts for a, b in pairwise(index.keys)) else None
 
 
-def find_holes(packets: list[PacketInfo]) -> list[int]:
+def find_holes(packets: PacketList) -> list[int]:
     """Positions before which packets are lost; not where a key frame follows, as at joints of a stream."""
-    flagged = (i for i, packet in enumerate(packets) if packet.is_corrupt)
     # The parser hands the flag on one packet too early, so a joint may be two packets away.
-    return [i + 1 for i in flagged if not any(after.is_key for after in packets[i + 1 : i + 3])]
+    return [
+        i + 1
+        for i in packets.positions(_CORRUPT)
+        if not any(mark & _KEY for mark in packets.marks[i + 1 : i + 3])
+    ]
 
 
 @dataclass
@@ -116,7 +154,7 @@ def plan(index: Index, wanted: list[int]) -> list[Stretch]:
     stretches: list[Stretch] = []
     for frame in wanted:
         key = index.key_of(frame)
-        position = index.position[index.pts[frame]]
+        position = index.position_of(frame)
         current = stretches[-1] if stretches else None
         if current is not None and (
             index.keys[key].position <= current.last + 1 or key == index.key_of(current.frames[-1])

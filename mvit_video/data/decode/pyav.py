@@ -13,9 +13,11 @@ import operator
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 import av
+import numpy as np
+import numpy.typing as npt
 import torch
 from av.error import FFmpegError
 from av.packet import Packet
@@ -30,7 +32,7 @@ from mvit_video.data.decode.files import check_file, why_not_opened
 from mvit_video.data.decode.packets import (
     Index,
     Key,
-    PacketInfo,
+    PacketList,
     Stretch,
     build_index,
     filled,
@@ -98,7 +100,7 @@ class PyAVVideo:
     def frame_time(self, index: int) -> float:
         """Seconds from the first frame to frame `index`."""
         self.check_range([index])
-        return self._times[index]
+        return float(self._times[index])
 
     def get_frames(self, indices: Sequence[int]) -> Tensor:
         """See `Video.get_frames`. A damaged file may look sound to NVDEC: the CPU decoder sees more."""
@@ -188,11 +190,11 @@ class PyAVVideo:
 
     def _read_index(self) -> tuple[Index | None, VideoFrame | None]:
         """The index, None where it would mislead, and some early frame for the size and orientation."""
-        packets = []
+        packets = PacketList()
         first = None
         try:
             for packet in filled(self._demuxer):
-                packets.append(PacketInfo.of(packet))
+                packets.add(packet)
                 if first is None:
                     first = self._try_decode(packet)
         except FFmpegError as error:
@@ -224,16 +226,16 @@ class PyAVVideo:
     def _set_times(self, pts: Sequence[int | None]) -> None:
         self.num_frames = len(pts)
         tick = float(self._stream.time_base or 0)  # seconds
-        known = [p for p in pts if p is not None]
-        self.start_ticks = known[0] if known else 0
+        self.start_ticks = next((p for p in pts if p is not None), 0)
         self.start = self.start_ticks * tick  # seconds on the stream's clock
-        times = [(p - known[0]) * tick for p in known]
-        rate = float(self._stream.average_rate or self._stream.guessed_rate or 25)
-        if len(times) == len(pts) > 1 and times[-1] > 0:
-            rate = (len(times) - 1) / times[-1]
+        self.fps = float(self._stream.average_rate or self._stream.guessed_rate or 25)
+        times = (np.array(pts, np.float64) - self.start_ticks) * tick  # NaN where a frame has no time
+        if len(pts) > 1 and not np.isnan(times).any() and times[-1] > 0:
+            self.fps = (len(pts) - 1) / float(times[-1])
         else:
-            times = [i / rate for i in range(len(pts))]
-        self._times, self.fps, self.duration = times, rate, len(pts) / rate
+            times = np.arange(len(pts)) / self.fps
+        self._times: npt.NDArray[Any] = times
+        self.duration = len(pts) / self.fps
 
     # Decoding by the index
 
@@ -266,17 +268,19 @@ class PyAVVideo:
                 frames = decoder.decode(packet)
             except FFmpegError:
                 frames = []
-                if pts is not None and pts >= key.pts:
-                    damage.append(index.position[pts])
+                position = None if pts is None else index.position(pts)
+                if position is not None and position >= key.position:
+                    damage.append(position)
             for frame in frames:
                 # Pictures shown before the key frame but coded after it refer to what was not decoded.
                 if frame.pts is None or frame.pts < key.pts:
                     continue
-                if frame.pts < newest or frame.pts not in index.position:
+                position = index.position(frame.pts)
+                if frame.pts < newest or position is None:
                     return stretch.frames  # not the order of the timestamps: the index is wrong
                 newest = frame.pts
                 if frame.is_corrupt:
-                    damage.append(index.position[frame.pts])
+                    damage.append(position)
                 elif frame.pts in wanted:
                     came.add(wanted[frame.pts])
                     pictures.put(slots[wanted[frame.pts]], frame)
@@ -311,8 +315,8 @@ class PyAVVideo:
 
     def _read_until(self, index: Index, key: Key) -> Packet[VideoStream] | None:
         for packet in filled(self._demuxer):
-            position = -1 if packet.pts is None else index.position.get(packet.pts, -1)
-            if position > key.position:
+            position = None if packet.pts is None else index.position(packet.pts)
+            if position is not None and position > key.position:
                 return None
             if position == key.position:
                 self._position = position + 1
