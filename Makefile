@@ -39,7 +39,10 @@ test-gpu: setup
 	$(BIN)/python -m pytest -q -m gpu
 
 bench: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test,lint,torchcodec,decord]"
 	$(BIN)/python benchmarks/positions.py
+	$(BIN)/python benchmarks/decode.py --write
+	$(BIN)/python benchmarks/learning.py --write
 
 lint: setup
 	$(BIN)/ruff check .

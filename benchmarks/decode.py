@@ -1,4 +1,6 @@
-"""Clips a second of each decoder, on files made here: python benchmarks/decode.py [--rounds 15] [--write]
+"""Clips a second of each decoder: python benchmarks/decode.py [VIDEO ...] [--rounds 15] [--write]
+
+On files made here and on videos of your own.
 
 All contenders decode the same clips (pytorchvideo: clips of the same length) in random turns, in one process
 bound to one core and then to two; each reported time is a median over the rounds. Peak memory is measured in
@@ -215,7 +217,7 @@ def _peak_kilobytes() -> int:
     return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:"))
 
 
-def report(rounds: int) -> str:
+def report(videos: list[Path], rounds: int) -> str:
     versions = ", ".join(
         f"{name} {metadata.version(name)}" for name in ("av", "torch", "torchcodec", "decord", "pytorchvideo")
     )
@@ -229,18 +231,21 @@ def report(rounds: int) -> str:
         for title, file in FILES.items():
             suffix = ".webm" if "vp9" in file.codec else ".mp4"
             path = write_file(Path(folder) / f"file{len(lines)}{suffix}", file)
-            lines += ["", *table(title, path, file, rounds)]
+            lines += ["", *table(title, path, rounds)]
+    for path in videos:
+        lines += ["", *table(path.name, path, rounds)]
     return "\n".join(lines) + "\n"
 
 
-def table(title: str, path: Path, file: File, rounds: int) -> list[str]:
+def table(title: str, path: Path, rounds: int) -> list[str]:
     decoders = usable(path)
+    with open_video(path) as video:
+        num_frames, seconds_long = video.num_frames, video.duration
     jobs = [(1, 1), (2, 1), (1, VIEWS), (2, VIEWS)]
     seconds = [
-        measure(decoders, path, file.num_frames, rounds=rounds, cores=cores, views=views)
-        for cores, views in jobs
+        measure(decoders, path, num_frames, rounds=rounds, cores=cores, views=views) for cores, views in jobs
     ]
-    kilobits = path.stat().st_size * 8 * 30 / file.num_frames / 1000
+    kilobits = path.stat().st_size * 8 / seconds_long / 1000
     lines = [
         f"{title} ({kilobits:.0f} kbit/s)",
         "",
@@ -272,6 +277,7 @@ ALL_CORES = os.sched_getaffinity(0)
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("videos", nargs="*", type=Path, help="videos to measure besides")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--write", action="store_true", help="put the tables into benchmarks/README.md")
     parser.add_argument("--memory", nargs=2, metavar=("CONTENDER", "FILE"), help=argparse.SUPPRESS)
@@ -279,7 +285,7 @@ if __name__ == "__main__":
     if arguments.memory:
         print_growth(arguments.memory[0], Path(arguments.memory[1]))
     else:
-        section = report(arguments.rounds)
+        section = report(arguments.videos, arguments.rounds)
         print(section)
         if arguments.write:
             write(section)
