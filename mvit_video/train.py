@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,7 @@ def train(config: DictConfig) -> None:
     loading: dict[str, Any] = {
         "batch_size": config.batch_size,
         "num_workers": config.num_workers,
+        "kind": config.loader,
         "pin_memory": torch.cuda.is_available() and config.num_workers > 0,
     }
     clips = TrainingClips(splits.train.videos, model.protocol, augment, seed=config.seed, open_file=open_file)
@@ -82,13 +84,11 @@ def train(config: DictConfig) -> None:
         total=total,
         go_on=resume_from is not None,
     )
-    trainer.fit(
-        classifier,
-        training_loader(clips, **loading),
-        validation_loader(centre_clips, **loading),
-        ckpt_path=resume_from,
-        weights_only=True,
-    )
+    with (
+        closing(training_loader(clips, shuffle=not config.trainer.overfit_batches, **loading)) as training,
+        closing(validation_loader(centre_clips, **loading)) as validation,
+    ):
+        trainer.fit(classifier, training, validation, ckpt_path=resume_from, weights_only=True)
 
     if bad_videos.found:
         log.warning("%d bad videos, listed in %s", len(bad_videos.found), bad_videos.file)
