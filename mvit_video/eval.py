@@ -18,6 +18,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from mvit_video import cli
+from mvit_video.bad_videos import BadVideos, allowed_bad_videos
 from mvit_video.data.clips import BadVideo
 from mvit_video.data.index import VideoIndex, VideoSplits
 from mvit_video.errors import ConfigError, DataError
@@ -38,6 +39,7 @@ def evaluate(config: DictConfig) -> None:
     if config.split not in ("train", "val"):
         raise ConfigError(f"split is {config.split!r}; it must be train or val")
     cli.check_loading(config)
+    allowed_bad_videos(config.max_bad_videos, 0)
     device = cli.choose_device(config.device)
     open_file = cli.build_decoder(config)
     model = cli.build_model(config) if "model" not in config else None
@@ -56,12 +58,17 @@ def evaluate(config: DictConfig) -> None:
         device=device,
         open_file=open_file,
     )
-    good, bad = _split_bad(track(scores, "scoring", total=len(index)), config.max_bad_videos)
+    bad = BadVideos(
+        output / "bad_videos.csv",
+        allowed=allowed_bad_videos(config.max_bad_videos, len(index)),
+        total=len(index),
+    )
+    good = _good_scores(track(scores, "scoring", total=len(index)), bad)
     results = {
         "weights": config.weights,
         "protocol": str(model.protocol),
         "videos": len(good),
-        "bad_videos": [video._asdict() for video in bad],
+        "bad_videos": [video._asdict() for video in bad.found.values()],
         **accuracies(good, splits.num_classes),
     }
     write_scores(good, output / "scores.parquet")
@@ -113,26 +120,18 @@ def write_scores(scores: Sequence[VideoScores], path: Path) -> None:
     pq.write_table(pa.table(columns), path)
 
 
-def _split_bad(
-    scores: Iterable[VideoScores], max_bad_videos: int
-) -> tuple[list[VideoScores], list[BadVideo]]:
-    """Sort the videos that can't be read out; DataError where there are too many."""
+def _good_scores(scores: Iterable[VideoScores], bad: BadVideos) -> list[VideoScores]:
+    """Note the videos that can't be read, all of them; DataError at the end where there are too many."""
     good: list[VideoScores] = []
-    bad: list[BadVideo] = []
     for video in scores:
         if video.error is None:
             good.append(video)
-            continue
-        bad.append(BadVideo(video.video.path, video.error))
-        log.warning("bad video %s: %s", *bad[-1])
-    if len(bad) > max_bad_videos:
-        named = "; ".join(f"{path}: {reason}" for path, reason in bad[:3])
-        raise DataError(
-            f"{len(bad)} videos can't be read, and max_bad_videos={max_bad_videos} are allowed: {named}"
-        )
+        else:
+            bad.note([BadVideo(video.video.path, video.error)])
+    bad.check()
     if not good:
         raise DataError("no video could be read")
-    return good, bad
+    return good
 
 
 def _check_classes(model: MViT, class_names: Sequence[str]) -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytorch_lightning as pl
@@ -17,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.classification import MulticlassAccuracy
 
-from mvit_video.data.clips import BadVideo, Batch
+from mvit_video.data.clips import Batch
 from mvit_video.model import MViT
 from mvit_video.model.checkpoint import METADATA_KEY, model_metadata
 
@@ -88,7 +86,6 @@ class Classifier(pl.LightningModule):
         self.make_optimizer = optimizer
         self.lr, self.warmup, self.warmup_start_lr, self.end_lr = lr, warmup, warmup_start_lr, end_lr
         self.weight_decay, self.label_smoothing = weight_decay, label_smoothing
-        self.bad_videos: dict[str, BadVideo] = {}  # by path
         num_classes = model.config.num_classes
         self.train_top1 = MulticlassAccuracy(num_classes, average="micro")
         self.val_top1 = MulticlassAccuracy(num_classes, average="micro")
@@ -99,7 +96,6 @@ class Classifier(pl.LightningModule):
         return self.model(clips)
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
-        self._note_bad_videos(batch.bad)
         logits = self(batch.clips)
         loss = F.cross_entropy(logits, batch.labels, label_smoothing=self.label_smoothing)
         self.train_top1(logits.softmax(-1), batch.labels)
@@ -116,7 +112,6 @@ class Classifier(pl.LightningModule):
         self._step_end = time.perf_counter()
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
-        self._note_bad_videos(batch.bad)
         if not len(batch.labels):
             return
         logits = self(batch.clips)
@@ -151,12 +146,6 @@ class Classifier(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[METADATA_KEY] = model_metadata(self.model)
 
-    def _note_bad_videos(self, bad: Iterable[BadVideo]) -> None:
-        for video in bad:
-            if video.path not in self.bad_videos:
-                self.bad_videos[video.path] = video
-                log.warning("bad video %s: %s", video.path, video.reason)
-
 
 class History(pl.Callback):
     """Keeps the metrics of every epoch, through resumes, and says them in one line each."""
@@ -177,9 +166,3 @@ class History(pl.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.epochs = list(state_dict["epochs"])
-
-
-def write_bad_videos(bad_videos: Iterable[BadVideo], path: Path) -> None:
-    """One csv row (path, reason) for each video that couldn't be used."""
-    with path.open("w", newline="") as file:
-        csv.writer(file).writerows([BadVideo._fields, *bad_videos])

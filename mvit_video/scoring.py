@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from mvit_video.data.clips import OpenVideo, TestViews, VideoViews
+from mvit_video.data.clips import OpenVideo, TestViews, VideoViews, views_loader
 from mvit_video.data.decode import open_video
 from mvit_video.data.index import LabelledVideo
+from mvit_video.data.loader import Kind
 from mvit_video.model import MViT
 
 
@@ -41,6 +42,7 @@ def score_videos(
     *,
     batch_size: int = 8,
     num_workers: int = 0,
+    loader: Kind = "workers",
     device: str | torch.device = "cpu",
     open_file: OpenVideo = open_video,
 ) -> Iterator[VideoScores]:
@@ -48,17 +50,18 @@ def score_videos(
 
     Args:
         batch_size: clips that go through the model at once; they come from several videos.
-        num_workers: processes that decode ahead.
+        num_workers, loader: how many processes or threads decode ahead.
     """
-    loader = DataLoader(
+    views = views_loader(
         TestViews(videos, model.protocol, open_file=open_file),
-        batch_size=None,
         num_workers=num_workers,
+        kind=loader,
         pin_memory=torch.device(device).type == "cuda" and num_workers > 0,
     )
     model = model.to(device).eval()
-    for group in _groups(loader, batch_size):
-        yield from _score_group(model, group, batch_size, device)
+    with closing(views):
+        for group in _groups(views, batch_size):
+            yield from _score_group(model, group, batch_size, device)
 
 
 def _groups(views: Iterable[VideoViews], batch_size: int) -> Iterator[list[VideoViews]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,12 @@ from omegaconf import DictConfig
 from pytorch_lightning.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, RichProgressBar
 
 from mvit_video import cli
+from mvit_video.bad_videos import BadVideoPolicy, BadVideos, allowed_bad_videos
 from mvit_video.data.clips import TestViews, TrainingClips, training_loader, validation_loader
 from mvit_video.data.index import VideoSplits
 from mvit_video.errors import CheckpointError, ConfigError
 from mvit_video.model import load_weights
-from mvit_video.recipe import History, write_bad_videos
+from mvit_video.recipe import History
 from mvit_video.report import plot_history
 
 log = logging.getLogger(__name__)
@@ -37,10 +39,11 @@ def train(config: DictConfig) -> None:
     if config.head not in ("strict", "new"):
         raise ConfigError(f"head must be strict or new, got {config.head!r}")
     augment = cli.build(config.augment)
+    allowed_bad_videos(config.max_bad_videos, 0)
     open_file = cli.build_decoder(config)
     resume_from = _find_checkpoint(config.ckpt_path, output)
-    history = History()
-    trainer = _build_trainer(config, output, history)
+    history, policy = History(), BadVideoPolicy()
+    trainer = _build_trainer(config, output, [history, policy])
     with torch.device("meta"):
         sketch = cli.build(config.model, weights=None)
         cli.override_protocol(sketch.protocol, config.views)
@@ -59,6 +62,7 @@ def train(config: DictConfig) -> None:
     loading: dict[str, Any] = {
         "batch_size": config.batch_size,
         "num_workers": config.num_workers,
+        "kind": config.loader,
         "pin_memory": torch.cuda.is_available() and config.num_workers > 0,
     }
     clips = TrainingClips(splits.train.videos, model.protocol, augment, seed=config.seed, open_file=open_file)
@@ -73,17 +77,21 @@ def train(config: DictConfig) -> None:
         model.protocol,
     )
     log.info("everything goes to %s", output)
-    trainer.fit(
-        classifier,
-        training_loader(clips, **loading),
-        validation_loader(centre_clips, **loading),
-        ckpt_path=resume_from,
-        weights_only=True,
+    total = len(splits.train) + len(splits.val)
+    bad_videos = policy.bad_videos = BadVideos(
+        output / "bad_videos.csv",
+        allowed=allowed_bad_videos(config.max_bad_videos, total),
+        total=total,
+        go_on=resume_from is not None,
     )
+    with (
+        closing(training_loader(clips, shuffle=not config.trainer.overfit_batches, **loading)) as training,
+        closing(validation_loader(centre_clips, **loading)) as validation,
+    ):
+        trainer.fit(classifier, training, validation, ckpt_path=resume_from, weights_only=True)
 
-    if classifier.bad_videos:
-        write_bad_videos(classifier.bad_videos.values(), output / "bad_videos.csv")
-        log.warning("%d bad videos, listed in %s", len(classifier.bad_videos), output / "bad_videos.csv")
+    if bad_videos.found:
+        log.warning("%d bad videos, listed in %s", len(bad_videos.found), bad_videos.file)
     if history.epochs:
         plot_history(history.epochs, output / "learning_curve.png")
         log.info("learning curve: %s", output / "learning_curve.png")
@@ -92,8 +100,7 @@ def train(config: DictConfig) -> None:
         log.info("best checkpoint: %s", kept.best_model_path)
 
 
-def _build_trainer(config: DictConfig, output: Path, history: History) -> pl.Trainer:
-    callbacks: list[Callback] = [history]
+def _build_trainer(config: DictConfig, output: Path, callbacks: list[Callback]) -> pl.Trainer:
     if config.trainer.enable_checkpointing:
         callbacks.append(
             ModelCheckpoint(

@@ -55,6 +55,8 @@ def error_line(result: Result, name: str) -> str:
         ("train", ["data.root=.", "trainer.precision=7"], ["trainer", "Precision 7"]),
         ("train", ["data.root=.", "decoder.device=abacus"], ["'abacus'", "cpu"]),
         ("train", ["data.root=.", "decoder.backend=abacus"], ["'abacus'", "pyav"]),
+        ("train", ["data.root=.", "max_bad_videos=-1"], ["max_bad_videos", "share below 1", "-1"]),
+        ("train", ["data.root=.", "max_bad_videos=1.5"], ["max_bad_videos", "share below 1", "1.5"]),
         ("eval", ["weights=x", "device=abacus", "data.root=."], ["'abacus'"]),
         ("eval", ["weights=x", "split=dev", "data.root=."], ["'dev'", "train or val"]),
         ("info", ["model=mvitv2_xs"], ["model has no 'mvitv2_xs'", "mvitv2_s_16x4"]),
@@ -142,6 +144,44 @@ def test_training_replaces_and_counts_bad_videos(command: Command, damaged: Path
     )
 
 
+@pytest.mark.parametrize("share", [5, 10])
+def test_a_run_with_some_bad_files_ends_and_lists_them(
+    command: Command, two_classes: Path, tmp_path: Path, share: int
+) -> None:
+    """20 training videos; one of 20, or one of ten, is damaged, each in another way."""
+    for copy in range(2):
+        for folder in two_classes.iterdir():
+            (tmp_path / "data" / "train" / folder.name).mkdir(parents=True, exist_ok=True)
+            (tmp_path / "data" / "val" / folder.name).mkdir(parents=True, exist_ok=True)
+            for file in folder.iterdir():
+                split = "train" if file.stem != "5" else "val"
+                target = tmp_path / "data" / split / folder.name / f"{copy}{file.name}"
+                target.write_bytes(file.read_bytes())
+    bad = sorted((tmp_path / "data" / "train").glob("*/*3.*"))[: 20 * share // 100]
+    bad[0].write_bytes(bad[0].read_bytes()[:200])
+    for file in bad[1:]:
+        file.write_bytes(b"")
+    arguments = [
+        "experiment=motion",
+        "data.root=data",
+        "trainer.max_epochs=2",
+        "batch_size=4",
+        "num_workers=2",
+        "hydra.run.dir=run",
+    ]
+    result = command("train", *arguments)
+    assert result.code == 0, result.err
+    assert "epoch 2/2" in result.out
+    rows = (tmp_path / "run" / "bad_videos.csv").read_text().splitlines()
+    assert rows[0] == "path,reason"
+    assert sorted(row.split(",")[0] for row in rows[1:]) == [str(p.relative_to(tmp_path)) for p in bad]
+    for limit in (len(bad) - 1, share / 100 - 0.045):
+        line = error_line(command("train", *arguments, f"max_bad_videos={limit}"), "train")
+        assert f"{len(bad)} of 24 videos can't be read, and max_bad_videos allows {len(bad) - 1}" in line
+        assert "run/bad_videos.csv lists them" in line
+        assert bad[0].name in (tmp_path / "run" / "bad_videos.csv").read_text()
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_training_gives_up_where_nothing_can_be_read(command: Command, tmp_path: Path, workers: int) -> None:
     for name in ("a", "b"):
@@ -166,7 +206,8 @@ def test_evaluation_fails_on_a_bad_video_unless_allowed(
     arguments = [f"data.root={damaged}", f"weights={checkpoint}", "num_workers=0", "hydra.run.dir=run"]
     line = error_line(command("eval", *arguments), "eval")
     assert "broken.mp4" in line
-    assert "max_bad_videos=0" in line
+    assert "max_bad_videos allows 0" in line
+    assert "broken.mp4" in (tmp_path / "run" / "bad_videos.csv").read_text()
     assert not (tmp_path / "run" / "results.json").exists()
 
     assert command("eval", *arguments, "max_bad_videos=1").code == 0

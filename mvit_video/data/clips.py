@@ -5,17 +5,20 @@ A dataset here never raises for a bad video: training replaces it, testing retur
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset
 
 from mvit_video.data.decode import Video, open_video
 from mvit_video.data.index import LabelledVideo
+from mvit_video.data.loader import ClipLoader
 from mvit_video.data.transform import test_clips, training_clip
 from mvit_video.data.views import (
     kinetics_frame_indices,
@@ -82,26 +85,73 @@ class VideoViews:
     error: str | None = None
 
 
-class EpochSampler(Sampler[tuple[int, int]]):
+class EpochBatches:
     """Every video once an epoch, in an order that depends on the seed and the epoch alone.
 
-    Yields (epoch, index), so that a sample's random choices follow from its key, whichever worker makes it.
+    A batch is a list of (epoch, index), so that a sample's random choices follow from its key, whoever makes
+    it. Of several processes, each takes every ``processes``-th video of the same order: the batches of a step
+    together are what one process would have as one batch, whatever their number. An incomplete last batch is
+    dropped, unless it is the only one.
+
+    Args:
+        shuffle: False gives the order of epoch 0 again and again.
+
+    Raises DataError where there are fewer videos than processes.
     """
 
-    def __init__(self, num_videos: int, *, seed: int) -> None:
+    def __init__(
+        self,
+        num_videos: int,
+        batch_size: int,
+        *,
+        seed: int,
+        process: int = 0,
+        processes: int = 1,
+        shuffle: bool = True,
+    ) -> None:
+        if num_videos < processes:
+            raise DataError(f"{processes} processes can't share {num_videos} training videos")
         self.num_videos, self.seed, self.epoch = num_videos, seed, 0
+        self.process, self.processes, self.shuffle = process, processes, shuffle
+        share = num_videos // processes
+        self.batch_size = min(batch_size, share)
+        self._length = share // self.batch_size
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by the Trainer before each epoch."""
-        self.epoch = epoch
+        self.epoch = epoch if self.shuffle else 0
 
     def __len__(self) -> int:
-        return self.num_videos
+        return self._length
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order = list(range(self.num_videos))
         random.Random(f"{self.seed} {self.epoch}").shuffle(order)
-        return iter([(self.epoch, index) for index in order])
+        keys = [(self.epoch, index) for index in order[self.process :: self.processes]]
+        for start in range(0, self._length * self.batch_size, self.batch_size):
+            yield keys[start : start + self.batch_size]
+
+
+class AllVideos:
+    """Every video once, in order, a batch of ``batch_size`` at a time.
+
+    Of several processes, each takes every ``processes``-th video; all have equally many batches, so those of
+    some may be empty at the end.
+    """
+
+    def __init__(self, num_videos: int, batch_size: int, *, process: int = 0, processes: int = 1) -> None:
+        self._share = list(range(process, num_videos, processes))
+        self._batch_size = batch_size
+        self._length = math.ceil(math.ceil(num_videos / processes) / batch_size)
+
+    def set_epoch(self, epoch: int) -> None:
+        """It is the same in all epochs."""
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in range(self._length):
+            yield self._share[batch * self._batch_size : (batch + 1) * self._batch_size]
 
 
 class TrainingClips(Dataset[TrainingSample]):
@@ -210,49 +260,65 @@ def read_test_views(video: Video, protocol: Protocol) -> tuple[Tensor, list[tupl
 
 
 def training_loader(
-    dataset: TrainingClips, *, batch_size: int, num_workers: int, pin_memory: bool
-) -> DataLoader[TrainingSample]:
-    """Batches of random clips in the order of ``EpochSampler``.
-
-    An incomplete last batch is dropped, unless it is the only one.
-    """
-    return DataLoader(
-        dataset,
-        batch_size=batch_size,
-        sampler=EpochSampler(len(dataset), seed=dataset.seed),
-        num_workers=num_workers,
-        persistent_workers=num_workers > 0,
-        pin_memory=pin_memory,
-        collate_fn=_collate_training,
-        drop_last=len(dataset) > batch_size,
+    dataset: TrainingClips,
+    *,
+    batch_size: int,
+    process: int = 0,
+    processes: int = 1,
+    shuffle: bool = True,
+    pin_memory: bool = False,
+    **loading: Any,
+) -> ClipLoader[Batch]:
+    """Batches of random clips in the order of ``EpochBatches``; ``loading`` as of ``ClipLoader``."""
+    batches = EpochBatches(
+        len(dataset), batch_size, seed=dataset.seed, process=process, processes=processes, shuffle=shuffle
     )
+    return ClipLoader(dataset, batches, partial(_collate_training, pin_memory=pin_memory), **loading)
 
 
 def validation_loader(
-    dataset: TestViews, *, batch_size: int, num_workers: int, pin_memory: bool
-) -> DataLoader[VideoViews]:
-    """Batches of all views of ``batch_size`` labelled videos."""
-    return DataLoader(
-        dataset,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        persistent_workers=num_workers > 0,
-        pin_memory=pin_memory,
-        collate_fn=_collate_views,
-    )
+    dataset: TestViews,
+    *,
+    batch_size: int,
+    process: int = 0,
+    processes: int = 1,
+    pin_memory: bool = False,
+    **loading: Any,
+) -> ClipLoader[Batch]:
+    """Batches of all views of ``batch_size`` labelled videos; ``loading`` as of ``ClipLoader``."""
+    batches = AllVideos(len(dataset), batch_size, process=process, processes=processes)
+    return ClipLoader(dataset, batches, partial(_collate_views, pin_memory=pin_memory), **loading)
 
 
-def _collate_training(samples: list[TrainingSample]) -> Batch:
-    clips = torch.stack([sample.clip for sample in samples])
+def views_loader(dataset: TestViews, *, pin_memory: bool = False, **loading: Any) -> ClipLoader[VideoViews]:
+    """The videos one by one; ``loading`` as of ``ClipLoader``."""
+    return ClipLoader(dataset, AllVideos(len(dataset), 1), partial(_only, pin_memory=pin_memory), **loading)
+
+
+def _collate_training(samples: list[TrainingSample], *, pin_memory: bool) -> Batch:
+    clips = _cat([sample.clip[None] for sample in samples], pin_memory)
     labels = torch.tensor([sample.label for sample in samples])
     return Batch(clips, labels, [bad for sample in samples for bad in sample.bad])
 
 
-def _collate_views(videos: list[VideoViews]) -> Batch:
+def _collate_views(videos: list[VideoViews], *, pin_memory: bool) -> Batch:
     good = [views for views in videos if views.error is None]
     labels = [views.video.label for views in good for _ in views.spans]
     return Batch(
-        torch.cat([views.clips for views in good]) if good else torch.empty(0),
+        _cat([views.clips for views in good], pin_memory) if good else torch.empty(0),
         torch.tensor(labels),
         [BadVideo(views.video.path, views.error) for views in videos if views.error is not None],
     )
+
+
+def _only(videos: list[VideoViews], *, pin_memory: bool) -> VideoViews:
+    (video,) = videos
+    return replace(video, clips=_cat([video.clips], pin_memory)) if pin_memory else video
+
+
+def _cat(parts: list[Tensor], pin_memory: bool) -> Tensor:
+    """``torch.cat``, straight into memory from where a GPU fetches fast."""
+    if not pin_memory or parts[0].device.type != "cpu":
+        return torch.cat(parts)
+    size = (sum(map(len, parts)), *parts[0].shape[1:])
+    return torch.cat(parts, out=torch.empty(size, dtype=parts[0].dtype, pin_memory=True))

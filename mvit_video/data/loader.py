@@ -1,0 +1,318 @@
+"""Batches made ahead, by threads or by processes; which batches, and in which order, depends on neither.
+
+Samples are made one by one from their keys, handed over in the order of the keys, and put together by the
+process that trains. A bounded number of them is under way.
+
+MEASURED
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, Generic, Literal, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from mvit_video.errors import DataError
+
+log = logging.getLogger(__name__)
+
+Kind = Literal["threads", "workers"]
+CPU = torch.device("cpu")
+
+_PATIENCE = 60  # seconds after which a sample that doesn't come is talked about
+_LONGEST_NOTE = 4096  # bytes
+
+
+class Batches(Protocol):
+    """Keys of samples, a list for each batch of an epoch."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[list[Any]]: ...
+
+    def set_epoch(self, epoch: int) -> None:
+        """The Trainer calls it before each epoch."""
+
+
+class Clips(Protocol):
+    """Makes a sample from its key, and opens files with ``open_file`` for it."""
+
+    open_file: Callable[[str], Any]
+
+    def __getitem__(self, key: Any) -> Any: ...
+
+
+Collated = TypeVar("Collated")
+
+
+class ClipLoader(Generic[Collated]):
+    """Batches of ``dataset``, again and again, an epoch for each ``iter()``.
+
+    Where it was in an epoch is its state: a loader with the same arguments that loads it gives the next batch
+    first. Batches count once they are handed out, however many more were made ahead.
+
+    Args:
+        dataset: makes samples from keys.
+        batches: the keys of an epoch's batches.
+        collate: makes a batch from its samples.
+        num_workers: threads or processes; 0 makes samples when they are asked for.
+        kind: threads of this process, or processes of their own.
+        device: where the samples' tensors are. On a GPU each thread works on a stream of its own.
+        ahead: how many samples are under way at most; None: two batches and one more for each worker.
+
+    Raises, when iterated over:
+        DataError: a process was killed; it names the video that it was reading.
+        Whatever the dataset raises.
+    """
+
+    def __init__(
+        self,
+        dataset: Clips,
+        batches: Batches,
+        collate: Callable[[list[Any]], Collated],
+        *,
+        num_workers: int,
+        kind: Kind = "workers",
+        device: torch.device = CPU,
+        ahead: int | None = None,
+    ) -> None:
+        self.batches = batches
+        self.batch_sampler = SimpleNamespace(sampler=batches)  # where Lightning looks for ``set_epoch``
+        self._dataset, self._collate = dataset, collate
+        self._num_workers, self._kind, self._device, self._ahead = num_workers, kind, device, ahead
+        self._pool: _Pool | None = None
+        self._first = 0  # batches that the next epoch leaves out: a former run has had them
+        self._delivered = 0  # batches of this epoch
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many batches of the current epoch were handed out."""
+        return {"delivered": self._delivered}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The next epoch begins where the state was taken."""
+        self._first = self._delivered = state["delivered"]
+
+    def __iter__(self) -> Iterator[Collated]:
+        batches = list(self.batches)[self._first :]
+        self._delivered, self._first = self._first, 0
+        samples = self._samples([key for keys in batches for key in keys], max(map(len, batches), default=0))
+        for keys in batches:
+            batch = self._collate([next(samples) for _ in keys])
+            self._delivered += 1
+            yield batch
+
+    def close(self) -> None:
+        """End threads and processes; the loader may still be iterated over, with new ones."""
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
+
+    def _samples(self, keys: Sequence[Any], batch_size: int) -> Iterator[Any]:
+        if not self._num_workers:
+            yield from (self._dataset[key] for key in keys)
+            return
+        if self._pool is None:
+            if self._kind == "threads":
+                self._pool = _Threads(self._dataset, self._num_workers, self._device)
+            else:
+                self._pool = _Processes(self._dataset, self._num_workers)
+        pool = self._pool
+        ahead = self._ahead or 2 * batch_size + self._num_workers
+        pending: deque[Future[Any]] = deque()
+        try:
+            for number in range(len(keys)):
+                for key in keys[number + len(pending) : number + ahead]:
+                    pending.append(pool.submit(key))
+                yield pool.take(pending[0])
+                pending.popleft()
+        except BrokenProcessPool:
+            self._pool = None
+            raise DataError(pool.why_broken()) from None
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+class _Pool:
+    """Workers of either kind."""
+
+    executor: Executor
+
+    def submit(self, key: Any) -> Future[Any]:
+        raise NotImplementedError
+
+    def take(self, future: Future[Any]) -> Any:
+        """The sample, ready for this thread; says so if it takes very long."""
+        while not wait([future], _PATIENCE).done:
+            log.warning("no sample for %d s; being read: %s", _PATIENCE, ", ".join(self.held()))
+        return future.result()
+
+    def held(self) -> list[str]:
+        """The paths that are being read."""
+        raise NotImplementedError
+
+    def why_broken(self) -> str:
+        return "a process of the loader died"
+
+    def close(self) -> None:
+        self.executor.shutdown(wait=True, cancel_futures=True)
+
+
+class _Threads(_Pool):
+    """Threads of this process. On a GPU they need nothing but streams and events to hand samples over."""
+
+    def __init__(self, dataset: Clips, count: int, device: torch.device) -> None:
+        self._dataset, self._device = copy.copy(dataset), device
+        self._thread = threading.local()
+        self._held: dict[int, str] = {}  # by thread
+        self._dataset.open_file = partial(self._open, dataset.open_file)
+        self.executor = ThreadPoolExecutor(count, "clips", self._start)
+
+    def _open(self, open_file: Callable[[str], Any], path: str) -> Any:
+        self._held[threading.get_ident()] = path
+        return open_file(path)
+
+    def _start(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # new threads are on the first GPU
+            self._thread.stream = torch.cuda.Stream(self._device)
+
+    def submit(self, key: Any) -> Future[Any]:
+        return self.executor.submit(self._make, key)
+
+    def _make(self, key: Any) -> tuple[Any, torch.cuda.Event | None]:
+        try:
+            if self._device.type != "cuda":
+                return self._dataset[key], None
+            with torch.cuda.stream(self._thread.stream):
+                return self._dataset[key], self._thread.stream.record_event()
+        finally:
+            self._held.pop(threading.get_ident(), None)
+
+    def take(self, future: Future[Any]) -> Any:
+        sample, made = super().take(future)
+        if made is not None:
+            current = torch.cuda.current_stream(self._device)
+            current.wait_event(made)  # the GPU waits, not this thread
+            for tensor in _tensors(sample):
+                tensor.record_stream(current)  # its memory is free again after this stream's work on it
+        return sample
+
+    def held(self) -> list[str]:
+        return list(self._held.values())
+
+
+class _Processes(_Pool):
+    """Processes of their own, which tell what they are reading for the case that one is killed."""
+
+    def __init__(self, dataset: Clips, count: int) -> None:
+        context = multiprocessing.get_context()
+        self._notes = [context.Array("c", _LONGEST_NOTE, lock=False) for _ in range(count)]
+        started = context.Value("i", 0)
+        self._pool = ProcessPoolExecutor(count, context, _start_process, (dataset, self._notes, started))
+        self.executor = self._pool
+        self._processes: dict[int, Any] = {}  # by id
+
+    def submit(self, key: Any) -> Future[Any]:
+        future = self.executor.submit(_make_in_process, key)
+        if len(self._processes) < len(self._notes):
+            self._processes |= self._pool._processes or {}
+        return future
+
+    def held(self) -> list[str]:
+        return [path for _, path in self._read_notes() if path]
+
+    def _read_notes(self) -> list[tuple[int, str]]:
+        """Process id and path, empty between two videos, of every process."""
+        notes = [note.value.partition(b" ") for note in self._notes]
+        return [(int(pid), os.fsdecode(path)) for pid, _, path in notes if pid]
+
+    def why_broken(self) -> str:
+        died: list[Any] = []
+        deadline = time.monotonic() + 5
+        while not died and time.monotonic() < deadline:
+            died = [process for process in self._processes.values() if process.exitcode is not None]
+            time.sleep(0.01)
+        for process in self._processes.values():
+            process.kill()  # the pool waits for the others, which don't listen to its SIGTERM
+        if not died:
+            return super().why_broken()
+        code = died[0].exitcode
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+        reading = dict(self._read_notes()).get(died[0].pid)
+        where = f"while it read {reading}" if reading else "between two videos"
+        advice = " (out of memory? fewer num_workers need less)" if code == -signal.SIGKILL else ""
+        return f"a process of the loader {how} {where}{advice}"
+
+
+class _Process:
+    """What a process of the loader knows."""
+
+    dataset: Clips
+    note: Any
+
+
+def _start_process(dataset: Clips, notes: list[Any], started: Any) -> None:
+    # Ctrl-C and a scheduler's SIGTERM reach all processes; the one that trains decides what happens then.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    torch.set_num_threads(1)
+    with started.get_lock():
+        _Process.note = notes[started.value]
+        started.value += 1
+    _write_note("")
+    _Process.dataset = copy.copy(dataset)
+    _Process.dataset.open_file = partial(_open_noted, dataset.open_file)
+
+
+def _die_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _make_in_process(key: Any) -> Any:
+    try:
+        return _Process.dataset[key]
+    finally:
+        _write_note("")
+
+
+def _open_noted(open_file: Callable[[str], Any], path: str) -> Any:
+    _write_note(path)
+    return open_file(path)
+
+
+def _write_note(path: str) -> None:
+    _Process.note.value = (b"%d " % os.getpid() + os.fsencode(path))[: _LONGEST_NOTE - 1]
+
+
+def _tensors(sample: Any) -> Iterator[Tensor]:
+    """All tensors in tuples, lists and dataclasses."""
+    if isinstance(sample, Tensor):
+        yield sample
+    elif isinstance(sample, tuple | list):
+        for part in sample:
+            yield from _tensors(part)
+    elif dataclasses.is_dataclass(sample):
+        yield from _tensors(list(vars(sample).values()))

@@ -1,0 +1,223 @@
+"""The loader: the same batches whoever makes them, exact state, bounded, and clear about what went wrong."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import threading
+import time
+from contextlib import closing
+from functools import partial
+from itertools import chain, islice
+
+import pytest
+import torch
+from videos import write_numbered_video
+
+from mvit_video.data import loader as loader_module
+from mvit_video.data.clips import (
+    AllVideos,
+    Augment,
+    Batch,
+    EpochBatches,
+    TestViews,
+    TrainingClips,
+    training_loader,
+    validation_loader,
+)
+from mvit_video.data.decode import open_video
+from mvit_video.data.index import LabelledVideo
+from mvit_video.data.loader import ClipLoader, Kind
+from mvit_video.errors import DataError
+from mvit_video.model import Protocol
+
+PROTOCOL = Protocol(clip_frames=4, stride=2, target_fps=25, num_clips=2, short_side=48, crop=48)
+BOTH = pytest.mark.parametrize("kind", ["threads", "workers"])
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> list[LabelledVideo]:
+    root = tmp_path_factory.mktemp("numbered")
+    files = [write_numbered_video(root / f"{i}.mp4", 12 + i, height=48, width=64) for i in range(8)]
+    return [LabelledVideo(str(file), i % 2, file.stem) for i, file in enumerate(files)]
+
+
+def training(videos: list[LabelledVideo], open_file=open_video, **loading) -> ClipLoader[Batch]:
+    dataset = TrainingClips(videos, PROTOCOL, Augment(), seed=0, open_file=open_file)
+    return training_loader(dataset, batch_size=2, **loading)
+
+
+def assert_same(batches: list[Batch], others: list[Batch]) -> None:
+    assert len(batches) == len(others)
+    for one, other in zip(batches, others, strict=True):
+        assert torch.equal(one.clips, other.clips)
+        assert torch.equal(one.labels, other.labels)
+
+
+@BOTH
+@pytest.mark.parametrize("workers", [1, 3])
+def test_batches_depend_neither_on_kind_nor_on_number(
+    videos: list[LabelledVideo], kind: Kind, workers: int
+) -> None:
+    plain = training(videos, num_workers=0)
+    with closing(training(videos, num_workers=workers, kind=kind)) as loader:
+        assert len(loader) == 4
+        for epoch in range(2):
+            plain.batches.set_epoch(epoch)
+            loader.batches.set_epoch(epoch)
+            batches = list(loader)
+            assert len(batches) == 4
+            assert_same(batches, list(plain))
+
+
+@BOTH
+@pytest.mark.parametrize("taken", [0, 1, 3, 4])
+def test_a_loader_goes_on_where_another_was(videos: list[LabelledVideo], kind: Kind, taken: int) -> None:
+    """However many batches were made ahead, those count that were handed out."""
+    whole = list(training(videos, num_workers=0))
+    with closing(training(videos, num_workers=2, kind=kind)) as loader:
+        assert_same(list(islice(iter(loader), taken)), whole[:taken])
+        state = loader.state_dict()
+    with closing(training(videos, num_workers=2, kind=kind)) as resumed:
+        resumed.load_state_dict(state)
+        assert resumed.state_dict() == state
+        assert_same(list(resumed), whole[taken:])
+        assert_same(list(resumed), whole)  # the next epoch is whole
+        assert len(resumed) == 4
+
+
+@BOTH
+def test_two_loaders_work_at_once(videos: list[LabelledVideo], kind: Kind) -> None:
+    views = TestViews(videos, PROTOCOL)
+    with (
+        closing(training(videos, num_workers=2, kind=kind)) as one,
+        closing(validation_loader(views, batch_size=3, num_workers=2, kind=kind)) as two,
+    ):
+        pairs = list(zip(one, two, strict=False))
+    assert_same([first for first, _ in pairs], list(training(videos, num_workers=0))[:3])
+    assert_same([second for _, second in pairs], list(validation_loader(views, batch_size=3, num_workers=0)))
+
+
+class Counted:
+    """A dataset that counts what was made."""
+
+    open_file = staticmethod(open_video)
+
+    def __init__(self) -> None:
+        self.made = [0]
+
+    def __getitem__(self, key: int) -> torch.Tensor:
+        self.made[0] += 1
+        return torch.tensor(key)
+
+
+def test_few_samples_are_made_ahead() -> None:
+    dataset = Counted()
+    with closing(
+        ClipLoader(dataset, AllVideos(200, 4), torch.stack, num_workers=3, kind="threads")
+    ) as loader:
+        batches = iter(loader)
+        assert next(batches).tolist() == [0, 1, 2, 3]
+        time.sleep(0.2)
+        assert 4 <= dataset.made[0] <= 4 + 2 * 4 + 3
+        batches.close()
+        time.sleep(0.1)
+        assert dataset.made[0] <= 4 + 2 * 4 + 3
+
+
+def failing(path: str, bad: str, failure):
+    if path == bad:
+        failure()
+    return open_video(path)
+
+
+def raise_error() -> None:
+    raise ZeroDivisionError("a bug")
+
+
+@BOTH
+def test_an_exception_ends_the_epoch_at_once(videos: list[LabelledVideo], kind: Kind) -> None:
+    open_file = partial(failing, bad=videos[5].path, failure=raise_error)
+    start = time.monotonic()
+    with closing(training(videos, open_file, num_workers=2, kind=kind)) as loader:
+        with pytest.raises(ZeroDivisionError, match="a bug"):
+            list(loader)
+        with pytest.raises(ZeroDivisionError, match="a bug"):  # and it can be asked again
+            list(loader)
+    assert time.monotonic() - start < 10
+
+
+def kill_myself(number: signal.Signals) -> None:
+    faulthandler.disable()  # pytest's, which says much
+    os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV], ids=lambda number: number.name)
+def test_a_killed_process_is_reported_by_the_video_it_held(
+    videos: list[LabelledVideo], number: signal.Signals
+) -> None:
+    open_file = partial(failing, bad=videos[5].path, failure=partial(kill_myself, number))
+    start = time.monotonic()
+    with closing(training(videos, open_file, num_workers=2, kind="workers")) as loader:
+        with pytest.raises(DataError) as raised:
+            list(loader)
+        assert f"was killed by {number.name} while it read {videos[5].path}" in str(raised.value)
+        assert ("out of memory" in str(raised.value)) == (number is signal.SIGKILL)
+        next(iter(loader))  # new processes
+    assert time.monotonic() - start < 10
+
+
+def hang() -> None:
+    time.sleep(1.5)
+
+
+@BOTH
+def test_a_video_that_takes_very_long_is_named(
+    videos: list[LabelledVideo], kind: Kind, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(loader_module, "_PATIENCE", 0.5)
+    open_file = partial(failing, bad=videos[5].path, failure=hang)
+    with closing(training(videos, open_file, num_workers=2, kind=kind)) as loader:
+        assert len(list(loader)) == 4
+    assert f"being read: {videos[5].path}" in caplog.text
+
+
+def test_closing_ends_threads_and_processes(videos: list[LabelledVideo]) -> None:
+    before = threading.active_count()
+    for kind in ("threads", "workers"):
+        loader = training(videos, num_workers=2, kind=kind)
+        next(iter(loader))
+        loader.close()
+        loader.close()
+        assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 4])
+def test_processes_share_the_same_steps_without_overlap(processes: int) -> None:
+    one = EpochBatches(50, 12, seed=1)
+    shares = [
+        EpochBatches(50, 12 // processes, seed=1, process=rank, processes=processes)
+        for rank in range(processes)
+    ]
+    for epoch in range(2):
+        for sampler in (one, *shares):
+            sampler.set_epoch(epoch)
+        assert {len(sampler) for sampler in shares} == {len(one)} == {4}
+        steps = [list(chain.from_iterable(batches)) for batches in zip(*shares, strict=True)]
+        assert [sorted(step) for step in steps] == [sorted(batch) for batch in one]
+        assert all(len(set(step)) == 12 for step in steps)
+
+
+def test_every_validation_video_counts_once() -> None:
+    for number, processes in ((10, 3), (11, 4), (3, 3), (8, 1)):
+        shares = [list(AllVideos(number, 2, process=rank, processes=processes)) for rank in range(processes)]
+        assert len({len(share) for share in shares}) == 1
+        assert sorted(chain.from_iterable(chain.from_iterable(shares))) == list(range(number))
+
+
+def test_few_videos_for_many_processes() -> None:
+    shares = [list(EpochBatches(7, 4, seed=0, process=rank, processes=3)) for rank in range(3)]
+    assert [[len(batch) for batch in share] for share in shares] == [[2]] * 3
+    with pytest.raises(DataError, match="3 processes can't share 2"):
+        EpochBatches(2, 4, seed=0, processes=3)
