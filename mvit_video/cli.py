@@ -23,7 +23,7 @@ from mvit_video.data.clips import OpenVideo
 from mvit_video.data.decode.cuda import SAMPLE
 from mvit_video.errors import ConfigError, MVitVideoError, did_you_mean
 from mvit_video.model import MViT, Protocol, load_model, load_weights
-from mvit_video.model.variants import replace_fields
+from mvit_video.model.variants import change_views
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +112,7 @@ def override_protocol(protocol: Protocol, views: DictConfig) -> Protocol:
     values = OmegaConf.to_container(views, resolve=True)
     assert isinstance(values, dict)
     try:
-        return replace_fields(protocol, {str(k): v for k, v in values.items() if v is not None})
+        return change_views(protocol, {str(k): v for k, v in values.items() if v is not None})
     except ValueError as error:
         raise ConfigError(f"views: {error}") from None
 

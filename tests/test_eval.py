@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import hydra
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -11,6 +12,7 @@ import torch
 from conftest import Command
 
 import mvit_video as mv
+from mvit_video.cli import CONF_DIR, override_protocol
 from mvit_video.data.index import LabelledVideo
 from mvit_video.eval import accuracies, confusion
 from mvit_video.scoring import VideoScores
@@ -35,6 +37,27 @@ def test_views_can_be_chosen(command: Command, two_classes: Path, checkpoint: Pa
     for views, count in ((["views=1x1"], 1), (["views=1x3_segment"], 3), (["views.num_clips=2"], 2)):
         assert command("eval", *arguments, *views).code == 0
         assert len(pq.read_table(tmp_path / "run" / "scores.parquet")) == 2 * count
+
+
+@pytest.mark.parametrize(
+    ("views", "expected"),
+    [
+        ("5x1", {"num_clips": 5, "num_crops": 1, "short_side": 256}),
+        ("1x1", {"num_clips": 1, "num_crops": 1, "short_side": 256}),
+        ("10x3", {"num_clips": 10, "num_crops": 3, "short_side": 224}),  # PySlowFast's for three crops
+        ("7x3", {"num_clips": 7, "num_crops": 3, "short_side": 224}),
+        ("1x3_segment", {"num_clips": 1, "num_crops": 3, "short_side": 224, "sampling": "segment"}),
+        ("1x1_segment", {"num_clips": 1, "num_crops": 1, "short_side": 256, "sampling": "segment"}),
+        ("torchvision", {"num_clips": 5, "short_side": 256, "pixels": "torchvision"}),
+    ],
+)
+def test_protocols_by_name(views: str, expected: dict[str, object]) -> None:
+    with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        config = hydra.compose("eval", [f"views={views}"])
+    protocol = override_protocol(mv.Protocol(), config.views)
+    assert {name: getattr(protocol, name) for name in expected} == expected
+    config.views.short_side = 300
+    assert override_protocol(mv.Protocol(), config.views).short_side == 300
 
 
 def test_scoring_equals_the_model_on_hand_cut_clips(two_classes: Path, checkpoint: Path) -> None:

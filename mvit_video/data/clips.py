@@ -27,6 +27,8 @@ from mvit_video.data.views import (
     random_segment_frame_indices,
     segment_frame_indices,
     spatial_views,
+    torchvision_frame_indices,
+    torchvision_spatial_view,
 )
 from mvit_video.errors import DataError, VideoError
 from mvit_video.model.protocol import Protocol
@@ -235,6 +237,14 @@ def read_test_views(video: Video, protocol: Protocol) -> tuple[Tensor, list[tupl
     """All views of a video and their spans, as in ``VideoViews``. Raises VideoError for a bad file."""
     if protocol.sampling == "segment":
         clips = [segment_frame_indices(video.num_frames, clip_frames=protocol.clip_frames)]
+    elif protocol.sampling == "torchvision":
+        clips = torchvision_frame_indices(
+            video.num_frames,
+            video.fps,
+            clip_frames=protocol.clip_frames,
+            frame_rate=protocol.target_fps / protocol.stride,
+            num_clips=protocol.num_clips,
+        )
     else:
         clips = kinetics_frame_indices(
             video.num_frames,
@@ -244,19 +254,21 @@ def read_test_views(video: Video, protocol: Protocol) -> tuple[Tensor, list[tupl
             num_clips=protocol.num_clips,
             target_fps=protocol.target_fps,
         )
-    crops = spatial_views(
-        video.height,
-        video.width,
-        short_side=protocol.short_side,
-        crop=protocol.crop,
-        num_crops=protocol.num_crops,
-    )
+    sizes = {"short_side": protocol.short_side, "crop": protocol.crop}
+    round_pixels = protocol.pixels == "torchvision"
+    if round_pixels:
+        crops = [torchvision_spatial_view(video.height, video.width, **sizes)]
+    else:
+        crops = spatial_views(video.height, video.width, num_crops=protocol.num_crops, **sizes)
     needed = sorted({index for clip in clips for index in clip})
     position = {index: i for i, index in enumerate(needed)}
     positions = [[position[index] for index in clip] for clip in clips]
     frames = video.get_frames(needed)  # one decode, however many views
     spans = [(video.frame_time(clip[0]), video.frame_time(clip[-1])) for clip in clips for _ in crops]
-    return test_clips(frames, positions, crops, mean=protocol.mean, std=protocol.std), spans
+    clip_pixels = test_clips(
+        frames, positions, crops, mean=protocol.mean, std=protocol.std, round_pixels=round_pixels
+    )
+    return clip_pixels, spans
 
 
 def training_loader(

@@ -1,26 +1,24 @@
-"""Which videos there are and what they show: rows of path, label and id. Nothing here opens a video."""
+"""Which videos there are and what they show: rows of path, label and id. Nothing here opens a video.
+
+The data sets with lists are in `lists`, `kinetics`, `ssv2` and `fixed_folds`; what `mvit-data prepare` has
+written is read by `table`.
+"""
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import json
+import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from mvit_video.data.class_names import ClassNames, LabelOf, read_class_names
+from mvit_video.data.files import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, existing
 from mvit_video.errors import ConfigError, DataError
 
-# fmt: off
-VIDEO_EXTENSIONS = (
-    ".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".ts",
-    ".wmv", ".flv", ".3gp", ".gif", ".ogv",
-)
-# fmt: on
-
-ClassNames = Sequence[str] | str | Path
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +30,18 @@ class LabelledVideo:
     id: str
 
 
+class LeftOut(NamedTuple):
+    """A video that a list names and that can't be used."""
+
+    video: LabelledVideo
+    reason: str
+
+
 @dataclass(frozen=True)
 class VideoIndex:
     """The videos of one split; a label is a position in `class_names`.
+
+    `left_out` are further videos of the split that are known to be unusable: reported, never read.
 
     Raises:
         DataError: a label is out of range, or two videos share an id.
@@ -42,16 +49,14 @@ class VideoIndex:
 
     videos: tuple[LabelledVideo, ...]
     class_names: tuple[str, ...]
+    left_out: tuple[LeftOut, ...] = ()
 
     def __post_init__(self) -> None:
         num_classes = len(self.class_names)
         rows: dict[str, int] = {}
         for row, video in enumerate(self.videos, start=1):
             if video.label is not None and not 0 <= video.label < num_classes:
-                raise DataError(
-                    f"row {row} ({video.path}): label {video.label} is out of range; "
-                    f"{num_classes} class names allow 0 to {num_classes - 1}"
-                )
+                raise DataError(f"row {row} ({video.path}): {out_of_range(video.label, num_classes)}")
             if rows.setdefault(video.id, row) != row:
                 raise DataError(f"rows {rows[video.id]} and {row} have the same id, {video.id}")
 
@@ -61,10 +66,21 @@ class VideoIndex:
 
 @dataclass(frozen=True)
 class VideoSplits:
-    """What to train on and what to measure on, with the same classes."""
+    """What to train on and what to measure on, with the same classes; `test` may have no labels.
+
+    Raises:
+        DataError: a video to train or to validate on has no label.
+    """
 
     train: VideoIndex
     val: VideoIndex
+    test: VideoIndex | None = None
+
+    def __post_init__(self) -> None:
+        for split, index in (("training", self.train), ("validation", self.val)):
+            nameless = next((video for video in index.videos if video.label is None), None)
+            if nameless is not None:
+                raise DataError(f"{nameless.path} has no label; every video of the {split} split needs one")
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -75,13 +91,66 @@ class VideoSplits:
         return len(self.class_names)
 
 
-def folder_splits(root: str | Path, *, val_fraction: float = 0.2, seed: int = 0) -> VideoSplits:
+def out_of_range(label: int, num_classes: int) -> str:
+    return (
+        f"label {label} is out of range; {num_classes} class names allow 0 to {num_classes - 1}"
+    )
+
+
+def leave_out(
+    index: VideoIndex, reasons: Mapping[str, str], *, source: str | Path, max_missing: float, remedy: str
+) -> VideoIndex:
+    """The index without the videos whose id has an entry in `reasons`; they become its `left_out`.
+
+    Args:
+        source: the list or the folder that the error and the line in the log begin with.
+        max_missing: how large a share of the videos may be left out.
+        remedy: what to do about it, the end of the error.
+
+    Raises:
+        DataError: no video is left, or more than `max_missing` are missing.
+        ConfigError: `max_missing` isn't a share.
+    """
+    if not 0 <= max_missing <= 1:
+        raise ConfigError(f"max_missing is {max_missing}; expected a share, 0 to 1")
+    if not reasons:
+        return index
+    out = tuple(LeftOut(video, reasons[video.id]) for video in index.videos if video.id in reasons)
+    first = f"{out[0].video.path}: {out[0].reason}"
+    total = len(index.videos)
+    if len(out) == total:
+        raise DataError(f"{source}: none of its {total} videos can be read, the first is {first}; {remedy}")
+    message = f"{source}: {len(out)} of its {total} videos can't be read, the first is {first}"
+    if len(out) > max_missing * total:
+        raise DataError(f"{message}; {remedy}, or allow it: max_missing={max_missing} is the share allowed")
+    log.warning("%s; they are left out", message)
+    kept = tuple(video for video in index.videos if video.id not in reasons)
+    return VideoIndex(kept, index.class_names, index.left_out + out)
+
+
+# Folders
+
+
+def folder_splits(
+    root: str | Path,
+    *,
+    val_fraction: float = 0.2,
+    seed: int = 0,
+    class_names: ClassNames | None = None,
+    extensions: Sequence[str] = VIDEO_EXTENSIONS,
+) -> VideoSplits:
     """Index `root/train/<class>/` and `root/val/<class>/` (or validation/, test/), or only `root/<class>/`.
 
-    Class names are the sorted folder names of the training split; videos lie at any depth below them, hidden
-    files and folders are passed over. Without the split folders, `val_fraction` of each class becomes the
-    validation split: at least one video, and never the last one left for training. Who goes there depends on
-    `seed` and the paths below `root` alone, so every machine finds the same split.
+    Videos lie at any depth below their class, hidden files and folders are passed over. Without the split
+    folders, `val_fraction` of each class becomes the validation split: at least one video, and never the last
+    one left for training. Who goes there depends on `seed` and the paths below `root` alone, so every machine
+    finds the same split. A `root/test/` beside a validation folder becomes the test split: class folders, or
+    files alone, without labels.
+
+    Args:
+        class_names: in label order, or where to find them (`read_class_names`); folders may then be spelt
+            with underscores, and classes may lack. By default the sorted folders of the training split.
+        extensions: of the files to take, in lower case.
 
     Raises:
         DataError: `root` is not a folder, a class has no videos, or only the validation split has it.
@@ -89,57 +158,29 @@ def folder_splits(root: str | Path, *, val_fraction: float = 0.2, seed: int = 0)
     """
     if not 0 < val_fraction < 1:
         raise ConfigError(f"val_fraction is {val_fraction}; expected a number between 0 and 1")
-    root = _existing(root)
+    root = existing(root)
     if not root.is_dir():
-        raise DataError(f"{root} is not a folder; expected {root}/<class>/<video>.mp4")
+        raise DataError(f"{root} is not a folder; expected {root}/<class>/<video>{extensions[0]}")
+    names = None if class_names is None else read_class_names(class_names)
+    ending = tuple(extensions)
     train_folder = root / "train"
-    val_folder = next((root / name for name in ("val", "validation", "test") if (root / name).is_dir()), None)
+    val_names = ("val", "validation", "validate", "test")
+    val_folder = next((root / name for name in val_names if (root / name).is_dir()), None)
     if not train_folder.is_dir():
-        return _split_by_hash(_index_of_folder(root, root), val_fraction, seed)
+        return _split_by_hash(_index_of_folder(root, root, ending, names), val_fraction, seed)
     if val_folder is None:
         raise DataError(f"{root} has train/ but none of val/, validation/ and test/")
-    train = _index_of_folder(train_folder, root)
-    return VideoSplits(train, _index_of_folder(val_folder, root, class_names=train.class_names))
+    train = _index_of_folder(train_folder, root, ending, names)
+    val = _index_of_folder(val_folder, root, ending, train.class_names)
+    test_folder = root / "test"
+    if val_folder == test_folder or not test_folder.is_dir():
+        return VideoSplits(train, val)
+    return VideoSplits(train, val, _index_of_test_folder(test_folder, root, ending, train.class_names))
 
 
-def csv_splits(
-    train: str | Path,
-    val: str | Path,
-    *,
-    root: str | Path | None = None,
-    class_names: ClassNames | None = None,
-) -> VideoSplits:
-    """Index two lists with one `path label` or `path,label` a line, as PySlowFast's Kinetics lists are.
-
-    The label follows the last space, so a path may contain spaces; in the comma form, quotes protect commas.
-    Blank lines and a first line `path label` are passed over.
-
-    Args:
-        train, val: the list files.
-        root: where relative paths start; by default in the folder of their list.
-        class_names: the names in label order, or a file of them: text with one name a line, a JSON list, or
-            JSON `{name: index}`. By default they come from the training list: its names in sorted order, or
-            "0" to the highest of its numbers.
-
-    Raises:
-        DataError: a file is missing, empty or unreadable, a line has no label, a label is unknown or out of
-            range, a video comes twice, or none of the first videos exist.
-    """
-    return _list_splits(_read_csv(_existing(train)), _read_csv(_existing(val)), root, class_names)
-
-
-def json_splits(
-    train: str | Path,
-    val: str | Path,
-    *,
-    root: str | Path | None = None,
-    class_names: ClassNames | None = None,
-) -> VideoSplits:
-    """Index two JSON lists of `{"path": ..., "label": name or integer, "id": optional}`.
-
-    Arguments and errors are those of `csv_splits`.
-    """
-    return _list_splits(_read_json(_existing(train)), _read_json(_existing(val)), root, class_names)
+def image_folder_splits(root: str | Path, *, val_fraction: float = 0.2, seed: int = 0) -> VideoSplits:
+    """`folder_splits` of pictures, as ImageNet comes: each is a video of one frame."""
+    return folder_splits(root, val_fraction=val_fraction, seed=seed, extensions=IMAGE_EXTENSIONS)
 
 
 def find_videos(paths: str | Path | Iterable[str | Path]) -> list[str]:
@@ -150,51 +191,58 @@ def find_videos(paths: str | Path | Iterable[str | Path]) -> list[str]:
     """
     found: list[str] = []
     for path in [paths] if isinstance(paths, str | Path) else paths:
-        path = _existing(path)
-        files = _videos_below(path) if path.is_dir() else [str(path)]
+        path = existing(path)
+        files = files_below(path) if path.is_dir() else [str(path)]
         if not files:
             raise DataError(f"no videos found in {path}; expected files such as {path / 'video.mp4'}")
         found += files
     return found
 
 
-def _existing(path: str | Path) -> Path:
-    path = Path(path).expanduser()  # shells leave the ~ of an override such as data.root=~/k400 alone
-    if not path.exists():
-        raise DataError(f"{path} does not exist")
-    return path
-
-
-# Folders
-
-
-def _index_of_folder(folder: Path, root: Path, *, class_names: tuple[str, ...] | None = None) -> VideoIndex:
-    found = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not _hidden(entry.name))
-    if not found:
-        raise DataError(f"no videos found in {folder}; expected {folder}/<class>/<video>.mp4")
-    class_names = class_names or tuple(found)
-    videos: list[LabelledVideo] = []
-    for name in found:
-        if name not in class_names:
-            raise DataError(f"{folder / name}: the training split has no class {name}")
-        files = _videos_below(folder / name)
-        if not files:
-            raise DataError(f"no videos found in class folder {folder / name}; add some or remove it")
-        label = class_names.index(name)
-        videos += [LabelledVideo(path, label, _relative(path, str(root))) for path in files]
-    return VideoIndex(tuple(videos), class_names)
-
-
-def _videos_below(folder: Path) -> list[str]:
+def files_below(folder: Path, extensions: tuple[str, ...] = VIDEO_EXTENSIONS) -> list[str]:
+    """All files with these extensions at any depth, sorted; nothing hidden."""
     found = []
     for parent, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not _hidden(name)]
-        found += [os.path.join(parent, name) for name in files if _is_video(name)]  # noqa: PTH118 (speed)
+        found += [
+            os.path.join(parent, name)  # noqa: PTH118 (speed)
+            for name in files
+            if name.lower().endswith(extensions) and not _hidden(name)
+        ]
     return sorted(found)
 
 
-def _is_video(name: str) -> bool:
-    return name.lower().endswith(VIDEO_EXTENSIONS) and not _hidden(name)
+def relative(path: str, base: str) -> str:
+    """The part of a path below `base`, with `/`; the whole path where it lies elsewhere."""
+    return path.removeprefix(base + os.sep).replace(os.sep, "/")
+
+
+def _index_of_folder(
+    folder: Path, root: Path, extensions: tuple[str, ...], class_names: tuple[str, ...] | None
+) -> VideoIndex:
+    found = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not _hidden(entry.name))
+    if not found:
+        raise DataError(f"no videos found in {folder}; expected {folder}/<class>/<video>{extensions[0]}")
+    class_names = class_names or tuple(found)
+    label_of = LabelOf(class_names)
+    videos: list[LabelledVideo] = []
+    for name in found:
+        label = label_of(name, str(folder / name))
+        files = files_below(folder / name, extensions)
+        if not files:
+            raise DataError(f"no videos found in class folder {folder / name}; add some or remove it")
+        videos += [LabelledVideo(path, label, relative(path, str(root))) for path in files]
+    return VideoIndex(tuple(videos), class_names)
+
+
+def _index_of_test_folder(
+    folder: Path, root: Path, extensions: tuple[str, ...], class_names: tuple[str, ...]
+) -> VideoIndex | None:
+    if any(entry.is_dir() and not _hidden(entry.name) for entry in folder.iterdir()):
+        return _index_of_folder(folder, root, extensions, class_names)
+    files = files_below(folder, extensions)
+    videos = tuple(LabelledVideo(path, None, relative(path, str(root))) for path in files)
+    return VideoIndex(videos, class_names) if videos else None
 
 
 def _hidden(name: str) -> bool:
@@ -217,186 +265,3 @@ def _split_by_hash(index: VideoIndex, val_fraction: float, seed: int) -> VideoSp
     train = tuple(video for video in index.videos if video.id not in val_ids)
     val = tuple(video for video in index.videos if video.id in val_ids)
     return VideoSplits(VideoIndex(train, index.class_names), VideoIndex(val, index.class_names))
-
-
-# Lists
-
-
-class _Row(NamedTuple):
-    path: str
-    label: int | str
-    id: str | None = None
-
-
-class _VideoList(NamedTuple):
-    file: Path
-    rows: list[_Row]
-
-
-def _read_csv(file: Path) -> _VideoList:
-    rows = _read_with_pytorchvideo(file)
-    if rows is None:
-        rows = list(_parse_lines(file))
-    return _VideoList(file, rows)
-
-
-def _read_with_pytorchvideo(file: Path) -> list[_Row] | None:
-    """The rows of a list in plain `path integer` form, None if it has another form or a mistake."""
-    from pytorchvideo.data.labeled_video_paths import LabeledVideoPaths  # takes a second to import
-
-    try:
-        rows = [(path, info["label"]) for path, info in LabeledVideoPaths.from_csv(str(file))]
-    except (AssertionError, ValueError, OSError):
-        return None
-    # It gives -1 to a line without a space, and takes the comma of "path, label" for a part of the path.
-    plain = all(label >= 0 and not path.endswith(",") for path, label in rows)
-    return [_Row(path, label) for path, label in rows] if plain else None
-
-
-def _parse_lines(file: Path) -> Iterator[_Row]:
-    for number, line in enumerate(_read_text(file).splitlines(), start=1):
-        fields = _split_line(line)
-        is_header = number == 1 and [field.lower() for field in fields] == ["path", "label"]
-        if not fields or is_header:
-            continue
-        if len(fields) != 2 or not all(fields):
-            raise DataError(f"{file}, line {number}: expected `path label` or `path,label`, got {line!r}")
-        path, label = fields
-        yield _Row(path, int(label) if _is_integer(label) else label)
-
-
-def _split_line(line: str) -> list[str]:
-    fields = line.rsplit(maxsplit=1)
-    plain = len(fields) == 2 and _is_integer(fields[1]) and not fields[0].endswith(",")
-    if plain or "," not in line:
-        return fields
-    return [field.strip() for field in next(csv.reader([line], skipinitialspace=True))]
-
-
-def _is_integer(text: str) -> bool:
-    return text.removeprefix("-").isdecimal()
-
-
-def _read_json(file: Path) -> _VideoList:
-    entries = _parse_json(file)
-    if not isinstance(entries, list):
-        raise DataError(f'{file}: expected a list of {{"path": ..., "label": ...}}')
-    rows: list[_Row] = []
-    for number, entry in enumerate(entries, start=1):
-        match entry:
-            case {"path": str(path), "label": (int() | str()) as label} if not isinstance(label, bool):
-                rows.append(_Row(path, label, str(entry["id"]) if "id" in entry else None))
-            case _:
-                expected = '{"path": text, "label": name or integer}'
-                raise DataError(f"{file}, entry {number}: expected {expected}, got {entry!r}")
-    return _VideoList(file, rows)
-
-
-def _list_splits(
-    train: _VideoList, val: _VideoList, root: str | Path | None, class_names: ClassNames | None
-) -> VideoSplits:
-    names = _names_in_rows(train) if class_names is None else _read_class_names(class_names)
-    return VideoSplits(_index_of_list(train, root, names), _index_of_list(val, root, names))
-
-
-def _index_of_list(video_list: _VideoList, root: str | Path | None, names: tuple[str, ...]) -> VideoIndex:
-    file, rows = video_list
-    if not rows:
-        raise DataError(f"no videos found in {file}; it lists none")
-    base = os.path.normpath(file.parent if root is None else _existing(root))
-    label_of = {name: label for label, name in enumerate(names)}
-    videos: list[LabelledVideo] = []
-    for row, (path, label, video_id) in enumerate(rows, start=1):
-        if isinstance(label, str):
-            if label not in label_of:
-                raise DataError(f"{file}, row {row} ({path}): unknown class {label!r}; {_preview(names)}")
-            label = label_of[label]
-        path = os.path.normpath(os.path.join(base, path))  # noqa: PTH118 (240,000 rows in a second)
-        videos.append(LabelledVideo(path, label, _relative(path, base) if video_id is None else video_id))
-    _require_some_exist(videos, file, base)
-    try:
-        return VideoIndex(tuple(videos), names)
-    except DataError as error:
-        raise DataError(f"{file}, {error}") from None
-
-
-def _relative(path: str, base: str) -> str:
-    return path.removeprefix(base + os.sep).replace(os.sep, "/")
-
-
-def _require_some_exist(videos: list[LabelledVideo], file: Path, base: str) -> None:
-    # Only a wrong root is looked for: a stat for each of Kinetics' 240,000 files takes minutes on a network.
-    first = videos[:20]
-    if not any(Path(video.path).exists() for video in first):
-        raise DataError(
-            f"{file}: none of the first {len(first)} videos exist, starting with {first[0].path}; "
-            f"relative paths start at root={base}"
-        )
-
-
-# Class names
-
-
-def _names_in_rows(video_list: _VideoList) -> tuple[str, ...]:
-    labels = {row.label for row in video_list.rows}
-    numbers = [label for label in labels if isinstance(label, int)]
-    words = [label for label in labels if isinstance(label, str)]
-    if numbers and words:
-        raise DataError(
-            f"{video_list.file}: labels are numbers and names ({numbers[0]}, {words[0]!r}); "
-            "use one kind, or give class_names"
-        )
-    return tuple(sorted(words)) or tuple(str(label) for label in range(max(numbers, default=-1) + 1))
-
-
-def _read_class_names(source: ClassNames) -> tuple[str, ...]:
-    if isinstance(source, str | Path):
-        file = _existing(source)
-        where = str(file)
-        if file.suffix.lower() == ".json":
-            names = _names_in_json(file)
-        else:
-            names = [line.strip() for line in _read_text(file).splitlines() if line.strip()]
-    else:
-        where, names = "class_names", [str(name) for name in source]
-    if not names:
-        raise DataError(f"{where}: no class names")
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise DataError(f"{where}: class name {twice!r} comes twice")
-    return tuple(names)
-
-
-def _names_in_json(file: Path) -> list[str]:
-    content = _parse_json(file)
-    if isinstance(content, dict):
-        # PySlowFast's Kinetics file has quotes inside its names, Something-Something's around its numbers.
-        name_of = {str(label): name.strip('"') for name, label in content.items()}
-        content = [name_of.get(str(label)) for label in range(len(content))]
-        if None in content:
-            raise DataError(f"{file}: expected each index from 0 to {len(content) - 1} once")
-    if not isinstance(content, list) or not all(isinstance(name, str) for name in content):
-        raise DataError(f"{file}: expected a list of class names, or {{name: index}}")
-    return content
-
-
-def _preview(names: tuple[str, ...]) -> str:
-    more = f", ... ({len(names)} in all)" if len(names) > 5 else ""
-    return f"the classes are {', '.join(names[:5])}{more}"
-
-
-# Files
-
-
-def _parse_json(file: Path) -> object:
-    try:
-        return json.loads(_read_text(file))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{file}, line {error.lineno}: not JSON: {error.msg}") from None
-
-
-def _read_text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file} can't be read as text: {error}") from None

@@ -14,7 +14,13 @@ RGB = tuple[float, float, float]
 
 
 def test_clips(
-    frames: Tensor, clips: Sequence[Sequence[int]], views: Sequence[SpatialView], *, mean: RGB, std: RGB
+    frames: Tensor,
+    clips: Sequence[Sequence[int]],
+    views: Sequence[SpatialView],
+    *,
+    mean: RGB,
+    std: RGB,
+    round_pixels: bool = False,  # noqa: PT028 (no test)
 ) -> Tensor:
     """Cut the views of one video: every clip with every crop, crops varying fastest.
 
@@ -23,13 +29,15 @@ def test_clips(
         clips: for each clip, positions in ``frames``.
         views: crops of one resized picture.
         mean, std: of RGB in [0, 1].
+        round_pixels: resized pictures have whole levels, as torchvision leaves them.
 
     Returns:
         float (clips * views, 3, T, crop, crop)
     """
     view = views[0]
     # Bilinear without antialiasing, as in the official code. It commutes with normalisation.
-    resized = normalise(_resize(frames, view.resized_height, view.resized_width), mean, std)
+    resized = _resize(frames, view.resized_height, view.resized_width)
+    resized = normalise(resized.round() if round_pixels else resized, mean, std)
     crops = [resized[:, :, v.top : v.top + v.crop, v.left : v.left + v.crop] for v in views]
     return torch.stack([crop[list(clip)].transpose(0, 1) for clip in clips for crop in crops])
 

@@ -105,6 +105,36 @@ def random_segment_frame_indices(num_frames: int, *, clip_frames: int, rng: rand
     return [rng.randint(first, last) for first, last in _segments(num_frames, clip_frames)]
 
 
+def torchvision_frame_indices(
+    num_frames: int, fps: float, *, clip_frames: int = 16, frame_rate: float = 7.5, num_clips: int = 5
+) -> list[list[int]]:
+    """Frame numbers of the test clips as torchvision's reference spreads them, for its own weights.
+
+    The video is thinned to `frame_rate` frames per second; of all runs of `clip_frames` neighbours in it,
+    `num_clips` are taken at equal distances, the first and the last included (VideoClips and
+    UniformClipSampler). The reference leaves videos out that are too short for a run; here the last frame is
+    repeated.
+
+    Returns:
+        `num_clips` lists of `clip_frames` numbers in [0, num_frames).
+
+    Raises:
+        ValueError: an argument is not positive.
+    """
+    _require_positive(
+        num_frames=num_frames, fps=fps, clip_frames=clip_frames, frame_rate=frame_rate, num_clips=num_clips
+    )
+    step = fps / frame_rate
+    if step.is_integer():
+        kept = list(range(0, num_frames, int(step)))
+    else:  # float32 and truncation, as there
+        count = max(math.floor(num_frames * frame_rate / fps), 1)
+        kept = (torch.arange(count, dtype=torch.float32, device="cpu") * step).long().tolist()
+    kept += [kept[-1]] * (clip_frames - len(kept))
+    starts = torch.linspace(0, len(kept) - clip_frames, num_clips, device="cpu").long().tolist()
+    return [kept[start : start + clip_frames] for start in starts]
+
+
 @dataclass(frozen=True)
 class SpatialView:
     """Resize the whole frame, then take a `crop` x `crop` square of the result, then mirror. In pixels."""
@@ -155,6 +185,19 @@ def spatial_views(
     else:
         corners = [(top, 0), (top, left), (top, resized_width - crop)]
     return [SpatialView(resized_height, resized_width, *corner, crop) for corner in corners]
+
+
+def torchvision_spatial_view(height: int, width: int, *, short_side: int, crop: int) -> SpatialView:
+    """The centre crop of torchvision's presets: an offset between two pixels goes to the even one.
+
+    Raises:
+        ValueError: a size is not positive, or `crop` exceeds `short_side`.
+    """
+    _require_crop_fits(crop, short_side)
+    _require_positive(height=height, width=width)
+    long_side = int(short_side * max(height, width) / min(height, width))
+    rows, columns = (short_side, long_side) if height <= width else (long_side, short_side)
+    return SpatialView(rows, columns, round((rows - crop) / 2), round((columns - crop) / 2), crop)
 
 
 def random_short_side_crop(

@@ -18,7 +18,10 @@ class Protocol:
         stride: frames from one frame of a clip to the next, counted at ``target_fps``.
         target_fps: frames per second that strides refer to; videos of another rate are spanned in seconds.
         sampling: "uniform": ``num_clips`` clips spread over the video (Kinetics); "segment": one clip with
-            a frame from each of ``clip_frames`` equal segments (Something-Something).
+            a frame from each of ``clip_frames`` equal segments (Something-Something); "torchvision":
+            ``num_clips`` clips as torchvision's reference spreads them, see ``torchvision_frame_indices``.
+        pixels: "slowfast": pictures stay unrounded when they are resized, an odd centre is rounded up;
+            "torchvision": they are rounded to whole levels, an odd centre goes to the even neighbour.
         num_clips, num_crops: temporal and spatial views of a video in tests.
         short_side, crop: pixels of the resized short side and of the square crop in tests.
         mean, std: of RGB in [0, 1].
@@ -27,7 +30,8 @@ class Protocol:
     clip_frames: int = 16
     stride: int = 4
     target_fps: float = 30.0
-    sampling: Literal["uniform", "segment"] = "uniform"
+    sampling: Literal["uniform", "segment", "torchvision"] = "uniform"
+    pixels: Literal["slowfast", "torchvision"] = "slowfast"
     num_clips: int = 5
     num_crops: int = 1
     short_side: int = 256
@@ -39,12 +43,18 @@ class Protocol:
         for name in ("clip_frames", "stride", "target_fps", "num_clips", "short_side", "crop"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.sampling not in ("uniform", "segment"):
-            raise ValueError(f"sampling must be 'uniform' or 'segment', got {self.sampling!r}")
+        for name, known in (
+            ("sampling", ("uniform", "segment", "torchvision")),
+            ("pixels", ("slowfast", "torchvision")),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         if self.num_crops not in (1, 3):
             raise ValueError(
                 f"num_crops must be 1 (centre) or 3 (along the longer side), got {self.num_crops}"
             )
+        if self.pixels == "torchvision" and self.num_crops != 1:
+            raise ValueError(f"num_crops must be 1 where pixels is 'torchvision', got {self.num_crops}")
         if self.crop > self.short_side:
             raise ValueError(f"crop {self.crop} must not exceed short_side {self.short_side} (pixels)")
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
@@ -56,8 +66,11 @@ class Protocol:
         else:
             clips = f"{self.num_clips} clip{'s' * (self.num_clips > 1)}"
             stride = f" x stride {self.stride} at {self.target_fps:g} fps"
+            stride += " spread as by torchvision" * (self.sampling == "torchvision")
         return (
             f"{clips} x {self.num_crops} crop{'s' * (self.num_crops > 1)}, "
             f"{self.clip_frames} frames{stride}, "
             f"short side {self.short_side}, crop {self.crop}"
+            + ", pixels as of torchvision"
+            * (self.pixels == "torchvision")
         )

@@ -158,6 +158,8 @@ def create_published(
             mean=built.protocol.mean[::-1],
             std=built.protocol.std[::-1],
         )
+    elif name.endswith("_torchvision"):
+        built.protocol = replace(built.protocol, sampling="torchvision", pixels="torchvision")
     return built.eval()
 
 

@@ -152,6 +152,17 @@ def create_model(
     return MViT(config, protocol)
 
 
+def change_views(protocol: Protocol, values: dict[str, Any]) -> Protocol:
+    """A copy of a protocol with other values.
+
+    As in the official code, three crops are cut out of a picture whose short side is the crop, unless
+    ``values`` has a ``short_side``. Raises ConfigError for an unknown field, ValueError for a bad value.
+    """
+    if values.get("num_crops") == 3 and "short_side" not in values:
+        values = {**values, "short_side": values.get("crop", protocol.crop)}
+    return replace_fields(protocol, values)
+
+
 def replace_fields(config: Any, overrides: dict[str, Any]) -> Any:
     """A copy of a config dataclass with other values; ConfigError for a field that it doesn't have."""
     fields = [field.name for field in dataclasses.fields(config)]

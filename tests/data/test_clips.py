@@ -51,6 +51,12 @@ def test_segment_sampling_shows_a_frame_of_each_segment(videos: list[LabelledVid
     assert [numbers(clip) for clip in views.clips] == [segment_frame_indices(21, clip_frames=4)] * 3
 
 
+def test_torchvision_sampling_shows_runs_of_thinned_frames(videos: list[LabelledVideo]) -> None:
+    protocol = replace(PROTOCOL, sampling="torchvision", pixels="torchvision", num_clips=2, target_fps=20)
+    views = TestViews(videos, protocol)[3]  # 23 frames at 25 fps, thinned to 10: every 2.5th, 9 of them
+    assert [numbers(clip) for clip in views.clips] == [[0, 2, 5, 7], [12, 15, 17, 20]]
+
+
 def test_one_decode_serves_all_views(videos: list[LabelledVideo]) -> None:
     asked: list[list[int]] = []
 

@@ -14,11 +14,10 @@ from mvit_video.data.index import (
     LabelledVideo,
     VideoIndex,
     VideoSplits,
-    csv_splits,
     find_videos,
     folder_splits,
-    json_splits,
 )
+from mvit_video.data.lists import csv_splits, json_splits
 from mvit_video.errors import ConfigError, DataError
 
 
@@ -95,7 +94,7 @@ def test_hash_split_is_the_same_on_every_machine(tmp_path: Path) -> None:
         (["a/0.mp4", "b/notes.txt"], "no videos found in class folder {root}/b"),
         (["a/0.mp4", "b/0.mp4"], "no class has two videos"),
         (["train/a/0.mp4"], "{root} has train/ but none of val/, validation/ and test/"),
-        (["train/a/0.mp4", "val/b/0.mp4"], "{root}/val/b: the training split has no class b"),
+        (["train/a/0.mp4", "val/b/0.mp4"], "{root}/val/b: unknown class 'b'; the classes are a"),
         (["train/a/0.mp4", "val/x.txt"], "no videos found in {root}/val"),
     ],
 )
@@ -119,7 +118,7 @@ def test_root_must_be_a_folder_and_the_fraction_a_fraction(tmp_path: Path) -> No
 
 @pytest.fixture
 def videos(tmp_path: Path) -> Path:
-    touch(tmp_path, "v/a.mp4", "v/b c.mp4", "v/d, e.mp4")
+    touch(tmp_path, "v/a.mp4", "v/b.mp4", "v/b c.mp4", "v/d, e.mp4")
     return tmp_path
 
 
@@ -146,7 +145,10 @@ def test_csv_forms(videos: Path, text: str) -> None:
 
 def test_root_and_absolute_paths(videos: Path) -> None:
     file = write(videos / "train.csv", f"./a.mp4 0\n{videos}/v/x.mp4 0\n/elsewhere/y.mp4 0\n")
-    assert ids(csv_splits(file, file, root=videos / "v").train) == ["a.mp4", "x.mp4", "/elsewhere/y.mp4"]
+    touch(videos, "v/x.mp4")
+    index = csv_splits(file, file, root=videos / "v", max_missing=0.5).train
+    assert ids(index) == ["a.mp4", "x.mp4"]
+    assert [(out.video.id, out.reason) for out in index.left_out] == [("/elsewhere/y.mp4", "no such file")]
 
 
 @pytest.mark.parametrize(
@@ -192,15 +194,18 @@ def test_json_list(videos: Path) -> None:
     ("text", "message"),
     [
         ("", "train.csv; it lists none"),
-        ("v/a.mp4 0\nv/b.mp4\n", "train.csv, line 2: expected `path label` or `path,label`, got 'v/b.mp4'"),
+        ("v/a.mp4 0\nv/b.mp4\n", "train.csv, line 2 (v/b.mp4): it has no label"),
         ("v/a.mp4 0\nv/b,1,2\n", "train.csv, line 2: expected"),
-        ("v/a.mp4 0\nv/b.mp4 2\n", "train.csv, row 2 ({root}/v/b.mp4): label 2 is out of range; "
+        ("v/a.mp4 0\nv/b.mp4 2\n", "train.csv, line 2 (v/b.mp4): label 2 is out of range; "
          "2 class names allow 0 to 1"),
         ("v/a.mp4 -1\n", "label -1 is out of range"),
-        ("v/a.mp4 swim\n", "row 1 (v/a.mp4): unknown class 'swim'; the classes are run, jump"),
-        ("v/a.mp4 0\nv/b.mp4 0\n./v/a.mp4 1\n", "train.csv, rows 1 and 3 have the same id, v/a.mp4"),
-        ("w/a.mp4 0\nw/b.mp4 0\n", "none of the first 2 videos exist, starting with {root}/w/a.mp4; "
+        ("v/a.mp4 swim\n", "line 1 (v/a.mp4): unknown class 'swim'; the classes are run, jump"),
+        ("v/a.mp4 0\nv/b.mp4 0\n./v/a.mp4 1\n", "train.csv: v/a.mp4 comes twice, in line 1 and line 3"),
+        ("v/a.mp4 0\n\n\nv/b.mp4 9\n", "train.csv, line 4 (v/b.mp4): label 9"),
+        ("w/a.mp4 0\nw/b.mp4 0\n", "none of its 2 videos can be read, the first is {root}/w/a.mp4: no such file; "
          "relative paths start at root={root}"),
+        ("v/a.mp4 0\nw/b.mp4 0\n", "1 of its 2 videos can't be read, the first is {root}/w/b.mp4: no such file; "
+         "relative paths start at root={root}, or allow it: max_missing=0.2 is the share allowed"),
     ],
 )  # fmt: skip
 def test_csv_mistakes_are_named(videos: Path, text: str, message: str) -> None:
@@ -214,7 +219,7 @@ def test_csv_mistakes_are_named(videos: Path, text: str, message: str) -> None:
     [
         ("[", "train.json, line 1: not JSON"),
         ("{}", "train.json: expected a list of"),
-        ('[{"path": "v/a.mp4", "label": 0}, {"path": "v/b.mp4"}]', "train.json, entry 2: expected"),
+        ('[{"path": "v/a.mp4", "label": 0}, {"path": "v/b.mp4"}]', "entry 2 (v/b.mp4): it has no label"),
         ('[{"path": "v/a.mp4", "label": null}]', "train.json, entry 1: expected"),
         (
             '[{"path": "v/a.mp4", "label": 0}, {"path": "v/b.mp4", "label": "x"}]',
@@ -255,9 +260,9 @@ def test_a_list_of_kinetics_size_is_read_in_seconds(videos: Path) -> None:
     rows = "".join(f"v/{i}.mp4 {i % 400}\n" for i in range(240_000))
     train = write(videos / "train.csv", "v/a.mp4 0\n" + rows)
     started = time.process_time()
-    splits = csv_splits(train, write(videos / "val.csv", "v/a.mp4 3\n"))
+    splits = csv_splits(train, write(videos / "val.csv", "v/a.mp4 3\n"), max_missing=1)
     assert time.process_time() - started < 10  # about 1.5 s where nothing else runs
-    assert len(splits.train) == 240_001
+    assert len(splits.train.left_out) == 240_000
     assert splits.num_classes == 400
 
 

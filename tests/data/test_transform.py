@@ -8,10 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from golden_weights import frames_u8
+from torchvision.transforms._presets import VideoClassification
 
 from mvit_video.data.transform import test_clips as cut_test_clips
 from mvit_video.data.transform import training_clip
-from mvit_video.data.views import CropBox, spatial_views
+from mvit_video.data.views import CropBox, spatial_views, torchvision_spatial_view
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "reference" / "protocol.json").read_text())["spatial"]
 MEAN, STD = (0.45, 0.45, 0.45), (0.225, 0.225, 0.225)
@@ -29,6 +30,15 @@ def test_pixels_are_the_official_ones(case: dict) -> None:
     values = clip.flatten()[case["positions"]]
     torch.testing.assert_close(values, torch.tensor(case["values"]), atol=2e-5, rtol=0)
     assert clip.mean().item() == pytest.approx(case["mean_of_all"], abs=1e-5)
+
+
+@pytest.mark.parametrize("size", [(240, 320), (161, 90), (64, 64)])
+def test_torchvision_pixels_are_those_of_its_preset(size: tuple[int, int]) -> None:
+    frames = torch.from_numpy(np.array(frames_u8(3, *size))).permute(0, 3, 1, 2)
+    view = torchvision_spatial_view(*size, short_side=64, crop=56)
+    (clip,) = cut_test_clips(frames, [[0, 1, 2]], [view], mean=MEAN, std=STD, round_pixels=True)
+    preset = VideoClassification(crop_size=(56, 56), resize_size=(64,), mean=MEAN, std=STD)
+    torch.testing.assert_close(clip, preset(frames), atol=1e-5, rtol=0)
 
 
 def test_clips_pick_frames_and_crops_vary_fastest() -> None:

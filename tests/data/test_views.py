@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torchvision.datasets.video_utils import VideoClips
+from torchvision.transforms.functional import center_crop, resize
 
 from mvit_video.data.views import (
     SpatialView,
@@ -19,6 +22,8 @@ from mvit_video.data.views import (
     random_short_side_crop,
     segment_frame_indices,
     spatial_views,
+    torchvision_frame_indices,
+    torchvision_spatial_view,
 )
 
 PROTOCOL = json.loads((Path(__file__).parents[1] / "reference" / "protocol.json").read_text())
@@ -61,6 +66,37 @@ def test_spatial_views_equal_slowfast(case: dict[str, Any]) -> None:
     )
     view = views[case["spatial_idx"] if num_crops == 3 else 0]
     assert view == SpatialView(*case["resized_hw"], *case["offset_yx"], case["crop"])
+
+
+@pytest.mark.parametrize("num_frames", [64, 100, 299, 300, 751])
+@pytest.mark.parametrize("fps", [7.5, 15.0, 30.0, 25.0, 30000 / 1001, 59.94])
+@pytest.mark.parametrize("num_clips", [1, 5, 10])
+def test_torchvision_clips_equal_its_own_code(num_frames: int, fps: float, num_clips: int) -> None:
+    clips, _ = VideoClips.compute_clips_for_video(torch.arange(num_frames), 8, 1, fps, 7.5)
+    chosen = torch.linspace(0, len(clips) - 1, num_clips).floor().long()
+    plan = torchvision_frame_indices(num_frames, fps, clip_frames=8, num_clips=num_clips)
+    assert plan == clips[chosen].tolist()
+
+
+@pytest.mark.parametrize("num_frames", [1, 5, 20])
+@pytest.mark.parametrize("fps", [5.0, 24.0, 30.0])
+def test_torchvision_clips_of_short_videos_repeat_the_last_frame(num_frames: int, fps: float) -> None:
+    first, *others = torchvision_frame_indices(num_frames, fps, clip_frames=40)
+    assert len(first) == 40
+    assert first == sorted(first)
+    assert first[0] == 0
+    assert first[-1] < num_frames
+    assert others == [first] * 4
+
+
+@pytest.mark.parametrize(("height", "width"), [(240, 320), (321, 240), (256, 341), (480, 481), (1080, 607)])
+def test_torchvision_crops_equal_its_own_code(height: int, width: int) -> None:
+    where = torch.stack(torch.meshgrid(torch.arange(width), torch.arange(height), indexing="xy"))
+    view = torchvision_spatial_view(height, width, short_side=min(height, width), crop=224)
+    cropped = center_crop(where, [224, 224])
+    assert [view.left, view.top] == cropped[:, 0, 0].tolist()
+    view = torchvision_spatial_view(height, width, short_side=256, crop=224)
+    assert (view.resized_height, view.resized_width) == resize(where[None].float(), [256]).shape[-2:]
 
 
 @pytest.mark.parametrize("num_frames", [1, 2, 15, 63, 64, 65, 127, 128, 129, 1000])

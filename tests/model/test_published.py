@@ -117,6 +117,14 @@ def test_a_broken_transfer_leaves_nothing(
     mv.create_model(NANO, weights="kinetics400")
 
 
+def test_torchvisions_weights_bring_its_protocol(monkeypatch, server: Server, model: mv.MViT) -> None:
+    entry = PublishedWeights(NANO, "kinetics400_torchvision", 6, f"{server.url}/nano.pth", "5x1", 0.0, 0.0)
+    server.files["nano.pth"] = packed(model)
+    monkeypatch.setattr(published, "PUBLISHED", (entry,))
+    protocol = mv.create_model(NANO, weights="kinetics400_torchvision").protocol
+    assert (protocol.sampling, protocol.pixels) == ("torchvision", "torchvision")
+
+
 def test_a_wrong_hash_is_refused(monkeypatch, server: Server, model: mv.MViT, tmp_path: Path) -> None:
     publish(monkeypatch, server, "nano-00000000.pth", packed(model))
     with pytest.raises(mv.CheckpointError, match=r"arrived damaged.*hash"):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mvit_video.data.decode import choice, engines
 from mvit_video.data.decode.pyav import PyAVVideo
+from mvit_video.data.decode.stills import StillsVideo, is_stills
 from mvit_video.errors import ConfigError
 
 BACKENDS = ("auto", "pyav", "torchcodec", "decord")
@@ -29,6 +30,7 @@ class Video(Protocol):
         fps: frames a second, measured: (num_frames - 1) / (time of the last - time of the first frame).
         duration: seconds, num_frames / fps.
         height, width: pixels of the upright picture (after rotation) of the first frame.
+        codec: FFmpeg's name for how it is compressed, such as "h264".
     """
 
     path: str
@@ -37,6 +39,7 @@ class Video(Protocol):
     duration: float
     height: int
     width: int
+    codec: str
 
     def __enter__(self) -> Video: ...
 
@@ -58,15 +61,21 @@ class Video(Protocol):
         """
 
 
-def open_video(path: str | Path, *, device: str = "cpu", backend: str = "auto") -> Video:
+def open_video(
+    path: str | Path, *, device: str = "cpu", backend: str = "auto", frame_rate: float = 30.0
+) -> Video:
     """Open a video file; use it as a context manager or `close()` it.
+
+    An image file is a video of one frame; a folder of numbered pictures, or a run of them written as
+    "folder/name_[000001-000120].jpg", is one of many.
 
     Args:
         device: where the frames end up: "cpu", "cuda", "cuda:1" or so, or "auto", the GPU where there is one.
             With "cuda" PyAV decodes on the GPU (codecs that NVDEC lacks on the CPU); with "auto" it does so
             where that is faster, which is measured once.
         backend: "pyav", "torchcodec", "decord" or "auto", which is PyAV: the others refuse files that they
-            get wrong.
+            get wrong. Pictures are read by Pillow, whatever the backend.
+        frame_rate: of pictures, which don't tell theirs; PySlowFast extracts 30 a second.
 
     Raises `ConfigError` for what is not possible on this machine, `VideoError` with the reason for a file
     that can't be used.
@@ -75,6 +84,8 @@ def open_video(path: str | Path, *, device: str = "cpu", backend: str = "auto") 
         raise ConfigError(
             f"decoder backend {backend!r} is not possible, choose one of: {', '.join(BACKENDS)}"
         )
+    if is_stills(path):
+        return StillsVideo(path, device=choice.resolve(device, nvdec_possible=False)[0], frame_rate=frame_rate)
     if backend == "decord":
         if device not in ("auto", "cpu"):
             raise ConfigError("decord decodes on the CPU only: decoder.device=cpu, or decoder.backend=pyav")

@@ -35,7 +35,7 @@ class EngineVideo:
         self._facts, self._read = facts, read
         self.path, self.num_frames = facts.path, facts.num_frames
         self.fps, self.duration = facts.fps, facts.duration
-        self.height, self.width = facts.height, facts.width
+        self.height, self.width, self.codec = facts.height, facts.width, facts.codec
 
     def __enter__(self) -> EngineVideo:
         return self

@@ -175,6 +175,7 @@ class PyAVVideo:
             raise
         self.container_format = _short_name(self._container.format.name)
         self._codec = self._stream.codec_context
+        self.codec = self._codec.codec.canonical_name  # "av1", whichever decoder is at work
         self._codec.thread_type = "NONE"  # clips are decoded in parallel instead: same speed, less CPU time
         self._codec.thread_count = 1
         self._codec.options = {"err_detect": "explode"}  # fail where FFmpeg would paint over damage

@@ -1,0 +1,91 @@
+"""Names of classes in label order: shipped ones, files of them, and how names in the wild are matched."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from mvit_video.data.files import existing, parse_json, read_text
+from mvit_video.errors import DataError, did_you_mean
+
+ClassNames = Sequence[str] | str | Path
+
+_SHIPPED = Path(__file__).parent / "classes"
+
+
+def read_class_names(source: ClassNames) -> tuple[str, ...]:
+    """The names in label order.
+
+    Args:
+        source: the names, or a shipped list ("kinetics400", "kinetics600", "kinetics700", "ssv2"), or a file:
+            text with one name a line, a JSON list, or JSON ``{name: index}``.
+
+    Raises:
+        DataError: the file is missing or has another form, or a name comes twice.
+    """
+    if isinstance(source, str | Path):
+        shipped = _SHIPPED / f"{source}.txt"
+        file = shipped if shipped.is_file() else existing(source)
+        where = str(file)
+        if file.suffix.lower() == ".json":
+            names = _names_in_json(file)
+        else:
+            names = [line.strip() for line in read_text(file).splitlines() if line.strip()]
+    else:
+        where, names = "class_names", [str(name) for name in source]
+    if not names:
+        raise DataError(f"{where}: no class names")
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise DataError(f"{where}: class name {twice!r} comes twice")
+    return tuple(names)
+
+
+class LabelOf:
+    """The label of a class name, however it is spelt: case, underscores, quotes and brackets don't count.
+
+    Lists and folders of the same data set write ``playing_badminton``, ``"playing badminton"`` or
+    ``Putting [something] into [something]``.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = names
+        self._labels = {name: label for label, name in enumerate(names)}
+        folded: dict[str, int] = {}
+        for label, name in enumerate(names):
+            folded[_fold(name)] = -1 if _fold(name) in folded else label  # two names that differ by case
+        self._folded = {name: label for name, label in folded.items() if label >= 0}
+
+    def __call__(self, name: str, where: str) -> int:
+        """Raises `DataError`, beginning with `where`, for a name that isn't known."""
+        label = self._labels.get(name)
+        if label is None:
+            label = self._folded.get(_fold(name))
+        if label is None:
+            raise DataError(
+                f"{where}: unknown class {name!r}{did_you_mean(name, self._names)}; {preview(self._names)}"
+            )
+        return label
+
+
+def preview(names: Sequence[str]) -> str:
+    more = f", ... ({len(names)} in all)" if len(names) > 5 else ""
+    return f"the classes are {', '.join(names[:5])}{more}"
+
+
+def _fold(name: str) -> str:
+    return " ".join(re.sub(r'[_"\[\]]', " ", name).casefold().split())
+
+
+def _names_in_json(file: Path) -> list[str]:
+    content = parse_json(file)
+    if isinstance(content, dict):
+        # PySlowFast's Kinetics file has quotes inside its names, Something-Something's around its numbers.
+        name_of = {str(label): name.strip('"') for name, label in content.items()}
+        content = [name_of.get(str(label)) for label in range(len(content))]
+        if None in content:
+            raise DataError(f"{file}: expected each index from 0 to {len(content) - 1} once")
+    if not isinstance(content, list) or not all(isinstance(name, str) for name in content):
+        raise DataError(f"{file}: expected a list of class names, or {{name: index}}")
+    return content
