@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import signal
+import sys
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -13,15 +15,17 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from pytorch_lightning.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, RichProgressBar
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from mvit_video import cli
 from mvit_video.bad_videos import BadVideoPolicy, BadVideos, allowed_bad_videos
 from mvit_video.data.clips import TestViews, TrainingClips, training_loader, validation_loader
 from mvit_video.data.index import VideoSplits
-from mvit_video.errors import CheckpointError, ConfigError
+from mvit_video.errors import ConfigError
 from mvit_video.model import load_weights
 from mvit_video.recipe import History
 from mvit_video.report import plot_history
+from mvit_video.resume import AtomicCheckpoints, LastCheckpoint, StepSeeds, find_checkpoint, restore_loader
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +45,10 @@ def train(config: DictConfig) -> None:
     augment = cli.build(config.augment)
     allowed_bad_videos(config.max_bad_videos, 0)
     open_file = cli.build_decoder(config)
-    resume_from = _find_checkpoint(config.ckpt_path, output)
+    if config.save_every_n_steps is not None and config.save_every_n_steps < 1:
+        raise ConfigError(f"save_every_n_steps must be null or at least 1, got {config.save_every_n_steps}")
+    own_only = any(override.startswith("hydra.run.dir=") for override in HydraConfig.get().overrides.hydra)
+    resume_from = find_checkpoint(config.ckpt_path, output, own_only=own_only)
     history, policy = History(), BadVideoPolicy()
     trainer = _build_trainer(config, output, [history, policy])
     with torch.device("meta"):
@@ -88,7 +95,13 @@ def train(config: DictConfig) -> None:
         closing(training_loader(clips, shuffle=not config.trainer.overfit_batches, **loading)) as training,
         closing(validation_loader(centre_clips, **loading)) as validation,
     ):
-        trainer.fit(classifier, training, validation, ckpt_path=resume_from, weights_only=True)
+        if resume_from is not None:
+            restore_loader(training, resume_from)
+        try:
+            trainer.fit(classifier, training, validation, ckpt_path=resume_from, weights_only=True)
+        except SIGTERMException:
+            log.warning("stopped by SIGTERM; ckpt_path=last goes on from here")
+            sys.exit(128 + signal.SIGTERM)
 
     if bad_videos.found:
         log.warning("%d bad videos, listed in %s", len(bad_videos.found), bad_videos.file)
@@ -101,6 +114,7 @@ def train(config: DictConfig) -> None:
 
 
 def _build_trainer(config: DictConfig, output: Path, callbacks: list[Callback]) -> pl.Trainer:
+    callbacks.append(StepSeeds(config.seed))
     if config.trainer.enable_checkpointing:
         callbacks.append(
             ModelCheckpoint(
@@ -108,38 +122,23 @@ def _build_trainer(config: DictConfig, output: Path, callbacks: list[Callback]) 
                 "best",
                 monitor="val/top1",
                 mode="max",
-                save_last=True,
                 enable_version_counter=False,
             )
         )
+        callbacks.append(LastCheckpoint(output / "checkpoints", config.save_every_n_steps))
     if config.trainer.enable_progress_bar:
         callbacks.append(RichProgressBar(refresh_rate=1))
     loggers = list(cli.build(config.logger).values())
     if loggers:
         callbacks.append(LearningRateMonitor("step"))
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    return cli.build(config.trainer, callbacks=callbacks, logger=loggers, default_root_dir=str(output))
-
-
-def _find_checkpoint(ckpt_path: str | None, output: Path) -> str | None:
-    """Resolve "last": this run's own checkpoint, or that of the newest run beside it."""
-    if ckpt_path is None:
-        return None
-    if ckpt_path != "last":
-        if not Path(ckpt_path).is_file():
-            raise CheckpointError(f"{ckpt_path}: no such file; ckpt_path takes a checkpoint or 'last'")
-        return ckpt_path
-    own = output / "checkpoints" / "last.ckpt"
-    runs = output.parents[1]
-    found = (
-        [own]
-        if own.is_file()
-        else sorted(runs.glob("*/*/checkpoints/last.ckpt"), key=lambda p: p.stat().st_mtime)
+    return cli.build(
+        config.trainer,
+        callbacks=callbacks,
+        logger=loggers,
+        plugins=[AtomicCheckpoints()],
+        default_root_dir=str(output),
     )
-    if not found:
-        raise ConfigError(f"ckpt_path=last: no run below {runs} has left a checkpoint")
-    log.info("resuming from %s", found[-1])
-    return str(found[-1])
 
 
 if __name__ == "__main__":

@@ -60,7 +60,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> TrainedRun:
 
 
 def test_a_run_leaves_checkpoints_logs_and_a_learning_curve(trained: TrainedRun) -> None:
-    assert {path.name for path in (trained.output / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert {path.name for path in (trained.output / "checkpoints").iterdir()} == {
+        "best.ckpt",
+        "last.ckpt",
+        "previous.ckpt",
+    }
     assert (trained.output / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
     assert list((trained.output / "tensorboard").rglob("events.out.tfevents.*"))
     with (trained.output / "csv" / "version_0" / "metrics.csv").open() as file:

@@ -107,8 +107,8 @@ class ClipLoader(Generic[Collated]):
         return {"delivered": self._delivered}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The next epoch begins where the state was taken."""
-        self._first = self._delivered = state["delivered"]
+        """The next epoch begins where the state was taken; at the front, if that was the end of one."""
+        self._first = self._delivered = state["delivered"] % len(self)
 
     def __iter__(self) -> Iterator[Collated]:
         batches = list(self.batches)[self._first :]

@@ -1,0 +1,195 @@
+"""A run that was stopped, killed at any time even, goes on with the very batch that was due.
+
+What a step does depends on the weights, on the batch (a state of the loader) and on random numbers, whose
+generators are seeded anew for every step, so that nothing about them needs to be kept.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import random
+import zipfile
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
+from pytorch_lightning.callbacks import Checkpoint
+from pytorch_lightning.utilities.exceptions import SIGTERMException
+
+from mvit_video.data.loader import ClipLoader
+from mvit_video.errors import CheckpointError, ConfigError
+
+log = logging.getLogger(__name__)
+
+LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
+
+
+class StepSeeds(pl.Callback):
+    """Seeds all generators before each training step, by seed, epoch, batch and process alone."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        key = f"{self.seed} {trainer.current_epoch} {batch_idx} {trainer.global_rank}"
+        number = random.Random(key).getrandbits(32)
+        random.seed(number)
+        np.random.seed(number)  # noqa: NPY002 (libraries draw from it)
+        torch.manual_seed(number)
+
+
+class AtomicCheckpoints(TorchCheckpointIO):
+    """A file is there wholly and safely on the disk, or as it was before; the last but one is kept too.
+
+    (Lightning's own writing goes through a temporary folder, from where a file may be copied bit by bit.)
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
+    ) -> None:
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = target.with_suffix(".unfinished")
+        with unfinished.open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if target.name == LAST and target.exists():
+            target.replace(target.with_name(PREVIOUS))
+        unfinished.replace(target)
+        folder = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+class LastCheckpoint(Checkpoint):
+    """Keeps ``last.ckpt`` in a folder: after every epoch, every so many steps, and on SIGTERM.
+
+    Args:
+        every_n_steps: None: after epochs alone.
+    """
+
+    def __init__(self, folder: Path, every_n_steps: int | None) -> None:
+        self.path, self.every_n_steps = folder / LAST, every_n_steps
+        self._step = 0  # of the optimizer, after the batch before
+        self._gathering = False  # gradients of several batches
+        self._at_step: dict[str, Any] | None = None  # progress when the optimizer stepped last
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        self._gathering = step == self._step
+        self._step = step
+        if self._gathering:
+            return
+        if trainer.accumulate_grad_batches > 1:
+            self._at_step = copy.deepcopy(trainer.fit_loop.state_dict())
+        # After an epoch's last batch comes validation, which a run that is resumed from here would leave out.
+        in_epoch = batch_idx + 1 < trainer.num_training_batches
+        if in_epoch and self.every_n_steps is not None and step % self.every_n_steps == 0:
+            self._save(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._save(trainer)
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        # Lightning raises this one after a batch, when all is in order; others come at any time.
+        if isinstance(exception, SIGTERMException) and (self._at_step or not self._gathering):
+            self._save(trainer)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self._gathering and self._at_step is not None:
+            # Gradients that are still being gathered are not saved: a resumed run gathers them again.
+            checkpoint["loops"]["fit_loop"] = self._at_step
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        if not cast(Any, trainer).fast_dev_run:
+            trainer.save_checkpoint(self.path)
+
+
+def find_checkpoint(ckpt_path: str | None, output: Path, *, own_only: bool) -> Path | None:
+    """The checkpoint that ``ckpt_path`` means for a run in the folder ``output``; None: start at the front.
+
+    "last" is what this run has left in its folder; where there is nothing, what the newest run beside it has
+    left or, if ``own_only``, nothing. A damaged last checkpoint is reported, and the previous one taken.
+
+    Raises CheckpointError for a file that isn't there, is damaged or holds weights alone, ConfigError where
+    there is nothing to resume.
+    """
+    if ckpt_path is None:
+        return None
+    if ckpt_path != "last":
+        found = [Path(ckpt_path)]
+    else:
+        found = _left_in(output)
+        if not found and own_only:
+            log.info("nothing to resume in %s yet: starting at the front", output)
+            return None
+        runs = output.parents[1]
+        if not found:
+            left = [files for run in runs.glob("*/*") if (files := _left_in(run))]
+            found = max(left, key=lambda files: files[0].stat().st_mtime, default=[])
+        if not found:
+            raise ConfigError(f"ckpt_path=last: no run below {runs} has left a checkpoint")
+    problems = []
+    for path in found:
+        problem = _problem(path)
+        if problem is None:
+            log.info("resuming from %s", path)
+            return path
+        problems.append(f"{path}: {problem}")
+        log.warning("%s", problems[-1])
+    raise CheckpointError("; ".join(problems))
+
+
+def restore_loader(loader: ClipLoader[Any], path: Path) -> None:
+    """Make the loader go on where it was when a checkpoint was saved.
+
+    Lightning would do so itself, had it not set the loader up before, to count the steps of the schedule.
+    """
+    file = path / "meta.pt" if path.is_dir() else path
+    loops = torch.load(file, map_location="cpu", mmap=True, weights_only=True)["loops"]
+    for state in loops["fit_loop"]["state_dict"].get("combined_loader", []):
+        loader.load_state_dict(state)
+
+
+def _left_in(run: Path) -> list[Path]:
+    folder = run / "checkpoints"
+    return [file for file in (folder / LAST, folder / PREVIOUS) if file.is_file()]
+
+
+def _problem(path: Path) -> str | None:
+    """Why nothing can be resumed from a checkpoint; None if it can."""
+    if path.is_dir():
+        return None  # in shards
+    if not path.is_file():
+        return "no such file; ckpt_path takes a checkpoint or 'last'"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # by the checksums of what it holds
+        if damaged is None:
+            checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception:  # whatever reading it raises
+        return "the checkpoint is cut off or damaged"
+    if damaged is not None:
+        return "the checkpoint is damaged"
+    if not isinstance(checkpoint, dict) or not {"loops", "optimizer_states"} <= checkpoint.keys():
+        return "no checkpoint of a run but weights alone; weights=FILE starts from them"
+    return None

@@ -1,0 +1,273 @@
+"""Runs that are killed, in mid-epoch or while they write, go on exactly; damaged checkpoints are noticed."""
+
+from __future__ import annotations
+
+import csv
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Command
+from test_errors import error_line
+
+from mvit_video import train
+from mvit_video.recipe import Classifier
+from mvit_video.resume import find_checkpoint
+
+SMALL = [
+    "data=folder",
+    "batch_size=2",  # of ten training videos: five steps an epoch
+    "model.embed_dim=16",
+    "model.stages=[1,1]",
+    "model.crop_size=32",
+    "model.num_frames=4",
+    "model.drop_path=0.5",  # random numbers of the model count
+    "optim.lr=1e-2",
+    "optim.warmup=0",
+    "trainer.max_epochs=3",
+    "trainer.log_every_n_steps=1",
+    "logger=csv",
+]
+
+
+def losses(run: Path) -> dict[int, str]:
+    """The loss of each step in the newest csv log, as written: equal only if bitwise equal."""
+    logs = sorted(run.glob("csv/version_*/metrics.csv"), key=lambda path: int(path.parent.name.split("_")[1]))
+    with logs[-1].open() as file:
+        rows = list(csv.DictReader(file))
+    return {int(row["step"]): row["train/loss_step"] for row in rows if row.get("train/loss_step")}
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+
+
+def assert_equal_weights(run: Path, other: Path) -> None:
+    first, second = weights(run), weights(other)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def train_in_child(arguments: list[str], prepare: Callable[[], Any]) -> int:
+    """Run mvit-train in a process of its own, after ``prepare``; its exit code (-9: killed by SIGKILL)."""
+
+    def run() -> None:
+        prepare()
+        sys.argv = ["mvit-train", *arguments]
+        train.main()
+
+    child = multiprocessing.get_context("fork").Process(target=run)
+    child.start()
+    child.join(120)
+    assert child.exitcode is not None
+    return child.exitcode
+
+
+def signal_in_batch(number: int, which: signal.Signals) -> Callable[[], None]:
+    """Makes the process send itself a signal in its so-manieth training batch, from 0."""
+
+    def prepare() -> None:
+        step, batches = Classifier.training_step, iter(range(1000))
+
+        def training_step(self: Classifier, *args: Any) -> Any:
+            if next(batches) == number:
+                os.kill(os.getpid(), which)
+            return step(self, *args)
+
+        Classifier.training_step = training_step
+
+    return prepare
+
+
+@pytest.fixture(scope="module")
+def arguments(two_classes: Path) -> list[str]:
+    return [*SMALL, f"data.root={two_classes}", "save_every_n_steps=3", "ckpt_path=last"]
+
+
+@pytest.fixture(scope="module")
+def whole(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an uninterrupted run."""
+    run = tmp_path_factory.mktemp("whole")
+    assert train_in_child([*arguments, "num_workers=0", f"hydra.run.dir={run}"], lambda: None) == 0
+    assert "nothing to resume" in (run / "train.log").read_text()
+    assert sorted(losses(run)) == list(range(15))
+    return run
+
+
+@pytest.mark.parametrize(
+    ("loading", "killed_in", "resumed_at"),
+    [
+        (["num_workers=0"], 8, 6),
+        (["num_workers=2", "loader=workers"], 4, 3),
+        (["num_workers=2", "loader=threads"], 7, 6),
+        (["num_workers=2"], 11, 10),  # after the end of an epoch
+        (["num_workers=0", "trainer.max_steps=15"], 8, 6),
+    ],
+    ids=["alone", "workers", "threads", "epoch end", "max_steps"],
+)
+def test_a_killed_run_goes_on_with_the_batch_that_was_due(
+    command: Command,
+    arguments: list[str],
+    whole: Path,
+    tmp_path: Path,
+    loading: list[str],
+    killed_in: int,
+    resumed_at: int,
+) -> None:
+    arguments = [*arguments, *loading, "hydra.run.dir=run"]
+    assert train_in_child(arguments, signal_in_batch(killed_in, signal.SIGKILL)) == -signal.SIGKILL
+    result = command("train", *arguments)
+    assert result.code == 0, result.err
+    assert "resuming from" in result.out
+    expected = {step: loss for step, loss in losses(whole).items() if step >= resumed_at}
+    assert losses(tmp_path / "run") == expected
+    assert_equal_weights(tmp_path / "run", whole)
+
+
+@pytest.mark.slow
+def test_a_run_is_killed_again_and_again(
+    command: Command, arguments: list[str], whole: Path, tmp_path: Path
+) -> None:
+    arguments = [*arguments, "num_workers=0", "hydra.run.dir=run"]
+    for batches in (1, 4, 4, 2):  # of the first run and of each resumed one
+        assert train_in_child(arguments, signal_in_batch(batches, signal.SIGKILL)) == -signal.SIGKILL
+    assert command("train", *arguments).code == 0
+    assert_equal_weights(tmp_path / "run", whole)
+
+
+@pytest.mark.slow
+def test_gradients_that_are_being_gathered_are_gathered_again(
+    command: Command, arguments: list[str], tmp_path: Path
+) -> None:
+    arguments = [*arguments, "num_workers=0", "trainer.accumulate_grad_batches=2"]
+    assert command("train", *arguments, "hydra.run.dir=whole").code == 0
+    for batch in (1, 2, 7, 8):  # the first and the second of two
+        run = f"hydra.run.dir=run{batch}"
+        code = train_in_child([*arguments, run], signal_in_batch(batch, signal.SIGTERM))
+        assert code == 128 + signal.SIGTERM
+        assert command("train", *arguments, run).code == 0
+        assert_equal_weights(tmp_path / f"run{batch}", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("batch", [3, 4])  # in an epoch and at its end
+def test_sigterm_saves_and_ends(
+    command: Command, arguments: list[str], whole: Path, tmp_path: Path, batch: int
+) -> None:
+    arguments = [*arguments, "num_workers=2", "hydra.run.dir=run"]
+    assert train_in_child(arguments, signal_in_batch(batch, signal.SIGTERM)) == 128 + signal.SIGTERM
+    assert "ckpt_path=last goes on from here" in (tmp_path / "run" / "train.log").read_text()
+    assert (
+        torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
+        == batch + 1
+    )
+    assert command("train", *arguments).code == 0
+    assert losses(tmp_path / "run") == {s: loss for s, loss in losses(whole).items() if s > batch}
+    assert_equal_weights(tmp_path / "run", whole)
+
+
+def die_while_writing(count: int) -> Callable[[], None]:
+    """Makes the process die in the middle of its so-manieth checkpoint, from 0."""
+
+    def prepare() -> None:
+        save, saved = torch.save, iter(range(1000))
+
+        def dying(checkpoint: Any, file: Any) -> None:
+            if next(saved) == count:
+                file.write(b"half a checkpoint" * 1000)
+                file.flush()
+                os.kill(os.getpid(), signal.SIGKILL)
+            save(checkpoint, file)
+
+        torch.save = dying
+
+    return prepare
+
+
+def test_a_crash_while_writing_leaves_the_checkpoint_before(
+    command: Command, arguments: list[str], whole: Path, tmp_path: Path
+) -> None:
+    arguments = [*arguments, "num_workers=0", "hydra.run.dir=run"]
+    assert train_in_child(arguments, die_while_writing(2)) == -signal.SIGKILL
+    result = command("train", *arguments)
+    assert result.code == 0, result.err
+    assert "damaged" not in result.out
+    assert min(losses(tmp_path / "run")) == 3
+    assert_equal_weights(tmp_path / "run", whole)
+    names = {file.name for file in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert names == {"best.ckpt", "last.ckpt", "previous.ckpt"}
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "gone"])
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_taken(
+    command: Command, arguments: list[str], whole: Path, tmp_path: Path, damage: str
+) -> None:
+    run = Path(shutil.copytree(whole, tmp_path / "run"))
+    folder = run / "checkpoints"
+    content = bytearray((folder / "last.ckpt").read_bytes())
+    if damage == "cut":
+        content = content[: len(content) // 2]
+    elif damage == "flipped":
+        content[len(content) // 2] ^= 255
+    elif damage == "empty":
+        content.clear()
+    (folder / "last.ckpt").write_bytes(content)
+    if damage == "gone":
+        (folder / "last.ckpt").unlink()
+    if damage in ("flipped", "empty"):
+        assert find_checkpoint("last", run, own_only=True) == folder / "previous.ckpt"
+        return
+    arguments = [*arguments, "num_workers=0", "hydra.run.dir=run"]
+    result = command("train", *arguments)
+    assert result.code == 0, result.err
+    assert ("last.ckpt: the checkpoint is" in result.out) == (damage != "gone")
+    assert f"resuming from {folder / 'previous.ckpt'}" in result.out
+    assert losses(run) == {step: loss for step, loss in losses(whole).items() if step >= 12}
+
+    for name in ("last.ckpt", "previous.ckpt"):
+        (folder / name).write_bytes(bytes(content[:100]))
+    line = error_line(command("train", *arguments), "train")
+    assert "last.ckpt: the checkpoint is cut off or damaged" in line
+    assert "previous.ckpt: the checkpoint is cut off or damaged" in line
+
+
+def test_weights_alone_are_nothing_to_resume(command: Command, checkpoint: Path, two_classes: Path) -> None:
+    line = error_line(command("train", f"data.root={two_classes}", f"ckpt_path={checkpoint}"), "train")
+    assert "model.ckpt: no checkpoint of a run but weights alone; weights=FILE" in line
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="looks for processes in /proc")
+def test_the_loader_s_processes_end_with_a_killed_run(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def run() -> None:
+        signal_in_batch(8, signal.SIGSTOP)()
+        sys.argv = ["mvit-train", *arguments, "num_workers=2", "hydra.run.dir=run"]
+        train.main()
+
+    child = multiprocessing.get_context("fork").Process(target=run)
+    child.start()
+    deadline = time.monotonic() + 60
+    while "T (stopped)" not in Path(f"/proc/{child.pid}/status").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    workers = children(child.pid)
+    assert len(workers) == 4  # two for training, two for validation
+    child.kill()
+    child.join()
+    while any(Path(f"/proc/{pid}").exists() for pid in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
