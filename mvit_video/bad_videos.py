@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import csv
-import io
 import logging
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -57,13 +57,10 @@ class BadVideos:
             )
 
     def _append(self, video: BadVideo) -> None:
-        rows = io.StringIO()
-        writer = csv.writer(rows)
-        if not self.file.exists():
-            writer.writerow(BadVideo._fields)
-        writer.writerow(video)
-        with self.file.open("a", newline="") as file:
-            file.write(rows.getvalue())  # in one piece: processes may share the file
+        with suppress(FileExistsError), self.file.open("x", newline="") as file:
+            csv.writer(file).writerow(BadVideo._fields)
+        with self.file.open("a", newline="") as file:  # whose rows come in one piece: processes share it
+            csv.writer(file).writerow(video)
 
 
 def allowed_bad_videos(max_bad_videos: float, total: int) -> int:

@@ -103,7 +103,9 @@ class Classifier(pl.LightningModule):
         clips_per_second = len(batch.labels) / (now - self._step_end)
         self._step_end = now
         size = len(batch.labels)
-        self.log("train/loss", loss, prog_bar=True, on_step=True, on_epoch=True, batch_size=size)
+        self.log(
+            "train/loss", loss, prog_bar=True, on_step=True, on_epoch=True, batch_size=size, sync_dist=True
+        )
         self.log("train/top1", self.train_top1, prog_bar=True, on_step=True, on_epoch=True)
         self.log("clips/s", clips_per_second, prog_bar=True, on_step=True, on_epoch=True, batch_size=size)
         return loss
@@ -116,7 +118,7 @@ class Classifier(pl.LightningModule):
             return
         logits = self(batch.clips)
         size = len(batch.labels)
-        self.log("val/loss", F.cross_entropy(logits, batch.labels), batch_size=size)
+        self.log("val/loss", F.cross_entropy(logits, batch.labels), batch_size=size, sync_dist=True)
         probabilities = logits.softmax(-1)
         for name, metric in (("val/top1", self.val_top1), ("val/top5", self.val_top5)):
             metric(probabilities, batch.labels)

@@ -6,10 +6,11 @@ generators are seeded anew for every step, so that nothing about them needs to b
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 import random
+import signal
+import threading
 import zipfile
 from pathlib import Path
 from typing import Any, cast
@@ -27,6 +28,7 @@ from mvit_video.errors import CheckpointError, ConfigError
 log = logging.getLogger(__name__)
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
+_ASK_EVERY = 10  # steps, where several processes have to agree
 
 
 class StepSeeds(pl.Callback):
@@ -81,43 +83,44 @@ class LastCheckpoint(Checkpoint):
     def __init__(self, folder: Path, every_n_steps: int | None) -> None:
         self.path, self.every_n_steps = folder / LAST, every_n_steps
         self._step = 0  # of the optimizer, after the batch before
-        self._gathering = False  # gradients of several batches
-        self._at_step: dict[str, Any] | None = None  # progress when the optimizer stepped last
+        self._asked_to_end = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._step = trainer.global_step
+        # In the place of Lightning's handler, after which processes may wait for one another in vain.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._ask_to_end)
+
+    def _ask_to_end(self, number: int, frame: Any) -> None:
+        self._asked_to_end = True
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        self._gathering = step == self._step
+        gathering = step == self._step  # gradients of several batches, which aren't saved
         self._step = step
-        if self._gathering:
-            return
-        if trainer.accumulate_grad_batches > 1:
-            self._at_step = copy.deepcopy(trainer.fit_loop.state_dict())
         # After an epoch's last batch comes validation, which a run that is resumed from here would leave out.
-        in_epoch = batch_idx + 1 < trainer.num_training_batches
-        if in_epoch and self.every_n_steps is not None and step % self.every_n_steps == 0:
+        if gathering or batch_idx + 1 == trainer.num_training_batches:
+            return
+        end = (trainer.world_size == 1 or step % _ASK_EVERY == 0) and self._ends(trainer)
+        if end or (self.every_n_steps is not None and step % self.every_n_steps == 0):
             self._save(trainer)
+        if end:
+            raise SIGTERMException
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if self._ends(trainer):
+            raise SIGTERMException  # without saving: the last checkpoint leads to the same validation
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._save(trainer)
+        if self._ends(trainer):
+            raise SIGTERMException
 
-    def on_exception(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
-    ) -> None:
-        # Lightning raises this one after a batch, when all is in order; others come at any time.
-        if isinstance(exception, SIGTERMException) and (self._at_step or not self._gathering):
-            self._save(trainer)
-
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        if self._gathering and self._at_step is not None:
-            # Gradients that are still being gathered are not saved: a resumed run gathers them again.
-            checkpoint["loops"]["fit_loop"] = self._at_step
+    def _ends(self, trainer: pl.Trainer) -> bool:
+        """Whether any process was asked to end."""
+        return trainer.strategy.reduce_boolean_decision(self._asked_to_end, all=False)
 
     def _save(self, trainer: pl.Trainer) -> None:
         if not cast(Any, trainer).fast_dev_run:

@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from pytorch_lightning.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, RichProgressBar
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
-from mvit_video import cli
+from mvit_video import cli, processes
 from mvit_video.bad_videos import BadVideoPolicy, BadVideos, allowed_bad_videos
 from mvit_video.data.clips import TestViews, TrainingClips, training_loader, validation_loader
 from mvit_video.data.index import VideoSplits
@@ -31,6 +31,10 @@ log = logging.getLogger(__name__)
 
 
 def main() -> None:
+    try:
+        sys.argv += processes.overrides(sys.argv[1:])
+    except ConfigError as error:
+        sys.exit(f"mvit-train: error: {error}")
     cli.run(train, "train")
 
 
@@ -44,13 +48,18 @@ def train(config: DictConfig) -> None:
         raise ConfigError(f"head must be strict or new, got {config.head!r}")
     augment = cli.build(config.augment)
     allowed_bad_videos(config.max_bad_videos, 0)
+    processes.use_own_gpu()
     open_file = cli.build_decoder(config)
     if config.save_every_n_steps is not None and config.save_every_n_steps < 1:
         raise ConfigError(f"save_every_n_steps must be null or at least 1, got {config.save_every_n_steps}")
     own_only = any(override.startswith("hydra.run.dir=") for override in HydraConfig.get().overrides.hydra)
     resume_from = find_checkpoint(config.ckpt_path, output, own_only=own_only)
     history, policy = History(), BadVideoPolicy()
+    config.trainer.devices, config.trainer.num_nodes = processes.choose_devices(
+        config.trainer.devices, config.trainer.num_nodes
+    )
     trainer = _build_trainer(config, output, [history, policy])
+    processes.check_processes(trainer, HydraConfig.get().overrides.task)
     with torch.device("meta"):
         sketch = cli.build(config.model, weights=None)
         cli.override_protocol(sketch.protocol, config.views)
@@ -69,6 +78,8 @@ def train(config: DictConfig) -> None:
     loading: dict[str, Any] = {
         "batch_size": config.batch_size,
         "num_workers": config.num_workers,
+        "process": trainer.global_rank,
+        "processes": trainer.world_size,
         "kind": config.loader,
         "pin_memory": torch.cuda.is_available() and config.num_workers > 0,
     }
@@ -89,7 +100,7 @@ def train(config: DictConfig) -> None:
         output / "bad_videos.csv",
         allowed=allowed_bad_videos(config.max_bad_videos, total),
         total=total,
-        go_on=resume_from is not None,
+        go_on=resume_from is not None or not trainer.is_global_zero,
     )
     with (
         closing(training_loader(clips, shuffle=not config.trainer.overfit_batches, **loading)) as training,
@@ -105,7 +116,7 @@ def train(config: DictConfig) -> None:
 
     if bad_videos.found:
         log.warning("%d bad videos, listed in %s", len(bad_videos.found), bad_videos.file)
-    if history.epochs:
+    if history.epochs and trainer.is_global_zero:
         plot_history(history.epochs, output / "learning_curve.png")
         log.info("learning curve: %s", output / "learning_curve.png")
     kept = trainer.checkpoint_callback

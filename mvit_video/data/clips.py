@@ -137,10 +137,12 @@ class AllVideos:
     """Every video once, in order, a batch of ``batch_size`` at a time.
 
     Of several processes, each takes every ``processes``-th video; all have equally many batches, so those of
-    some may be empty at the end.
+    some may be empty at the end. Raises DataError where there are fewer videos than processes.
     """
 
     def __init__(self, num_videos: int, batch_size: int, *, process: int = 0, processes: int = 1) -> None:
+        if 0 < num_videos < processes:
+            raise DataError(f"{processes} processes can't share {num_videos} validation videos")
         self._share = list(range(process, num_videos, processes))
         self._batch_size = batch_size
         self._length = math.ceil(math.ceil(num_videos / processes) / batch_size)
