@@ -21,6 +21,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from mvit_video.data.clips import OpenVideo
 from mvit_video.data.decode.cuda import SAMPLE
+from mvit_video.data.loader import KINDS
 from mvit_video.errors import ConfigError, MVitVideoError, did_you_mean
 from mvit_video.model import MViT, Protocol, load_model, load_weights
 from mvit_video.model.variants import change_views
@@ -94,17 +95,19 @@ def build_decoder(config: DictConfig) -> OpenVideo:
     open_file = build(config.decoder)
     with open_file(SAMPLE) as video:
         device = video.get_frames([0]).device
-    if device.type != "cpu" and config.num_workers:
-        raise ConfigError(f"decoding on {device} happens in this process: it needs num_workers=0")
+    if device.type != "cpu" and config.num_workers and config.loader == "workers":
+        raise ConfigError(f"decoding on {device} happens in threads of this process: loader=threads")
     return open_file
 
 
 def check_loading(config: DictConfig) -> None:
-    """ConfigError for a batch without clips or a negative number of processes."""
+    """ConfigError for a batch without clips, or workers of an unknown kind or negative number."""
     if config.batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1, got {config.batch_size}")
     if config.num_workers < 0:
         raise ConfigError(f"num_workers must be at least 0, got {config.num_workers}")
+    if config.loader not in KINDS:
+        raise ConfigError(f"loader must be one of {', '.join(KINDS)}, got {config.loader!r}")
 
 
 def override_protocol(protocol: Protocol, views: DictConfig) -> Protocol:
@@ -132,9 +135,6 @@ def _one_line(error: BaseException) -> str:
         cause = error.__cause__
         return _one_line(cause) if isinstance(cause, MissingMandatoryValue) else prefix + _one_line(cause)
     text = str(error)
-    if " in DataLoader worker process " in text:
-        # It carries the worker's whole stack trace; the last line is the error.
-        text = text.strip().rpartition("\n")[2].partition(": ")[2]
     return " ".join(text.split())
 
 

@@ -55,6 +55,7 @@ def evaluate(config: DictConfig) -> None:
         index.videos,
         batch_size=config.batch_size,
         num_workers=config.num_workers,
+        loader=config.loader,
         device=device,
         open_file=open_file,
     )

@@ -42,7 +42,7 @@ def score_videos(
     *,
     batch_size: int = 8,
     num_workers: int = 0,
-    loader: Kind = "workers",
+    loader: Kind = "auto",
     device: str | torch.device = "cpu",
     open_file: OpenVideo = open_video,
 ) -> Iterator[VideoScores]:

@@ -55,6 +55,7 @@ def error_line(result: Result, name: str) -> str:
         ("train", ["data.root=.", "trainer.precision=7"], ["trainer", "Precision 7"]),
         ("train", ["data.root=.", "decoder.device=abacus"], ["'abacus'", "cpu"]),
         ("train", ["data.root=.", "decoder.backend=abacus"], ["'abacus'", "pyav"]),
+        ("train", ["data.root=.", "loader=process"], ["loader must be one of auto, threads, workers"]),
         ("train", ["data.root=.", "max_bad_videos=-1"], ["max_bad_videos", "share below 1", "-1"]),
         ("train", ["data.root=.", "max_bad_videos=1.5"], ["max_bad_videos", "share below 1", "1.5"]),
         ("eval", ["weights=x", "device=abacus", "data.root=."], ["'abacus'"]),

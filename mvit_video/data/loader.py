@@ -27,12 +27,13 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from mvit_video.errors import DataError
+from mvit_video.data.decode.cuda import SAMPLE
+from mvit_video.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
 
-Kind = Literal["threads", "workers"]
-CPU = torch.device("cpu")
+Kind = Literal["auto", "threads", "workers"]
+KINDS = ("auto", "threads", "workers")
 
 _PATIENCE = 60  # seconds after which a sample that doesn't come is talked about
 _LONGEST_NOTE = 4096  # bytes
@@ -71,12 +72,13 @@ class ClipLoader(Generic[Collated]):
         batches: the keys of an epoch's batches.
         collate: makes a batch from its samples.
         num_workers: threads or processes; 0 makes samples when they are asked for.
-        kind: threads of this process, or processes of their own.
-        device: where the samples' tensors are. On a GPU each thread works on a stream of its own.
+        kind: "threads" of this process, "workers" that are processes of their own, or "auto": workers, and
+            threads where files are decoded on a GPU, which only they can. There each has a stream of its own.
         ahead: how many samples are under way at most; None: two batches and one more for each worker.
 
     Raises, when iterated over:
         DataError: a process was killed; it names the video that it was reading.
+        ConfigError: workers were asked for, but files are decoded on a GPU.
         Whatever the dataset raises.
     """
 
@@ -87,14 +89,13 @@ class ClipLoader(Generic[Collated]):
         collate: Callable[[list[Any]], Collated],
         *,
         num_workers: int,
-        kind: Kind = "workers",
-        device: torch.device = CPU,
+        kind: Kind = "auto",
         ahead: int | None = None,
     ) -> None:
         self.batches = batches
         self.batch_sampler = SimpleNamespace(sampler=batches)  # where Lightning looks for ``set_epoch``
         self._dataset, self._collate = dataset, collate
-        self._num_workers, self._kind, self._device, self._ahead = num_workers, kind, device, ahead
+        self._num_workers, self._kind, self._ahead = num_workers, kind, ahead
         self._pool: _Pool | None = None
         self._first = 0  # batches that the next epoch leaves out: a former run has had them
         self._delivered = 0  # batches of this epoch
@@ -130,10 +131,7 @@ class ClipLoader(Generic[Collated]):
             yield from (self._dataset[key] for key in keys)
             return
         if self._pool is None:
-            if self._kind == "threads":
-                self._pool = _Threads(self._dataset, self._num_workers, self._device)
-            else:
-                self._pool = _Processes(self._dataset, self._num_workers)
+            self._pool = self._start()
         pool = self._pool
         ahead = self._ahead or 2 * batch_size + self._num_workers
         pending: deque[Future[Any]] = deque()
@@ -149,6 +147,15 @@ class ClipLoader(Generic[Collated]):
         finally:
             for future in pending:
                 future.cancel()
+
+    def _start(self) -> _Pool:
+        with self._dataset.open_file(str(SAMPLE)) as video:
+            device = video.get_frames([0]).device
+        if device.type != "cpu" and self._kind == "workers":
+            raise ConfigError(f"decoding on {device} happens in threads of this process: loader=threads")
+        if device.type != "cpu" or self._kind == "threads":
+            return _Threads(self._dataset, self._num_workers, device)
+        return _Processes(self._dataset, self._num_workers)
 
 
 class _Pool:

@@ -10,6 +10,7 @@ import time
 from contextlib import closing
 from functools import partial
 from itertools import chain, islice
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ from mvit_video.data.clips import (
 from mvit_video.data.decode import open_video
 from mvit_video.data.index import LabelledVideo
 from mvit_video.data.loader import ClipLoader, Kind
-from mvit_video.errors import DataError
+from mvit_video.errors import ConfigError, DataError
 from mvit_video.model import Protocol
 
 PROTOCOL = Protocol(clip_frames=4, stride=2, target_fps=25, num_clips=2, short_side=48, crop=48)
@@ -220,3 +221,45 @@ def test_few_videos_for_many_processes() -> None:
     assert [[len(batch) for batch in share] for share in shares] == [[2]] * 3
     with pytest.raises(DataError, match="3 processes can't share 2"):
         EpochBatches(2, 4, seed=0, processes=3)
+
+
+class OnGpu:
+    """Stands for a video that is decoded on a GPU: says so, and gives what a GPU's memory can't show here."""
+
+    def __init__(self, path: str) -> None:
+        self.frames = torch.empty(1, 3, 4, 4, device="meta")
+
+    def __enter__(self) -> OnGpu:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def get_frames(self, indices: list[int]) -> torch.Tensor:
+        return self.frames
+
+
+def test_processes_are_refused_where_a_gpu_decodes(videos: list[LabelledVideo]) -> None:
+    with (
+        closing(training(videos, OnGpu, num_workers=1, kind="workers")) as loader,
+        pytest.raises(ConfigError, match="happens in threads of this process: loader=threads"),
+    ):
+        next(iter(loader))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("workers", [1, 4, 8])
+def test_threads_decode_on_the_gpu(tmp_path: Path, workers: int) -> None:
+    """Batches are made on the device by several streams at once, and are those of one."""
+    files = [write_numbered_video(tmp_path / f"{i}.mp4", 20 + i, height=256, width=256) for i in range(16)]
+    videos = [LabelledVideo(str(file), 0, file.stem) for file in files]
+    open_file = partial(open_video, device="cuda")
+    plain = list(training(videos, open_file, num_workers=0))
+    with closing(training(videos, open_file, num_workers=workers)) as loader:
+        for _ in range(5):
+            batches = []
+            for batch in loader:
+                assert batch.clips.device.type == "cuda"
+                torch.cuda._sleep(10_000_000)  # the threads go on while this stream lags behind
+                batches.append(Batch(batch.clips.clone(), batch.labels, batch.bad))
+                del batch
+            assert_same(batches, plain)
