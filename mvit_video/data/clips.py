@@ -266,7 +266,13 @@ def read_test_views(video: Video, protocol: Protocol) -> tuple[Tensor, list[tupl
     frames = video.get_frames(needed)  # one decode, however many views
     spans = [(video.frame_time(clip[0]), video.frame_time(clip[-1])) for clip in clips for _ in crops]
     clip_pixels = test_clips(
-        frames, positions, crops, mean=protocol.mean, std=protocol.std, round_pixels=round_pixels, bicubic=protocol.pixels == "image"
+        frames,
+        positions,
+        crops,
+        mean=protocol.mean,
+        std=protocol.std,
+        round_pixels=round_pixels,
+        bicubic=protocol.pixels == "image",
     )
     return clip_pixels, spans
 

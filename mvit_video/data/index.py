@@ -92,9 +92,7 @@ class VideoSplits:
 
 
 def out_of_range(label: int, num_classes: int) -> str:
-    return (
-        f"label {label} is out of range; {num_classes} class names allow 0 to {num_classes - 1}"
-    )
+    return f"label {label} is out of range; {num_classes} class names allow 0 to {num_classes - 1}"
 
 
 def leave_out(

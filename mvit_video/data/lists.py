@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mvit_video.data.class_names import ClassNames, LabelOf, read_class_names
+from mvit_video.data.files import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, existing, parse_json, read_text
 from mvit_video.data.index import (
     LabelledVideo,
     VideoIndex,
@@ -17,7 +18,6 @@ from mvit_video.data.index import (
     out_of_range,
     relative,
 )
-from mvit_video.data.files import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, existing, parse_json, read_text
 from mvit_video.errors import DataError
 
 NO_FILE = "no such file"
@@ -84,7 +84,12 @@ def json_splits(
 
 
 def index_of_list(
-    video_list: VideoList, names: tuple[str, ...], base: str | Path, *, max_missing: float, labels: bool = True
+    video_list: VideoList,
+    names: tuple[str, ...],
+    base: str | Path,
+    *,
+    max_missing: float,
+    labels: bool = True,
 ) -> VideoIndex:
     """Turn the rows of a list into an index of the videos that exist, paths starting at `base`.
 
@@ -126,9 +131,7 @@ def index_of_rows(video_list: VideoList, names: tuple[str, ...], *, labels: bool
         elif label is None and labels:
             raise DataError(f"{file}, {unit} {row.number} ({video_id}): it has no label")
         elif label is not None and not 0 <= label < len(names):
-            raise DataError(
-                f"{file}, {unit} {row.number} ({video_id}): {out_of_range(label, len(names))}"
-            )
+            raise DataError(f"{file}, {unit} {row.number} ({video_id}): {out_of_range(label, len(names))}")
         if numbers.setdefault(video_id, row.number) != row.number:
             raise DataError(
                 f"{file}: {video_id} comes twice, in {unit} {numbers[video_id]} and {unit} {row.number}"

@@ -56,7 +56,9 @@ def pictures_of(path: str) -> list[str]:
     numbered = sorted((_number(name), name) for name in names)
     for (before, _), (number, name) in zip(numbered, numbered[1:], strict=False):
         if number != before + 1:
-            reason = f"picture {before + 1} is missing before {name}" if number > before else f"{name} comes twice"
+            reason = (
+                f"picture {before + 1} is missing before {name}" if number > before else f"{name} comes twice"
+            )
             raise VideoError(path, reason)
     return [os.path.join(path, name) for _, name in numbered]  # noqa: PTH118
 
@@ -67,7 +69,9 @@ class StillsVideo:
     `frame_rate` is the rate at which they were extracted, which pictures don't tell.
     """
 
-    def __init__(self, path: str | Path, *, device: torch.device | None = None, frame_rate: float = 30.0) -> None:
+    def __init__(
+        self, path: str | Path, *, device: torch.device | None = None, frame_rate: float = 30.0
+    ) -> None:
         self.path = str(path)
         self._device = device or torch.device("cpu")
         self._files = pictures_of(self.path)
