@@ -30,6 +30,10 @@ class LabelledVideo:
     id: str
 
 
+class NothingThereError(DataError):
+    """None of the videos of a list exist."""
+
+
 class LeftOut(NamedTuple):
     """A video that a list names and that can't be used."""
 
@@ -106,7 +110,7 @@ def leave_out(
         remedy: what to do about it, the end of the error.
 
     Raises:
-        DataError: no video is left, or more than `max_missing` are missing.
+        NothingThereError: no video is left. DataError: more than `max_missing` are missing.
         ConfigError: `max_missing` isn't a share.
     """
     if not 0 <= max_missing <= 1:
@@ -117,7 +121,9 @@ def leave_out(
     first = f"{out[0].video.path}: {out[0].reason}"
     total = len(index.videos)
     if len(out) == total:
-        raise DataError(f"{source}: none of its {total} videos can be read, the first is {first}; {remedy}")
+        raise NothingThereError(
+            f"{source}: none of its {total} videos can be read, the first is {first}; {remedy}"
+        )
     message = f"{source}: {len(out)} of its {total} videos can't be read, the first is {first}"
     if len(out) > max_missing * total:
         raise DataError(f"{message}; {remedy}, or allow it: max_missing={max_missing} is the share allowed")

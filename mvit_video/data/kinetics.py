@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import csv
+import logging
 import os
 import re
 from pathlib import Path
 from typing import NamedTuple
 
 from mvit_video.data.class_names import ClassNames, read_class_names
+from mvit_video.data.decode.stills import entry_on_disk
 from mvit_video.data.files import VIDEO_EXTENSIONS, existing, existing_folder, find_first, read_text
-from mvit_video.data.index import VideoIndex, VideoSplits, files_below, folder_splits, leave_out
+from mvit_video.data.index import (
+    NothingThereError,
+    VideoIndex,
+    VideoSplits,
+    files_below,
+    folder_splits,
+    leave_out,
+)
 from mvit_video.data.lists import NO_FILE, Row, VideoList, index_of_list, index_of_rows, read_csv
 from mvit_video.errors import DataError
+
+log = logging.getLogger(__name__)
 
 _SPLITS = {"train": ("train",), "val": ("val", "validate", "validation"), "test": ("test",)}
 # <youtube id>_<start>_<end>; an id may contain underscores
@@ -85,10 +96,11 @@ def kinetics_splits(
                 video_list = read_csv(file)
                 base = _base_of(video_list, root, split)
                 found[split] = index_of_list(video_list, names, base, max_missing=share, labels=labels)
-        except DataError:
+        except NothingThereError as error:
             # A list of the test videos comes with every copy, the videos themselves seldom do.
             if split != "test" or given["test"] is not None:
                 raise
+            log.info("no test split: %s", error)
     return VideoSplits(found["train"], found["val"], found.get("test"))
 
 
@@ -188,7 +200,7 @@ def _choose(paths: list[str], folders: tuple[str, ...], root: Path) -> str | Non
     """One of a clip's files: a replacement of a corrupted one first, then one in a folder of the split."""
 
     def rank(path: str) -> tuple[bool, bool, str]:
-        parents = path.removeprefix(str(root)).lower().split(os.sep)[:-1]
+        parents = Path(path.removeprefix(str(root)).lower()).parts[:-1]
         replaced = any("replacement" in parent for parent in parents)
         of_split = any(name in parent for name in folders for parent in parents)
         return not replaced, not of_split, path
@@ -207,4 +219,8 @@ def _base_of(video_list: VideoList, root: Path, split: str) -> Path:
         root / f"{prefix}{name}" for name in _SPLITS[split] for prefix in ("", "videos_", "rawframes_")
     ]
     folders += [root / "videos"]
-    return max(folders, key=lambda folder: sum((folder / path).exists() for path in first))
+
+    def there(folder: Path) -> int:
+        return sum(Path(entry_on_disk(str(folder / path))).exists() for path in first)
+
+    return max(folders, key=there)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,9 +10,11 @@ from pathlib import Path
 from mvit_video.data.class_names import ClassNames, read_class_names
 from mvit_video.data.decode.stills import run_of_pictures
 from mvit_video.data.files import VIDEO_EXTENSIONS, existing, existing_folder, find_first, parse_json
-from mvit_video.data.index import VideoIndex, VideoSplits, leave_out
+from mvit_video.data.index import NothingThereError, VideoIndex, VideoSplits, leave_out
 from mvit_video.data.lists import NO_FILE, Row, VideoList, index_of_rows
 from mvit_video.errors import DataError
+
+log = logging.getLogger(__name__)
 
 _PREFIX = "something-something-v2-"
 _NAMES = {"train": ("train",), "val": ("validation", "val"), "test": ("test",)}
@@ -37,8 +40,9 @@ def ssv2_splits(
         labels, train, val, test: the official files; by default `labels.json`, `train.json`,
             `validation.json` and `test.json`, also with `something-something-v2-` in front, in `root`,
             `root/labels` or `root/annotations`. The test list has no labels.
-        videos: the folder of `<id>.webm` (or another kind of video) or of folders `<id>/` of numbered pictures;
-            by default `root/20bn-something-something-v2`, `videos`, `frames`, `rawframes` or `root` itself.
+        videos: the folder of `<id>.webm` (or another kind of video) or of folders `<id>/` of numbered
+            pictures; by default `root/20bn-something-something-v2`, `videos`, `frames`,
+            `rawframes` or `root`.
         frame_lists: PySlowFast's lists of training and validation frames (`original_vido_id video_id frame_id
             path labels`), looked for as given and in `root`; their paths start at `videos`.
         class_names: used where there is no labels file.
@@ -69,9 +73,10 @@ def ssv2_splits(
             paths = _runs(existing(frame_list if frame_list.is_file() else root / frame_list), folder)
         try:
             found[split] = _index(file, names, folder, paths, 1.0 if split == "test" else max_missing, split)
-        except DataError:
+        except NothingThereError as error:
             if split != "test" or given is not None:
                 raise
+            log.info("no test split: %s", error)
     return VideoSplits(found["train"], found["val"], found.get("test"))
 
 
@@ -139,6 +144,8 @@ def _runs(file: Path, folder: Path) -> dict[str, str]:
     last, count = "", 0
     for number, video, path in _frames(file):
         if first and video == first[0]:
+            if (len(path), path) <= (len(last), last):
+                raise DataError(f"{file}, line {number}: {path} comes after {last}; expected rising numbers")
             last, count = path, count + 1
             continue
         if first:
@@ -179,6 +186,7 @@ def _run(file: Path, folder: Path, first: list[str], last: str, count: int) -> s
             run = None
     if run is None:
         raise DataError(
-            f"{file}, line {line}: the {count} frames of {video} from {path} to {last} are not numbered one by one"
+            f"{file}, line {line}: the {count} frames of {video} from {path} to {last} "
+            "are not numbered one by one"
         )
     return os.path.join(folder, run)  # noqa: PTH118
