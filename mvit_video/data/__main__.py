@@ -84,7 +84,7 @@ def _index_path(config: DictConfig) -> Path:
     if config.index is not None:
         return Path(config.index).expanduser()
     for key in ("path", "root"):
-        value = config.data[key] if key in config.data.keys() else None  # "in" alone passes over unset ones
+        value = config.data[key] if key in list(config.data) else None  # raises where it is unset
         if value is not None:
             place = Path(value).expanduser()
             return place if key == "path" and not place.is_dir() else place / INDEX_NAME

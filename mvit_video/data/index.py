@@ -190,13 +190,15 @@ def image_folder_splits(root: str | Path, *, val_fraction: float = 0.2, seed: in
 def find_videos(paths: str | Path | Iterable[str | Path]) -> list[str]:
     """List the video files to predict on: files as given, folders searched at any depth, in sorted order.
 
+    Of a folder without videos its pictures are taken.
+
     Raises:
         DataError: a path is missing, or a folder has no videos.
     """
     found: list[str] = []
     for path in [paths] if isinstance(paths, str | Path) else paths:
         path = existing(path)
-        files = files_below(path) if path.is_dir() else [str(path)]
+        files = files_below(path) or files_below(path, IMAGE_EXTENSIONS) if path.is_dir() else [str(path)]
         if not files:
             raise DataError(f"no videos found in {path}; expected files such as {path / 'video.mp4'}")
         found += files
