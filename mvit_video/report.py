@@ -33,6 +33,20 @@ def plot_history(epochs: Sequence[dict[str, float]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def plot_durations(seconds: Sequence[float], path: Path) -> None:
+    """Histogram of the durations of videos; the longest hundredth shares the last bar."""
+    ordered = sorted(seconds)
+    longest = ordered[int(0.99 * (len(ordered) - 1))]
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.hist([min(value, longest) for value in ordered], bins=50)
+    axes.set(
+        xlabel="seconds", ylabel="videos", title=f"{len(ordered)} videos, the longest {ordered[-1]:.1f} s"
+    )
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
 def plot_confusion(counts: Tensor, class_names: Sequence[str], path: Path) -> None:
     """Confusion matrix: ``counts[i, j]`` videos of class i were taken for class j; rows shown as shares."""
     num_classes = len(class_names)

@@ -257,7 +257,7 @@ def read_test_views(video: Video, protocol: Protocol) -> tuple[Tensor, list[tupl
             target_fps=protocol.target_fps,
         )
     sizes = {"short_side": protocol.short_side, "crop": protocol.crop}
-    round_pixels = protocol.pixels == "torchvision"
+    round_pixels = protocol.pixels != "slowfast"
     if round_pixels:
         crops = [torchvision_spatial_view(video.height, video.width, **sizes)]
     else:
@@ -268,7 +268,13 @@ def read_test_views(video: Video, protocol: Protocol) -> tuple[Tensor, list[tupl
     frames = video.get_frames(needed)  # one decode, however many views
     spans = [(video.frame_time(clip[0]), video.frame_time(clip[-1])) for clip in clips for _ in crops]
     clip_pixels = test_clips(
-        frames, positions, crops, mean=protocol.mean, std=protocol.std, round_pixels=round_pixels
+        frames,
+        positions,
+        crops,
+        mean=protocol.mean,
+        std=protocol.std,
+        round_pixels=round_pixels,
+        bicubic=protocol.pixels == "image",
     )
     return clip_pixels, spans
 

@@ -1,4 +1,4 @@
-"""Files on disk: what counts as a video or a picture, and reading text with errors that name file and line."""
+"""Files on disk: what counts as a video or a picture, and reading text with errors that name the line."""
 
 from __future__ import annotations
 

@@ -30,6 +30,10 @@ class LabelledVideo:
     id: str
 
 
+class NothingThereError(DataError):
+    """None of the videos of a list exist."""
+
+
 class LeftOut(NamedTuple):
     """A video that a list names and that can't be used."""
 
@@ -92,9 +96,7 @@ class VideoSplits:
 
 
 def out_of_range(label: int, num_classes: int) -> str:
-    return (
-        f"label {label} is out of range; {num_classes} class names allow 0 to {num_classes - 1}"
-    )
+    return f"label {label} is out of range; {num_classes} class names allow 0 to {num_classes - 1}"
 
 
 def leave_out(
@@ -108,7 +110,7 @@ def leave_out(
         remedy: what to do about it, the end of the error.
 
     Raises:
-        DataError: no video is left, or more than `max_missing` are missing.
+        NothingThereError: no video is left. DataError: more than `max_missing` are missing.
         ConfigError: `max_missing` isn't a share.
     """
     if not 0 <= max_missing <= 1:
@@ -119,7 +121,9 @@ def leave_out(
     first = f"{out[0].video.path}: {out[0].reason}"
     total = len(index.videos)
     if len(out) == total:
-        raise DataError(f"{source}: none of its {total} videos can be read, the first is {first}; {remedy}")
+        raise NothingThereError(
+            f"{source}: none of its {total} videos can be read, the first is {first}; {remedy}"
+        )
     message = f"{source}: {len(out)} of its {total} videos can't be read, the first is {first}"
     if len(out) > max_missing * total:
         raise DataError(f"{message}; {remedy}, or allow it: max_missing={max_missing} is the share allowed")
@@ -186,13 +190,15 @@ def image_folder_splits(root: str | Path, *, val_fraction: float = 0.2, seed: in
 def find_videos(paths: str | Path | Iterable[str | Path]) -> list[str]:
     """List the video files to predict on: files as given, folders searched at any depth, in sorted order.
 
+    Of a folder without videos its pictures are taken.
+
     Raises:
         DataError: a path is missing, or a folder has no videos.
     """
     found: list[str] = []
     for path in [paths] if isinstance(paths, str | Path) else paths:
         path = existing(path)
-        files = files_below(path) if path.is_dir() else [str(path)]
+        files = files_below(path) or files_below(path, IMAGE_EXTENSIONS) if path.is_dir() else [str(path)]
         if not files:
             raise DataError(f"no videos found in {path}; expected files such as {path / 'video.mp4'}")
         found += files

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from mvit_video.data.class_names import ClassNames, LabelOf, read_class_names
+from mvit_video.data.decode.stills import entry_on_disk
+from mvit_video.data.files import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, existing, parse_json, read_text
 from mvit_video.data.index import (
     LabelledVideo,
     VideoIndex,
@@ -17,10 +20,11 @@ from mvit_video.data.index import (
     out_of_range,
     relative,
 )
-from mvit_video.data.files import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, existing, parse_json, read_text
 from mvit_video.errors import DataError
 
 NO_FILE = "no such file"
+# mmaction2's lists of frames: `folder frames label`
+_FOLDER_AND_COUNT = re.compile(r"[^.]*\S \d+")
 _FILE_ENDINGS = VIDEO_EXTENSIONS + IMAGE_EXTENSIONS
 
 
@@ -84,7 +88,12 @@ def json_splits(
 
 
 def index_of_list(
-    video_list: VideoList, names: tuple[str, ...], base: str | Path, *, max_missing: float, labels: bool = True
+    video_list: VideoList,
+    names: tuple[str, ...],
+    base: str | Path,
+    *,
+    max_missing: float,
+    labels: bool = True,
 ) -> VideoIndex:
     """Turn the rows of a list into an index of the videos that exist, paths starting at `base`.
 
@@ -101,10 +110,10 @@ def index_of_list(
     ]
     rows = [row._replace(id=relative(row.path, base)) if row.id is None else row for row in rows]
     index = index_of_rows(video_list._replace(rows=rows), names, labels=labels)
-    there = _existing_paths([video.path for video in index.videos])
+    there = _existing_paths(entry_on_disk(video.path) for video in index.videos)
     return leave_out(
         index,
-        {video.id: NO_FILE for video in index.videos if video.path not in there},
+        {video.id: NO_FILE for video in index.videos if entry_on_disk(video.path) not in there},
         source=video_list.file,
         max_missing=max_missing,
         remedy=f"relative paths start at root={base}",
@@ -126,9 +135,7 @@ def index_of_rows(video_list: VideoList, names: tuple[str, ...], *, labels: bool
         elif label is None and labels:
             raise DataError(f"{file}, {unit} {row.number} ({video_id}): it has no label")
         elif label is not None and not 0 <= label < len(names):
-            raise DataError(
-                f"{file}, {unit} {row.number} ({video_id}): {out_of_range(label, len(names))}"
-            )
+            raise DataError(f"{file}, {unit} {row.number} ({video_id}): {out_of_range(label, len(names))}")
         if numbers.setdefault(video_id, row.number) != row.number:
             raise DataError(
                 f"{file}: {video_id} comes twice, in {unit} {numbers[video_id]} and {unit} {row.number}"
@@ -139,7 +146,15 @@ def index_of_rows(video_list: VideoList, names: tuple[str, ...], *, labels: bool
 
 def read_csv(file: Path) -> VideoList:
     """The rows of a list in one of the forms of `csv_splits`; a line of a path alone has no label."""
-    return VideoList(file, list(_parse_lines(file)))
+    rows = list(_parse_lines(file))
+    if rows and all(_FOLDER_AND_COUNT.fullmatch(row.path) for row in rows):
+        rows = [row._replace(path=_mmaction_frames(row.path)) for row in rows]
+    return VideoList(file, rows)
+
+
+def _mmaction_frames(path: str) -> str:
+    folder, _, count = path.rpartition(" ")
+    return f"{folder}/img_[00001-{int(count):05}].jpg"
 
 
 def _parse_lines(file: Path) -> Iterator[Row]:
@@ -150,8 +165,8 @@ def _parse_lines(file: Path) -> Iterator[Row]:
             continue
         if len(fields) > 2 or not all(fields):
             raise DataError(f"{file}, line {number}: expected `path label` or `path,label`, got {line!r}")
-        path, label = (*fields, None)[:2]
-        yield Row(number, path, int(label) if label is not None and _is_integer(label) else label)
+        label = fields[1] if len(fields) == 2 else None
+        yield Row(number, fields[0], int(label) if label is not None and _is_integer(label) else label)
 
 
 def _split_line(line: str) -> list[str]:
@@ -176,9 +191,10 @@ def _read_json(file: Path) -> VideoList:
         raise DataError(f'{file}: expected a list of {{"path": ..., "label": ...}}')
     rows: list[Row] = []
     for number, entry in enumerate(entries, start=1):
+        label: int | str | None
         match entry:
-            case {"path": str(path), "label": (int() | str()) as label} if not isinstance(label, bool):
-                pass
+            case {"path": str(path), "label": (int() | str()) as known} if not isinstance(known, bool):
+                label = known
             case {"path": str(path), **rest} if "label" not in rest:
                 label = None
             case _:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ def test_clips(
     mean: RGB,
     std: RGB,
     round_pixels: bool = False,  # noqa: PT028 (no test)
+    bicubic: bool = False,  # noqa: PT028
 ) -> Tensor:
     """Cut the views of one video: every clip with every crop, crops varying fastest.
 
@@ -30,13 +32,16 @@ def test_clips(
         views: crops of one resized picture.
         mean, std: of RGB in [0, 1].
         round_pixels: resized pictures have whole levels, as torchvision leaves them.
+        bicubic: resized as Pillow does it, antialiased.
 
     Returns:
         float (clips * views, 3, T, crop, crop)
     """
     view = views[0]
-    # Bilinear without antialiasing, as in the official code. It commutes with normalisation.
-    resized = _resize(frames, view.resized_height, view.resized_width)
+    if bicubic:
+        resized = _resize_bicubic(frames, view.resized_height, view.resized_width)
+    else:  # bilinear without antialiasing, as in the official code; it commutes with normalisation
+        resized = _resize(frames, view.resized_height, view.resized_width)
     resized = normalise(resized.round() if round_pixels else resized, mean, std)
     crops = [resized[:, :, v.top : v.top + v.crop, v.left : v.left + v.crop] for v in views]
     return torch.stack([crop[list(clip)].transpose(0, 1) for clip in clips for crop in crops])
@@ -69,3 +74,12 @@ def _resize(frames: Tensor, height: int, width: int) -> Tensor:
     if frames.shape[-2:] == (height, width):
         return frames
     return F.interpolate(frames, size=(height, width), mode="bilinear", align_corners=False)
+
+
+def _resize_bicubic(frames: Tensor, height: int, width: int) -> Tensor:
+    if frames.shape[-2:] == (height, width):
+        return frames.float()
+    options: dict[str, Any] = {"mode": "bicubic", "align_corners": False, "antialias": True}
+    if frames.device.type == "cpu":  # its kernel for bytes is Pillow's
+        return F.interpolate(frames, size=(height, width), **options).float()
+    return F.interpolate(frames.float(), size=(height, width), **options).clamp(0, 255)

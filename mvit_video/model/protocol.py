@@ -21,7 +21,8 @@ class Protocol:
             a frame from each of ``clip_frames`` equal segments (Something-Something); "torchvision":
             ``num_clips`` clips as torchvision's reference spreads them, see ``torchvision_frame_indices``.
         pixels: "slowfast": pictures stay unrounded when they are resized, an odd centre is rounded up;
-            "torchvision": they are rounded to whole levels, an odd centre goes to the even neighbour.
+            "torchvision": they are rounded to whole levels, an odd centre goes to the even neighbour;
+            "image": as that, and resized by Pillow's antialiased bicubic filter (ImageNet).
         num_clips, num_crops: temporal and spatial views of a video in tests.
         short_side, crop: pixels of the resized short side and of the square crop in tests.
         mean, std: of RGB in [0, 1].
@@ -31,7 +32,7 @@ class Protocol:
     stride: int = 4
     target_fps: float = 30.0
     sampling: Literal["uniform", "segment", "torchvision"] = "uniform"
-    pixels: Literal["slowfast", "torchvision"] = "slowfast"
+    pixels: Literal["slowfast", "torchvision", "image"] = "slowfast"
     num_clips: int = 5
     num_crops: int = 1
     short_side: int = 256
@@ -45,7 +46,7 @@ class Protocol:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         for name, known in (
             ("sampling", ("uniform", "segment", "torchvision")),
-            ("pixels", ("slowfast", "torchvision")),
+            ("pixels", ("slowfast", "torchvision", "image")),
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
@@ -53,8 +54,8 @@ class Protocol:
             raise ValueError(
                 f"num_crops must be 1 (centre) or 3 (along the longer side), got {self.num_crops}"
             )
-        if self.pixels == "torchvision" and self.num_crops != 1:
-            raise ValueError(f"num_crops must be 1 where pixels is 'torchvision', got {self.num_crops}")
+        if self.pixels != "slowfast" and self.num_crops != 1:
+            raise ValueError(f"num_crops must be 1 where pixels is {self.pixels!r}, got {self.num_crops}")
         if self.crop > self.short_side:
             raise ValueError(f"crop {self.crop} must not exceed short_side {self.short_side} (pixels)")
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:

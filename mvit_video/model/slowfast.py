@@ -333,6 +333,7 @@ def _protocol(cfg: Mapping[str, Any], data: dict[str, Any]) -> Protocol:
         clip_frames=data["NUM_FRAMES"],
         stride=1 if image else data["SAMPLING_RATE"],
         target_fps=float(data["TARGET_FPS"]),
+        pixels="image" if image else "slowfast",
         sampling="segment" if segments else "uniform",
         num_clips=1 if image or segments else test.get("NUM_ENSEMBLE_VIEWS", 5),
         num_crops=num_crops,

@@ -50,7 +50,9 @@ _IMAGE = MViTConfig(
     rel_pos_temporal=False,
     head_dropout=0.0,
 )
-_IMAGE_PROTOCOL = Protocol(clip_frames=1, stride=1, num_clips=1, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+_IMAGE_PROTOCOL = Protocol(
+    clip_frames=1, stride=1, num_clips=1, pixels="image", mean=IMAGENET_MEAN, std=IMAGENET_STD
+)
 
 
 def _image(**layout: Any) -> Variant:

@@ -202,10 +202,11 @@ def test_json_list(videos: Path) -> None:
         ("v/a.mp4 swim\n", "line 1 (v/a.mp4): unknown class 'swim'; the classes are run, jump"),
         ("v/a.mp4 0\nv/b.mp4 0\n./v/a.mp4 1\n", "train.csv: v/a.mp4 comes twice, in line 1 and line 3"),
         ("v/a.mp4 0\n\n\nv/b.mp4 9\n", "train.csv, line 4 (v/b.mp4): label 9"),
-        ("w/a.mp4 0\nw/b.mp4 0\n", "none of its 2 videos can be read, the first is {root}/w/a.mp4: no such file; "
-         "relative paths start at root={root}"),
-        ("v/a.mp4 0\nw/b.mp4 0\n", "1 of its 2 videos can't be read, the first is {root}/w/b.mp4: no such file; "
-         "relative paths start at root={root}, or allow it: max_missing=0.2 is the share allowed"),
+        ("w/a.mp4 0\nw/b.mp4 0\n", "none of its 2 videos can be read, the first is {root}/w/a.mp4: "
+         "no such file; relative paths start at root={root}"),
+        ("v/a.mp4 0\nw/b.mp4 0\n", "1 of its 2 videos can't be read, the first is {root}/w/b.mp4: "
+         "no such file; relative paths start at root={root}, or allow it: max_missing=0.2 is the share "
+         "allowed"),
     ],
 )  # fmt: skip
 def test_csv_mistakes_are_named(videos: Path, text: str, message: str) -> None:

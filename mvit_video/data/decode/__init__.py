@@ -85,7 +85,9 @@ def open_video(
             f"decoder backend {backend!r} is not possible, choose one of: {', '.join(BACKENDS)}"
         )
     if is_stills(path):
-        return StillsVideo(path, device=choice.resolve(device, nvdec_possible=False)[0], frame_rate=frame_rate)
+        return StillsVideo(
+            path, device=choice.resolve(device, nvdec_possible=False)[0], frame_rate=frame_rate
+        )
     if backend == "decord":
         if device not in ("auto", "cpu"):
             raise ConfigError("decord decodes on the CPU only: decoder.device=cpu, or decoder.backend=pyav")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Sequence
@@ -26,11 +27,16 @@ def is_stills(path: str | Path) -> bool:
 
 
 def run_of_pictures(first: str, last: str) -> str | None:
-    """The path that means all pictures from `first` to `last`, None where they don't differ by number alone."""
+    """The path that means all pictures from `first` to `last`, or None: they differ by more than a number."""
     one, other = re.search(r"(\d+)(\.\w+)$", first), re.search(r"(\d+)(\.\w+)$", last)
     if one is None or other is None or one[2] != other[2] or first[: one.start()] != last[: other.start()]:
         return None
     return f"{first[: one.start()]}[{one[1]}-{other[1]}]{one[2]}"
+
+
+def entry_on_disk(path: str) -> str:
+    """What has to exist where a path says so: the folder of a run of pictures, else the path itself."""
+    return os.path.dirname(path) if _RUN.match(path) else path  # noqa: PTH120 (240,000 a second)
 
 
 def pictures_of(path: str) -> list[str]:
@@ -54,10 +60,11 @@ def pictures_of(path: str) -> list[str]:
     if not names:
         raise VideoError(path, "this is a directory, not a video file, and has no pictures either")
     numbered = sorted((_number(name), name) for name in names)
-    for (before, _), (number, name) in zip(numbered, numbered[1:], strict=False):
+    for (before, _), (number, name) in itertools.pairwise(numbered):
+        if number == before:
+            raise VideoError(path, f"two of its pictures have the number of {name}")
         if number != before + 1:
-            reason = f"picture {before + 1} is missing before {name}" if number > before else f"{name} comes twice"
-            raise VideoError(path, reason)
+            raise VideoError(path, f"picture {before + 1} is missing before {name}")
     return [os.path.join(path, name) for _, name in numbered]  # noqa: PTH118
 
 
@@ -67,7 +74,9 @@ class StillsVideo:
     `frame_rate` is the rate at which they were extracted, which pictures don't tell.
     """
 
-    def __init__(self, path: str | Path, *, device: torch.device | None = None, frame_rate: float = 30.0) -> None:
+    def __init__(
+        self, path: str | Path, *, device: torch.device | None = None, frame_rate: float = 30.0
+    ) -> None:
         self.path = str(path)
         self._device = device or torch.device("cpu")
         self._files = pictures_of(self.path)

@@ -1,0 +1,257 @@
+"""Look at every video of a data set once: make its index file, say what is wrong, compare it with disks."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+from rich.progress import track
+from torch.utils.data import DataLoader, Dataset
+
+from mvit_video.data.files import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
+from mvit_video.data.index import LabelledVideo, VideoSplits, files_below
+from mvit_video.data.lists import NO_FILE
+from mvit_video.data.probe import probe, stat_of
+from mvit_video.data.table import Entry, Facts, Table, read_table, write_table
+from mvit_video.errors import DataError, VideoError
+
+log = logging.getLogger(__name__)
+
+_AT_ONCE = 1000  # files whose size and time one thread asks for
+
+
+class Problem(NamedTuple):
+    """Something to mend: `kind` is missing, corrupt, duplicate or label mismatch."""
+
+    kind: str
+    split: str
+    id: str
+    path: str
+    detail: str
+
+
+class Changes(NamedTuple):
+    """How a disk differs from an index, as paths."""
+
+    missing: list[str]
+    changed: list[str]
+    returned: list[str]  # were missing
+    new: list[str]
+
+
+def prepare(
+    splits: VideoSplits, file: Path, *, root: Path | None, num_workers: int, frame_rate: float = 30.0
+) -> Table:
+    """Probe all videos and write the index file; what an earlier run has found out is kept.
+
+    Finished videos are noted beside the index as they are done: a run that was killed goes on where it was.
+
+    Args:
+        file: the index to write, or to bring up to date: only files whose size or time changed are read.
+        root: the folder of the data set, to find files that it doesn't name.
+        num_workers: processes that read videos; 0 reads them in this one.
+        frame_rate: of folders of pictures.
+
+    Raises:
+        DataError: an older index can't be read, the new one can't be written, or a process died.
+    """
+    listed = [(split, _absolute(video)) for split, video in _videos_of(splits)]
+    paths = list(dict.fromkeys(video.path for _, video in listed))
+    journal = file.with_name(file.name + ".unfinished")
+    known = _read_journal(journal)
+    if file.is_file():
+        known = {entry.video.path: entry.facts for entry in read_table(file).entries} | known
+    facts: dict[str, Facts] = {}
+    todo: list[str] = []
+    for path, stat in zip(paths, _stats(paths), strict=True):
+        if isinstance(stat, str):
+            facts[path] = Facts(error=stat)
+        elif path in known and (known[path].size, known[path].mtime_ns) == stat:
+            facts[path] = known[path]
+        else:
+            todo.append(path)
+    log.info("%d videos: %d to read, %d known or missing", len(paths), len(todo), len(facts))
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with journal.open("a", encoding="utf-8", buffering=1) as notes:
+            found = _probe_all(todo, num_workers, frame_rate)
+            for path, new in track(found, "reading", total=len(todo), disable=not todo):
+                facts[path] = new
+                notes.write(json.dumps([path, *new]) + "\n")
+        entries = [Entry(split, video, facts[video.path]) for split, video in listed]
+        table = Table(entries, splits.class_names, None if root is None else str(root.absolute()))
+        table = Table(entries, splits.class_names, table.root, tuple(_unlisted(table)))
+        write_table(file, table)
+        journal.unlink()
+    except OSError as error:
+        raise DataError(f"{file} can't be written ({error}); choose another place: index=FILE") from None
+    return table
+
+
+def find_problems(table: Table) -> list[Problem]:
+    """Missing and corrupt files; content that comes twice, and that has two labels."""
+    problems: list[Problem] = []
+    first: dict[str, Entry] = {}
+    for entry in table.entries:
+        split, video, facts = entry
+        if facts.error is not None:
+            kind = "missing" if facts.error == NO_FILE else "corrupt"
+            problems.append(Problem(kind, split, video.id, video.path, facts.error))
+        if not facts.sha256:
+            continue
+        other = first.setdefault(facts.sha256, entry)
+        if other is entry:
+            continue
+        same = f"{other.split} {other.video.id}"
+        problems.append(Problem("duplicate", split, video.id, video.path, f"the same content as {same}"))
+        labels = (video.label, other.video.label)
+        if None not in labels and labels[0] != labels[1]:
+            mine, theirs = (table.class_names[label] for label in labels if label is not None)
+            detail = f"{mine!r} here, {theirs!r} in {same}"
+            problems.append(Problem("label mismatch", split, video.id, video.path, detail))
+    return problems
+
+
+def summary(table: Table, problems: Sequence[Problem]) -> dict[str, Any]:
+    """Counts for people and programs: splits, classes, durations in seconds, codecs, problems."""
+    usable = [entry for entry in table.entries if entry.facts.error is None]
+    per_class = Counter((entry.split, entry.video.label) for entry in usable)
+    splits = [split for split in ("train", "val", "test") if any(e.split == split for e in table.entries)]
+    seconds = sorted(entry.facts.duration for entry in usable)
+    return {
+        "videos": len(table.entries),
+        "splits": {
+            split: {
+                "videos": sum(entry.split == split for entry in usable),
+                "hours": sum(entry.facts.duration for entry in usable if entry.split == split) / 3600,
+                **{
+                    kind: sum(problem.kind == kind and problem.split == split for problem in problems)
+                    for kind in ("missing", "corrupt", "duplicate", "label mismatch")
+                },
+            }
+            for split in splits
+        },
+        "classes": {
+            name: {split: per_class[split, label] for split in splits}
+            for label, name in enumerate(table.class_names)
+        },
+        "without_label": sum(entry.video.label is None for entry in usable),
+        "seconds": {"shortest": seconds[0], "median": median(seconds), "longest": seconds[-1]}
+        if seconds
+        else {},
+        "codecs": dict(Counter(entry.facts.codec for entry in usable).most_common()),
+        "unlisted_files": len(table.unlisted),
+    }
+
+
+def _spread(ordered: list[float]) -> tuple[float, ...]:
+    return (ordered[0], median(ordered), ordered[-1]) if ordered else ()
+
+
+def compare(table: Table) -> Changes:
+    """How the disk differs from an index; nothing is decoded."""
+    facts = {entry.video.path: entry.facts for entry in table.entries}
+    changes = Changes([], [], [], [])
+    for (path, old), stat in zip(facts.items(), _stats(list(facts)), strict=True):
+        if isinstance(stat, str):
+            if old.error != stat:
+                changes.missing.append(path)
+        elif old.error == NO_FILE:
+            changes.returned.append(path)
+        elif stat != (old.size, old.mtime_ns):
+            changes.changed.append(path)
+    changes.new.extend(path for path in _unlisted(table) if path not in set(table.unlisted))
+    return changes
+
+
+def _videos_of(splits: VideoSplits) -> Iterator[tuple[str, LabelledVideo]]:
+    for split in ("train", "val", "test"):
+        index = getattr(splits, split)
+        if index is not None:
+            for video in chain(index.videos, (out.video for out in index.left_out)):
+                yield split, video
+
+
+def _absolute(video: LabelledVideo) -> LabelledVideo:
+    return LabelledVideo(os.path.abspath(video.path), video.label, video.id)  # noqa: PTH100 (speed)
+
+
+def _stats(paths: list[str]) -> Iterable[tuple[int, int] | str]:
+    """Size and time of each path, or why there are none; many at once, for network disks."""
+    parts = [paths[start : start + _AT_ONCE] for start in range(0, len(paths), _AT_ONCE)]
+    with ThreadPoolExecutor(16) as pool:
+        return list(chain.from_iterable(pool.map(lambda part: [_stat(path) for path in part], parts)))
+
+
+def _stat(path: str) -> tuple[int, int] | str:
+    try:
+        return stat_of(path)
+    except VideoError as error:
+        return error.reason
+
+
+def _unlisted(table: Table) -> list[str]:
+    """Files below the root of the kinds that the index has, and that it doesn't name."""
+    if table.root is None or not Path(table.root).is_dir():
+        return []
+    named = {entry.video.path for entry in table.entries}
+    files = [path for path in named if not path.endswith(IMAGE_EXTENSIONS) or "[" not in path]
+    kinds = [
+        kind for kind in (VIDEO_EXTENSIONS, IMAGE_EXTENSIONS) if any(f.lower().endswith(kind) for f in files)
+    ]
+    found = files_below(Path(table.root), tuple(chain.from_iterable(kinds))) if kinds else []
+    return [path for path in found if path not in named]
+
+
+# Probing
+
+
+class _Probes(Dataset[tuple[str, Facts]]):
+    def __init__(self, paths: list[str], frame_rate: float) -> None:
+        self.paths, self.frame_rate = paths, frame_rate
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[str, Facts]:
+        return self.paths[index], probe(self.paths[index], self.frame_rate)
+
+
+def _probe_all(paths: list[str], num_workers: int, frame_rate: float) -> Iterator[tuple[str, Facts]]:
+    if not paths:
+        return
+    dataset = _Probes(paths, frame_rate)
+    workers = min(num_workers, len(paths))
+    loader = DataLoader(dataset, batch_size=None, num_workers=workers)
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "exited unexpectedly" not in str(error):
+            raise
+        raise DataError(
+            "a process that read videos died: too little memory, or a file that crashes FFmpeg. "
+            "What is done is kept; num_workers=0 stops at the file"
+        ) from None
+
+
+def _read_journal(file: Path) -> dict[str, Facts]:
+    """What a killed run has noted; its last line may be torn."""
+    found: dict[str, Facts] = {}
+    if not file.is_file():
+        return found
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            path, *values = json.loads(line)
+            found[path] = Facts(*values)
+        except (ValueError, TypeError):  # noqa: PERF203 (a torn line)
+            continue
+    log.info("going on with an unfinished run: %d videos are done", len(found))
+    return found
