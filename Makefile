@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO := demo
 
-.PHONY: setup demo bench test test-all test-gpu lint format clean
+.PHONY: setup demo bench test test-all test-browser test-gpu lint format clean
 
 setup: $(VENV)/.installed
 
@@ -33,7 +33,11 @@ test: setup
 	$(BIN)/python -m pytest -q
 
 test-all: setup
-	$(BIN)/python -m pytest -q -m "not gpu"
+	$(BIN)/python -m pytest -q -m "not gpu and not browser"
+
+test-browser: setup
+	$(BIN)/python -m pip install --quiet playwright
+	$(BIN)/python -m pytest -q -m browser
 
 test-gpu: setup
 	$(BIN)/python -m pytest -q -m gpu

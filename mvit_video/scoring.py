@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -49,48 +50,53 @@ def score_videos(
     """Score every video with the views of ``model.protocol``, in order.
 
     Args:
-        batch_size: clips that go through the model at once; they come from several videos.
+        batch_size: clips that go through the model at once; a video's may be spread over several batches.
         num_workers, loader: how many processes or threads decode ahead.
     """
-    views = views_loader(
+    videos_views = views_loader(
         TestViews(videos, model.protocol, open_file=open_file),
         num_workers=num_workers,
         kind=loader,
         pin_memory=torch.device(device).type == "cuda" and num_workers > 0,
     )
     model = model.to(device).eval()
-    with closing(views):
-        for group in _groups(views, batch_size):
-            yield from _score_group(model, group, batch_size, device)
+    waiting: deque[VideoViews] = deque()  # videos whose scores aren't complete, without their clips
+    scores = torch.empty(0)  # (views, num_classes) that no video has got yet
+    with closing(videos_views):
+        for clips in _full_batches(videos_views, waiting, batch_size):
+            found = _softmax(model, clips.to(device, non_blocking=True))
+            scores = torch.cat([scores, found]) if len(scores) else found
+            while waiting and len(waiting[0].spans) <= len(scores):
+                views = waiting.popleft()
+                yield VideoScores(views.video, scores[: len(views.spans)], views.spans, views.error)
+                scores = scores[len(views.spans) :]
+    for views in waiting:  # bad ones after the last batch
+        yield VideoScores(views.video, torch.empty(0), [], views.error)
 
 
-def _groups(views: Iterable[VideoViews], batch_size: int) -> Iterator[list[VideoViews]]:
-    """Collect videos until their views fill a batch."""
-    group: list[VideoViews] = []
-    for video in views:
-        group.append(video)
-        if sum(len(v.spans) for v in group) >= batch_size:
-            yield group
-            group = []
-    if group:
-        yield group
+def _full_batches(
+    videos: Iterable[VideoViews], waiting: deque[VideoViews], batch_size: int
+) -> Iterator[Tensor]:
+    """Batches of exactly ``batch_size`` clips, across videos; the last one may be smaller.
+
+    Each video is noted in ``waiting``.
+    """
+    parts: list[Tensor] = []
+    count = 0
+    for views in videos:
+        waiting.append(replace(views, clips=torch.empty(0)))
+        if views.error is None:
+            parts.append(views.clips)
+            count += len(views.clips)
+        while count >= batch_size:
+            clips = torch.cat(parts) if len(parts) > 1 else parts[0]
+            yield clips[:batch_size]
+            count -= batch_size
+            parts = [clips[batch_size:]] if count else []
+    if parts:
+        yield torch.cat(parts)
 
 
 @torch.inference_mode()
-def _score_group(
-    model: MViT, group: list[VideoViews], batch_size: int, device: str | torch.device
-) -> Iterator[VideoScores]:
-    good = [views for views in group if views.error is None]
-    scores: Iterator[Tensor] = iter(())
-    if good:
-        clips = torch.cat([views.clips for views in good])
-        probabilities = [
-            model(part.to(device, non_blocking=True)).float().softmax(-1).cpu()
-            for part in clips.split(batch_size)
-        ]
-        scores = iter(torch.cat(probabilities).split([len(views.spans) for views in good]))
-    for views in group:
-        if views.error is None:
-            yield VideoScores(views.video, next(scores), views.spans)
-        else:
-            yield VideoScores(views.video, torch.empty(0), [], views.error)
+def _softmax(model: MViT, clips: Tensor) -> Tensor:
+    return model(clips).float().softmax(-1).cpu()

@@ -13,9 +13,6 @@ from conftest import Command
 
 import mvit_video as mv
 from mvit_video.cli import CONF_DIR, override_protocol
-from mvit_video.data.index import LabelledVideo
-from mvit_video.eval import accuracies, confusion
-from mvit_video.scoring import VideoScores
 
 
 @pytest.mark.parametrize("batch_size", [1, 7])
@@ -81,20 +78,3 @@ def test_scoring_equals_the_model_on_hand_cut_clips(two_classes: Path, checkpoin
             assert score == pytest.approx(scores[names[name]].item(), abs=1e-5)
     best = expected.mean(0).argmax().item()
     assert names[prediction.classes[0]] == best
-
-
-def test_accuracies_of_a_table_with_known_answers() -> None:
-    views = [
-        ([[0.6, 0.3, 0.1], [0.1, 0.8, 0.1]], 1),  # the mean is right, one clip isn't
-        ([[0.5, 0.4, 0.1], [0.5, 0.4, 0.1]], 2),
-        ([[0.2, 0.3, 0.5], [0.1, 0.1, 0.8]], 2),
-    ]
-    scores = [
-        VideoScores(LabelledVideo(f"{i}", label, f"{i}"), torch.tensor(rows), [(0.0, 1.0)] * 2)
-        for i, (rows, label) in enumerate(views)
-    ]
-    found = accuracies(scores, 3)
-    assert found == pytest.approx(
-        {"video_top1": 2 / 3, "video_top5": 1.0, "clip_top1": 3 / 6, "clip_top5": 1.0}
-    )
-    assert confusion(scores, 3).tolist() == [[0, 0, 0], [0, 1, 0], [1, 0, 1]]

@@ -9,9 +9,6 @@ from typing import Any
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
-
-MAX_NAMED_CLASSES = 60  # more names than this don't fit a confusion matrix
 
 
 def plot_history(epochs: Sequence[dict[str, float]], path: Path) -> None:
@@ -44,26 +41,6 @@ def plot_durations(seconds: Sequence[float], path: Path) -> None:
         xlabel="seconds", ylabel="videos", title=f"{len(ordered)} videos, the longest {ordered[-1]:.1f} s"
     )
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-
-
-def plot_confusion(counts: Tensor, class_names: Sequence[str], path: Path) -> None:
-    """Confusion matrix: ``counts[i, j]`` videos of class i were taken for class j; rows shown as shares."""
-    num_classes = len(class_names)
-    shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
-    size = min(max(4.0, 0.45 * num_classes), 16.0)  # inches, without the names
-    figure = Figure(figsize=(size + 4, size + 2.5), layout="constrained")
-    axes = figure.subplots()
-    image = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
-    figure.colorbar(image, ax=axes, label="share of the true class", fraction=0.05)
-    axes.set(xlabel="predicted", ylabel="true")
-    if num_classes <= MAX_NAMED_CLASSES:
-        axes.set_xticks(range(num_classes), class_names, rotation=90)
-        axes.set_yticks(range(num_classes), class_names)
-    if num_classes <= 20:
-        for i, j in counts.nonzero().tolist():
-            colour = "white" if shares[i, j] > 0.5 else "black"
-            axes.text(j, i, str(int(counts[i, j])), ha="center", va="center", color=colour)
     figure.savefig(path, dpi=120)
 
 

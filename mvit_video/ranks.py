@@ -1,0 +1,72 @@
+"""The processes of one job, as torchrun starts them: what one knows, all know."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from mvit_video.errors import MVitVideoError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's number and how many there are. Nothing here computes: values are small objects."""
+
+    rank: int = 0
+    size: int = 1
+    group: Any = None
+
+    def share(self, make: Callable[[], T]) -> T:
+        """What ``make`` gives the first process, in all of them; its error is raised in all of them."""
+        if self.size == 1:
+            return make()
+        answer: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                answer[0] = make()
+            except MVitVideoError as error:
+                answer[1] = error
+        self._together(lambda: dist.broadcast_object_list(answer, 0, self.group))
+        if answer[1] is not None:
+            raise answer[1]
+        return answer[0]
+
+    def gather(self, value: T) -> list[T]:
+        """Every process's value, in the order of their numbers, in all of them."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        self._together(lambda: dist.all_gather_object(values, value, self.group))
+        return values
+
+    def _together(self, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except RuntimeError as error:  # its text is about sockets
+            raise MVitVideoError(
+                f"process {self.rank} can't go on: another one of the {self.size} has ended early, "
+                "and its own message says why"
+            ) from error
+
+
+@contextmanager
+def process_group() -> Iterator[Ranks]:
+    """Join the processes that torchrun has started; alone without it."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield Ranks()
+        return
+    dist.init_process_group("gloo", timeout=timedelta(minutes=10))
+    try:
+        # One process may have far more to do than another; one that dies is noticed at once all the same.
+        group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+        yield Ranks(dist.get_rank(), dist.get_world_size(), group)
+    finally:
+        dist.destroy_process_group()
