@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +25,13 @@ from rich.progress import (
 )
 
 from mvit_video import cli
-from mvit_video.errors import ConfigError, DataError
+from mvit_video.errors import ConfigError, DataError, VideoError
 from mvit_video.predict.answers import COLUMNS, Answers, as_text, format_of
 from mvit_video.predict.inputs import STDIN, expand
-from mvit_video.predict.prediction import Prediction
+from mvit_video.predict.prediction import ClipPrediction, Prediction, best_classes
 from mvit_video.predict.recognizer import Recognizer
+from mvit_video.predict.render import annotate_video, plot_timeline
+from mvit_video.predict.timeline import write_srt, write_vtt
 from mvit_video.report import print_table
 
 log = logging.getLogger(__name__)
@@ -62,34 +68,39 @@ def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 def predict_files(config: DictConfig, files: list[str]) -> None:
     """Classify the files given as arguments and in ``config.videos``: a table, or a file."""
-    if config.topk < 1:
-        raise ConfigError(f"topk must be at least 1, got {config.topk}")
-    cli.check_loading(config)
+    _check(config)
     arguments = files + list(config.videos)
     if not arguments:
         raise ConfigError("no videos given; type their files or folders after the command")
     recognizer, weights = build_recognizer(config)
-    videos = expand(arguments)
+    if config.live:
+        watch(config, recognizer, arguments)
+        return
+    videos = [STDIN] if arguments == [STDIN] and config.window else expand(arguments)
     log.info("%d videos; %s", len(videos), recognizer.protocol)
-    settings = {"weights": weights, "protocol": str(recognizer.protocol), "topk": config.topk}
+    settings = {"weights": weights, "protocol": str(recognizer.protocol)}
+    settings |= {key: config[key] for key in ("topk", "window", "stride", "smoothing", "min_score")}
     answers: Answers | None = None
+    todo = videos
     if config.output:
-        format = format_of(config.output, config.format)
         answers = Answers(
-            config.output, format=format, settings=settings, per_clip=config.per_clip, resume=config.resume
+            config.output,
+            format=format_of(config.output, config.format),
+            settings=settings,
+            per_clip=config.per_clip,
+            resume=config.resume,
         )
         todo = [video for video in videos if video not in answers.finished]
         if len(todo) < len(videos):
             log.info("%d of them are in %s already", len(videos) - len(todo), config.output)
-    else:
-        todo = videos
     to_stdout = answers is None and config.format in ("jsonl", "csv")
     if to_stdout and config.format == "csv":
         print(",".join(COLUMNS))
+    found = _predictions(config, recognizer, todo, names=output_names(videos))
     shown: list[Prediction] = []
     errors = 0
     with answers or nullcontext():
-        for prediction in _tracked(recognizer.iterate(todo), len(videos), len(videos) - len(todo)):
+        for prediction in _tracked(found, len(videos), len(videos) - len(todo)):
             errors += prediction.error is not None
             if answers is not None:
                 answers.add(prediction)
@@ -105,6 +116,86 @@ def predict_files(config: DictConfig, files: list[str]) -> None:
         raise DataError("no video could be read")
 
 
+def watch(config: DictConfig, recognizer: Recognizer, sources: list[str]) -> None:
+    """Say what happens in each window of a live source as soon as it was seen, a line each."""
+    if len(sources) != 1 or not config.window:
+        raise ConfigError("live=true watches one stream, camera, file or pipe (-), and needs window=SECONDS")
+    lines = "jsonl" if config.output else config.format
+    with Path(config.output).open("a", encoding="utf-8") if config.output else nullcontext(sys.stdout) as out:
+        for clip in recognizer.watch(
+            sources[0], length=config.window, stride=config.stride or config.window / 2, follow=config.follow
+        ):
+            if lines == "jsonl":
+                text = json.dumps({"path": sources[0], **asdict(clip)})
+            else:
+                best = ", ".join(f"{n} {s:.3f}" for n, s in zip(clip.classes, clip.scores, strict=True))
+                text = f"{_span(clip.start, clip.end)}  {best}"
+            print(text, file=out, flush=True)
+
+
+def output_names(videos: list[str]) -> dict[str, Path]:
+    """For each video a path without suffix, below one folder and all of them different."""
+    parents = [str(Path(video).resolve().parent) for video in videos]
+    common = os.path.commonpath(parents) if parents else ""
+    names = {v: Path(p).relative_to(common) / Path(v).stem for v, p in zip(videos, parents, strict=True)}
+    counts = Counter(names.values())
+    # a.mp4 and a.webm side by side keep their suffixes
+    return {v: n if counts[n] == 1 else n.with_name(Path(v).name) for v, n in names.items()}
+
+
+def _check(config: DictConfig) -> None:
+    if config.topk < 1:
+        raise ConfigError(f"topk must be at least 1, got {config.topk}")
+    cli.check_loading(config)
+    known = ("png", "srt", "vtt", "video")
+    for kind in config.save:
+        if kind not in known:
+            raise ConfigError(f"save={kind} is not possible; it takes {', '.join(known)}")
+    if config.save and not config.window:
+        raise ConfigError("save= needs window=SECONDS, the length of the windows of a timeline")
+
+
+def _predictions(
+    config: DictConfig, recognizer: Recognizer, videos: list[str], names: dict[str, Path]
+) -> Iterator[Prediction]:
+    if not config.window:
+        yield from recognizer.iterate(videos)
+        return
+    for video in videos:
+        yield _through_windows(config, recognizer, video, Path(config.save_dir) / names[video])
+
+
+def _through_windows(config: DictConfig, recognizer: Recognizer, video: str, name: Path) -> Prediction:
+    """The prediction with segments for a long video; writes what ``config.save`` asks for."""
+    stride = config.stride or config.window / 2
+    try:
+        timeline = recognizer.timeline(video, length=config.window, stride=stride)
+    except VideoError as error:
+        return Prediction(video, error=error.reason)
+    timeline = timeline.smoothed(config.smoothing)
+    segments = timeline.segments(config.min_score)
+    if config.save:
+        name.parent.mkdir(parents=True, exist_ok=True)
+
+    def target(suffix: str) -> Path:
+        return name.with_name(name.name + suffix)
+
+    if "srt" in config.save:
+        write_srt(segments, target(".srt"))
+    if "vtt" in config.save:
+        write_vtt(segments, target(".vtt"))
+    if "png" in config.save:
+        plot_timeline(timeline, segments, target(".timeline.png"))
+    if "video" in config.save:
+        annotate_video(video, segments, target(".annotated.mp4"))
+    clips = tuple(
+        ClipPrediction(start, end, *best_classes(scores, recognizer.class_names, config.topk))
+        for scores, (start, end) in zip(timeline.scores, timeline.spans, strict=True)
+    )
+    best = best_classes(timeline.scores.mean(0), recognizer.class_names, config.topk)
+    return Prediction(video, *best, clips=clips, segments=segments)
+
+
 def build_recognizer(config: DictConfig) -> tuple[Recognizer, str]:
     """The model that the configuration describes, ready to be asked, and the name of its weights."""
     device = cli.choose_device(config.device)
@@ -115,7 +206,8 @@ def build_recognizer(config: DictConfig) -> tuple[Recognizer, str]:
     recognizer = Recognizer(
         model,
         topk=config.topk,
-        batch_size=config.batch_size,
+        num_clips=1 if config.window and config.views.num_clips is None else None,
+        batch_size=1 if config.live else config.batch_size,
         num_workers=config.num_workers,
         device=device,
         open_file=cli.build_decoder(config),

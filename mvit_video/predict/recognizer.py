@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from queue import Full, Queue
+from typing import TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +26,8 @@ from mvit_video.errors import ConfigError, VideoError
 from mvit_video.model import MViT, Protocol, load_model
 from mvit_video.predict.inputs import expand
 from mvit_video.predict.prediction import ClipPrediction, Prediction, best_classes
+from mvit_video.predict.stream import Source, iter_windows
+from mvit_video.predict.timeline import Timeline
 
 In = TypeVar("In")
 Out = TypeVar("Out")
@@ -119,6 +123,39 @@ class Recognizer:
         """Predictions for video files as they are made, in order."""
         for views, scores in self.score_views(ahead(self._read, files, self.num_workers)):
             yield self.describe(views, scores)
+
+    def watch(
+        self, source: Source, *, length: float, stride: float, follow: float | None = None
+    ) -> Iterator[ClipPrediction]:
+        """What happens in each window of a video, a stream, a camera or a pipe, as soon as it was seen.
+
+        Windows of several seconds are seen through ``num_clips`` clips. Arguments and errors are those of
+        ``stream.iter_windows``; with ``batch_size=1`` no window waits for others.
+
+        >>> video = folder / "cats" / "5.mp4"  # 17 frames at 12 a second
+        >>> [(round(w.start, 2), round(w.end, 2)) for w in recognizer.watch(video, length=1, stride=0.25)]
+        [(0.0, 1.0), (0.25, 1.25), (0.5, 1.42)]
+        """
+        for span, scores in self._watch(source, length, stride, follow):
+            yield ClipPrediction(*span, *best_classes(scores, self.class_names, self.topk))
+
+    def timeline(self, path: str | Path, *, length: float, stride: float) -> Timeline:
+        """Scores of all windows of a video file, in bounded memory. Arguments and errors: see ``watch``."""
+        found = list(self._watch(path, length, stride, None))
+        spans = [span for span, _ in found]
+        return Timeline(str(path), self.class_names, spans, torch.stack([row for _, row in found]), stride)
+
+    def _watch(
+        self, source: Source, length: float, stride: float, follow: float | None
+    ) -> Iterator[tuple[tuple[float, float], Tensor]]:
+        def views() -> Generator[VideoViews, None, None]:
+            for window in iter_windows(source, length=length, stride=stride, follow=follow):
+                clips, _ = read_test_views(window, self.protocol)
+                video = LabelledVideo(window.path, None, window.path)
+                yield VideoViews(video, clips, [(window.start, window.end)] * len(clips))
+
+        for window, scores in self.score_views(prefetch(views(), depth=max(self.num_workers, 1))):
+            yield window.spans[0], scores.mean(0)
 
     def scores(self, clips: Tensor) -> Tensor:
         """Softmax scores (B, num_classes) of clips (B, 3, T, H, W), uint8 or prepared floats."""
@@ -245,6 +282,44 @@ def ahead(function: Callable[[In], Out], items: Iterable[In], num_workers: int) 
             yield futures.popleft().result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def prefetch(items: Generator[Out, None, None], depth: int) -> Iterator[Out]:
+    """The same items, made by a thread that is up to ``depth`` of them ahead of the reader."""
+    made: Queue[tuple[bool, Out | BaseException | None]] = Queue(depth)
+    stopped = threading.Event()
+
+    def put(item: Out | BaseException | None, *, is_item: bool) -> None:
+        while not stopped.is_set():
+            with suppress(Full):
+                made.put((is_item, item), timeout=0.1)
+                return
+
+    def work() -> None:
+        try:
+            for item in items:
+                put(item, is_item=True)
+                if stopped.is_set():
+                    return
+            put(None, is_item=False)
+        except BaseException as error:
+            put(error, is_item=False)
+        finally:
+            items.close()
+
+    worker = threading.Thread(target=work, name="read", daemon=True)
+    worker.start()
+    try:
+        while True:
+            is_item, item = made.get()
+            if isinstance(item, BaseException):
+                raise item
+            if not is_item:
+                return
+            yield cast(Out, item)
+    finally:
+        stopped.set()
+        worker.join(timeout=5)
 
 
 def predict(
