@@ -19,6 +19,7 @@ MAINS = {
     "eval": "mvit_video.eval",
     "predict": "mvit_video.predict.__main__",
     "info": "mvit_video.info",
+    "export": "mvit_video.export",
 }
 
 

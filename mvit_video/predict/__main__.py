@@ -26,6 +26,8 @@ from rich.progress import (
 
 from mvit_video import cli
 from mvit_video.errors import ConfigError, DataError, VideoError
+from mvit_video.export import SUFFIXES, ExportedModel, load_exported
+from mvit_video.model import MViT
 from mvit_video.predict.answers import COLUMNS, Answers, as_text, format_of
 from mvit_video.predict.inputs import STDIN, expand
 from mvit_video.predict.prediction import ClipPrediction, Prediction, best_classes
@@ -199,7 +201,7 @@ def _through_windows(config: DictConfig, recognizer: Recognizer, video: str, nam
 def build_recognizer(config: DictConfig) -> tuple[Recognizer, str]:
     """The model that the configuration describes, ready to be asked, and the name of its weights."""
     device = cli.choose_device(config.device)
-    model = cli.build_model(config)
+    model = _build_model(config, device)
     weights = config.weights or OmegaConf.select(config, "model.weights") or "random"
     if weights == "random":
         log.warning("the model has random weights: its answers mean nothing")
@@ -213,6 +215,16 @@ def build_recognizer(config: DictConfig) -> tuple[Recognizer, str]:
         open_file=cli.build_decoder(config),
     )
     return recognizer, str(weights)
+
+
+def _build_model(config: DictConfig, device: str) -> MViT | ExportedModel:
+    if not str(config.weights).endswith(SUFFIXES):
+        return cli.build_model(config)
+    if "model" in config:
+        raise ConfigError(f"{config.weights} is a whole model: it takes no model=")
+    model = load_exported(config.weights, device)
+    model.protocol = cli.override_protocol(model.protocol, config.views)
+    return model
 
 
 def _tracked(predictions: Iterable[Prediction], total: int, done: int) -> Iterator[Prediction]:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from queue import Full, Queue
-from typing import TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,9 @@ from mvit_video.predict.inputs import expand
 from mvit_video.predict.prediction import ClipPrediction, Prediction, best_classes
 from mvit_video.predict.stream import Source, iter_windows
 from mvit_video.predict.timeline import Timeline
+
+if TYPE_CHECKING:
+    from mvit_video.export import ExportedModel
 
 In = TypeVar("In")
 Out = TypeVar("Out")
@@ -49,7 +52,7 @@ class Recognizer:
     torch.Size([6, 128])
 
     Args:
-        model: a model, or a file of one: a checkpoint of ``mvit-train`` or PySlowFast.
+        model: a model, or a file of one: a checkpoint of ``mvit-train`` or PySlowFast, or an exported model.
         topk: how many classes to tell.
         num_clips, num_crops: views of each video; None: what the model's protocol says.
         batch_size: clips that go through the model at once.
@@ -63,7 +66,7 @@ class Recognizer:
 
     def __init__(
         self,
-        model: MViT | str | Path,
+        model: MViT | ExportedModel | str | Path,
         *,
         topk: int = 5,
         num_clips: int | None = None,
@@ -80,7 +83,7 @@ class Recognizer:
         ):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
-        model = model if isinstance(model, nn.Module) else load_model(model)
+        model = model if isinstance(model, nn.Module) else load_any(model, device)
         self.protocol: Protocol = replace(
             model.protocol,
             num_clips=model.protocol.num_clips if num_clips is None else num_clips,
@@ -259,7 +262,17 @@ class Recognizer:
     @torch.inference_mode()
     def _features(self, clips: Tensor) -> Tensor:
         with self._lock:
-            return self._model.forward_features(clips.to(self.device, non_blocking=True)).float().cpu()
+            model = cast(MViT, self._model)  # ``embed`` has seen to it
+            return model.forward_features(clips.to(self.device, non_blocking=True)).float().cpu()
+
+
+def load_any(path: str | Path, device: str | torch.device = "cpu") -> MViT | ExportedModel:
+    """The model in a checkpoint or in a file of ``mvit-export``. Raises CheckpointError."""
+    if Path(path).suffix in (".onnx", ".pt2"):
+        from mvit_video.export import load_exported
+
+        return load_exported(path, device)
+    return load_model(path)
 
 
 def ahead(function: Callable[[In], Out], items: Iterable[In], num_workers: int) -> Iterator[Out]:
