@@ -169,7 +169,7 @@ def test_the_command_leaves_all_of_it(
         assert line["segments"][-1]["end"] == pytest.approx(line["clips"][-1]["end"])
         starts = [clip["start"] for clip in line["clips"]]
         assert starts == [0.25 * i for i in range(len(starts))]
-    saved = [path for path in (tmp_path / "timelines").rglob("*") if path.is_file()]
+    saved = [path for path in (tmp_path / "saved").rglob("*") if path.is_file()]
     assert len(saved) == 12 * 4
     assert len([p for p in saved if p.suffix == ".png" and p.read_bytes().startswith(b"\x89PNG")]) == 12
 
@@ -301,4 +301,5 @@ def test_memory_does_not_grow_with_the_length(checkpoint: Path, tmp_path: Path) 
         found.append([int(word) for word in done.stdout.split()])
     (short, short_peak), (long, long_peak) = found
     assert (short, long) == (150, 1800)
-    assert long_peak < short_peak + 30_000  # KiB
+    # KiB: holding on to the other 1,650 windows would take 76,000 for their frames, 650,000 for their clips.
+    assert long_peak < short_peak + 50_000

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
@@ -26,6 +26,7 @@ from rich.progress import (
 
 from mvit_video import cli
 from mvit_video.errors import ConfigError, DataError, VideoError
+from mvit_video.explain import Method, write_overlay_video, write_strip
 from mvit_video.export import SUFFIXES, ExportedModel, load_exported
 from mvit_video.model import MViT
 from mvit_video.predict.answers import COLUMNS, Answers, as_text, format_of
@@ -153,6 +154,8 @@ def _check(config: DictConfig) -> None:
     for kind in config.save:
         if kind not in known:
             raise ConfigError(f"save={kind} is not possible; it takes {', '.join(known)}")
+    if config.explain and (config.explain not in get_args(Method) or config.window):
+        raise ConfigError(f"explain takes {' or '.join(get_args(Method))}, and no window=")
     if config.save and not config.window:
         raise ConfigError("save= needs window=SECONDS, the length of the windows of a timeline")
 
@@ -161,7 +164,14 @@ def _predictions(
     config: DictConfig, recognizer: Recognizer, videos: list[str], names: dict[str, Path]
 ) -> Iterator[Prediction]:
     if not config.window:
-        yield from recognizer.iterate(videos)
+        for prediction in recognizer.iterate(videos):
+            if config.explain and prediction.error is None:
+                name = Path(config.save_dir) / names[prediction.path]
+                explanation = recognizer.explain(prediction.path, method=config.explain)
+                name.parent.mkdir(parents=True, exist_ok=True)
+                write_strip(explanation, name.with_name(f"{name.name}.{config.explain}.png"))
+                write_overlay_video(explanation, name.with_name(f"{name.name}.{config.explain}.mp4"))
+            yield prediction
         return
     for video in videos:
         yield _through_windows(config, recognizer, video, Path(config.save_dir) / names[video])

@@ -11,7 +11,7 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from queue import Full, Queue
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, Literal, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,7 @@ from mvit_video.predict.stream import Source, iter_windows
 from mvit_video.predict.timeline import Timeline
 
 if TYPE_CHECKING:
+    from mvit_video.explain import Explanation
     from mvit_video.export import ExportedModel
 
 In = TypeVar("In")
@@ -182,6 +183,23 @@ class Recognizer:
                 raise VideoError(views.video.path, views.error)
             vectors.append(features.mean(0))
         return F.normalize(torch.stack(vectors), dim=-1)
+
+    def explain(self, path: str | Path, *, method: Literal["gradcam", "rollout"] = "gradcam") -> Explanation:
+        """Where and when in a video file the model finds its answer; see ``mvit_video.explain``.
+
+        >>> explanation = recognizer.explain(folder / "cats" / "0.mp4")
+        >>> explanation.maps.shape, explanation.importance.shape
+        (torch.Size([8, 64, 64]), torch.Size([2, 8]))
+
+        Raises:
+            VideoError: the file can't be read. ConfigError: the model is an exported one.
+        """
+        from mvit_video.explain import explain
+
+        if not isinstance(self._model, MViT):
+            raise ConfigError("an exported model gives scores only; explanations need its checkpoint")
+        with self.open_file(str(path)) as video, self._lock:
+            return explain(video, self._model, method=method, topk=min(self.topk, 3), protocol=self.protocol)
 
     def describe(self, views: VideoViews, scores: Tensor) -> Prediction:
         """The answer for a video whose views have these scores (V, num_classes)."""
