@@ -25,7 +25,7 @@ from mvit_video.model import (
     load_model,
     load_weights,
 )
-from mvit_video.predict import Prediction, predict
+from mvit_video.predict import Prediction, Recognizer, predict
 
 __all__ = [
     "CheckpointError",
@@ -36,6 +36,7 @@ __all__ = [
     "MVitVideoError",
     "Prediction",
     "Protocol",
+    "Recognizer",
     "VideoError",
     "create_model",
     "from_slowfast",

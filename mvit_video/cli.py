@@ -95,7 +95,7 @@ def build_decoder(config: DictConfig) -> OpenVideo:
     open_file = build(config.decoder)
     with open_file(SAMPLE) as video:
         device = video.get_frames([0]).device
-    if device.type != "cpu" and config.num_workers and config.loader == "workers":
+    if device.type != "cpu" and config.num_workers and config.get("loader") == "workers":
         raise ConfigError(f"decoding on {device} happens in threads of this process: loader=threads")
     return open_file
 
@@ -106,7 +106,7 @@ def check_loading(config: DictConfig) -> None:
         raise ConfigError(f"batch_size must be at least 1, got {config.batch_size}")
     if config.num_workers < 0:
         raise ConfigError(f"num_workers must be at least 0, got {config.num_workers}")
-    if config.loader not in KINDS:
+    if "loader" in config and config.loader not in KINDS:
         raise ConfigError(f"loader must be one of {', '.join(KINDS)}, got {config.loader!r}")
 
 

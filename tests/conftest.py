@@ -20,6 +20,7 @@ MAINS = {
     "predict": "mvit_video.predict.__main__",
     "info": "mvit_video.info",
     "data": "mvit_video.data.__main__",
+    "export": "mvit_video.export",
 }
 
 

@@ -155,6 +155,27 @@ class PoolingAttention(nn.Module):
             x = torch.cat([x[:, :first], x[:, first:] + q[:, first:]], dim=1) if first else x + q
         return self.dropout(self.proj(x.flatten(2))), q_grid
 
+    def weights(self, x: Tensor, grid: Grid) -> tuple[Tensor, Grid, Grid]:
+        """How much each query takes from each key, and the grids of queries and keys.
+
+        Args:
+            x: tokens (B, N, C) on ``grid``, as ``forward`` takes them.
+
+        Returns:
+            (B, N', M), the mean over heads; rows sum to 1.
+
+        Raises:
+            NotImplementedError: attention inside windows.
+        """
+        if self.window is not None and any(w < n for w, n in zip(self.window, grid, strict=True)):
+            raise NotImplementedError("attention inside windows has no weights over all keys")
+        q, k, _, q_grid, k_grid = self._queries_keys_values(x, grid)
+        q_folded, k_folded = self._fold_positions(q, k, q_grid, k_grid)
+        logits = q_folded.transpose(1, 2) @ k_folded.permute(0, 2, 3, 1)  # (B, n, N', M)
+        bias = self._joint_bias(q, q_grid, k_grid)
+        logits = logits if bias is None else logits + bias
+        return logits.softmax(-1).mean(1), q_grid, k_grid
+
     def _queries_keys_values(self, x: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor, Grid, Grid]:
         """Pooled q (B, N', n, c), k and v (B, M, n, c), and the grids of queries and keys."""
         if self.qkv is not None:

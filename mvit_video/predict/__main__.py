@@ -4,22 +4,42 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from omegaconf import DictConfig, OmegaConf
-from rich.progress import track
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from mvit_video import cli
-from mvit_video.data.index import find_videos
-from mvit_video.errors import ConfigError, DataError
+from mvit_video.errors import ConfigError, DataError, VideoError
+from mvit_video.explain import Method, write_overlay_video, write_strip
+from mvit_video.export import SUFFIXES, ExportedModel, load_exported
 from mvit_video.model import MViT
-from mvit_video.predict import Prediction, iter_predictions
+from mvit_video.predict.answers import COLUMNS, Answers, as_text, format_of
+from mvit_video.predict.inputs import STDIN, expand
+from mvit_video.predict.prediction import ClipPrediction, Prediction, best_classes
+from mvit_video.predict.recognizer import Recognizer
+from mvit_video.predict.render import annotate_video, plot_timeline
+from mvit_video.predict.timeline import write_srt, write_vtt
 from mvit_video.report import print_table
 
 log = logging.getLogger(__name__)
+
+MAX_TABLE = 100  # videos; the others are in the output
 
 # Options of Hydra's that take their value as the next argument.
 _HYDRA_VALUE_OPTIONS = {
@@ -38,11 +58,11 @@ def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
     files, others = [], []
     rest = iter(arguments)
     for argument in rest:
-        if argument.startswith("-"):
+        if argument.startswith("-") and argument != STDIN:
             others.append(argument)
             if argument in _HYDRA_VALUE_OPTIONS:
                 others.extend(value for value in [next(rest, None)] if value is not None)
-        elif "=" not in argument or Path(argument).exists():
+        elif "=" not in argument or "://" in argument.partition("=")[0] or Path(argument).exists():
             files.append(argument)
         else:
             others.append(argument)
@@ -50,48 +70,208 @@ def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 
 def predict_files(config: DictConfig, files: list[str]) -> None:
-    """Classify the files given as arguments and in ``config.videos``; print a table, write the json file."""
+    """Classify the files given as arguments and in ``config.videos``: a table, or a file."""
+    _check(config)
+    arguments = files + list(config.videos)
+    if not arguments:
+        raise ConfigError("no videos given; type their files or folders after the command")
+    recognizer, weights = build_recognizer(config)
+    if config.live:
+        watch(config, recognizer, arguments)
+        return
+    videos = [STDIN] if arguments == [STDIN] and config.window else expand(arguments)
+    log.info("%d videos; %s", len(videos), recognizer.protocol)
+    settings = {"weights": weights, "protocol": str(recognizer.protocol)}
+    settings |= {key: config[key] for key in ("topk", "window", "stride", "smoothing", "min_score")}
+    answers: Answers | None = None
+    todo = videos
+    if config.output:
+        answers = Answers(
+            config.output,
+            format=format_of(config.output, config.format),
+            settings=settings,
+            per_clip=config.per_clip,
+            resume=config.resume,
+        )
+        todo = [video for video in videos if video not in answers.finished]
+        if len(todo) < len(videos):
+            log.info("%d of them are in %s already", len(videos) - len(todo), config.output)
+    to_stdout = answers is None and config.format in ("jsonl", "csv")
+    if to_stdout and config.format == "csv":
+        print(",".join(COLUMNS))
+    found = _predictions(config, recognizer, todo, names=output_names(videos))
+    shown: list[Prediction] = []
+    errors = 0
+    with answers or nullcontext():
+        for prediction in _tracked(found, len(videos), len(videos) - len(todo)):
+            errors += prediction.error is not None
+            if answers is not None:
+                answers.add(prediction)
+            if to_stdout:
+                print(as_text(prediction, config.format, per_clip=config.per_clip), end="", flush=True)
+            elif len(shown) < MAX_TABLE or answers is None:
+                shown.append(prediction)
+    _show(shown, random=weights == "random", per_clip=config.per_clip)
+    if answers is not None:
+        more = f"; the table shows the first {MAX_TABLE}" if len(todo) > MAX_TABLE else ""
+        log.info("%d predictions, %d errors: %s%s", len(todo), errors, config.output, more)
+    if todo and errors == len(todo) == len(videos):
+        raise DataError("no video could be read")
+
+
+def watch(config: DictConfig, recognizer: Recognizer, sources: list[str]) -> None:
+    """Say what happens in each window of a live source as soon as it was seen, a line each."""
+    if len(sources) != 1 or not config.window:
+        raise ConfigError("live=true watches one stream, camera, file or pipe (-), and needs window=SECONDS")
+    lines = "jsonl" if config.output else config.format
+    with Path(config.output).open("a", encoding="utf-8") if config.output else nullcontext(sys.stdout) as out:
+        for clip in recognizer.watch(
+            sources[0], length=config.window, stride=config.stride or config.window / 2, follow=config.follow
+        ):
+            if lines == "jsonl":
+                text = json.dumps({"path": sources[0], **asdict(clip)})
+            else:
+                best = ", ".join(f"{n} {s:.3f}" for n, s in zip(clip.classes, clip.scores, strict=True))
+                text = f"{_span(clip.start, clip.end)}  {best}"
+            print(text, file=out, flush=True)
+
+
+def output_names(videos: list[str]) -> dict[str, Path]:
+    """For each video a path without suffix, below one folder and all of them different."""
+    parents = [str(Path(video).resolve().parent) for video in videos]
+    common = os.path.commonpath(parents) if parents else ""
+    names = {v: Path(p).relative_to(common) / Path(v).stem for v, p in zip(videos, parents, strict=True)}
+    counts = Counter(names.values())
+    # a.mp4 and a.webm side by side keep their suffixes
+    return {v: n if counts[n] == 1 else n.with_name(Path(v).name) for v, n in names.items()}
+
+
+def _check(config: DictConfig) -> None:
     if config.topk < 1:
         raise ConfigError(f"topk must be at least 1, got {config.topk}")
     cli.check_loading(config)
-    paths = files + list(config.videos)
-    if not paths:
-        raise ConfigError("no videos given; type their files or folders after the command")
+    known = ("png", "srt", "vtt", "video")
+    for kind in config.save:
+        if kind not in known:
+            raise ConfigError(f"save={kind} is not possible; it takes {', '.join(known)}")
+    if config.explain and (config.explain not in get_args(Method) or config.window):
+        raise ConfigError(f"explain takes {' or '.join(get_args(Method))}, and no window=")
+    if config.save and not config.window:
+        raise ConfigError("save= needs window=SECONDS, the length of the windows of a timeline")
+
+
+def _predictions(
+    config: DictConfig, recognizer: Recognizer, videos: list[str], names: dict[str, Path]
+) -> Iterator[Prediction]:
+    if not config.window:
+        for prediction in recognizer.iterate(videos):
+            if config.explain and prediction.error is None:
+                name = Path(config.save_dir) / names[prediction.path]
+                explanation = recognizer.explain(prediction.path, method=config.explain)
+                name.parent.mkdir(parents=True, exist_ok=True)
+                write_strip(explanation, name.with_name(f"{name.name}.{config.explain}.png"))
+                write_overlay_video(explanation, name.with_name(f"{name.name}.{config.explain}.mp4"))
+            yield prediction
+        return
+    for video in videos:
+        yield _through_windows(config, recognizer, video, Path(config.save_dir) / names[video])
+
+
+def _through_windows(config: DictConfig, recognizer: Recognizer, video: str, name: Path) -> Prediction:
+    """The prediction with segments for a long video; writes what ``config.save`` asks for."""
+    stride = config.stride or config.window / 2
+    try:
+        timeline = recognizer.timeline(video, length=config.window, stride=stride)
+    except VideoError as error:
+        return Prediction(video, error=error.reason)
+    timeline = timeline.smoothed(config.smoothing)
+    segments = timeline.segments(config.min_score)
+    if config.save:
+        name.parent.mkdir(parents=True, exist_ok=True)
+
+    def target(suffix: str) -> Path:
+        return name.with_name(name.name + suffix)
+
+    if "srt" in config.save:
+        write_srt(segments, target(".srt"))
+    if "vtt" in config.save:
+        write_vtt(segments, target(".vtt"))
+    if "png" in config.save:
+        plot_timeline(timeline, segments, target(".timeline.png"))
+    if "video" in config.save:
+        annotate_video(video, segments, target(".annotated.mp4"))
+    clips = tuple(
+        ClipPrediction(start, end, *best_classes(scores, recognizer.class_names, config.topk))
+        for scores, (start, end) in zip(timeline.scores, timeline.spans, strict=True)
+    )
+    best = best_classes(timeline.scores.mean(0), recognizer.class_names, config.topk)
+    return Prediction(video, *best, clips=clips, segments=segments)
+
+
+def build_recognizer(config: DictConfig) -> tuple[Recognizer, str]:
+    """The model that the configuration describes, ready to be asked, and the name of its weights."""
     device = cli.choose_device(config.device)
-    model = cli.build_model(config)
+    model = _build_model(config, device)
     weights = config.weights or OmegaConf.select(config, "model.weights") or "random"
     if weights == "random":
         log.warning("the model has random weights: its answers mean nothing")
-    videos = find_videos(paths)
-    log.info("%d videos; %s", len(videos), model.protocol)
-    found = iter_predictions(
-        videos,
+    recognizer = Recognizer(
         model,
         topk=config.topk,
-        batch_size=config.batch_size,
+        num_clips=1 if config.window and config.views.num_clips is None else None,
+        batch_size=1 if config.live else config.batch_size,
         num_workers=config.num_workers,
         device=device,
         open_file=cli.build_decoder(config),
     )
-    predictions = list(track(found, "predicting", total=len(videos)))
-    if config.output:
-        _write_json(predictions, model, weights, Path(config.output))
-    print_table(
-        "random weights" if weights == "random" else "",
-        ("video", "seconds", "class", "score"),
-        [row for prediction in predictions for row in _rows(prediction, per_clip=config.per_clip)],
+    return recognizer, str(weights)
+
+
+def _build_model(config: DictConfig, device: str) -> MViT | ExportedModel:
+    if not str(config.weights).endswith(SUFFIXES):
+        return cli.build_model(config)
+    if "model" in config:
+        raise ConfigError(f"{config.weights} is a whole model: it takes no model=")
+    model = load_exported(config.weights, device)
+    model.protocol = cli.override_protocol(model.protocol, config.views)
+    return model
+
+
+def _tracked(predictions: Iterable[Prediction], total: int, done: int) -> Iterator[Prediction]:
+    """Show on standard error, where that is a terminal, how many of the videos are done and what is left."""
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("predicting"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
     )
-    if all(prediction.error for prediction in predictions):
-        raise DataError("no video could be read")
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task("", total=total, completed=done)
+        for prediction in predictions:
+            progress.advance(task)
+            yield prediction
+
+
+def _show(predictions: list[Prediction], *, random: bool, per_clip: bool) -> None:
+    if predictions:
+        print_table(
+            "random weights" if random else "",
+            ("video", "seconds", "class", "score"),
+            [row for prediction in predictions for row in _rows(prediction, per_clip=per_clip)],
+        )
 
 
 def _rows(prediction: Prediction, *, per_clip: bool) -> list[tuple[str, str, str, str]]:
     """Table rows of one video; its name and each span are said once."""
     if prediction.error:
         return [(prediction.path, "", f"error: {prediction.error}", "")]
-    found = [("all", prediction.classes, prediction.scores)]
+    found: list[tuple[str, Any, Any]] = [("all", prediction.classes, prediction.scores)]
+    found += [(_span(s.start, s.end), (s.class_name,), (s.score,)) for s in prediction.segments]
     if per_clip:
-        found += [(f"{c.start:.2f} - {c.end:.2f}", c.classes, c.scores) for c in prediction.clips]
+        found += [(_span(c.start, c.end), c.classes, c.scores) for c in prediction.clips]
     rows = [
         (span if rank == 0 else "", class_name, f"{score:.4f}")
         for span, classes, scores in found
@@ -100,15 +280,8 @@ def _rows(prediction: Prediction, *, per_clip: bool) -> list[tuple[str, str, str
     return [(prediction.path if index == 0 else "", *row) for index, row in enumerate(rows)]
 
 
-def _write_json(predictions: list[Prediction], model: MViT, weights: str, path: Path) -> None:
-    answer: dict[str, Any] = {
-        "weights": weights,
-        "protocol": str(model.protocol),
-        "videos": [asdict(prediction) for prediction in predictions],
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(answer, indent=2))
-    log.info("predictions: %s", path)
+def _span(start: float, end: float) -> str:
+    return f"{start:.2f} - {end:.2f}"
 
 
 if __name__ == "__main__":

@@ -1,0 +1,248 @@
+"""Long videos and live ones: read once from front to back, through windows, in bounded memory."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, TypeAlias
+
+import av
+from av.container import InputContainer
+from av.error import FFmpegError
+from av.video.frame import VideoFrame
+from av.video.reformatter import VideoReformatter
+from av.video.stream import VideoStream
+from torch import Tensor
+
+from mvit_video.data.decode.files import check_file, why_not_opened
+from mvit_video.data.decode.pictures import Look, RgbPictures
+from mvit_video.errors import ConfigError, VideoError
+
+log = logging.getLogger(__name__)
+
+Source: TypeAlias = "str | Path | IO[bytes]"
+
+_OPEN_TIMEOUT, _READ_TIMEOUT = 10.0, 30.0  # seconds without an answer, of streams
+_SLACK = 1e-6  # seconds: a frame that is this early belongs to the next window
+
+
+class Window:
+    """The frames that a source shows within some seconds: a ``Video`` in memory.
+
+    Attributes:
+        start, end: seconds from the first frame of the source; the last window may end early.
+    """
+
+    codec = "rawvideo"  # its frames are decoded
+
+    def __init__(
+        self,
+        path: str,
+        frames: Sequence[tuple[float, VideoFrame]],
+        *,
+        span: tuple[float, float],
+        rate: float,
+        look: Look,
+        reformatter: VideoReformatter,
+    ) -> None:
+        self.path, self.num_frames = path, len(frames)
+        self.start, self.end = span
+        self._frames, self._look, self._reformatter = frames, look, reformatter
+        first, last = frames[0][0], frames[-1][0]
+        self.fps = (len(frames) - 1) / (last - first) if last > first else rate
+        self.duration = len(frames) / self.fps
+        self.height, self.width = look.upright_size
+
+    def __enter__(self) -> Window:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the frames."""
+        self._frames = ()
+
+    def frame_time(self, index: int) -> float:
+        """Seconds from the window's first frame to frame ``index``."""
+        return self._frames[index][0] - self._frames[0][0]
+
+    def get_frames(self, indices: Sequence[int]) -> Tensor:
+        """See ``Video.get_frames``."""
+        pictures = RgbPictures(len(indices), self._look, self._reformatter)
+        for slot, index in enumerate(indices):
+            pictures.put(slot, self._frames[index][1])
+        return pictures.finish()
+
+
+def iter_windows(
+    source: Source, *, length: float, stride: float, follow: float | None = None
+) -> Iterator[Window]:
+    """Windows [0, length), [stride, stride + length), ... of a video as it is read, in seconds.
+
+    Only the frames of one window are held. Windows in which nothing is shown are left out; the last one is
+    shorter where frames would be left over. A window's frames, and so its scores, are those of a file into
+    which exactly these frames were cut.
+
+    Args:
+        source: a file; a stream's address (``rtsp://...``, ``http://...``); a camera (``/dev/video0``);
+            ``-``, standard input; or an open binary file.
+        follow: seconds to wait for a file to grow, each time its end is reached; None: it is complete.
+
+    Raises:
+        VideoError: nothing can be read. ConfigError: a number isn't positive.
+    """
+    if not (0 < length < math.inf and 0 < stride < math.inf):
+        raise ConfigError(f"windows need a positive length and stride, got {length:g} and {stride:g} s")
+    with open_stream(source, follow=follow) as (container, stream, name):
+        rate = float(stream.average_rate or stream.guessed_rate or 25)
+        reformatter = VideoReformatter()
+        held: deque[tuple[float, VideoFrame]] = deque()
+        look: Look | None = None
+        number, seen = 0, 0.0  # seen: seconds that earlier windows reached to
+
+        def window(end: float) -> Window:
+            assert look is not None
+            frames = [frame for frame in held if frame[0] < end - _SLACK]
+            span = (number * stride, end)
+            return Window(name, frames, span=span, rate=rate, look=look, reformatter=reformatter)
+
+        for second, frame in timed_frames(container, stream, name):
+            look = look or Look.of(frame)
+            while second >= number * stride + length - _SLACK:
+                if held:
+                    yield window(seen := number * stride + length)
+                    number += 1
+                else:  # nothing was shown for long
+                    number = max(number + 1, math.ceil((second - length) / stride))
+                while held and held[0][0] < number * stride - _SLACK:
+                    held.popleft()
+            if second >= number * stride - _SLACK:
+                held.append((second, frame))
+        if look is None:
+            raise VideoError(name, "no frame can be decoded")
+        if held and (number == 0 or held[-1][0] >= seen - _SLACK):
+            yield window(held[-1][0] + 1 / rate)
+
+
+def timed_frames(
+    container: InputContainer, stream: VideoStream, name: str
+) -> Iterator[tuple[float, VideoFrame]]:
+    """The frames as they are shown, with seconds since the first; damaged ones are left out.
+
+    A clock that jumps back, as a stream's may when it is interrupted, goes on from the last frame.
+    """
+    tick = float(stream.time_base or 0)
+    step = 1 / float(stream.average_rate or stream.guessed_rate or 25)
+    origin: int | None = None
+    offset, second, count = 0.0, -math.inf, 0
+    for frame in _decoded(container, stream, name):
+        if frame.is_corrupt:
+            continue
+        if frame.pts is None:
+            now = count * step
+        else:
+            origin = frame.pts if origin is None else origin
+            now = (frame.pts - origin) * tick + offset
+        if now <= second:
+            offset += second + step - now
+            now = second + step
+        second = now
+        count += 1
+        yield second, frame
+
+
+def _decoded(container: InputContainer, stream: VideoStream, name: str) -> Iterator[VideoFrame]:
+    demuxer = container.demux(stream)
+    while True:
+        try:
+            packet = next(demuxer, None)
+        except (FFmpegError, OSError) as error:
+            log.warning("%s: reading ended early (%s)", name, error)
+            return
+        if packet is None:
+            return
+        try:
+            yield from packet.decode()
+        except FFmpegError:
+            continue
+
+
+@contextmanager
+def open_stream(
+    source: Source, *, follow: float | None = None
+) -> Iterator[tuple[InputContainer, VideoStream, str]]:
+    """A container to be read from front to back, its video stream and a name for errors."""
+    name = source if isinstance(source, str) else str(getattr(source, "name", source))
+    place: Any = source
+    options: dict[str, Any] = {}
+    file: IO[bytes] | None = None
+    if isinstance(source, str | Path):
+        name = str(source)
+        if name == "-":
+            name, place = "standard input", "pipe:0"
+        elif "://" in name:
+            options["timeout"] = (_OPEN_TIMEOUT, _READ_TIMEOUT)
+            if name.startswith("rtsp"):
+                options["options"] = {"rtsp_transport": "tcp"}  # UDP loses packets
+        elif name.startswith("/dev/video"):
+            options["format"] = "v4l2"
+        else:
+            check_file(name)
+            place = f"file:{name}"
+            options["options"] = {"protocol_whitelist": "file"}
+            if follow is not None:
+                file = Path(name).open("rb", buffering=0)  # noqa: SIM115 (closed below)
+                place, options = _Growing(file, follow), {}
+    elif not source.seekable():
+        place = _OnlyRead(source)
+    try:
+        container = av.open(place, "r", metadata_errors="replace", **options)
+    except (FFmpegError, OSError, ValueError) as error:
+        if file is not None:
+            file.close()
+        plain = isinstance(source, str | Path) and Path(name).is_file()
+        raise VideoError(
+            name, why_not_opened(name, error) if plain else f"can't be opened ({error})"
+        ) from None
+    try:
+        stream = container.streams.best("video")
+        if not isinstance(stream, VideoStream) or stream.codec_context is None:
+            raise VideoError(name, "there is no video in it")
+        stream.thread_type = "AUTO"
+        yield container, stream, name
+    finally:
+        container.close()
+        if file is not None:
+            file.close()
+
+
+class _OnlyRead:
+    """A pipe: FFmpeg must not find out that it has a ``seek``."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+
+    def read(self, size: int) -> bytes:
+        return self._file.read(size) or b""
+
+
+class _Growing(_OnlyRead):
+    """A file that someone is still writing: its end is where nothing came for ``patience`` seconds."""
+
+    def __init__(self, file: IO[bytes], patience: float) -> None:
+        super().__init__(file)
+        self._patience = patience
+
+    def read(self, size: int) -> bytes:
+        waited_since = time.monotonic()
+        while not (data := super().read(size)):
+            if time.monotonic() - waited_since > self._patience:
+                return b""
+            time.sleep(0.05)
+        return data
