@@ -8,7 +8,7 @@ import sys
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
@@ -26,6 +26,7 @@ from mvit_video.model import load_weights
 from mvit_video.recipe import History
 from mvit_video.report import plot_history
 from mvit_video.resume import AtomicCheckpoints, LastCheckpoint, StepSeeds, find_checkpoint, restore_loader
+from mvit_video.timing import StageProfiler
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +60,8 @@ def train(config: DictConfig) -> None:
         config.trainer.devices, config.trainer.num_nodes
     )
     trainer = _build_trainer(config, output, [history, policy])
+    if config.profile:
+        cast(Any, trainer).profiler = StageProfiler()
     processes.check_processes(trainer, HydraConfig.get().overrides.task)
     with torch.device("meta"):
         sketch = cli.build(config.model, weights=None)
