@@ -25,7 +25,14 @@ from mvit_video.errors import ConfigError
 from mvit_video.model import load_weights
 from mvit_video.recipe import History
 from mvit_video.report import plot_history
-from mvit_video.resume import AtomicCheckpoints, LastCheckpoint, StepSeeds, find_checkpoint, restore_loader
+from mvit_video.resume import (
+    AtomicCheckpoints,
+    EpochAverages,
+    LastCheckpoint,
+    StepSeeds,
+    find_checkpoint,
+    restore_loader,
+)
 from mvit_video.timing import StageProfiler
 
 log = logging.getLogger(__name__)
@@ -128,7 +135,7 @@ def train(config: DictConfig) -> None:
 
 
 def _build_trainer(config: DictConfig, output: Path, callbacks: list[Callback]) -> pl.Trainer:
-    callbacks.append(StepSeeds(config.seed))
+    callbacks += [StepSeeds(config.seed), EpochAverages()]
     if config.trainer.enable_checkpointing:
         callbacks.append(
             ModelCheckpoint(

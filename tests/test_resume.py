@@ -47,6 +47,14 @@ def losses(run: Path) -> dict[int, str]:
     return {int(row["step"]): row["train/loss_step"] for row in rows if row.get("train/loss_step")}
 
 
+def averages(run: Path) -> list[tuple[str, str]]:
+    """Loss and accuracy of each epoch in the newest csv log, as written."""
+    logs = sorted(run.glob("csv/version_*/metrics.csv"), key=lambda path: int(path.parent.name.split("_")[1]))
+    with logs[-1].open() as file:
+        rows = list(csv.DictReader(file))
+    return [(row["train/loss_epoch"], row["train/top1_epoch"]) for row in rows if row["train/loss_epoch"]]
+
+
 def weights(run: Path) -> dict[str, torch.Tensor]:
     return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
 
@@ -130,6 +138,7 @@ def test_a_killed_run_goes_on_with_the_batch_that_was_due(
     assert "resuming from" in result.out
     expected = {step: loss for step, loss in losses(whole).items() if step >= resumed_at}
     assert losses(tmp_path / "run") == expected
+    assert averages(tmp_path / "run") == averages(whole)[resumed_at // 5 :]
     assert_equal_weights(tmp_path / "run", whole)
 
 
