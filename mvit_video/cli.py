@@ -8,6 +8,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from hydra.errors import HydraException, InstantiationException, MissingConfigEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from mvit_video import processes, timing
 from mvit_video.data.clips import OpenVideo
 from mvit_video.data.decode.cuda import SAMPLE
 from mvit_video.data.loader import KINDS
@@ -47,7 +49,10 @@ def run(job: Callable[[DictConfig], None], config_name: str) -> None:
         try:
             _quiet_libraries()
             _check_types(config, config_name)
-            job(config)
+            folder = Path(HydraConfig.get().runtime.output_dir)
+            measured = config.get("profile") and not processes.rank_and_size()[0]
+            with timing.profiled(folder) if measured else nullcontext():
+                job(config)
         except (MVitVideoError, InstantiationException, OmegaConfBaseException) as error:
             if full_error:
                 raise
@@ -84,6 +89,7 @@ def build_model(config: DictConfig, num_classes: int | None = None) -> MViT:
     else:
         raise ConfigError("nothing to run: give weights=FILE, or model=NAME to see random weights at work")
     model.protocol = override_protocol(model.protocol, config.views)
+    timing.watch(model)
     return model.eval()
 
 

@@ -12,6 +12,7 @@ import random
 import signal
 import threading
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +22,8 @@ import torch
 from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.utilities.exceptions import SIGTERMException
+from torch import Tensor
+from torchmetrics import Metric
 
 from mvit_video.data.loader import ClipLoader
 from mvit_video.errors import CheckpointError, ConfigError
@@ -28,6 +31,7 @@ from mvit_video.errors import CheckpointError, ConfigError
 log = logging.getLogger(__name__)
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
+_AVERAGES = "epoch_averages"
 _ASK_EVERY = 10  # steps, where several processes have to agree
 
 
@@ -45,6 +49,48 @@ class StepSeeds(pl.Callback):
         random.seed(number)
         np.random.seed(number)  # noqa: NPY002 (libraries draw from it)
         torch.manual_seed(number)
+
+
+class EpochAverages(pl.Callback):
+    """Losses and accuracies of an epoch count all its batches, where it was stopped in between too."""
+
+    def __init__(self) -> None:
+        self._before: dict[str, dict[str, Tensor]] = {}
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if trainer.fit_loop.batch_idx + 1 < trainer.num_training_batches:
+            checkpoint[_AVERAGES] = {
+                key: {
+                    name: trainer.strategy.reduce(getattr(metric, name).clone(), reduce_op="sum")
+                    for name in metric._defaults
+                }
+                for key, metric in _running_averages(trainer)
+            }
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if trainer.is_global_zero:
+            self._before = checkpoint.get(_AVERAGES, {})
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Lightning knows what is averaged once it was logged: after the first batch."""
+        if self._before:
+            for key, metric in _running_averages(trainer):
+                for name, value in self._before.get(key, {}).items():
+                    setattr(metric, name, getattr(metric, name) + value.to(getattr(metric, name).device))
+            self._before = {}
+
+
+def _running_averages(trainer: pl.Trainer) -> Iterator[tuple[str, Metric]]:
+    """What training steps have logged, summed over the epoch so far."""
+    for key, result in trainer.fit_loop.epoch_loop._results.items():
+        metric = result if result.is_tensor else result.value
+        summed = not result.is_tensor or result.meta.is_mean_reduction
+        if summed and all(isinstance(getattr(metric, name), Tensor) for name in metric._defaults):
+            yield key, metric
 
 
 class AtomicCheckpoints(TorchCheckpointIO):

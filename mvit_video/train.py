@@ -8,7 +8,7 @@ import sys
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
@@ -25,7 +25,15 @@ from mvit_video.errors import ConfigError
 from mvit_video.model import load_weights
 from mvit_video.recipe import History
 from mvit_video.report import plot_history
-from mvit_video.resume import AtomicCheckpoints, LastCheckpoint, StepSeeds, find_checkpoint, restore_loader
+from mvit_video.resume import (
+    AtomicCheckpoints,
+    EpochAverages,
+    LastCheckpoint,
+    StepSeeds,
+    find_checkpoint,
+    restore_loader,
+)
+from mvit_video.timing import StageProfiler
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +67,8 @@ def train(config: DictConfig) -> None:
         config.trainer.devices, config.trainer.num_nodes
     )
     trainer = _build_trainer(config, output, [history, policy])
+    if config.profile:
+        cast(Any, trainer).profiler = StageProfiler()
     processes.check_processes(trainer, HydraConfig.get().overrides.task)
     with torch.device("meta"):
         sketch = cli.build(config.model, weights=None)
@@ -125,7 +135,7 @@ def train(config: DictConfig) -> None:
 
 
 def _build_trainer(config: DictConfig, output: Path, callbacks: list[Callback]) -> pl.Trainer:
-    callbacks.append(StepSeeds(config.seed))
+    callbacks += [StepSeeds(config.seed), EpochAverages()]
     if config.trainer.enable_checkpointing:
         callbacks.append(
             ModelCheckpoint(

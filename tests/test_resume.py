@@ -19,6 +19,7 @@ from conftest import Command
 from test_errors import error_line
 
 from mvit_video import train
+from mvit_video.data.decode import open_video
 from mvit_video.recipe import Classifier
 from mvit_video.resume import find_checkpoint
 
@@ -44,6 +45,14 @@ def losses(run: Path) -> dict[int, str]:
     with logs[-1].open() as file:
         rows = list(csv.DictReader(file))
     return {int(row["step"]): row["train/loss_step"] for row in rows if row.get("train/loss_step")}
+
+
+def averages(run: Path) -> list[tuple[str, str]]:
+    """Loss and accuracy of each epoch in the newest csv log, as written."""
+    logs = sorted(run.glob("csv/version_*/metrics.csv"), key=lambda path: int(path.parent.name.split("_")[1]))
+    with logs[-1].open() as file:
+        rows = list(csv.DictReader(file))
+    return [(row["train/loss_epoch"], row["train/top1_epoch"]) for row in rows if row["train/loss_epoch"]]
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -129,6 +138,7 @@ def test_a_killed_run_goes_on_with_the_batch_that_was_due(
     assert "resuming from" in result.out
     expected = {step: loss for step, loss in losses(whole).items() if step >= resumed_at}
     assert losses(tmp_path / "run") == expected
+    assert averages(tmp_path / "run") == averages(whole)[resumed_at // 5 :]
     assert_equal_weights(tmp_path / "run", whole)
 
 
@@ -271,3 +281,45 @@ def test_the_loader_s_processes_end_with_a_killed_run(
     while any(Path(f"/proc/{pid}").exists() for pid in workers):
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+@pytest.mark.parametrize("loader", ["threads", "workers"])
+def test_ctrl_c_ends_a_run_promptly(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loader: str
+) -> None:
+    """It reaches the loader's processes too, as from a terminal."""
+    monkeypatch.chdir(tmp_path)
+    group = tmp_path / "group"
+
+    def prepare() -> None:
+        os.setsid()
+        group.write_text(str(os.getpgrp()))
+        step, batches = Classifier.training_step, iter(range(1000))
+
+        def training_step(self: Classifier, *args: Any) -> Any:
+            if next(batches) == 3:
+                os.killpg(os.getpgrp(), signal.SIGINT)
+            return step(self, *args)
+
+        Classifier.training_step = training_step
+
+    start = time.monotonic()
+    code = train_in_child([*arguments, "num_workers=2", f"loader={loader}", "hydra.run.dir=run"], prepare)
+    assert code == 1
+    assert time.monotonic() - start < 30
+    with pytest.raises(ProcessLookupError):
+        os.killpg(int(group.read_text()), 0)
+
+
+def test_a_killed_process_of_the_loader_ends_a_run_with_the_name_of_its_video(
+    command: Command, arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def deadly(path: str, **options: Any) -> Any:
+        if str(path).endswith("cats/3.mp4") and multiprocessing.parent_process() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return open_video(path, **options)
+
+    monkeypatch.setattr("mvit_video.data.decode.open_video", deadly)
+    line = error_line(command("train", *arguments, "num_workers=2", "hydra.run.dir=run"), "train")
+    assert "was killed by SIGKILL while it read" in line
+    assert "cats/3.mp4 (out of memory?" in line

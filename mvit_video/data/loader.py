@@ -27,6 +27,7 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from mvit_video import timing
 from mvit_video.data.decode.cuda import SAMPLE
 from mvit_video.errors import ConfigError, DataError
 
@@ -128,7 +129,10 @@ class ClipLoader(Generic[Collated]):
 
     def _samples(self, keys: Sequence[Any], batch_size: int) -> Iterator[Any]:
         if not self._num_workers:
-            yield from (self._dataset[key] for key in keys)
+            for key in keys:
+                with timing.stage("transform"):
+                    sample = self._dataset[key]
+                yield sample
             return
         if self._pool is None:
             self._pool = self._start()
@@ -139,8 +143,10 @@ class ClipLoader(Generic[Collated]):
             for number in range(len(keys)):
                 for key in keys[number + len(pending) : number + ahead]:
                     pending.append(pool.submit(key))
-                yield pool.take(pending[0])
+                with timing.stage("wait for data"):
+                    sample = pool.take(pending[0])
                 pending.popleft()
+                yield sample
         except BrokenProcessPool:
             self._pool = None
             raise DataError(pool.why_broken()) from None
@@ -164,13 +170,18 @@ class _Pool:
     executor: Executor
 
     def submit(self, key: Any) -> Future[Any]:
+        """Its result is the sample, as ``take`` needs it, and the seconds of its stages."""
         raise NotImplementedError
 
     def take(self, future: Future[Any]) -> Any:
         """The sample, ready for this thread; says so if it takes very long."""
         while not wait([future], _PATIENCE).done:
             log.warning("no sample for %d s; being read: %s", _PATIENCE, ", ".join(self.held()))
-        return future.result()
+        sample, seconds = future.result()
+        clock = timing.clock()
+        if clock is not None:
+            clock.add_sample(seconds)
+        return sample
 
     def held(self) -> list[str]:
         """The paths that are being read."""
@@ -188,6 +199,7 @@ class _Threads(_Pool):
 
     def __init__(self, dataset: Clips, count: int, device: torch.device) -> None:
         self._dataset, self._device = copy.copy(dataset), device
+        self._measured = timing.clock() is not None
         self._thread = threading.local()
         self._held: dict[int, str] = {}  # by thread
         self._dataset.open_file = partial(self._open, dataset.open_file)
@@ -205,12 +217,14 @@ class _Threads(_Pool):
     def submit(self, key: Any) -> Future[Any]:
         return self.executor.submit(self._make, key)
 
-    def _make(self, key: Any) -> tuple[Any, torch.cuda.Event | None]:
+    def _make(self, key: Any) -> tuple[tuple[Any, torch.cuda.Event | None], dict[str, float]]:
         try:
             if self._device.type != "cuda":
-                return self._dataset[key], None
+                sample, seconds = _make(self._dataset, key, self._measured)
+                return (sample, None), seconds
             with torch.cuda.stream(self._thread.stream):
-                return self._dataset[key], self._thread.stream.record_event()
+                sample, seconds = _make(self._dataset, key, self._measured)
+                return (sample, self._thread.stream.record_event()), seconds
         finally:
             self._held.pop(threading.get_ident(), None)
 
@@ -233,8 +247,10 @@ class _Processes(_Pool):
     def __init__(self, dataset: Clips, count: int) -> None:
         context = multiprocessing.get_context()
         self._notes = [context.Array("c", _LONGEST_NOTE, lock=False) for _ in range(count)]
-        started = context.Value("i", 0)
-        self._pool = ProcessPoolExecutor(count, context, _start_process, (dataset, self._notes, started))
+        started, measured = context.Value("i", 0), timing.clock() is not None
+        self._pool = ProcessPoolExecutor(
+            count, context, _start_process, (dataset, self._notes, started, measured)
+        )
         self.executor = self._pool
         self._processes: dict[int, Any] = {}  # by id
 
@@ -275,9 +291,10 @@ class _Process:
 
     dataset: Clips
     note: Any
+    measured: bool
 
 
-def _start_process(dataset: Clips, notes: list[Any], started: Any) -> None:
+def _start_process(dataset: Clips, notes: list[Any], started: Any, measured: bool) -> None:
     # Ctrl-C and a scheduler's SIGTERM reach all processes; the one that trains decides what happens then.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -287,8 +304,18 @@ def _start_process(dataset: Clips, notes: list[Any], started: Any) -> None:
         _Process.note = notes[started.value]
         started.value += 1
     _write_note("")
+    _Process.measured = measured
     _Process.dataset = copy.copy(dataset)
     _Process.dataset.open_file = partial(_open_noted, dataset.open_file)
+
+
+def _make(dataset: Clips, key: Any, measured: bool) -> tuple[Any, dict[str, float]]:
+    """A sample, and the seconds of its stages."""
+    if not measured:
+        return dataset[key], {}
+    with timing.measured("transform") as clock:
+        sample = dataset[key]
+    return sample, dict(clock.seconds)
 
 
 def _die_with_parent() -> None:
@@ -300,7 +327,7 @@ def _die_with_parent() -> None:
 
 def _make_in_process(key: Any) -> Any:
     try:
-        return _Process.dataset[key]
+        return _make(_Process.dataset, key, _Process.measured)
     finally:
         _write_note("")
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from mvit_video.data.decode.cuda import SAMPLE
 from mvit_video.data.decode.pyav import PyAVVideo
 from mvit_video.errors import ConfigError, VideoError
+from mvit_video.timing import timed
 
 _Read = Callable[[list[int]], Tensor]  # rising frame indices -> uint8 (T, 3, H, W)
 _SAME_TIME = 1e-3  # seconds
@@ -53,6 +54,7 @@ class EngineVideo:
         """See `Video.frame_time`."""
         return self._facts.frame_time(index)
 
+    @timed("decode")
     def get_frames(self, indices: Sequence[int]) -> Tensor:
         """See `Video.get_frames`."""
         asked = list(indices)

@@ -15,6 +15,7 @@ from av.video.reformatter import ColorRange, VideoReformatter
 from torch import Tensor
 
 from mvit_video.data.decode.colour import Colour, matrix_of, to_rgb
+from mvit_video.timing import timed
 
 # Layouts that are converted from planes, and the step of a sample that is one 8-bit level.
 _UNITS = {
@@ -104,6 +105,7 @@ class RgbPictures:
         self._frames = torch.empty(count, *look.upright_size, 3, dtype=torch.uint8)
         self._slots = self._frames.numpy()
 
+    @timed("convert")
     def put(self, slot: int, frame: VideoFrame) -> None:
         """Gather a frame."""
         height, width = self._look.height, self._look.width
@@ -113,6 +115,7 @@ class RgbPictures:
         rows = np.frombuffer(cast(Any, plane), np.uint8).reshape(-1, plane.line_size)[:height, : width * 3]
         self._slots[slot] = self._look.turn.apply(rows.reshape(height, width, 3))
 
+    @timed("convert")
     def finish(self) -> Tensor:
         """uint8 (N, 3, H, W), upright."""
         return self._frames.permute(0, 3, 1, 2)
@@ -130,6 +133,7 @@ class PlanePictures:
         self._pix_fmt = look.pix_fmt
         self._on_gpu = False
 
+    @timed("convert")
     def put(self, slot: int, frame: VideoFrame) -> None:
         """Gather a frame. Raises `NotOnHardware` for one of another size, which only swscale resizes."""
         look = self._look
@@ -165,6 +169,7 @@ class PlanePictures:
             self._count, *plane.shape, dtype=plane.dtype, device=plane.device, pin_memory=pinned
         )
 
+    @timed("convert")
     def finish(self) -> Tensor:
         """uint8 (N, 3, H, W) on the device, upright, ordered after what its current stream holds."""
         if not self._planes:  # no frame was asked for

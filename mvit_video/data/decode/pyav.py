@@ -41,6 +41,7 @@ from mvit_video.data.decode.packets import (
 )
 from mvit_video.data.decode.pictures import Look, NotOnHardware, PlanePictures, RgbPictures
 from mvit_video.errors import VideoError
+from mvit_video.timing import timed
 
 # Reading on is cheaper than a seek when the next key frame is at most this many packets away.
 _SHORT_GAP = 32
@@ -102,6 +103,7 @@ class PyAVVideo:
         self.check_range([index])
         return float(self._times[index])
 
+    @timed("decode")
     def get_frames(self, indices: Sequence[int]) -> Tensor:
         """See `Video.get_frames`. A damaged file may look sound to NVDEC: the CPU decoder sees more."""
         asked = [operator.index(index) for index in indices]
@@ -154,6 +156,7 @@ class PyAVVideo:
 
     # Opening
 
+    @timed("demux")
     def _open(self) -> None:
         try:
             # "file:" keeps FFmpeg from taking a name like "http://x" or "a:b.mp4" for a protocol, the white
@@ -189,6 +192,7 @@ class PyAVVideo:
             raise VideoError(self.path, "FFmpeg has no decoder for its video stream")
         return stream
 
+    @timed("demux")
     def _read_index(self) -> tuple[Index | None, VideoFrame | None]:
         """The index, None where it would mislead, and some early frame for the size and orientation."""
         packets = PacketList()
@@ -213,6 +217,7 @@ class PyAVVideo:
         guessed = self.container_format == "avi" and self._codec.has_b_frames
         return None if guessed else build_index(packets), first
 
+    @timed("decode")
     def _try_decode(self, packet: Packet[VideoStream]) -> VideoFrame | None:
         try:
             frames = self._codec.decode(packet)
@@ -292,10 +297,15 @@ class PyAVVideo:
         packet = self._go_to(index, key)
         while packet is not None:
             yield packet
-            packet = next(filled(self._demuxer), None) if self._position <= last else None
+            packet = self._next_packet() if self._position <= last else None
             self._position += packet is not None
         yield None
 
+    @timed("demux")
+    def _next_packet(self) -> Packet[VideoStream] | None:
+        return next(filled(self._demuxer), None)
+
+    @timed("demux")
     def _go_to(self, index: Index, key: Key) -> Packet[VideoStream] | None:
         """Read the key frame's packet, seeking if it is not near."""
         if 0 <= key.position - self._position <= _SHORT_GAP:
@@ -379,6 +389,7 @@ class PyAVVideo:
             yield None
         yield from self._decode_or_none(None)
 
+    @timed("decode")
     def _decode_or_none(self, packet: Packet[VideoStream] | None) -> Sequence[VideoFrame | None]:
         try:
             return self._codec.decode(packet)

@@ -1,0 +1,193 @@
+"""Where the time goes: seconds of each stage, measured where a job was started with ``profile=true``.
+
+A stage ends where another begins inside it and goes on after that, so stages of a thread add up. Elsewhere, a
+stage costs a look at a variable of its thread.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from pytorch_lightning.profilers import Profiler
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+LOADER_STAGES = ("demux", "decode", "convert", "transform")
+MAIN_STAGES = ("wait for data", "transfer", "model", "rest")
+_ON_GPU = ("transfer", "model")  # which only queue work there
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Clock:
+    """Seconds of the stages of one thread, and of the threads and processes that worked for it.
+
+    Attributes:
+        seconds: by stage, of the thread.
+        helpers: by stage, of its helpers, all together.
+        samples: how many these have made.
+    """
+
+    def __init__(self, stage: str) -> None:
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.helpers: defaultdict[str, float] = defaultdict(float)
+        self.samples = 0
+        self._stage, self._since = stage, time.perf_counter()
+
+    def switch(self, stage: str) -> str:
+        """Begin another stage; returns the one that ends."""
+        ended = self._stage
+        if (stage in _ON_GPU or ended in _ON_GPU) and torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.seconds[ended] += now - self._since
+        self._stage, self._since = stage, now
+        return ended
+
+    def add_sample(self, seconds: dict[str, float]) -> None:
+        """Count what a helper has made."""
+        for name, value in seconds.items():
+            self.helpers[name] += value
+        self.samples += 1
+
+
+class _Thread(threading.local):
+    clock: Clock | None = None
+
+
+_thread = _Thread()
+
+
+def clock() -> Clock | None:
+    """This thread's, where it is being measured."""
+    return _thread.clock
+
+
+@contextmanager
+def measured(stage: str) -> Iterator[Clock]:
+    """Measure this thread; what is no other stage is ``stage``."""
+    former, current = _thread.clock, Clock(stage)
+    _thread.clock = current
+    try:
+        yield current
+    finally:
+        current.switch(stage)
+        _thread.clock = former
+
+
+@contextmanager
+def stage(name: str) -> Iterator[None]:
+    """A stage, where this thread is being measured."""
+    current = _thread.clock
+    if current is None:
+        yield
+        return
+    outer = current.switch(name)
+    try:
+        yield
+    finally:
+        current.switch(outer)
+
+
+def timed(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Make a function a stage."""
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def run(*args: P.args, **kwargs: P.kwargs) -> R:
+            current = _thread.clock
+            if current is None:
+                return function(*args, **kwargs)
+            outer = current.switch(name)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                current.switch(outer)
+
+        return run
+
+    return decorate
+
+
+def watch(model: nn.Module) -> None:
+    """Make the model's forward passes a stage, where this thread is being measured."""
+    current = _thread.clock
+    if current is None:
+        return
+    outer: list[str] = []
+    model.register_forward_pre_hook(lambda *_: outer.append(current.switch("model")))
+
+    def end(*_: Any) -> None:
+        current.switch(outer.pop())
+
+    model.register_forward_hook(end)
+
+
+class StageProfiler(Profiler):
+    """Takes the stages "transfer" and "model" from what the Trainer says it does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._outer: list[str] = []
+
+    def start(self, action_name: str) -> None:
+        current, name = _thread.clock, _stage_of(action_name)
+        if current is not None and name is not None:
+            self._outer.append(current.switch(name))
+
+    def stop(self, action_name: str) -> None:
+        current = _thread.clock
+        if current is not None and _stage_of(action_name) is not None:
+            current.switch(self._outer.pop())
+
+
+def _stage_of(action: str) -> str | None:
+    if action.endswith(".batch_to_device"):
+        return "transfer"
+    return "model" if action == "run_training_batch" or action.endswith("Strategy.validation_step") else None
+
+
+@contextmanager
+def profiled(folder: Path) -> Iterator[None]:
+    """Measure a job; print a table of its stages at the end and save it as ``profile.json``."""
+    with measured("rest") as current:
+        yield
+    main = {name: current.seconds[name] for name in MAIN_STAGES}
+    # Without helpers, the main thread does their work while it waits.
+    alone = not current.samples
+    loader = {name: (current.seconds if alone else current.helpers)[name] for name in LOADER_STAGES}
+    parts: list[tuple[str, dict[str, float]]] = [("loader, all workers", loader), ("main process", main)]
+    if alone:
+        main["wait for data"] += sum(loader.values())
+    verdict = _verdict(main)
+    table = Table(title="where the time went", caption=verdict)
+    for name in ("", "stage", "seconds", "share", "ms a video"):
+        table.add_column(name, justify="left" if name in ("", "stage") else "right")
+    for title, seconds in parts:
+        total = sum(seconds.values()) or 1.0
+        for index, (name, value) in enumerate(seconds.items()):
+            a_video = f"{1000 * value / current.samples:.2f}" if current.samples else ""
+            cells = (name, f"{value:.2f}", f"{value / total:.1%}", a_video)
+            table.add_row(title if index == 0 else "", *cells, end_section=index == len(seconds) - 1)
+    Console().print(table)
+    saved = {"loader": loader, "main": main, "videos": current.samples or None, "verdict": verdict}
+    (folder / "profile.json").write_text(json.dumps(saved, indent=2))
+
+
+def _verdict(main: dict[str, float]) -> str:
+    waiting, working = main["wait for data"], main["transfer"] + main["model"]
+    share = waiting / (waiting + working or 1.0)
+    if share > 0.1:
+        return f"The model waits {share:.0%} of the time: loading is the limit (more num_workers or cores)."
+    return f"The model waits {share:.0%} of the time only: the model is the limit."
