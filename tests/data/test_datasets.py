@@ -236,9 +236,9 @@ def test_too_many_missing_videos(tmp_path: Path, a_video: PutVideo) -> None:
     ids=["pyslowfast", "comma", "mmaction2", "absolute"],
 )
 def test_kinetics_by_lists_of_paths(
-    tmp_path: Path, a_video: PutVideo, names: str, base: str, line: str
+    tmp_path: Path, a_video: PutVideo, names: tuple[str, str], base: str, line: str
 ) -> None:
-    for split, file in zip(("train", "val"), names.split(), strict=True):
+    for split, file in zip(("train", "val"), names, strict=True):
         folder = f"{base}_{split}" if base == "videos" else split
         lines = []
         for name, label in (("abseiling/x y_000001_000011.mp4", 0), ("zumba/z.mp4", 399)):
