@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 import mvit_video as mv
 from mvit_video.data.index import LabelledVideo
 from mvit_video.predict import recognizer as module
+from mvit_video.predict.recognizer import prefetch
 from mvit_video.scoring import score_videos
 
 
@@ -101,3 +103,36 @@ def test_embeddings_find_the_same_video_again(checkpoint: Path, two_classes: Pat
 def test_numbers_out_of_range(checkpoint: Path, wrong: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         mv.Recognizer(checkpoint, **wrong)
+
+
+def test_the_thread_ahead_keeps_order_errors_and_ends() -> None:
+    closed = threading.Event()
+
+    def numbers(count: int, wait: threading.Event | None = None) -> Iterator[int]:
+        try:
+            yield from range(count)
+            if wait is not None:
+                wait.set()
+            if count == 5:
+                raise mv.VideoError("a.mp4", "gone")
+        finally:
+            closed.set()
+
+    assert list(prefetch(numbers(100), 3)) == [*range(100)]
+    found = prefetch(numbers(5), 2)
+    assert [next(found) for _ in range(5)] == [*range(5)]
+    with pytest.raises(mv.VideoError, match="gone"):
+        next(found)
+    closed.clear()
+    early = prefetch(numbers(1000), 2)
+    next(early)
+    early.close()
+    assert closed.wait(5)
+    all_made = threading.Event()
+    late = prefetch(numbers(50, all_made), 1, drop=True)
+    first = next(late)
+    assert all_made.wait(5)
+    found = [first, *late]
+    assert found == sorted(set(found))
+    assert found[-1] == 49
+    assert len(found) <= 3

@@ -126,7 +126,11 @@ def watch(config: DictConfig, recognizer: Recognizer, sources: list[str]) -> Non
     lines = "jsonl" if config.output else config.format
     with Path(config.output).open("a", encoding="utf-8") if config.output else nullcontext(sys.stdout) as out:
         for clip in recognizer.watch(
-            sources[0], length=config.window, stride=config.stride or config.window / 2, follow=config.follow
+            sources[0],
+            length=config.window,
+            stride=config.stride or config.window / 2,
+            follow=config.follow,
+            drop=sources[0].startswith(("rtsp://", "/dev/video")),
         ):
             if lines == "jsonl":
                 text = json.dumps({"path": sources[0], **asdict(clip)})

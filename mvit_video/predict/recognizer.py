@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from queue import Full, Queue
+from queue import Empty, Full, Queue
 from typing import TYPE_CHECKING, Literal, TypeVar, cast
 
 import torch
@@ -129,28 +129,35 @@ class Recognizer:
             yield self.describe(views, scores)
 
     def watch(
-        self, source: Source, *, length: float, stride: float, follow: float | None = None
+        self,
+        source: Source,
+        *,
+        length: float,
+        stride: float,
+        follow: float | None = None,
+        drop: bool = False,
     ) -> Iterator[ClipPrediction]:
         """What happens in each window of a video, a stream, a camera or a pipe, as soon as it was seen.
 
         Windows of several seconds are seen through ``num_clips`` clips. Arguments and errors are those of
-        ``stream.iter_windows``; with ``batch_size=1`` no window waits for others.
+        ``stream.iter_windows``; with ``batch_size=1`` no window waits for others. ``drop`` leaves windows out
+        where the model is slower than the source, as for cameras.
 
         >>> video = folder / "cats" / "5.mp4"  # 17 frames at 12 a second
         >>> [(round(w.start, 2), round(w.end, 2)) for w in recognizer.watch(video, length=1, stride=0.25)]
         [(0.0, 1.0), (0.25, 1.25), (0.5, 1.42)]
         """
-        for span, scores in self._watch(source, length, stride, follow):
+        for span, scores in self._watch(source, length, stride, follow, drop):
             yield ClipPrediction(*span, *best_classes(scores, self.class_names, self.topk))
 
     def timeline(self, path: str | Path, *, length: float, stride: float) -> Timeline:
         """Scores of all windows of a video file, in bounded memory. Arguments and errors: see ``watch``."""
-        found = list(self._watch(path, length, stride, None))
+        found = list(self._watch(path, length, stride, None, drop=False))
         spans = [span for span, _ in found]
         return Timeline(str(path), self.class_names, spans, torch.stack([row for _, row in found]), stride)
 
     def _watch(
-        self, source: Source, length: float, stride: float, follow: float | None
+        self, source: Source, length: float, stride: float, follow: float | None, drop: bool
     ) -> Iterator[tuple[tuple[float, float], Tensor]]:
         def views() -> Generator[VideoViews, None, None]:
             for window in iter_windows(source, length=length, stride=stride, follow=follow):
@@ -158,7 +165,8 @@ class Recognizer:
                 video = LabelledVideo(window.path, None, window.path)
                 yield VideoViews(video, clips, [(window.start, window.end)] * len(clips))
 
-        for window, scores in self.score_views(prefetch(views(), depth=max(self.num_workers, 1))):
+        depth = 1 if drop else max(self.num_workers, 1)
+        for window, scores in self.score_views(prefetch(views(), depth, drop=drop)):
             yield window.spans[0], scores.mean(0)
 
     def scores(self, clips: Tensor) -> Tensor:
@@ -315,13 +323,19 @@ def ahead(function: Callable[[In], Out], items: Iterable[In], num_workers: int) 
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def prefetch(items: Generator[Out, None, None], depth: int) -> Iterator[Out]:
-    """The same items, made by a thread that is up to ``depth`` of them ahead of the reader."""
+def prefetch(items: Generator[Out, None, None], depth: int, *, drop: bool = False) -> Iterator[Out]:
+    """The same items, made by a thread that is up to ``depth`` of them ahead of the reader.
+
+    With ``drop`` it never waits: the oldest item gives way to a new one.
+    """
     made: Queue[tuple[bool, Out | BaseException | None]] = Queue(depth)
     stopped = threading.Event()
 
     def put(item: Out | BaseException | None, *, is_item: bool) -> None:
         while not stopped.is_set():
+            if drop and is_item and made.full():
+                with suppress(Empty):
+                    made.get_nowait()
             with suppress(Full):
                 made.put((is_item, item), timeout=0.1)
                 return

@@ -47,10 +47,11 @@ class Window:
         *,
         span: tuple[float, float],
         rate: float,
+        codec: str,
         look: Look,
         reformatter: VideoReformatter,
     ) -> None:
-        self.path, self.num_frames = path, len(frames)
+        self.path, self.num_frames, self.codec = path, len(frames), codec
         self.start, self.end = span
         self._frames, self._look, self._reformatter = frames, look, reformatter
         first, last = frames[0][0], frames[-1][0]
@@ -104,13 +105,14 @@ def iter_windows(
         reformatter = VideoReformatter()
         held: deque[tuple[float, VideoFrame]] = deque()
         look: Look | None = None
+        codec = stream.codec_context.name
         number, seen = 0, 0.0  # seen: seconds that earlier windows reached to
 
         def window(end: float) -> Window:
             assert look is not None
             frames = [frame for frame in held if frame[0] < end - _SLACK]
             span = (number * stride, end)
-            return Window(name, frames, span=span, rate=rate, look=look, reformatter=reformatter)
+            return Window(name, frames, span=span, rate=rate, codec=codec, look=look, reformatter=reformatter)
 
         for second, frame in timed_frames(container, stream, name):
             look = look or Look.of(frame)
