@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mvit_video.model.depthwise import depthwise_conv3d
+from mvit_video.model import kernels
 from mvit_video.model.windows import axis_windows, cut_windows, gather_windows
 
 Grid = tuple[int, int, int]  # (T, H, W): tokens along time, height and width
@@ -98,9 +98,9 @@ class PoolingAttention(nn.Module):
 
         names = ("q", "k", "v") if separate_qkv or pool_first else ()
         for name in names:
-            setattr(self, name, nn.Linear(dim, dim_out, bias=qkv_bias))
-        self.qkv = None if names else nn.Linear(dim, 3 * dim_out, bias=qkv_bias)
-        self.proj = nn.Linear(dim_out, dim_out)
+            setattr(self, name, Linear(dim, dim_out, bias=qkv_bias))
+        self.qkv = None if names else Linear(dim, 3 * dim_out, bias=qkv_bias)
+        self.proj = Linear(dim_out, dim_out)
         self.dropout = nn.Dropout(dropout)
 
         pooled_dim = dim if pool_first else dim_out
@@ -142,12 +142,11 @@ class PoolingAttention(nn.Module):
         q, k, v, q_grid, k_grid = self._queries_keys_values(x, grid)
         q_folded, k_folded = self._fold_positions(q, k, q_grid, k_grid)
         if self.window is not None and any(w < n for w, n in zip(self.window, grid, strict=True)):
-            x = self._attend_in_windows(q_folded, k_folded, v, grid, q_grid, k_grid)
+            folded = q_folded.transpose(1, 2), k_folded.transpose(1, 2)
+            x = self._attend_in_windows(*folded, v, grid, q_grid, k_grid)
         else:
             bias = self._joint_bias(q, q_grid, k_grid)
-            x = fused_attention(
-                q_folded.transpose(1, 2), k_folded.transpose(1, 2), v.transpose(1, 2), bias
-            ).transpose(1, 2)  # (B, N', n, c)
+            x = fused_attention(q_folded, k_folded, v.transpose(1, 2), bias).transpose(1, 2)  # (B, N', n, c)
 
         if self.residual_pooling:
             # The class token isn't pooled, so it gets no residual.
@@ -201,7 +200,7 @@ class PoolingAttention(nn.Module):
         if isinstance(pool, nn.Conv3d):  # all heads share one kernel
             weight = pool.weight.repeat(channels // pool.in_channels, 1, 1, 1, 1)
             stride, padding = cast(Grid, pool.stride), cast(Grid, pool.padding)
-            volume = depthwise_conv3d(volume, weight, stride, padding)
+            volume = kernels.depthwise_conv3d(volume, weight, stride, padding)
         else:
             volume = pool(volume)
         _, _, t, h, w = volume.shape
@@ -215,9 +214,10 @@ class PoolingAttention(nn.Module):
     def _fold_positions(self, q: Tensor, k: Tensor, q_grid: Grid, k_grid: Grid) -> tuple[Tensor, Tensor]:
         """Extend q and k so that their product alone is ``scale * q k + q R_t + q R_h + q R_w``.
 
-        (Paper, eq. 3 and 4.) Per axis, q is extended by its products with the positions of all key
-        coordinates, and k by a one-hot vector of its coordinate, so no (N, M) bias exists. Class tokens are
-        extended by zeros. Note that the relative terms take the unscaled q.
+        (B, N, n, c) and (B, M, n, c) -> (B, n, N, d) and (B, n, M, d). (Paper, eq. 3 and 4.) Per axis,
+        q is extended by its products with the positions of all key coordinates, and k by a one-hot vector of
+        its coordinate, so no (N, M) bias exists. Class tokens are extended by zeros. Note that the relative
+        terms take the unscaled q.
         """
         first = int(self.class_token)
         q_cells = q[:, first:].unflatten(1, q_grid)  # (B, T, H, W, n, c)
@@ -235,13 +235,12 @@ class PoolingAttention(nn.Module):
             plane = torch.eye(k_grid[1] * k_grid[2], dtype=k.dtype, device=k.device)
             extra_k.append(plane.repeat(k_grid[0], 1))
 
-        scaled = q * q.shape[-1] ** -0.5
+        q, k = q.transpose(1, 2) * q.shape[-1] ** -0.5, k.transpose(1, 2)
         if not extra_q:
-            return scaled, k
-        q_positions = F.pad(torch.cat(extra_q, -1).flatten(1, 3), (0, 0, 0, 0, first, 0))
-        k_positions = F.pad(torch.cat(extra_k, -1), (0, 0, first, 0))[None, :, None]
-        k_positions = k_positions.expand(k.shape[0], -1, self.num_heads, -1)
-        return torch.cat([scaled, q_positions], -1), torch.cat([k, k_positions], -1)
+            return q, k
+        q_positions = F.pad(torch.cat(extra_q, -1).flatten(1, 3), (0, 0, 0, 0, first, 0)).transpose(1, 2)
+        k_positions = F.pad(torch.cat(extra_k, -1), (0, 0, first, 0)).expand(*k.shape[:-1], -1)
+        return torch.cat([q, q_positions], -1), torch.cat([k, k_positions], -1)
 
     def _joint_bias(self, q: Tensor, q_grid: Grid, k_grid: Grid) -> Tensor | None:
         """q R_thw as the (B, n, N, M) bias that it is: one table over all axes leaves nothing to fold."""
@@ -309,6 +308,13 @@ class AveragePool(nn.Module):
         return F.conv3d(x, weight, None, self.stride, half(self.kernel), groups=x.shape[1])
 
 
+class Linear(nn.Linear):
+    """torch's own, computed by a faster kernel where there is one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.linear(x, self.weight, self.bias)
+
+
 def make_pool(mode: PoolMode, width: int, kernel: Grid | Literal["stride"], stride: Grid) -> Pool:
     """A pooling over (B, C, T, H, W), padded by half its kernel; None where it would change nothing."""
     if kernel == "stride":
@@ -340,6 +346,8 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
     A boolean mask says which keys count, a float one is added. The head widths are padded to one common
     multiple of 16: fused kernels ask for q, k and v of one width, and are fastest on such widths.
     """
+    if mask is None and kernels.has_attention(q):
+        return kernels.attention(q, k, v)
     width = math.ceil(q.shape[-1] / 16) * 16
     q, k, padded_v = (F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, padded_v, mask, scale=1.0)[..., : v.shape[-1]]

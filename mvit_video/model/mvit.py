@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mvit_video.model.attention import NORM_EPS, Grid, PoolingAttention, half, pool_kernel_for
+from mvit_video.model import kernels
+from mvit_video.model.attention import NORM_EPS, Grid, Linear, PoolingAttention, half, pool_kernel_for
 from mvit_video.model.config import BlockPlan, MViTConfig, divide, plan_blocks
 from mvit_video.model.positions import joint_table, position_parameters, resize_table
 from mvit_video.model.protocol import Protocol
@@ -183,7 +184,7 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(plan.attention_dim, eps=NORM_EPS)
         hidden_dim = int(plan.attention_dim * config.mlp_ratio)
         self.mlp = Mlp(plan.attention_dim, hidden_dim, plan.dim_out, config.dropout)
-        self.proj = nn.Linear(plan.dim, plan.dim_out) if plan.dim != plan.dim_out else None
+        self.proj = Linear(plan.dim, plan.dim_out) if plan.dim != plan.dim_out else None
         self.widens_in_attention = config.dim_mul_in_attention
         self.q_stride = plan.q_stride
         self.class_token = config.class_token
@@ -227,13 +228,16 @@ class Mlp(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int, dim_out: int, dropout: float) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, dim_out)
+        self.fc1 = Linear(dim, hidden_dim)
+        self.fc2 = Linear(hidden_dim, dim_out)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, C) -> (B, N, C')"""
-        return self.dropout(self.fc2(self.dropout(F.gelu(self.fc1(x)))))
+        fc1, fc2, dropout = self.fc1, self.fc2, self.dropout
+        if type(fc1) is type(fc2) is Linear and not (self.training and dropout.p):
+            return kernels.mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias)  # the same in one kernel
+        return dropout(fc2(dropout(F.gelu(fc1(x)))))
 
 
 class Head(nn.Module):

@@ -1,0 +1,341 @@
+"""What torch computes slowly on CPUs, computed faster: linear layers, the MLP, attention, depthwise pooling.
+
+Each function says in its docstring which plain expression of torch it equals, in value and gradient; that
+expression is also what other devices, exported programs and dtypes other than float32 and bfloat16 get. To
+``torch.compile`` the kernels are opaque operations, so compiled models are as fast.
+
+Two things make the difference. torch hands float32 products to MKL, which runs at half speed on AMD's cores;
+its oneDNN, which already multiplies in bfloat16, doesn't. And large intermediate tensors cost more than what
+is computed from them (memory fresh from the system is cleared page by page), so the kernels work through the
+tokens in chunks whose intermediates stay in the cache.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+Size = tuple[int, int, int]
+
+# Bytes of scores that a chunk of attention holds, and of hidden layer that a chunk of the MLP does, for each
+# thread. Timed on Zen 5 (1 MB of L2 a core) from 256 kB to 8 MB: flat from 1 to 4 MB, up to a third slower at
+# the ends.
+CHUNK = 2**20
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, of_gelu: bool = False) -> Tensor:
+    """``F.linear(x, weight, bias)``, or of ``F.gelu(x)``; only x is kept for the backward pass.
+
+    Args:
+        x: (..., i).
+        weight: (o, i).
+        bias: (o,).
+
+    Returns:
+        (..., o)
+    """
+    if not _has_kernels(x):
+        return F.linear(F.gelu(x) if of_gelu else x, weight, bias)
+    x, weight, bias = _autocast(x, weight, bias)
+    if x.dtype != torch.float32 and not of_gelu:  # nothing to gain
+        return F.linear(x, weight, bias)
+    return _linear(x, weight, bias, of_gelu)
+
+
+def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
+    """``F.linear(F.gelu(F.linear(x, weight1, bias1)), weight2, bias2)``: (..., i) -> (..., o)."""
+    if _has_kernels(x) and not torch.is_grad_enabled():
+        return _mlp(*_autocast(x, weight1, bias1, weight2, bias2))
+    return linear(linear(x, weight1, bias1), weight2, bias2, of_gelu=True)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """``softmax(q kᵀ) v``, by chunks of queries; nothing of size N x M is kept, the scores are recomputed.
+
+    Timed against torch's fused kernel on Zen 5 for every block of S 16x4 and forward/backward: 2.1/1.7 times
+    as fast in float32, 3.0/2.0 in bfloat16, in small blocks as in large ones. So there is no switch by size.
+
+    Args:
+        q, k, v: (B, n, N, d), (B, n, M, d), (B, n, M, c).
+
+    Returns:
+        (B, n, N, c)
+    """
+    q, k, v = _autocast(q, k, v)
+    return _attention(q.contiguous(), k.contiguous(), v.contiguous())
+
+
+def has_attention(q: Tensor) -> bool:
+    """Whether ``attention`` is there for queries like these."""
+    return _has_kernels(q, torch.float32, torch.bfloat16, torch.float64)
+
+
+def _has_kernels(x: Tensor, *dtypes: torch.dtype) -> bool:
+    # An exported or traced program must run without this package, and on other devices.
+    leaves = torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return x.device.type == "cpu" and x.dtype in (dtypes or (torch.float32, torch.bfloat16)) and not leaves
+
+
+def _autocast(*tensors: Any) -> tuple[Any, ...]:
+    """Autocast reaches neither into own kernels nor into backward passes: cast what comes in."""
+    if not torch.is_autocast_enabled("cpu"):
+        return tensors
+    dtype = torch.get_autocast_dtype("cpu")
+    return tuple(x.to(dtype) if x is not None else None for x in tensors)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool = False) -> Tensor:
+    """x (N, i), weight (o, i) -> x weightᵀ + bias (N, o), and its GELU; by oneDNN where torch has it."""
+    if x.dtype != torch.float64 and torch.backends.mkldnn.enabled and _has_onednn():
+        then, form = ("gelu", "none") if gelu else ("none", "")
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, then, [], form)
+    out = F.linear(x, weight, bias)
+    return F.gelu(out) if gelu else out
+
+
+@functools.cache
+def _has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def _chunks(rows: int, width: int, itemsize: int) -> list[slice]:
+    """Cut rows of ``width`` elements so that every thread's share of a chunk fits into its cache."""
+    step = max(CHUNK * torch.get_num_threads() // (width * itemsize), 16)
+    return [slice(start, start + step) for start in range(0, rows, step)]
+
+
+@torch.library.custom_op("mvit_video::linear", mutates_args=(), device_types="cpu")
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, of_gelu: bool) -> Tensor:
+    rows = x.flatten(0, -2)
+    if not of_gelu:
+        return _product(rows, weight, bias).view(*x.shape[:-1], -1)
+    out = x.new_empty(len(rows), len(weight))
+    for chunk in _chunks(len(rows), rows.shape[1], rows.itemsize):
+        out[chunk] = _product(F.gelu(rows[chunk]), weight, bias)
+    return out.view(*x.shape[:-1], -1)
+
+
+@_linear.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, of_gelu: bool) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+@torch.library.custom_op("mvit_video::linear_backward", mutates_args=(), device_types="cpu")
+def _linear_backward(grad: Tensor, x: Tensor, weight: Tensor, of_gelu: bool) -> tuple[Tensor, Tensor, Tensor]:
+    grads, rows = grad.flatten(0, -2), x.flatten(0, -2)
+    grad_bias = grads.sum(0)
+    if not of_gelu:
+        grad_x = _product(grads, weight.t())
+        return grad_x.view(x.shape), _product(grads.t(), rows.t()), grad_bias
+    grad_x = torch.empty_like(rows)
+    grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+    for chunk in _chunks(len(rows), rows.shape[1], rows.itemsize):
+        grad_weight += _product(grads[chunk].t(), F.gelu(rows[chunk]).t())
+        grad_x[chunk] = torch.ops.aten.gelu_backward(_product(grads[chunk], weight.t()), rows[chunk])
+    return grad_x.view(x.shape), grad_weight.to(weight.dtype), grad_bias
+
+
+@_linear_backward.register_fake
+def _(grad: Tensor, x: Tensor, weight: Tensor, of_gelu: bool) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), torch.empty_like(weight), weight.new_empty(weight.shape[0])
+
+
+def _keep_for_linear(ctx: Any, inputs: Any, output: Tensor) -> None:
+    x, weight, bias, ctx.of_gelu = inputs
+    ctx.has_bias = bias is not None
+    ctx.save_for_backward(x, weight)
+
+
+def _differentiate_linear(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    grad_x, grad_weight, grad_bias = _linear_backward(grad.contiguous(), x, weight, ctx.of_gelu)
+    return grad_x, grad_weight, grad_bias if ctx.has_bias else None, None
+
+
+_linear.register_autograd(_differentiate_linear, setup_context=_keep_for_linear)
+
+
+@torch.library.custom_op("mvit_video::mlp", mutates_args=(), device_types="cpu")
+def _mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
+    rows = x.flatten(0, -2)
+    out = x.new_empty(len(rows), len(weight2))
+    for chunk in _chunks(len(rows), len(weight1), rows.itemsize):
+        out[chunk] = _product(_product(rows[chunk], weight1, bias1, gelu=True), weight2, bias2)
+    return out.view(*x.shape[:-1], -1)
+
+
+@_mlp.register_fake
+def _(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight2.shape[0])
+
+
+@torch.library.custom_op("mvit_video::attention", mutates_args=(), device_types="cpu")
+def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    out = q.new_empty(*q.shape[:-1], v.shape[-1])
+    for q_, k_, v_, out_ in zip(*(x.flatten(0, 1) for x in (q, k, v, out)), strict=True):  # head by head
+        values = v_.t().contiguous()
+        for chunk in _chunks(len(q_), len(k_), q.itemsize):
+            out_[chunk] = _product(_product(q_[chunk], k_).softmax(-1), values)
+    return out
+
+
+@_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return q.new_empty(*q.shape[:-1], v.shape[-1])
+
+
+@torch.library.custom_op("mvit_video::attention_backward", mutates_args=(), device_types="cpu")
+def _attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    # Sums over chunks are taken in float32.
+    grads = (
+        torch.empty_like(q),
+        *(torch.zeros_like(x, dtype=max(x.dtype, torch.float32, key=lambda d: d.itemsize)) for x in (k, v)),
+    )
+    for out, q_, k_, v_, grad_q, grad_k, grad_v in zip(
+        *(x.flatten(0, 1) for x in (grad, q, k, v, *grads)), strict=True
+    ):
+        keys = k_.t().contiguous()
+        for chunk in _chunks(len(q_), len(k_), q.itemsize):
+            weights = _product(q_[chunk], k_).softmax(-1)
+            scores = torch.ops.aten._softmax_backward_data(
+                _product(out[chunk], v_), weights, -1, weights.dtype
+            )
+            grad_q[chunk] = _product(scores, keys)
+            grad_k += _product(scores.t(), q_[chunk].t())
+            grad_v += _product(weights.t(), out[chunk].t())
+    return grads[0], grads[1].to(k.dtype), grads[2].to(v.dtype)
+
+
+@_attention_backward.register_fake
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _keep_for_attention(ctx: Any, inputs: Any, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate_attention(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _attention_backward(grad.contiguous(), *ctx.saved_tensors)
+
+
+_attention.register_autograd(_differentiate_attention, setup_context=_keep_for_attention)
+
+
+def depthwise_conv3d(x: Tensor, weight: Tensor, stride: Size, padding: Size) -> Tensor:
+    """``F.conv3d`` with one kernel per channel, over channels-last volumes.
+
+    torch's own forward pass is fast on these, but its backward pass isn't (in bf16 it is ten times slower
+    than everything else in a block together). The same gradients come from fast kernels: that of the input is
+    a forward convolution with the mirrored kernel, that of the weight is one 2D problem per tap in time.
+
+    Args:
+        x: (B, C, T, H, W), best in channels-last memory.
+        weight: (C, 1, kt, kh, kw).
+        stride, padding: (T, H, W).
+
+    Returns:
+        (B, C, T', H', W')
+    """
+    if x.device.type == "cpu" and torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return _DepthwiseConv3d.apply(*_autocast(x, weight), stride, padding)
+    return F.conv3d(x, weight, None, stride, padding, groups=x.shape[1])
+
+
+class _DepthwiseConv3d(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, stride: Size, padding: Size) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.stride, ctx.padding = stride, padding
+        return F.conv3d(x, weight, None, stride, padding, groups=x.shape[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        x, weight = ctx.saved_tensors
+        grad = grad.contiguous(memory_format=torch.channels_last_3d)
+        if max(ctx.stride) > 2:  # few outputs: tap by tap is least work
+            return *_gradients_by_taps(ctx, grad, x, weight), None, None
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_x = _input_gradient(grad, x.shape, weight, ctx.stride, ctx.padding)
+        if ctx.needs_input_grad[1]:
+            grad_weight = _weight_gradient(grad, x, weight, ctx.stride, ctx.padding)
+        return grad_x, grad_weight, None, None
+
+
+def _input_gradient(grad: Tensor, shape: torch.Size, weight: Tensor, stride: Size, padding: Size) -> Tensor:
+    """Correlate the gradient, spread out by the stride, with the mirrored kernel."""
+    kernel = weight.shape[2:]
+    before = [k - 1 - p for k, p in zip(kernel, padding, strict=True)]
+    if stride == (1, 1, 1):
+        spread = grad
+    else:
+        size = [n + k - 1 for n, k in zip(shape[2:], kernel, strict=True)]
+        spread = torch.empty(
+            *shape[:2], *size, dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last_3d
+        ).zero_()
+        t, h, w = (slice(b, b + s * n, s) for b, s, n in zip(before, stride, grad.shape[2:], strict=True))
+        spread[:, :, t, h, w] = grad
+        before = [0, 0, 0]
+    return F.conv3d(spread, weight.flip(2, 3, 4), None, 1, before, groups=grad.shape[1])
+
+
+def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, stride: Size, padding: Size) -> Tensor:
+    """The taps in time one by one: each is the weight gradient of a 2D convolution over all frames."""
+    taps = []
+    for tap in range(weight.shape[2]):
+        outputs, inputs = _meeting(tap, x.shape[2], grad.shape[2], stride[0], padding[0])
+        taps.append(_weight_gradient_2d(grad[:, :, outputs], x[:, :, inputs], weight, stride, padding))
+    return torch.stack(taps, 2)
+
+
+def _gradients_by_taps(ctx: Any, grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Both gradients as sums over the cells that each tap of the kernel connects."""
+    grad_x = torch.zeros_like(x)
+    grad_weight = weight.new_zeros(weight.shape, dtype=torch.float32 if x.itemsize < 4 else x.dtype)
+    for tap in itertools.product(*map(range, weight.shape[2:])):
+        meetings = [
+            _meeting(*sizes)
+            for sizes in zip(tap, x.shape[2:], grad.shape[2:], ctx.stride, ctx.padding, strict=True)
+        ]
+        outputs, inputs = ((slice(None), slice(None), *cells) for cells in zip(*meetings, strict=True))
+        t, h, w = tap
+        grad_x[inputs] += grad[outputs] * weight[:, 0, t, h, w].view(-1, 1, 1, 1)
+        products = grad[outputs] * x[inputs]
+        grad_weight[:, 0, t, h, w] = products.sum((0, 2, 3, 4), dtype=grad_weight.dtype)
+    return grad_x, grad_weight.to(weight.dtype)
+
+
+def _meeting(tap: int, n_inputs: int, n_outputs: int, stride: int, padding: int) -> tuple[slice, slice]:
+    """The outputs along one axis that read an input through this tap, and the inputs that they read."""
+    shift = tap - padding  # output i reads input i * stride + shift
+    first = max(-(shift // stride), 0)
+    last = min((n_inputs - 1 - shift) // stride, n_outputs - 1)
+    if last < first:
+        return slice(0, 0), slice(0, 0)
+    return slice(first, last + 1), slice(first * stride + shift, last * stride + shift + 1, stride)
+
+
+def _weight_gradient_2d(grad: Tensor, x: Tensor, weight: Tensor, stride: Size, padding: Size) -> Tensor:
+    """(C, 1, kh, kw) from (B, C, T, H', W') and (B, C, T, H, W), frames taken as a batch."""
+    _, gradient, _ = torch.ops.aten.convolution_backward(
+        grad.transpose(1, 2).flatten(0, 1),
+        x.transpose(1, 2).flatten(0, 1),
+        weight[:, :, 0],
+        None,
+        stride[1:],
+        padding[1:],
+        [1, 1],
+        False,
+        [0, 0],
+        x.shape[1],
+        [False, True, False],
+    )
+    return gradient

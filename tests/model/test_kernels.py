@@ -1,0 +1,215 @@
+"""The CPU kernels against the plain expressions of torch that they stand for."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mvit_video.model import kernels
+from mvit_video.model.kernels import depthwise_conv3d
+
+
+@pytest.mark.parametrize("kernel", [(3, 3, 3), (1, 3, 3), (3, 5, 1)])
+@pytest.mark.parametrize(
+    ("size", "stride"),
+    [
+        ((3, 7, 5), (1, 1, 1)),
+        ((4, 8, 9), (1, 2, 2)),
+        ((5, 13, 11), (1, 8, 8)),
+        ((6, 6, 6), (2, 3, 1)),
+        ((5, 4, 7), (2, 1, 2)),
+        ((1, 5, 5), (1, 4, 4)),
+        ((1, 1, 1), (1, 1, 1)),
+    ],
+)
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_value_and_gradients_are_torchs(
+    kernel: tuple, size: tuple, stride: tuple, channels_last: bool
+) -> None:
+    torch.manual_seed(0)
+    layout = torch.channels_last_3d if channels_last else torch.contiguous_format
+    x = torch.randn(2, 4, *size, dtype=torch.float64).contiguous(memory_format=layout).requires_grad_()
+    weight = torch.randn(4, 1, *kernel, dtype=torch.float64).requires_grad_()
+    padding = tuple(k // 2 for k in kernel)
+    ours = depthwise_conv3d(x, weight, stride, padding)
+    theirs = F.conv3d(x, weight, None, stride, padding, groups=4)
+    grad = torch.randn_like(theirs)
+    torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
+    for found, expected in zip(
+        torch.autograd.grad(ours, (x, weight), grad),
+        torch.autograd.grad(theirs, (x, weight), grad),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, expected, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("stride", [(1, 1, 1), (1, 2, 2), (1, 8, 8)])
+def test_bf16_gradients_are_as_good_as_torchs(stride: tuple) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 8, 4, 16, 16), torch.randn(8, 1, 3, 3, 3)
+
+    def gradients(dtype: torch.dtype, convolution) -> list[torch.Tensor]:
+        leaves = [t.to(dtype).requires_grad_() for t in (x, weight)]
+        y = convolution(*leaves)
+        grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+        return [g.float() for g in torch.autograd.grad(y, leaves, grad)]
+
+    def ours(x, weight):
+        return depthwise_conv3d(x, weight, stride, (1, 1, 1))
+
+    def theirs(x, weight):
+        return F.conv3d(x, weight, None, stride, (1, 1, 1), groups=8)
+
+    exact = gradients(torch.float32, theirs)
+    for found, stock, expected in zip(
+        gradients(torch.bfloat16, ours), gradients(torch.bfloat16, theirs), exact, strict=True
+    ):
+        error, stock_error = ((g - expected).abs().max() for g in (found, stock))
+        assert error <= 1.5 * stock_error + 1e-6
+
+
+def test_autocast_casts_both_passes_of_the_convolution() -> None:
+    x = torch.randn(1, 4, 2, 5, 5, requires_grad=True)
+    weight = torch.randn(4, 1, 3, 3, 3, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = depthwise_conv3d(x, weight, (1, 1, 1), (1, 1, 1))
+    y.float().sum().backward()
+    assert y.dtype == torch.bfloat16
+    assert x.grad is not None
+    assert x.grad.dtype == weight.grad.dtype == torch.float32
+
+
+def gradients(function, inputs: list[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
+    """The value and the gradients of a weighted sum of it, as float64."""
+    leaves = [x.detach().clone().to(dtype).requires_grad_() for x in inputs]
+    out = function(*leaves)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    return [x.double() for x in (out.detach(), *torch.autograd.grad(out, leaves, grad))]
+
+
+def plain_attention(q, k, v):
+    return (q @ k.transpose(-2, -1)).softmax(-1) @ v
+
+
+def plain_mlp(x, w1, b1, w2, b2):
+    return F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2)
+
+
+def random(*shapes: tuple[int, ...], scale: float = 1.0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator) * scale for shape in shapes]
+
+
+PAIRS = {
+    "attention": (kernels.attention, plain_attention, random((2, 3, 50, 20), (2, 3, 17, 20), (2, 3, 17, 12))),
+    "mlp": (kernels.mlp, plain_mlp, random((2, 70, 12), (48, 12), (48,), (10, 48), (10,), scale=0.5)),
+    "linear": (kernels.linear, F.linear, random((2, 70, 12), (48, 12), (48,))),
+    "linear without bias": (
+        lambda x, weight: kernels.linear(x, weight, None),
+        lambda x, weight: F.linear(x, weight),
+        random((70, 12), (48, 12)),
+    ),
+}
+
+
+@pytest.fixture(params=PAIRS.values(), ids=PAIRS)
+def pair(request):
+    return request.param
+
+
+@pytest.fixture(params=[2**20, 2**10], ids=["one chunk", "many chunks"])
+def chunk(request, monkeypatch):
+    monkeypatch.setattr(kernels, "CHUNK", request.param)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
+@pytest.mark.usefixtures("chunk")
+def test_kernels_equal_their_plain_forms(pair, dtype, tolerance) -> None:
+    fast, plain, inputs = pair
+    exact = gradients(plain, inputs, torch.float64)
+    for found, expected in zip(gradients(fast, inputs, dtype), exact, strict=True):
+        scale = max(expected.abs().max().item(), 1)
+        torch.testing.assert_close(found, expected, atol=tolerance * scale, rtol=0)
+
+
+@pytest.mark.usefixtures("chunk")
+def test_kernels_in_bf16_are_as_good_as_plain_forms(pair) -> None:
+    fast, plain, inputs = pair
+    rounded = [x.bfloat16().float() for x in inputs]
+    exact = gradients(plain, rounded, torch.float64)
+    for found, stock, expected in zip(
+        gradients(fast, rounded, torch.bfloat16),
+        gradients(plain, rounded, torch.bfloat16),
+        exact,
+        strict=True,
+    ):
+        error, stock_error = ((x - expected).square().mean().sqrt() for x in (found, stock))
+        assert error <= 1.25 * stock_error + 1e-6
+
+
+@pytest.mark.usefixtures("chunk")
+def test_mlp_without_gradients_is_the_same() -> None:
+    fast, plain, inputs = PAIRS["mlp"]
+    with torch.no_grad():
+        torch.testing.assert_close(fast(*inputs), plain(*inputs), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_large_logits_give_no_nan(dtype) -> None:
+    inputs = random((1, 2, 40, 8), (1, 2, 30, 8), (1, 2, 30, 8), scale=1e4)
+    for found in gradients(kernels.attention, inputs, dtype):
+        assert found.isfinite().all()
+
+
+def test_deterministic_mode_repeats_gradients() -> None:
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, second = (gradients(*PAIRS["attention"][::2], torch.float32) for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_autocast_reaches_the_kernels() -> None:
+    fast, _, inputs = PAIRS["attention"]
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = fast(*leaves)
+        hidden = kernels.mlp(*PAIRS["mlp"][2])
+    out.float().sum().backward()
+    assert out.dtype == hidden.dtype == torch.bfloat16
+    assert all(x.grad is not None and x.grad.dtype == torch.float32 for x in leaves)
+
+
+MEMORY = """
+import resource, sys, torch
+from mvit_video.model import kernels
+n = int(sys.argv[1])
+q, k, v = (torch.randn(1, 1, n, 16, requires_grad=True) for _ in range(3))
+kernels.attention(*(x[:, :, :64] for x in (q, k, v))).sum().backward()
+bare = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+kernels.attention(q, k, v).sum().backward()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - bare) / 1024)
+"""
+
+
+def test_memory_of_attention_grows_with_n_plus_m() -> None:
+    # A score tensor of 8192 x 8192 would be 256 MB; a plain backward pass needs three at once.
+    used = [
+        float(subprocess.run([sys.executable, "-c", MEMORY, n], capture_output=True, check=True).stdout)
+        for n in ("4096", "8192")
+    ]
+    assert used[1] < 100
+    assert used[1] < 2.5 * used[0] + 10
+
+
+def test_compiled_kernels_are_the_eager_ones(pair) -> None:
+    torch.compiler.reset()
+    fast, _, inputs = pair
+    compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
+    for found, expected in zip(
+        gradients(compiled, inputs, torch.float32), gradients(fast, inputs, torch.float32), strict=True
+    ):
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
