@@ -12,7 +12,7 @@ from torch import Tensor
 from mvit_video.data.clips import OpenVideo
 from mvit_video.data.decode import open_video
 from mvit_video.data.index import LabelledVideo, find_videos
-from mvit_video.model import MViT, load_model
+from mvit_video.model import VideoModel, load_model
 from mvit_video.scoring import VideoScores, score_videos
 
 
@@ -42,7 +42,7 @@ class Prediction:
 
 def predict(
     paths: str | Path | Iterable[str | Path],
-    model: MViT | str | Path,
+    model: VideoModel | str | Path,
     *,
     topk: int = 5,
     num_clips: int | None = None,
@@ -68,7 +68,7 @@ def predict(
     Raises:
         DataError: a path doesn't exist. CheckpointError: the weights can't be read.
     """
-    model = model if isinstance(model, MViT) else load_model(model)
+    model = model if isinstance(model, VideoModel) else load_model(model)
     protocol = model.protocol
     model.protocol = replace(
         protocol,
@@ -92,7 +92,7 @@ def predict(
 
 def iter_predictions(
     files: Sequence[str],
-    model: MViT,
+    model: VideoModel,
     *,
     topk: int,
     batch_size: int,

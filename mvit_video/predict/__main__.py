@@ -15,7 +15,7 @@ from rich.progress import track
 from mvit_video import cli
 from mvit_video.data.index import find_videos
 from mvit_video.errors import ConfigError, DataError
-from mvit_video.model import MViT
+from mvit_video.model import VideoModel
 from mvit_video.predict import Prediction, iter_predictions
 from mvit_video.report import print_table
 
@@ -100,7 +100,7 @@ def _rows(prediction: Prediction, *, per_clip: bool) -> list[tuple[str, str, str
     return [(prediction.path if index == 0 else "", *row) for index, row in enumerate(rows)]
 
 
-def _write_json(predictions: list[Prediction], model: MViT, weights: str, path: Path) -> None:
+def _write_json(predictions: list[Prediction], model: VideoModel, weights: str, path: Path) -> None:
     answer: dict[str, Any] = {
         "weights": weights,
         "protocol": str(model.protocol),
