@@ -25,7 +25,7 @@ from mvit_video.data.clips import OpenVideo
 from mvit_video.data.decode.cuda import SAMPLE
 from mvit_video.data.loader import KINDS
 from mvit_video.errors import ConfigError, MVitVideoError, did_you_mean
-from mvit_video.model import MViT, Protocol, load_model, load_weights
+from mvit_video.model import Protocol, VideoModel, load_model, load_weights
 from mvit_video.model.variants import change_views
 
 log = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ def build(config: Any, **kwargs: Any) -> Any:
     return hydra.utils.instantiate(config, _convert_="all", **kwargs)
 
 
-def build_model(config: DictConfig, num_classes: int | None = None) -> MViT:
+def build_model(config: DictConfig, num_classes: int | None = None) -> VideoModel:
     """The model that ``config.weights`` describes, or ``config.model`` with these weights, in eval mode.
 
     ``config.views`` replaces parts of its protocol. Without weights the model stays as it was initialised.
@@ -204,6 +204,7 @@ def _quiet_libraries() -> None:
         ".*does not have many workers.*",
         ".*Checkpoint directory .* exists.*",
         ".*isinstance.treespec, LeafSpec..*",
+        ".*module.s. in eval mode at the start of training.*",
         ".*number of training batches .* is smaller than the logging interval.*",
     ):
         warnings.filterwarnings("ignore", message)

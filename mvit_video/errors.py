@@ -35,6 +35,10 @@ class CheckpointError(MVitVideoError):
     """A weight file can't be read or doesn't fit the model."""
 
 
+class TrainingError(MVitVideoError):
+    """A training run can't go on: its loss isn't finite, or memory isn't enough."""
+
+
 def did_you_mean(word: str, known: Iterable[str], form: str = "{!r}") -> str:
     """The known word nearest to ``word`` as a question in brackets, or nothing where none is near."""
     close = difflib.get_close_matches(word, list(known), n=1)

@@ -27,7 +27,7 @@ from mvit_video.data.clips import BadVideo, OpenVideo
 from mvit_video.data.index import VideoIndex, VideoSplits
 from mvit_video.errors import ConfigError, DataError
 from mvit_video.foreign_scores import SUFFIXES, read_foreign_scores
-from mvit_video.model import MViT
+from mvit_video.model import VideoModel
 from mvit_video.ranks import Ranks, process_group
 from mvit_video.report.results import report_comparison, report_table, versions
 from mvit_video.scores import (
@@ -192,7 +192,7 @@ def _progress(total: int, how: Combination, *, shown: bool) -> Iterator[Any]:
         yield advance
 
 
-def _facts(config: DictConfig, model: MViT) -> dict[str, Any]:
+def _facts(config: DictConfig, model: VideoModel) -> dict[str, Any]:
     """How the scores come about; the values of ``MUST_AGREE`` decide whether scores can be put together."""
     weights = config.weights or OmegaConf.select(config, "model.weights") or "random"
     digest = hashlib.sha256()
@@ -250,7 +250,7 @@ def _labelled_split(splits: VideoSplits, split: str) -> VideoIndex:
 # Classes
 
 
-def _class_matrix(config: DictConfig, model: MViT, class_names: Sequence[str]) -> torch.Tensor | None:
+def _class_matrix(config: DictConfig, model: VideoModel, class_names: Sequence[str]) -> torch.Tensor | None:
     """How the model's classes become the data set's; None where they are the same."""
     known = model.class_names
     if config.class_names:

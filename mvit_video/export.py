@@ -202,6 +202,8 @@ def export_and_check(config: DictConfig) -> None:
     if min(config.tolerance, config.runs) <= 0:
         raise ConfigError("tolerance and runs must be positive")
     model = cli.build_model(config)
+    if not isinstance(model, MViT):
+        raise ConfigError(f"only MViT models can be exported, not {type(model).__name__}")
     path = Path(config.output)
     if path.suffix not in SUFFIXES:
         raise ConfigError(f"output={path}: models are exported as {' or '.join(SUFFIXES)}")

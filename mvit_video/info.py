@@ -17,6 +17,7 @@ from mvit_video import cli
 from mvit_video.data.decode.cuda import why_no_gpu, why_no_nvdec
 from mvit_video.data.decode.engines import import_decord, import_torchcodec
 from mvit_video.errors import ConfigError
+from mvit_video.model import MViT
 from mvit_video.model.describe import describe
 from mvit_video.report import print_table
 
@@ -44,6 +45,10 @@ def print_model(config: DictConfig) -> None:
     """Print the stages of the model that ``config.model`` names, its parameters and its cost per view."""
     with torch.device("meta"):
         model = cli.build(config.model, weights=None)
+    if not isinstance(model, MViT):
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        print(f"{config.model.name}: {parameters:,} parameters; {model.protocol}")
+        return
     described = describe(model.config)
     rows = [
         (

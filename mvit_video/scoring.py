@@ -14,7 +14,7 @@ from mvit_video.data.clips import OpenVideo, TestViews, VideoViews, views_loader
 from mvit_video.data.decode import open_video
 from mvit_video.data.index import LabelledVideo
 from mvit_video.data.loader import Kind
-from mvit_video.model import MViT
+from mvit_video.model import VideoModel
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class VideoScores:
 
 
 def score_videos(
-    model: MViT,
+    model: VideoModel,
     videos: Sequence[LabelledVideo],
     *,
     batch_size: int = 8,
@@ -98,5 +98,5 @@ def _full_batches(
 
 
 @torch.inference_mode()
-def _softmax(model: MViT, clips: Tensor) -> Tensor:
+def _softmax(model: VideoModel, clips: Tensor) -> Tensor:
     return model(clips).float().softmax(-1).cpu()

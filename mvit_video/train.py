@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import sys
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -14,17 +15,26 @@ import pytorch_lightning as pl
 import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
-from pytorch_lightning.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, RichProgressBar
+from pytorch_lightning.callbacks import (
+    Callback,
+    EarlyStopping,
+    EMAWeightAveraging,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    RichProgressBar,
+)
+from pytorch_lightning.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from mvit_video import cli, processes
 from mvit_video.bad_videos import BadVideoPolicy, BadVideos, allowed_bad_videos
+from mvit_video.checks import Forecast, is_out_of_memory
 from mvit_video.data.clips import TestViews, TrainingClips, training_loader, validation_loader
 from mvit_video.data.index import VideoSplits
-from mvit_video.errors import ConfigError
-from mvit_video.model import load_weights
-from mvit_video.recipe import History
-from mvit_video.report import plot_history
+from mvit_video.errors import ConfigError, DataError, TrainingError
+from mvit_video.model import VideoModel, load_weights
+from mvit_video.recipe import History, freeze
+from mvit_video.report import describe_labels, plot_history
 from mvit_video.resume import (
     AtomicCheckpoints,
     EpochAverages,
@@ -36,6 +46,8 @@ from mvit_video.resume import (
 from mvit_video.timing import StageProfiler
 
 log = logging.getLogger(__name__)
+
+PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
 
 
 def main() -> None:
@@ -54,7 +66,7 @@ def train(config: DictConfig) -> None:
     cli.check_loading(config)
     if config.head not in ("strict", "new"):
         raise ConfigError(f"head must be strict or new, got {config.head!r}")
-    augment = cli.build(config.augment)
+    augment, mixing = cli.build(config.augment), cli.build(config.mixing)
     allowed_bad_videos(config.max_bad_videos, 0)
     processes.use_own_gpu()
     open_file = cli.build_decoder(config)
@@ -76,14 +88,23 @@ def train(config: DictConfig) -> None:
         cli.build(config.optim, model=sketch)
 
     splits: VideoSplits = cli.build(config.data)
-    head = {"head": config.head} if config.model.get("weights") else {}
+    head: dict[str, Any] = {"head": config.head} if config.model.get("weights") else {}
+    if config.weights:
+        head = {"weights": None}  # a file takes the place of published weights
     model = cli.build(config.model, num_classes=splits.num_classes, **head)
     model.protocol = cli.override_protocol(model.protocol, config.views)
     if config.weights:
         report = load_weights(model, config.weights, head=config.head)
         log.info("weights of %s\n%s", config.weights, report)
+    _check_classes(model, splits.class_names)
     model.class_names = splits.class_names
-    classifier = cli.build(config.optim, model=model)
+    if config.freeze:
+        freeze(model, [config.freeze] if isinstance(config.freeze, str) else list(config.freeze))
+    classifier = cli.build(config.optim, _partial_=True)(
+        model, batch_size=config.batch_size, mixing=mixing, seed=config.seed
+    )
+    if config.compile:
+        model.compile()
 
     loading: dict[str, Any] = {
         "batch_size": config.batch_size,
@@ -105,6 +126,8 @@ def train(config: DictConfig) -> None:
         model.protocol,
     )
     log.info("everything goes to %s", output)
+    labels = [video.label for video in splits.train.videos if video.label is not None]
+    log.info("training videos of each class:\n%s", describe_labels(labels, splits.class_names))
     total = len(splits.train) + len(splits.val)
     bad_videos = policy.bad_videos = BadVideos(
         output / "bad_videos.csv",
@@ -123,6 +146,14 @@ def train(config: DictConfig) -> None:
         except SIGTERMException:
             log.warning("stopped by SIGTERM; ckpt_path=last goes on from here")
             sys.exit(128 + signal.SIGTERM)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise TrainingError(
+                f"memory isn't enough for batch_size={config.batch_size}: lower it "
+                "(trainer.accumulate_grad_batches makes up for that), or set model.checkpoint_blocks=true "
+                "or trainer.precision=bf16-mixed"
+            ) from None
 
     if bad_videos.found:
         log.warning("%d bad videos, listed in %s", len(bad_videos.found), bad_videos.file)
@@ -132,6 +163,19 @@ def train(config: DictConfig) -> None:
     kept = trainer.checkpoint_callback
     if isinstance(kept, ModelCheckpoint) and kept.best_model_path:
         log.info("best checkpoint: %s", kept.best_model_path)
+
+
+def _check_classes(model: VideoModel, class_names: Sequence[str]) -> None:
+    """DataError where the classes that the weights were trained for aren't those of the data set."""
+    num_classes = model.config.num_classes
+    if num_classes != len(class_names):
+        raise DataError(f"the weights know {num_classes} classes, the data set has {len(class_names)}")
+    for index, (known, named) in enumerate(zip(model.class_names or class_names, class_names, strict=True)):
+        if known != named:
+            raise DataError(
+                f"the weights call class {index} {known!r}, the data set calls it {named!r}; "
+                "their lists of classes must be the same, in the same order"
+            )
 
 
 def _build_trainer(config: DictConfig, output: Path, callbacks: list[Callback]) -> pl.Trainer:
@@ -149,14 +193,25 @@ def _build_trainer(config: DictConfig, output: Path, callbacks: list[Callback]) 
         callbacks.append(LastCheckpoint(output / "checkpoints", config.save_every_n_steps))
     if config.trainer.enable_progress_bar:
         callbacks.append(RichProgressBar(refresh_rate=1))
+    if config.ema is not None:
+        callbacks.append(EMAWeightAveraging(decay=config.ema))
+    if config.early_stopping is not None:
+        callbacks.append(EarlyStopping("val/top1", mode="max", patience=config.early_stopping))
+    callbacks.append(Forecast())
     loggers = list(cli.build(config.logger).values())
     if loggers:
         callbacks.append(LearningRateMonitor("step"))
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    profiler = config.trainer.profiler
+    if profiler is not None:
+        if profiler not in PROFILERS:
+            raise ConfigError(f"trainer.profiler must be one of {', '.join(PROFILERS)}, got {profiler!r}")
+        profiler = PROFILERS[profiler](dirpath=output, filename="profile")
     return cli.build(
         config.trainer,
         callbacks=callbacks,
         logger=loggers,
+        profiler=profiler,
         plugins=[AtomicCheckpoints()],
         default_root_dir=str(output),
     )

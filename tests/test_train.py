@@ -128,3 +128,178 @@ def test_options_of_the_trainer_work(command: Command, two_classes: Path, option
     )
     assert result.code == 0, result.err
     assert "epoch 1/1: train/loss" in result.out
+
+
+BASE = ("experiment=motion", "batch_size=2", "num_workers=0", "trainer.max_epochs=1", "hydra.run.dir=run")
+
+
+def test_what_a_user_is_told_before_hours_are_spent(
+    command: Command, two_classes: Path, tmp_path: Path
+) -> None:
+    result = command("train", *BASE, f"data.root={two_classes}")
+    assert result.code == 0, result.err
+    assert "cats                5 ##" in result.out
+    assert "one epoch will take about" in result.out
+    assert (tmp_path / "run" / "batch.png").is_file()
+
+
+def test_mixing_repeats_and_rand_augment_train(command: Command, two_classes: Path) -> None:
+    result = command("train", *BASE, f"data.root={two_classes}", "augment=kinetics", "mixing=mixup_cutmix")
+    assert result.code == 0, result.err
+    assert "epoch 1/1: train/loss" in result.out
+
+
+def test_averaged_weights_are_evaluated_and_saved(
+    command: Command, two_classes: Path, tmp_path: Path
+) -> None:
+    result = command("train", *BASE, f"data.root={two_classes}", "ema=0.9", "trainer.max_epochs=2")
+    assert result.code == 0, result.err
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    state = torch.load(last, weights_only=True)
+    name = "model.head.projection.weight"
+    assert not torch.equal(state["state_dict"][name], state["current_model_state"][name])
+    assert torch.equal(mv.load_model(last).head.projection.weight, state["state_dict"][name])
+    evaluated = command("eval", f"weights={last}", f"data.root={two_classes}", "num_workers=0", "views=1x1")
+    assert evaluated.code == 0, evaluated.err
+    resumed = command(
+        "train", *BASE, f"data.root={two_classes}", "ema=0.9", "trainer.max_epochs=3", f"ckpt_path={last}"
+    )
+    assert resumed.code == 0, resumed.err
+    assert "epoch 3/3" in resumed.out
+
+
+def test_training_stops_early_without_progress(command: Command, two_classes: Path) -> None:
+    still = [f"optim.{name}=0" for name in ("lr", "warmup_start_lr", "end_lr")]
+    result = command(
+        "train", *BASE, f"data.root={two_classes}", "early_stopping=2", "trainer.max_epochs=9", *still
+    )
+    assert result.code == 0, result.err
+    assert "epoch 3/9" in result.out
+    assert "epoch 4/9" not in result.out
+
+
+def test_a_linear_probe_trains_the_head_alone(
+    command: Command, two_classes: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    result = command(
+        "train",
+        "experiment=linear_probe",
+        "model=mvitv2_nano_8x4",
+        f"data.root={two_classes}",
+        f"weights={checkpoint}",
+        *BASE[1:],
+        "optim.lr_batch_size=null",
+    )
+    assert result.code == 0, result.err
+    before = mv.load_model(checkpoint).state_dict()
+    after = mv.load_model(tmp_path / "run" / "checkpoints" / "last.ckpt").state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"head.projection.weight", "head.projection.bias"}
+
+
+def test_fine_tuning_changes_layers_less_far_from_the_head(
+    command: Command, two_classes: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    result = command(
+        "train",
+        "experiment=finetune",
+        "model=mvitv2_nano_8x4",
+        f"data.root={two_classes}",
+        f"weights={checkpoint}",
+        *BASE[1:],
+        "optim.layer_decay=0.1",
+    )
+    assert result.code == 0, result.err
+    assert "learning rate 1.25e-05: 0.0001 x 2 / 16 videos" in result.out
+    before = mv.load_model(checkpoint).state_dict()
+    after = mv.load_model(tmp_path / "run" / "checkpoints" / "last.ckpt").state_dict()
+    moved = [
+        (after[name] - before[name]).abs().mean().item()
+        for name in ("patch_embed.proj.weight", "blocks.0.mlp.fc1.weight", "blocks.2.mlp.fc1.weight")
+    ]
+    assert moved[0] < 0.3 * moved[1] < 0.03 * moved[2]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(command: Command, two_classes: Path, tmp_path: Path) -> None:
+    rates = [f"optim.{name}=1e30" for name in ("lr", "warmup_start_lr", "end_lr")]
+    result = command("train", *BASE, f"data.root={two_classes}", "optim=sgd", *rates)
+    assert result.code == 1
+    saved = tmp_path / "run" / "nan_batch_rank0.pt"
+    assert "the loss isn't finite in epoch 1, step " in result.err
+    assert str(saved) in result.err
+    assert "Traceback" not in result.err
+    batch = torch.load(saved, weights_only=True)
+    assert batch["clips"].shape == (2, 3, 8, 64, 64)
+    assert not batch["logits"].isfinite().all()
+    assert all(Path(path).is_file() for path in batch["paths"])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+    ids=["GPU", "CPU"],
+)
+def test_too_little_memory_names_what_to_change(
+    command: Command, two_classes: Path, monkeypatch: pytest.MonkeyPatch, error: RuntimeError
+) -> None:
+    def forward(self: mv.MViT, clips: torch.Tensor) -> torch.Tensor:
+        raise error
+
+    monkeypatch.setattr(mv.MViT, "forward", forward)
+    result = command("train", *BASE, f"data.root={two_classes}")
+    assert result.code == 1
+    assert "memory isn't enough for batch_size=2: lower it" in result.err
+    assert "Traceback" not in result.err
+
+
+@pytest.mark.parametrize("kind", ["simple", "advanced"])
+def test_a_profile_is_left(command: Command, two_classes: Path, tmp_path: Path, kind: str) -> None:
+    result = command(
+        "train", *BASE, f"data.root={two_classes}", f"trainer.profiler={kind}", "trainer.limit_val_batches=0"
+    )
+    assert result.code == 0, result.err
+    (profile,) = (tmp_path / "run").glob("*profile*")
+    assert "optimizer_step" in profile.read_text()
+
+
+def test_an_unknown_profiler_is_named(command: Command, two_classes: Path) -> None:
+    result = command("train", *BASE, f"data.root={two_classes}", "trainer.profiler=fast")
+    assert result.code == 1
+    assert "trainer.profiler must be one of simple, advanced, pytorch, got 'fast'" in result.err
+
+
+def test_classes_of_the_weights_must_be_those_of_the_data(
+    command: Command, two_classes: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "renamed").mkdir()
+    (tmp_path / "renamed" / "cats").symlink_to(two_classes / "cats")
+    (tmp_path / "renamed" / "dogs").symlink_to(two_classes / "dogs and birds")
+    arguments = (*BASE, "data.root=renamed", f"weights={checkpoint}")
+    refused = command("train", *arguments)
+    assert refused.code == 1
+    assert "the weights call class 1 'dogs and birds', the data set calls it 'dogs'" in refused.err
+    taken = command("train", *arguments, "head=new")
+    assert taken.code == 0, taken.err
+
+
+def test_another_normalisation_than_that_of_the_weights_is_said(
+    command: Command, two_classes: Path, checkpoint: Path
+) -> None:
+    arguments = (*BASE, f"data.root={two_classes}", f"weights={checkpoint}")
+    assert "were trained with mean" not in command("train", *arguments).out
+    said = command("train", *arguments, "views.mean=[0.5,0.5,0.5]")
+    assert said.code == 0, said.err
+    assert "were trained with mean (0.45, 0.45, 0.45)" in said.out
+    assert "normalises with mean (0.5, 0.5, 0.5)" in said.out
+
+
+@pytest.mark.slow
+def test_a_compiled_model_trains_and_is_saved_as_usual(
+    command: Command, two_classes: Path, tmp_path: Path
+) -> None:
+    result = command("train", *BASE, f"data.root={two_classes}", "compile=true", "ema=0.9")
+    assert result.code == 0, result.err
+    mv.load_model(tmp_path / "run" / "checkpoints" / "last.ckpt")

@@ -16,41 +16,26 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from mvit_video.data.augment import Augment, augmented_clips
 from mvit_video.data.decode import Video, open_video
 from mvit_video.data.index import LabelledVideo
 from mvit_video.data.loader import ClipLoader
-from mvit_video.data.transform import test_clips, training_clip
+from mvit_video.data.transform import test_clips
 from mvit_video.data.views import (
     kinetics_frame_indices,
     random_frame_indices,
-    random_resized_crop,
     random_segment_frame_indices,
     segment_frame_indices,
     spatial_views,
     torchvision_frame_indices,
     torchvision_spatial_view,
 )
-from mvit_video.errors import DataError, VideoError
+from mvit_video.errors import ConfigError, DataError, VideoError
 from mvit_video.model.protocol import Protocol
 
 OpenVideo = Callable[[str], Video]
 
 MAX_REPLACEMENTS = 20  # bad videos in a row before a training run gives up
-
-
-@dataclass(frozen=True)
-class Augment:
-    """Random choices of a training clip: share of the area, aspect ratio (width / height), mirroring."""
-
-    area: tuple[float, float] = (0.08, 1.0)
-    aspect: tuple[float, float] = (3 / 4, 4 / 3)
-    flip_probability: float = 0.5
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "area", tuple(self.area))
-        object.__setattr__(self, "aspect", tuple(self.aspect))
-        # Any plan checks the ranges: find a bad one before data are read.
-        random_resized_crop(8, 8, **vars(self), rng=random.Random(0))
 
 
 class BadVideo(NamedTuple):
@@ -59,9 +44,15 @@ class BadVideo(NamedTuple):
 
 
 class TrainingSample(NamedTuple):
-    clip: Tensor  # float (3, T, H, W)
+    clips: Tensor  # float (R, 3, T, H, W), R augmented versions of one clip
     label: int
     bad: list[BadVideo]  # videos that this one stands in for
+    path: str = ""
+
+    @property
+    def clip(self) -> Tensor:
+        """float (3, T, H, W), the first version."""
+        return self.clips[0]
 
 
 class Batch(NamedTuple):
@@ -70,6 +61,7 @@ class Batch(NamedTuple):
     clips: Tensor  # float (B, 3, T, H, W)
     labels: Tensor  # int64 (B,)
     bad: list[BadVideo]
+    paths: Sequence[str] = ()  # of each clip, in training
 
 
 @dataclass(frozen=True)
@@ -170,6 +162,10 @@ class TrainingClips(Dataset[TrainingSample]):
         seed: int,
         open_file: OpenVideo = open_video,
     ) -> None:
+        if augment.short_side_range is not None and augment.short_side_range[0] < protocol.crop:
+            raise ConfigError(
+                f"short_side_range {augment.short_side_range} is too small for crops of {protocol.crop}"
+            )
         self.videos, self.protocol, self.augment, self.seed = videos, protocol, augment, seed
         self.open_file = open_file
 
@@ -184,13 +180,13 @@ class TrainingClips(Dataset[TrainingSample]):
             video = self.videos[index]
             try:
                 with self.open_file(video.path) as file:
-                    clip = read_training_clip(file, self.protocol, self.augment, rng)
+                    clips = read_training_clips(file, self.protocol, self.augment, rng)
             except VideoError as error:
                 bad.append(BadVideo(error.path, error.reason))
                 index = rng.randrange(len(self.videos))
                 continue
             assert video.label is not None  # the index has checked it
-            return TrainingSample(clip, video.label, bad)
+            return TrainingSample(clips, video.label, bad, video.path)
         raise DataError(f"{MAX_REPLACEMENTS} videos in a row can't be read, the last: {': '.join(bad[-1])}")
 
 
@@ -217,8 +213,11 @@ class TestViews(Dataset[VideoViews]):
         return VideoViews(video, clips, spans)
 
 
-def read_training_clip(video: Video, protocol: Protocol, augment: Augment, rng: random.Random) -> Tensor:
-    """One random clip of a video, float (3, T, H, W). Raises VideoError for a bad file."""
+def read_training_clips(video: Video, protocol: Protocol, augment: Augment, rng: random.Random) -> Tensor:
+    """One random clip of a video, augmented ``augment.repeats`` times, float (repeats, 3, T, H, W).
+
+    Raises VideoError for a bad file.
+    """
     if protocol.sampling == "segment":
         indices = random_segment_frame_indices(video.num_frames, clip_frames=protocol.clip_frames, rng=rng)
     else:
@@ -230,9 +229,8 @@ def read_training_clip(video: Video, protocol: Protocol, augment: Augment, rng: 
             target_fps=protocol.target_fps,
             rng=rng,
         )
-    box = random_resized_crop(video.height, video.width, **vars(augment), rng=rng)
     frames = video.get_frames(indices)
-    return training_clip(frames, box, protocol.crop, mean=protocol.mean, std=protocol.std)
+    return augmented_clips(frames, augment, protocol.crop, mean=protocol.mean, std=protocol.std, rng=rng)
 
 
 def read_test_views(video: Video, protocol: Protocol) -> tuple[Tensor, list[tuple[float, float]]]:
@@ -316,9 +314,13 @@ def views_loader(dataset: TestViews, *, pin_memory: bool = False, **loading: Any
 
 
 def _collate_training(samples: list[TrainingSample], *, pin_memory: bool) -> Batch:
-    clips = _cat([sample.clip[None] for sample in samples], pin_memory)
-    labels = torch.tensor([sample.label for sample in samples])
-    return Batch(clips, labels, [bad for sample in samples for bad in sample.bad])
+    """Versions of one clip stay next to each other, as the official mixing expects them."""
+    return Batch(
+        _cat([sample.clips for sample in samples], pin_memory),
+        torch.tensor([sample.label for sample in samples for _ in sample.clips]),
+        [bad for sample in samples for bad in sample.bad],
+        [sample.path for sample in samples for _ in sample.clips],
+    )
 
 
 def _collate_views(videos: list[VideoViews], *, pin_memory: bool) -> Batch:

@@ -47,19 +47,25 @@ def test_clips(
     return torch.stack([crop[list(clip)].transpose(0, 1) for clip in clips for crop in crops])
 
 
-def training_clip(frames: Tensor, box: CropBox, size: int, *, mean: RGB, std: RGB) -> Tensor:
-    """Cut one box out of all frames of a clip, resize it to a square and mirror it where the box says so.
+def training_clip(frames: Tensor, view: CropBox | SpatialView, size: int, *, mean: RGB, std: RGB) -> Tensor:
+    """Cut one square out of all frames of a clip, mirrored where the view says so.
 
     Args:
         frames: uint8 (T, 3, H, W).
+        view: a box of the frames, which is resized to a square, or a square of the resized frames.
         size: pixels of the square.
 
     Returns:
         float (3, T, size, size)
     """
-    frames = frames[:, :, box.top : box.top + box.height, box.left : box.left + box.width]
-    clip = normalise(_resize(frames, size, size), mean, std)
-    return (clip.flip(-1) if box.flip else clip).transpose(0, 1).contiguous()
+    if isinstance(view, CropBox):
+        frames = frames[:, :, view.top : view.top + view.height, view.left : view.left + view.width]
+        frames = _resize(frames, size, size)
+    else:
+        frames = _resize(frames, view.resized_height, view.resized_width)
+        frames = frames[:, :, view.top : view.top + size, view.left : view.left + size]
+    clip = normalise(frames, mean, std)
+    return (clip.flip(-1) if view.flip else clip).transpose(0, 1).contiguous()
 
 
 def normalise(frames: Tensor, mean: RGB, std: RGB) -> Tensor:

@@ -1,5 +1,6 @@
 """The model: torch only, knows no video files."""
 
+from mvit_video.model.base import VideoModel
 from mvit_video.model.checkpoint import LoadReport, from_slowfast, load_model, load_weights, save_weights
 from mvit_video.model.config import MViTConfig
 from mvit_video.model.describe import describe
@@ -12,6 +13,7 @@ __all__ = [
     "MViT",
     "MViTConfig",
     "Protocol",
+    "VideoModel",
     "create_model",
     "describe",
     "from_slowfast",

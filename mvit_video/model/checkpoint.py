@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import pickle
 import re
 from collections import Counter
@@ -23,6 +24,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mvit_video.errors import CheckpointError, ConfigError
+from mvit_video.model.base import VideoModel
+from mvit_video.model.baselines import Baseline, BaselineConfig
 from mvit_video.model.config import MViTConfig
 from mvit_video.model.formats import adapted, official_names
 from mvit_video.model.mvit import MViT
@@ -33,11 +36,12 @@ from mvit_video.model.variants import replace_fields
 if TYPE_CHECKING:
     from rich.table import Table
 
-HEAD = "head.projection.weight"
+log = logging.getLogger(__name__)
+
 METADATA_KEY = "mvit_video"  # in our checkpoints: config, protocol and class names beside the weights
 
 
-def model_metadata(model: MViT) -> dict[str, Any]:
+def model_metadata(model: VideoModel) -> dict[str, Any]:
     """What a checkpoint must hold beside the weights to build ``model`` again: plain dicts and lists."""
     return {
         "config": asdict(model.config),
@@ -46,7 +50,7 @@ def model_metadata(model: MViT) -> dict[str, Any]:
     }
 
 
-def load_model(path: str | Path) -> MViT:
+def load_model(path: str | Path) -> VideoModel:
     """Build the model that a checkpoint describes and load its weights, in eval mode on the CPU.
 
     Reads checkpoints of ``mvit-train``, files of ``save_weights`` and PySlowFast's ``.pyth`` files. Raises
@@ -62,8 +66,12 @@ def load_model(path: str | Path) -> MViT:
         )
     metadata = checkpoint[METADATA_KEY]
     try:
-        config = replace_fields(MViTConfig(), metadata["config"])
-        model = MViT(config, replace_fields(Protocol(), metadata["protocol"]))
+        protocol = replace_fields(Protocol(), metadata["protocol"])
+        model: VideoModel
+        if "name" in metadata["config"]:
+            model = Baseline(BaselineConfig(**metadata["config"]), protocol)
+        else:
+            model = MViT(replace_fields(MViTConfig(), metadata["config"]), protocol)
         if metadata["class_names"]:
             model.class_names = tuple(metadata["class_names"])
     except (ConfigError, KeyError, TypeError, ValueError) as error:
@@ -117,7 +125,7 @@ class LoadReport:
 
 
 def load_weights(
-    model: MViT, source: str | Path | Mapping[str, Any], *, head: Literal["strict", "new"] = "strict"
+    model: VideoModel, source: str | Path | Mapping[str, Any], *, head: Literal["strict", "new"] = "strict"
 ) -> LoadReport:
     """Load weights into ``model``, strictly; the format is found out from the file.
 
@@ -139,14 +147,31 @@ def load_weights(
     name, checkpoint = (
         ("state dict", source) if isinstance(source, Mapping) else (str(source), read_checkpoint(source))
     )
-    report = _load(model, official_names(_state_dict(checkpoint, name), name), name, new_head=head == "new")
-    class_names = (checkpoint.get(METADATA_KEY) or {}).get("class_names")
+    weights = _state_dict(checkpoint, name)
+    if isinstance(model, Baseline):
+        weights = {key if key.startswith("net.") else f"net.{key}": value for key, value in weights.items()}
+    else:
+        weights = official_names(weights, name)
+    report = _load(model, weights, name, adapt=isinstance(model, MViT), new_head=head == "new")
+    metadata = checkpoint.get(METADATA_KEY) or {}
+    trained = metadata.get("protocol") or {}
+    known = tuple(tuple(trained.get(key) or getattr(model.protocol, key)) for key in ("mean", "std"))
+    if known != (model.protocol.mean, model.protocol.std):
+        log.warning(
+            "%s: the weights were trained with mean %s and std %s, "
+            "the model normalises with mean %s and std %s",
+            name,
+            *known,
+            model.protocol.mean,
+            model.protocol.std,
+        )
+    class_names = metadata.get("class_names")
     if class_names and head == "strict":
         model.class_names = tuple(class_names)
     return report
 
 
-def save_weights(model: MViT, path: str | Path) -> None:
+def save_weights(model: VideoModel, path: str | Path) -> None:
     """Save weights with what ``load_model`` needs: config, protocol and class names.
 
     ``.safetensors`` gives a safetensors file, anything else a file that PySlowFast reads as well
@@ -159,7 +184,8 @@ def save_weights(model: MViT, path: str | Path) -> None:
     else:
         content = {"epoch": 0, "model_state": weights, METADATA_KEY: metadata}
         with contextlib.suppress(CheckpointError):
-            content["cfg"] = yaml.safe_dump(slowfast_config(model.config, model.protocol))
+            if isinstance(model, MViT):
+                content["cfg"] = yaml.safe_dump(slowfast_config(model.config, model.protocol))
         torch.save(content, path)
 
 
@@ -258,15 +284,17 @@ def _state_dict(checkpoint: Mapping[str, Any], name: str) -> dict[str, Tensor]:
 
 
 def _load(
-    model: MViT, weights: Mapping[str, Tensor], name: str, *, adapt: bool = True, new_head: bool = False
+    model: VideoModel, weights: Mapping[str, Tensor], name: str, *, adapt: bool = True, new_head: bool = False
 ) -> LoadReport:
     expected = model.state_dict()
-    kept = [key for key in expected if new_head and key.startswith("head.")]
+    head, head_weight = f"{model.classifier}.", f"{model.classifier}.weight"
+    kept = [key for key in expected if new_head and key.startswith(head)]
     if new_head:
-        weights = {key: value for key, value in weights.items() if not key.startswith("head.")}
-    elif (HEAD in weights) and len(weights[HEAD]) != len(expected[HEAD]):
+        weights = {key: value for key, value in weights.items() if not key.startswith(head)}
+    elif head_weight in weights and len(weights[head_weight]) != len(expected[head_weight]):
         raise CheckpointError(
-            f"{name}: its head has {len(weights[HEAD])} classes, the model has {len(expected[HEAD])}; "
+            f"{name}: its head has {len(weights[head_weight])} classes, "
+            f"the model has {len(expected[head_weight])}; "
             "a new head can be asked for (head=new)"
         )
     fitted: dict[str, Tensor] = {}
@@ -276,12 +304,14 @@ def _load(
         if key not in weights:
             continue
         found = weights[key]
-        if not found.is_floating_point() or found.layout is not torch.strided:
+        if found.is_floating_point() != value.is_floating_point() or found.layout is not torch.strided:
             problems.append(f"{key} holds {found.dtype} ({found.layout}), expected dense floats")
             continue
         result: tuple[Tensor, str] | None = (found, "loaded")
         if found.shape != value.shape:
-            result = adapted(key, found, tuple(value.shape), model.grid) if adapt else None
+            result = None
+            if adapt and isinstance(model, MViT):
+                result = adapted(key, found, tuple(value.shape), model.grid)
         if result is None:
             problems.append(f"{key} is {tuple(found.shape)}, expected {tuple(value.shape)}")
         else:

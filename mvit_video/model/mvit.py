@@ -12,18 +12,21 @@ from torch.utils.checkpoint import checkpoint
 
 from mvit_video.model import kernels
 from mvit_video.model.attention import NORM_EPS, Grid, Linear, PoolingAttention, half, pool_kernel_for
+from mvit_video.model.base import VideoModel
 from mvit_video.model.config import BlockPlan, MViTConfig, divide, plan_blocks
 from mvit_video.model.positions import joint_table, position_parameters, resize_table
 from mvit_video.model.protocol import Protocol
 
 
-class MViT(nn.Module):
+class MViT(VideoModel):
     """MViT from a config: float clips (B, 3, T, H, W) -> logits (B, num_classes).
 
     Parameter names are those of the official PySlowFast checkpoints. ``protocol`` says how clips for this
     model are cut and normalised; ``class_names`` (None: unknown) what its outputs mean.
     """
 
+    config: MViTConfig
+    classifier = "head.projection"
     pos_embed: nn.Parameter | None
     pos_embed_spatial: nn.Parameter | None
     pos_embed_temporal: nn.Parameter | None
@@ -35,7 +38,7 @@ class MViT(nn.Module):
         self.protocol = protocol or Protocol(
             clip_frames=config.num_frames, short_side=config.crop_size, crop=config.crop_size
         )
-        self.class_names: tuple[str, ...] | None = None
+        self.class_names = None
         self.patch_embed = PatchEmbed(config)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.embed_dim)) if config.class_token else None
         self.grid = divide(config.input_size, config.patch_stride)  # of the absolute positions

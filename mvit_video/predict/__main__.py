@@ -28,7 +28,7 @@ from mvit_video import cli
 from mvit_video.errors import ConfigError, DataError, VideoError
 from mvit_video.explain import Method, write_overlay_video, write_strip
 from mvit_video.export import SUFFIXES, ExportedModel, load_exported
-from mvit_video.model import MViT
+from mvit_video.model import VideoModel
 from mvit_video.predict.answers import COLUMNS, Answers, as_text, format_of
 from mvit_video.predict.inputs import STDIN, expand
 from mvit_video.predict.prediction import ClipPrediction, Prediction, best_classes
@@ -231,7 +231,7 @@ def build_recognizer(config: DictConfig) -> tuple[Recognizer, str]:
     return recognizer, str(weights)
 
 
-def _build_model(config: DictConfig, device: str) -> MViT | ExportedModel:
+def _build_model(config: DictConfig, device: str) -> VideoModel | ExportedModel:
     if not str(config.weights).endswith(SUFFIXES):
         return cli.build_model(config)
     if "model" in config:

@@ -23,7 +23,7 @@ from mvit_video.data.index import LabelledVideo
 from mvit_video.data.transform import test_clips
 from mvit_video.data.views import spatial_views
 from mvit_video.errors import ConfigError, VideoError
-from mvit_video.model import MViT, Protocol, load_model
+from mvit_video.model import MViT, Protocol, VideoModel, load_model
 from mvit_video.predict.inputs import expand
 from mvit_video.predict.prediction import ClipPrediction, Prediction, best_classes
 from mvit_video.predict.stream import Source, iter_windows
@@ -67,7 +67,7 @@ class Recognizer:
 
     def __init__(
         self,
-        model: MViT | ExportedModel | str | Path,
+        model: VideoModel | ExportedModel | str | Path,
         *,
         topk: int = 5,
         num_clips: int | None = None,
@@ -177,10 +177,10 @@ class Recognizer:
         """Vectors (N, C) of length 1 for files or clips, similar where the content is: the head's input.
 
         Raises:
-            VideoError: a file can't be read. ConfigError: the model is an exported one, without features.
+            VideoError: a file can't be read. ConfigError: the model is no MViT, or an exported one.
         """
         if not isinstance(self._model, MViT):
-            raise ConfigError("an exported model gives scores only; embeddings need its checkpoint")
+            raise ConfigError("this model gives scores only; embeddings need the checkpoint of an MViT")
         if isinstance(videos, Tensor):
             parts = self._prepare(videos).split(self.batch_size)
             return F.normalize(torch.cat([self._features(part) for part in parts]), dim=-1)
@@ -200,12 +200,12 @@ class Recognizer:
         (torch.Size([8, 64, 64]), torch.Size([2, 8]))
 
         Raises:
-            VideoError: the file can't be read. ConfigError: the model is an exported one.
+            VideoError: the file can't be read. ConfigError: the model is no MViT, or an exported one.
         """
         from mvit_video.explain import explain
 
         if not isinstance(self._model, MViT):
-            raise ConfigError("an exported model gives scores only; explanations need its checkpoint")
+            raise ConfigError("this model gives scores only; explanations need the checkpoint of an MViT")
         with self.open_file(str(path)) as video, self._lock:
             return explain(video, self._model, method=method, topk=min(self.topk, 3), protocol=self.protocol)
 
@@ -292,7 +292,7 @@ class Recognizer:
             return model.forward_features(clips.to(self.device, non_blocking=True)).float().cpu()
 
 
-def load_any(path: str | Path, device: str | torch.device = "cpu") -> MViT | ExportedModel:
+def load_any(path: str | Path, device: str | torch.device = "cpu") -> VideoModel | ExportedModel:
     """The model in a checkpoint or in a file of ``mvit-export``. Raises CheckpointError."""
     if Path(path).suffix in (".onnx", ".pt2"):
         from mvit_video.export import load_exported
@@ -369,7 +369,7 @@ def prefetch(items: Generator[Out, None, None], depth: int, *, drop: bool = Fals
 
 def predict(
     paths: Files,
-    model: MViT | str | Path,
+    model: VideoModel | str | Path,
     *,
     topk: int = 5,
     num_clips: int | None = None,

@@ -1,0 +1,302 @@
+"""Random changes to a training clip, the same for all its frames, from a `random.Random` alone.
+
+RandAugment's operations are Pillow's, as in the official recipe and in timm: torchvision's on tensors round
+and interpolate differently. They run on the CPU, on bytes; everything else runs where the frames are.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageEnhance, ImageOps
+from torch import Tensor
+
+from mvit_video.data.transform import RGB, training_clip
+from mvit_video.data.views import CropBox, SpatialView, random_resized_crop, random_short_side_crop
+
+_GREY = (128, 128, 128)  # what geometric operations show beyond the border
+
+
+class RandAugment(NamedTuple):
+    """Draws ``operations`` and applies each with ``probability``, at a normally distributed magnitude."""
+
+    magnitude: float
+    operations: int
+    std: float = 0.0
+    probability: float = 0.5
+
+
+@dataclass(frozen=True)
+class Augment:
+    """How training clips are varied.
+
+    Attributes:
+        short_side: frames are first resized to this short side (pixels); None: they stay as decoded.
+        rand_augment: in timm's notation, for example "rand-m7-n4-mstd0.5-inc1"; None: off.
+        bgr: RandAugment sees red and blue swapped, as with the official loader for Something-Something.
+        colour_jitter: brightness, contrast and saturation change by factors of at most 1 +- this.
+        crop_first: cut the box out and resize it before RandAugment, on bytes, bicubic, as image recipes do.
+        area, aspect: share of the picture's area, and width / height, of the box that is cut out.
+        short_side_range: instead of such a box, resize the short side to one of these pixels, ends included,
+            and cut a square of the model's size.
+        flip_probability: of mirroring left and right.
+        erase_probability: of replacing a box by noise, in ``erase_count`` boxes at most.
+        repeats: clips made of each video that is decoded; a batch holds that many clips a video.
+
+    Raises:
+        ValueError: a value is out of range or can't be understood.
+    """
+
+    short_side: int | None = None
+    rand_augment: str | None = None
+    bgr: bool = False
+    colour_jitter: float = 0.0
+    crop_first: bool = False
+    area: tuple[float, float] = (0.08, 1.0)
+    aspect: tuple[float, float] = (3 / 4, 4 / 3)
+    short_side_range: tuple[int, int] | None = None
+    flip_probability: float = 0.5
+    erase_probability: float = 0.0
+    erase_count: int = 1
+    repeats: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("area", "aspect", "short_side_range"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, None if value is None else tuple(value))
+        if self.rand_augment is not None:
+            parse_rand_augment(self.rand_augment)
+        if self.short_side is not None and self.short_side < 1:
+            raise ValueError(f"short_side must be at least 1 pixel, got {self.short_side}")
+        if not 0 <= self.colour_jitter <= 1:
+            raise ValueError(f"colour_jitter must be in [0, 1], got {self.colour_jitter}")
+        if not 0 <= self.erase_probability <= 1:
+            raise ValueError(f"erase_probability must be in [0, 1], got {self.erase_probability}")
+        for name in ("erase_count", "repeats"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.short_side_range is not None and not 0 < self.short_side_range[0] <= self.short_side_range[1]:
+            raise ValueError(f"short_side_range must be two sizes in order, got {self.short_side_range}")
+        if self.crop_first and self.short_side_range is not None:
+            raise ValueError("crop_first cuts boxes out; it doesn't go with short_side_range")
+        # Any plan checks the ranges: find a bad one before data are read.
+        _spatial_view(8, 8, 1, self, random.Random(0))
+
+
+def augmented_clips(
+    frames: Tensor, augment: Augment, size: int, *, mean: RGB, std: RGB, rng: random.Random
+) -> Tensor:
+    """Make ``augment.repeats`` training clips of the same frames, each with its own random choices.
+
+    Args:
+        frames: uint8 (T, 3, H, W).
+        size: pixels of the square that the model sees.
+
+    Returns:
+        float (repeats, 3, T, size, size)
+    """
+    if augment.short_side is not None:
+        from torchvision.transforms.v2.functional import resize  # a second to import, and often not needed
+
+        frames = resize(frames, [augment.short_side], antialias=True)
+    clips = []
+    for _ in range(augment.repeats):
+        pixels, view = frames, _spatial_view(frames.shape[2], frames.shape[3], size, augment, rng)
+        if augment.crop_first and isinstance(view, CropBox):
+            pixels, view = _cut(frames, view, size), CropBox(0, 0, size, size, view.flip)
+        if augment.rand_augment is not None:
+            settings = parse_rand_augment(augment.rand_augment)
+            pixels = rand_augment(pixels.flip(1) if augment.bgr else pixels, settings, rng)
+            pixels = pixels.flip(1) if augment.bgr else pixels
+        if augment.colour_jitter:
+            pixels = jitter_colours(pixels, augment.colour_jitter, rng)
+        clip = training_clip(pixels, view, size, mean=mean, std=std)
+        boxes = random_erase_boxes(
+            size, size, probability=augment.erase_probability, max_count=augment.erase_count, rng=rng
+        )
+        clips.append(erased(clip, boxes, rng) if boxes else clip)
+    return torch.stack(clips)
+
+
+def _spatial_view(
+    height: int, width: int, size: int, augment: Augment, rng: random.Random
+) -> CropBox | SpatialView:
+    if augment.short_side_range is not None:
+        return random_short_side_crop(
+            height,
+            width,
+            short_sides=augment.short_side_range,
+            crop=size,
+            flip_probability=augment.flip_probability,
+            rng=rng,
+        )
+    return random_resized_crop(
+        height,
+        width,
+        area=augment.area,
+        aspect=augment.aspect,
+        flip_probability=augment.flip_probability,
+        rng=rng,
+    )
+
+
+def _cut(frames: Tensor, box: CropBox, size: int) -> Tensor:
+    """The box of uint8 frames (T, 3, H, W), resized to (T, 3, size, size)."""
+    from torchvision.transforms.v2 import InterpolationMode
+    from torchvision.transforms.v2.functional import resized_crop
+
+    return resized_crop(
+        frames,
+        box.top,
+        box.left,
+        box.height,
+        box.width,
+        [size, size],
+        interpolation=InterpolationMode.BICUBIC,
+        antialias=True,
+    )
+
+
+def parse_rand_augment(notation: str) -> RandAugment:
+    """Read timm's notation: magnitude m, number of operations n, mstd, probability p, and inc1.
+
+    Only the operations that grow with the magnitude (inc1) are there. Raises ValueError for anything else.
+    """
+    kind, *parts = notation.split("-")
+    values: dict[str, float] = {"m": 10.0, "n": 2, "mstd": 0.0, "p": 0.5, "inc": 0}
+    for part in parts:
+        found = re.fullmatch(r"(m|n|mstd|p|inc)(\d+(?:\.\d+)?)", part)
+        if found is None:
+            raise ValueError(
+                f"rand_augment is {notation!r}; {part!r} isn't understood, expected m, n, mstd, p or inc "
+                "with a number, as in rand-m7-n4-mstd0.5-inc1"
+            )
+        values[found[1]] = float(found[2])
+    if kind != "rand" or values["inc"] != 1:
+        raise ValueError(f"rand_augment is {notation!r}; expected the form rand-m7-n4-mstd0.5-inc1")
+    if values["m"] > 10 or values["p"] > 1 or values["n"] != int(values["n"]):
+        raise ValueError(f"rand_augment is {notation!r}; m is at most 10, p at most 1, n a whole number")
+    return RandAugment(values["m"], int(values["n"]), values["mstd"], values["p"])
+
+
+def rand_augment(frames: Tensor, settings: RandAugment, rng: random.Random) -> Tensor:
+    """Apply random operations, drawn with replacement, one strength and direction for the whole clip.
+
+    Args:
+        frames: uint8 (T, 3, H, W).
+    """
+    plan = []
+    for name in rng.choices(list(OPERATIONS), k=settings.operations):
+        if rng.random() > settings.probability:
+            continue
+        magnitude = rng.gauss(settings.magnitude, settings.std) if settings.std else settings.magnitude
+        level = min(max(magnitude, 0.0), 10.0) / 10.0
+        plan.append((OPERATIONS[name], level, rng.choice((-1.0, 1.0))))
+    if not plan:
+        return frames
+    images = [Image.fromarray(frame) for frame in frames.permute(0, 2, 3, 1).contiguous().cpu().numpy()]
+    for operation, level, sign in plan:
+        images = [operation(image, level, sign) for image in images]
+    changed = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
+    return changed.permute(0, 3, 1, 2).to(frames.device)
+
+
+def _rotate(image: Image.Image, level: float, sign: float) -> Image.Image:
+    return image.rotate(sign * level * 30.0, Image.Resampling.BICUBIC, fillcolor=_GREY)
+
+
+def _affine(image: Image.Image, *matrix: float) -> Image.Image:
+    """Pixel (x, y) becomes the one at (a x + b y + c, d x + e y + f) of ``image``."""
+    return image.transform(
+        image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor=_GREY
+    )
+
+
+def _solarize_add(image: Image.Image, level: float, sign: float) -> Image.Image:
+    added = min(128, int(level * 110))
+    return image.point([min(255, i + added) if i < 128 else i for i in range(256)] * 3)
+
+
+def _factor(level: float, sign: float) -> float:
+    return max(0.1, 1.0 + sign * (level * 0.9))
+
+
+Operation = Callable[[Image.Image, float, float], Image.Image]  # picture, level in [0, 1], sign -> picture
+OPERATIONS: dict[str, Operation] = {
+    "AutoContrast": lambda image, level, sign: ImageOps.autocontrast(image),
+    "Equalize": lambda image, level, sign: ImageOps.equalize(image),
+    "Invert": lambda image, level, sign: ImageOps.invert(image),
+    "Rotate": _rotate,
+    "PosterizeIncreasing": lambda image, level, sign: ImageOps.posterize(image, 4 - int(level * 4)),
+    "SolarizeIncreasing": lambda image, level, sign: ImageOps.solarize(image, 256 - int(level * 256)),
+    "SolarizeAdd": _solarize_add,
+    "ColorIncreasing": lambda image, level, sign: ImageEnhance.Color(image).enhance(_factor(level, sign)),
+    "ContrastIncreasing": lambda image, level, sign: ImageEnhance.Contrast(image).enhance(
+        _factor(level, sign)
+    ),
+    "BrightnessIncreasing": lambda image, level, sign: ImageEnhance.Brightness(image).enhance(
+        _factor(level, sign)
+    ),
+    "SharpnessIncreasing": lambda image, level, sign: ImageEnhance.Sharpness(image).enhance(
+        _factor(level, sign)
+    ),
+    "ShearX": lambda image, level, sign: _affine(image, 1, sign * level * 0.3, 0, 0, 1, 0),
+    "ShearY": lambda image, level, sign: _affine(image, 1, 0, 0, sign * level * 0.3, 1, 0),
+    "TranslateXRel": lambda image, level, sign: _affine(
+        image, 1, 0, sign * level * 0.45 * image.width, 0, 1, 0
+    ),
+    "TranslateYRel": lambda image, level, sign: _affine(
+        image, 1, 0, 0, 0, 1, sign * level * 0.45 * image.height
+    ),
+}
+
+
+def jitter_colours(frames: Tensor, strength: float, rng: random.Random) -> Tensor:
+    """Change brightness, contrast and saturation of uint8 (T, 3, H, W) in random order, frames alike."""
+    from torchvision.transforms.v2 import functional as vision
+
+    changes = [vision.adjust_brightness, vision.adjust_contrast, vision.adjust_saturation]
+    for change in rng.sample(changes, k=len(changes)):
+        frames = change(frames, rng.uniform(1 - strength, 1 + strength))
+    return frames
+
+
+def random_erase_boxes(
+    height: int, width: int, *, probability: float, max_count: int, rng: random.Random
+) -> list[CropBox]:
+    """The boxes of a picture that random erasing replaces, none with probability 1 - ``probability``.
+
+    Together they cover 2 % to a third of the picture; height / width is 0.3 to 1 / 0.3, log-uniform. A box
+    that doesn't fit is drawn again, a hundred times at most.
+    """
+    if rng.random() > probability:
+        return []
+    boxes = []
+    count = rng.randint(1, max_count) if max_count > 1 else 1
+    for _ in range(count):
+        for _ in range(100):
+            pixels = rng.uniform(0.02, 1 / 3) * height * width / count
+            ratio = math.exp(rng.uniform(math.log(0.3), math.log(1 / 0.3)))
+            box_height, box_width = round(math.sqrt(pixels * ratio)), round(math.sqrt(pixels / ratio))
+            if box_height < height and box_width < width:
+                top, left = rng.randint(0, height - box_height), rng.randint(0, width - box_width)
+                boxes.append(CropBox(top, left, box_height, box_width))
+                break
+    return boxes
+
+
+def erased(clip: Tensor, boxes: Sequence[CropBox], rng: random.Random) -> Tensor:
+    """A copy of a normalised clip (3, T, H, W) with independent N(0, 1) noise in the boxes of every frame."""
+    generator = torch.Generator(clip.device).manual_seed(rng.getrandbits(63))
+    clip = clip.clone()
+    for box in boxes:
+        area = clip[:, :, box.top : box.top + box.height, box.left : box.left + box.width]
+        area.copy_(torch.randn(area.shape, generator=generator, device=clip.device))
+    return clip

@@ -1,0 +1,94 @@
+"""Mixup and CutMix of a batch of clips, in the official form.
+
+torchvision's and timm's draw partners, boxes or random numbers in another way, or know no time axis.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """Mixes a batch with itself in reverse order, one share for the whole batch.
+
+    Attributes:
+        mixup, cutmix: alpha of the Beta distribution that the share comes from; 0: off.
+        probability: that a batch is mixed.
+        switch_probability: that it is CutMix, where both are on.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    mixup: float = 0.8
+    cutmix: float = 1.0
+    probability: float = 1.0
+    switch_probability: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name in ("mixup", "cutmix"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("probability", "switch_probability"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        if self.probability and not (self.mixup or self.cutmix):
+            raise ValueError("mixup and cutmix are both 0; probability=0 is how mixing is turned off")
+
+    def __call__(self, clips: Tensor, rng: np.random.RandomState) -> tuple[Tensor, float]:
+        """Mix clips (B, 3, T, H, W) with their reverse; also the share of a clip's own class, in [0, 1].
+
+        The random numbers are drawn as in the official code. A batch of one stays as it is.
+        """
+        if len(clips) < 2 or not self.probability or rng.rand() >= self.probability:
+            return clips, 1.0
+        cuts = bool(self.cutmix)
+        if self.mixup and self.cutmix:
+            cuts = bool(rng.rand() < self.switch_probability)
+        alpha = self.cutmix if cuts else self.mixup
+        own = float(rng.beta(alpha, alpha))
+        if not cuts:
+            return torch.lerp(clips.flip(0), clips, own), own
+        height, width = clips.shape[-2:]
+        top, bottom, left, right = _random_box(height, width, 1 - own, rng)
+        mixed = clips.clone()
+        mixed[..., top:bottom, left:right] = clips.flip(0)[..., top:bottom, left:right]
+        return mixed, 1 - (bottom - top) * (right - left) / (height * width)
+
+
+def _random_box(
+    height: int, width: int, share: float, rng: np.random.RandomState
+) -> tuple[int, int, int, int]:
+    """Top, bottom, left and right of a box of about that share of the area, clipped at the border."""
+    scale = math.sqrt(share)
+    box_height, box_width = int(height * scale), int(width * scale)
+    y, x = int(rng.randint(height)), int(rng.randint(width))
+    return (
+        max(y - box_height // 2, 0),
+        min(y + box_height // 2, height),
+        max(x - box_width // 2, 0),
+        min(x + box_width // 2, width),
+    )
+
+
+def soft_targets(labels: Tensor, num_classes: int, *, own: float, smoothing: float) -> Tensor:
+    """Smoothed targets of a batch that was mixed with its reverse.
+
+    Args:
+        labels: int64 (B,).
+        own: share of a clip's own class; 1 for a batch that wasn't mixed.
+        smoothing: share of the target that is spread over all classes.
+
+    Returns:
+        float (B, num_classes), each row sums to 1.
+    """
+    hard = F.one_hot(labels, num_classes).float()
+    mixed = own * hard + (1 - own) * hard.flip(0)
+    return (1 - smoothing) * mixed + smoothing / num_classes

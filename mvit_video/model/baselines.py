@@ -1,0 +1,219 @@
+"""Other people's models to compare with, from pytorchvideo and torchvision, behind the same interface."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mvit_video.errors import ConfigError, did_you_mean
+from mvit_video.model.base import VideoModel
+from mvit_video.model.protocol import Protocol
+
+SLOWFAST_ALPHA = 4  # the fast pathway has so many times the frames of the slow one
+
+
+@dataclass(frozen=True)
+class BaselineConfig:
+    """What shapes a baseline; ``name`` is one of ``BASELINES``, sizes are in frames and pixels.
+
+    ``head_dropout`` None: as published.
+    """
+
+    name: str
+    num_classes: int = 400
+    num_frames: int = 16
+    crop_size: int = 224
+    head_dropout: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.name not in BASELINES:
+            known = ", ".join(BASELINES)
+            raise ConfigError(
+                f"unknown baseline {self.name!r}{did_you_mean(self.name, BASELINES)}; known: {known}"
+            )
+        for field in ("num_classes", "num_frames", "crop_size"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}")
+        if self.head_dropout is not None and not 0 <= self.head_dropout < 1:
+            raise ValueError(f"head_dropout must be in [0, 1), got {self.head_dropout}")
+
+
+class Baseline(VideoModel):
+    """A network ``net`` of another library; float clips (B, 3, T, H, W) -> logits (B, num_classes)."""
+
+    config: BaselineConfig
+
+    def __init__(self, config: BaselineConfig, protocol: Protocol) -> None:
+        super().__init__()
+        self.config, self.protocol, self.class_names = config, protocol, None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of scripted activations in pytorchvideo
+            self.net = BASELINES[config.name].build(config)
+        self.two_pathways = config.name.startswith("slowfast")
+        linear = [name for name, module in self.named_modules() if isinstance(module, nn.Linear)]
+        self.classifier = linear[-1]
+
+    def forward(self, clips: Tensor) -> Tensor:
+        if not self.two_pathways:
+            return self.net(clips)
+        frames = clips.shape[2]
+        slow = torch.linspace(0, frames - 1, frames // SLOWFAST_ALPHA, device=clips.device).long()
+        return self.net([clips.index_select(2, slow), clips])
+
+
+def create_baseline(
+    name: str,
+    num_classes: int | None = None,
+    *,
+    num_frames: int | None = None,
+    crop_size: int | None = None,
+    head_dropout: float | None = None,
+    weights: str | None = None,
+) -> Baseline:
+    """Build a baseline with fresh weights; None leaves what it was published with.
+
+    Raises:
+        ConfigError: there is no such baseline, or published weights are asked for by name.
+        ValueError: a value is out of range.
+    """
+    if weights is not None:
+        raise ConfigError(f"weights of {name} aren't known by name; give their file with weights=FILE")
+    given = {
+        "num_classes": num_classes,
+        "num_frames": num_frames,
+        "crop_size": crop_size,
+        "head_dropout": head_dropout,
+    }
+    values: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    if name not in BASELINES:
+        BaselineConfig(name)  # says which there are
+    protocol = BASELINES[name].protocol
+    config = BaselineConfig(name, **{"num_frames": protocol.clip_frames, "crop_size": protocol.crop} | values)
+    short_side = round(protocol.short_side * config.crop_size / protocol.crop)
+    protocol = replace(protocol, clip_frames=config.num_frames, crop=config.crop_size, short_side=short_side)
+    return Baseline(config, protocol)
+
+
+def _x3d_s(config: BaselineConfig) -> nn.Module:
+    from pytorchvideo.models.x3d import create_x3d
+
+    return create_x3d(
+        input_clip_length=config.num_frames,
+        input_crop_size=config.crop_size,
+        model_num_class=config.num_classes,
+        dropout_rate=_dropout(config),
+        head_activation=None,
+    )
+
+
+def _slow_r50(config: BaselineConfig) -> nn.Module:
+    from pytorchvideo.models.resnet import create_resnet
+
+    side = _last_side(config)
+    return create_resnet(
+        model_depth=50,
+        stem_conv_kernel_size=(1, 7, 7),
+        head_pool_kernel_size=(config.num_frames, side, side),
+        model_num_class=config.num_classes,
+        dropout_rate=_dropout(config),
+    )
+
+
+def _slowfast_r50(config: BaselineConfig) -> nn.Module:
+    from pytorchvideo.models.slowfast import create_slowfast
+
+    if config.num_frames % SLOWFAST_ALPHA:
+        raise ValueError(f"num_frames must be a multiple of {SLOWFAST_ALPHA}, got {config.num_frames}")
+    side = _last_side(config)
+    return create_slowfast(
+        model_depth=50,
+        slowfast_fusion_conv_kernel_size=(7, 1, 1),
+        head_pool_kernel_sizes=(
+            (config.num_frames // SLOWFAST_ALPHA, side, side),
+            (config.num_frames, side, side),
+        ),
+        model_num_class=config.num_classes,
+        dropout_rate=_dropout(config),
+    )
+
+
+def _mvit_base_16x4(config: BaselineConfig) -> nn.Module:
+    from pytorchvideo.models.hub.vision_transformers import mvit_video_base_config
+    from pytorchvideo.models.vision_transformers import create_multiscale_vision_transformers
+
+    sizes = {"spatial_size": config.crop_size, "temporal_size": config.num_frames}
+    with torch.device("cpu"):  # it reads values of tensors while it is built
+        return create_multiscale_vision_transformers(
+            **mvit_video_base_config | sizes,
+            droppath_rate_block=0.2,
+            head_dropout_rate=_dropout(config),
+            head_num_classes=config.num_classes,
+        )
+
+
+def _mvit_v2_s(config: BaselineConfig) -> nn.Module:
+    from torchvision.models.video import mvit_v2_s
+
+    net = mvit_v2_s(num_classes=config.num_classes, dropout=_dropout(config))
+    # It interpolates its tables to the grid of tokens, which it takes from here.
+    net.pos_encoding.temporal_size = -(-config.num_frames // 2)
+    net.pos_encoding.spatial_size = (-(-config.crop_size // 4),) * 2
+    return net
+
+
+def _r2plus1d_18(config: BaselineConfig) -> nn.Module:
+    from torchvision.models.video import r2plus1d_18
+
+    if config.head_dropout:
+        raise ValueError(f"r2plus1d_18 has no head_dropout, got {config.head_dropout}")
+    return r2plus1d_18(num_classes=config.num_classes)
+
+
+def _dropout(config: BaselineConfig) -> float:
+    return 0.5 if config.head_dropout is None else config.head_dropout
+
+
+def _last_side(config: BaselineConfig) -> int:
+    """Pixels of the last feature map of a ResNet."""
+    return -(-config.crop_size // 32)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    build: Callable[[BaselineConfig], nn.Module]
+    protocol: Protocol
+
+
+_R2PLUS1D_MEAN, _R2PLUS1D_STD = (0.43216, 0.394666, 0.37645), (0.22803, 0.22145, 0.216989)
+# Protocols as published: pytorchvideo's model zoo, torchvision's weight enumerations.
+BASELINES: dict[str, _Entry] = {
+    "x3d_s": _Entry(
+        _x3d_s,
+        Protocol(clip_frames=13, stride=6, num_clips=10, num_crops=3, short_side=182, crop=160),
+    ),
+    "slow_r50": _Entry(_slow_r50, Protocol(clip_frames=8, stride=8, num_clips=10, num_crops=3)),
+    "slowfast_r50": _Entry(_slowfast_r50, Protocol(clip_frames=32, stride=2, num_clips=10, num_crops=3)),
+    "mvit_base_16x4": _Entry(_mvit_base_16x4, Protocol(clip_frames=16, stride=4)),
+    "mvit_v2_s": _Entry(
+        _mvit_v2_s,
+        Protocol(clip_frames=16, stride=4, sampling="torchvision", pixels="torchvision"),
+    ),
+    "r2plus1d_18": _Entry(
+        _r2plus1d_18,
+        Protocol(
+            clip_frames=16,
+            stride=2,
+            sampling="torchvision",
+            pixels="torchvision",
+            short_side=128,
+            crop=112,
+            mean=_R2PLUS1D_MEAN,
+            std=_R2PLUS1D_STD,
+        ),
+    ),
+}
