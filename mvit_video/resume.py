@@ -214,9 +214,10 @@ def restore_loader(loader: ClipLoader[Any], path: Path) -> None:
     Lightning would do so itself, had it not set the loader up before, to count the steps of the schedule.
     """
     file = path / "meta.pt" if path.is_dir() else path
-    loops = torch.load(file, map_location="cpu", mmap=True, weights_only=True)["loops"]
-    for state in loops["fit_loop"]["state_dict"].get("combined_loader", []):
-        loader.load_state_dict(state)
+    progress = torch.load(file, map_location="cpu", mmap=True, weights_only=True)["loops"]["fit_loop"]
+    if not progress["epoch_loop.batch_progress"]["is_last_batch"]:  # else the next epoch is due
+        for state in progress["state_dict"].get("combined_loader", []):
+            loader.load_state_dict(state)
 
 
 def _left_in(run: Path) -> list[Path]:

@@ -142,6 +142,16 @@ def test_a_killed_run_goes_on_with_the_batch_that_was_due(
     assert_equal_weights(tmp_path / "run", whole)
 
 
+def test_a_shortened_epoch_is_an_epoch(command: Command, arguments: list[str], tmp_path: Path) -> None:
+    arguments = [*arguments, "num_workers=0", "trainer.limit_train_batches=3", "trainer.max_epochs=2"]
+    assert command("train", *arguments, "hydra.run.dir=whole").code == 0
+    code = train_in_child([*arguments, "hydra.run.dir=run"], signal_in_batch(3, signal.SIGKILL))
+    assert code == -signal.SIGKILL
+    assert command("train", *arguments, "hydra.run.dir=run").code == 0
+    assert sorted(losses(tmp_path / "run")) == [3, 4, 5]
+    assert_equal_weights(tmp_path / "run", tmp_path / "whole")
+
+
 @pytest.mark.slow
 def test_a_run_is_killed_again_and_again(
     command: Command, arguments: list[str], whole: Path, tmp_path: Path

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
+from multiprocessing import connection
 from types import SimpleNamespace
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
@@ -36,6 +37,7 @@ log = logging.getLogger(__name__)
 Kind = Literal["auto", "threads", "workers"]
 KINDS = ("auto", "threads", "workers")
 
+_GRACE = 5  # seconds that processes have to end
 _PATIENCE = 60  # seconds after which a sample that doesn't come is talked about
 _LONGEST_NOTE = 4096  # bytes
 
@@ -109,8 +111,8 @@ class ClipLoader(Generic[Collated]):
         return {"delivered": self._delivered}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The next epoch begins where the state was taken; at the front, if that was the end of one."""
-        self._first = self._delivered = state["delivered"] % len(self)
+        """The next epoch begins where the state was taken."""
+        self._first = self._delivered = state["delivered"]
 
     def __iter__(self) -> Iterator[Collated]:
         batches = list(self.batches)[self._first :]
@@ -284,6 +286,18 @@ class _Processes(_Pool):
         where = f"while it read {reading}" if reading else "between two videos"
         advice = " (out of memory? fewer num_workers need less)" if code == -signal.SIGKILL else ""
         return f"a process of the loader {how} {where}{advice}"
+
+    def close(self) -> None:
+        """Kill those that don't end."""
+        self.executor.shutdown(wait=False, cancel_futures=True)
+        running = {process.sentinel: process for process in self._processes.values()}
+        deadline = time.monotonic() + _GRACE
+        while running and (ended := connection.wait(running, max(0.0, deadline - time.monotonic()))):
+            for sentinel in ended:
+                del running[sentinel]
+        for process in running.values():
+            process.kill()
+        super().close()
 
 
 class _Process:

@@ -82,7 +82,7 @@ def test_a_loader_goes_on_where_another_was(videos: list[LabelledVideo], kind: K
         state = loader.state_dict()
     with closing(training(videos, num_workers=2, kind=kind)) as resumed:
         resumed.load_state_dict(state)
-        assert_same(list(resumed), whole[taken % 4 :])
+        assert_same(list(resumed), whole[taken:])
         assert_same(list(resumed), whole)  # the next epoch is whole
         assert len(resumed) == 4
 
@@ -183,6 +183,23 @@ def test_a_video_that_takes_very_long_is_named(
     assert f"being read: {videos[5].path}" in caplog.text
 
 
+def hang_long() -> None:
+    time.sleep(60)
+
+
+def test_a_process_that_hangs_is_killed_at_the_end(
+    videos: list[LabelledVideo], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader_module, "_GRACE", 0.5)
+    last = [key for batch in EpochBatches(8, 2, seed=0) for key in batch][-1]
+    open_file = partial(failing, bad=videos[last[1]].path, failure=hang_long)
+    loader = training(videos, open_file, num_workers=2, kind="workers")
+    assert len(list(islice(loader, 3))) == 3
+    start = time.monotonic()
+    loader.close()
+    assert time.monotonic() - start < 10
+
+
 def test_closing_ends_threads_and_processes(videos: list[LabelledVideo]) -> None:
     before = threading.active_count()
     for kind in ("threads", "workers"):
@@ -190,7 +207,7 @@ def test_closing_ends_threads_and_processes(videos: list[LabelledVideo]) -> None
         next(iter(loader))
         loader.close()
         loader.close()
-        assert threading.active_count() == before
+        assert threading.active_count() <= before
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 4])
