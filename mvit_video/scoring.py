@@ -15,6 +15,7 @@ from mvit_video.data.decode import open_video
 from mvit_video.data.index import LabelledVideo
 from mvit_video.data.loader import Kind
 from mvit_video.model import VideoModel
+from mvit_video.timing import stage
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,9 @@ def score_videos(
     scores = torch.empty(0)  # (views, num_classes) that no video has got yet
     with closing(videos_views):
         for clips in _full_batches(videos_views, waiting, batch_size):
-            found = _softmax(model, clips.to(device, non_blocking=True))
+            with stage("transfer"):
+                clips = clips.to(device, non_blocking=True)
+            found = _softmax(model, clips)
             scores = torch.cat([scores, found]) if len(scores) else found
             while waiting and len(waiting[0].spans) <= len(scores):
                 views = waiting.popleft()

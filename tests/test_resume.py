@@ -153,6 +153,20 @@ def test_a_shortened_epoch_is_an_epoch(command: Command, arguments: list[str], t
 
 
 @pytest.mark.slow
+def test_the_published_recipe_goes_on_exactly(command: Command, arguments: list[str], tmp_path: Path) -> None:
+    """Averaged weights, mixing, random augmentations and several clips of a video are part of it."""
+    recipe = ["ema=0.9", "mixing=mixup_cutmix", "augment=kinetics", "augment.short_side=48", "num_workers=2"]
+    arguments = [*arguments, *recipe]
+    assert command("train", *arguments, "hydra.run.dir=whole").code == 0
+    code = train_in_child([*arguments, "hydra.run.dir=run"], signal_in_batch(8, signal.SIGKILL))
+    assert code == -signal.SIGKILL
+    assert command("train", *arguments, "hydra.run.dir=run").code == 0
+    expected = {step: loss for step, loss in losses(tmp_path / "whole").items() if step >= 6}
+    assert losses(tmp_path / "run") == expected
+    assert_equal_weights(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.slow
 def test_a_run_is_killed_again_and_again(
     command: Command, arguments: list[str], whole: Path, tmp_path: Path
 ) -> None:
