@@ -21,6 +21,7 @@ MAINS = {
     "info": "mvit_video.info",
     "data": "mvit_video.data.__main__",
     "export": "mvit_video.export",
+    "demo": "mvit_video.demo",
 }
 
 
