@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from mvit_video import cli
 from mvit_video.errors import ConfigError, DataError, MVitVideoError
 from mvit_video.explain import write_overlay_video, write_strip
-from mvit_video.model import MViT
+from mvit_video.model import VideoModel
 from mvit_video.predict.recognizer import Recognizer
 from mvit_video.predict.render import annotate_video, plot_timeline
 
@@ -41,7 +41,7 @@ class Demo:
         max_seconds: longer videos are refused.
     """
 
-    def __init__(self, model: MViT, *, topk: int, max_seconds: float, **recognizing: Any) -> None:
+    def __init__(self, model: VideoModel, *, topk: int, max_seconds: float, **recognizing: Any) -> None:
         self.model, self.topk, self.max_seconds, self.recognizing = model, topk, max_seconds, recognizing
 
     def answer(self, path: str | None, num_clips: int, explain: str) -> Answer:

@@ -72,3 +72,27 @@ def test_bad_settings_are_said(command: Command, checkpoint: Path) -> None:
     assert "must be positive" in result.err
     shown = command("demo", "--cfg", "job").out
     assert "host: 127.0.0.1" in shown
+
+
+@pytest.mark.browser
+def test_a_browser_shows_the_answer(browser, address: str, tmp_path: Path) -> None:
+    path = write_numbered_video(tmp_path / "mine.mp4", 30, height=48, width=64)
+    page = browser.new_page(viewport={"width": 1300, "height": 1100})
+    requests: list[str] = []
+    page.on("request", lambda asked: requests.append(asked.url))
+    page.goto(address)
+    page.set_input_files("#video input[type=file]", str(path))
+    page.wait_for_selector("#video video")
+    page.click("label:has-text('gradcam')")
+    page.click("#ask")
+    page.wait_for_selector("#scores :text('%')", timeout=60_000)
+    page.wait_for_selector("a[download$='.json']")
+    videos = "[...document.querySelectorAll('video')].map(v => v.error === null && v.duration > 0)"
+    page.wait_for_function(f"{videos}.filter(Boolean).length == 3")
+    assert not [url for url in requests if not url.startswith((address, "blob:", "data:"))]
+    (tmp_path / "broken.mp4").write_bytes(b"no video" * 100)
+    page.reload()
+    page.set_input_files("#video input[type=file]", str(tmp_path / "broken.mp4"))
+    page.wait_for_timeout(1000)
+    page.click("#ask")
+    page.wait_for_selector(":text('not a video file')")
