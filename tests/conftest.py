@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +22,10 @@ MAINS = {
     "info": "mvit_video.info",
     "data": "mvit_video.data.__main__",
     "export": "mvit_video.export",
+    "demo": "mvit_video.demo",
 }
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -81,3 +85,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     weights = {f"model.{name}": value for name, value in model.state_dict().items()}
     torch.save({"state_dict": weights, METADATA_KEY: model_metadata(model)}, path)
     return path
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[object]:
+    from playwright.sync_api import sync_playwright
+
+    found = next((path for path in map(shutil.which, BROWSERS) if path), None)  # else playwright's own
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()

@@ -5,8 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -22,7 +20,6 @@ from videos import write_numbered_video
 from mvit_video.data.decode import open_video
 from mvit_video.report.results import report_comparison, report_table
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 VOID = {"meta", "link", "img", "br"}
 
 
@@ -158,17 +155,6 @@ def test_a_comparison_has_a_page(comparison: Path) -> None:
     assert found["per_class"]["class 0"] == pytest.approx(0.4)
     assert found["per_class"]["class 1"] == 0
     assert Image.open(comparison / "comparison.png").size[0] > 400
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[object]:
-    from playwright.sync_api import sync_playwright
-
-    found = next((path for path in map(shutil.which, BROWSERS) if path), None)  # else playwright's own
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
 
 
 @pytest.mark.browser
