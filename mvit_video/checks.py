@@ -33,7 +33,7 @@ class Forecast(pl.Callback):
             epoch = (time.perf_counter() - self.start) / measured * in_epoch
             left = (trainer.max_epochs or 1) - trainer.current_epoch
             log.info(
-                "one epoch will take about %s, all %d about %s (validation not counted)",
+                "one epoch will take about %s, %d epochs %s (validation not counted)",
                 duration(epoch),
                 left,
                 duration(epoch * left),
