@@ -104,8 +104,8 @@ def index_splits(path: str | Path, *, max_missing: float = 0.2) -> VideoSplits:
     videos: dict[str, list[LabelledVideo]] = {"train": [], "val": [], "test": []}
     reasons: dict[str, dict[str, str]] = {split: {} for split in videos}
     columns = (column.to_pylist() for column in table.columns)
-    for split, video_id, path, label, error in zip(*columns, strict=True):
-        videos[split].append(LabelledVideo(path, label, video_id))
+    for split, video_id, place, label, error in zip(*columns, strict=True):
+        videos[split].append(LabelledVideo(place, label, video_id))
         if error is not None:
             reasons[split][video_id] = error
     found = {
