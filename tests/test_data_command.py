@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import Command
@@ -314,6 +315,6 @@ def test_a_damaged_index_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"index.parquet is no index of mvit-data prepare, or a damaged one"):
         index_splits(file)
     other: dict[str, Any] = {"split": ["train"], "id": ["a"]}
-    pq.write_table(pq.pa.table(other), file)
+    pq.write_table(pa.table(other), file)
     with pytest.raises(DataError, match=r"index.parquet is no index of mvit-data prepare"):
         index_splits(file)

@@ -115,7 +115,7 @@ def _find_list(root: Path, split: str) -> Path | None:
         pattern = re.compile(
             rf"(k(inetics)?[-_]?\d*([-_]\d+)*[-_])?{name}(_list(_videos)?)?\.(csv|txt)", re.IGNORECASE
         )
-        for folder in (root, root / "annotations", root / "lists"):
+        for folder in (root, root / "annotations", root / "lists", *sorted(root.glob("kinetics*"))):
             if folder.is_dir():
                 files = sorted(entry for entry in folder.iterdir() if pattern.fullmatch(entry.name))
                 if files:

@@ -110,7 +110,7 @@ def index_of_list(
     ]
     rows = [row._replace(id=relative(row.path, base)) if row.id is None else row for row in rows]
     index = index_of_rows(video_list._replace(rows=rows), names, labels=labels)
-    there = _existing_paths(entry_on_disk(video.path) for video in index.videos)
+    there = existing_paths(entry_on_disk(video.path) for video in index.videos)
     return leave_out(
         index,
         {video.id: NO_FILE for video in index.videos if entry_on_disk(video.path) not in there},
@@ -241,7 +241,7 @@ def names_in_rows(video_list: VideoList) -> tuple[str, ...]:
     return tuple(sorted(words)) or tuple(str(label) for label in range(max(numbers, default=-1) + 1))
 
 
-def _existing_paths(paths: Iterable[str]) -> set[str]:
+def existing_paths(paths: Iterable[str]) -> set[str]:
     """Those of the paths that exist, by listing each folder once.
 
     A stat for each of Kinetics' 240,000 files takes minutes on a network.

@@ -168,7 +168,8 @@ def compare(table: Table) -> Changes:
             changes.returned.append(path)
         elif stat != (old.size, old.mtime_ns):
             changes.changed.append(path)
-    changes.new.extend(path for path in _unlisted(table) if path not in set(table.unlisted))
+    seen = set(table.unlisted)
+    changes.new.extend(path for path in _unlisted(table) if path not in seen)
     return changes
 
 

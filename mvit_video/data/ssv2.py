@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mvit_video.data.class_names import ClassNames, read_class_names
-from mvit_video.data.decode.stills import run_of_pictures
+from mvit_video.data.decode.stills import entry_on_disk, run_of_pictures
 from mvit_video.data.files import VIDEO_EXTENSIONS, existing, existing_folder, find_first, parse_json
 from mvit_video.data.index import NothingThereError, VideoIndex, VideoSplits, leave_out
-from mvit_video.data.lists import NO_FILE, Row, VideoList, index_of_rows
+from mvit_video.data.lists import NO_FILE, Row, VideoList, existing_paths, index_of_rows
 from mvit_video.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ def ssv2_splits(
             pictures; by default `root/20bn-something-something-v2`, `videos`, `frames`,
             `rawframes` or `root`.
         frame_lists: PySlowFast's lists of training and validation frames (`original_vido_id video_id frame_id
-            path labels`), looked for as given and in `root`; their paths start at `videos`.
+            path labels`), relative to `root`; their paths start at `videos`, where that folder has them.
         class_names: used where there is no labels file.
         max_missing: how large a share of a list's videos may be missing; those of `test` may all be.
 
@@ -55,8 +55,11 @@ def ssv2_splits(
     root = existing_folder(root)
     labels_file = existing(labels) if labels is not None else _find(root, ("labels",))
     names = read_class_names(class_names if labels_file is None else labels_file)
-    folder = existing_folder(videos) if videos is not None else find_first(root, _VIDEO_FOLDERS) or root
-    there = None if frame_lists is not None else _entries(folder)
+    if videos is not None:
+        folders = [existing_folder(videos)]
+    else:
+        folders = [root / name for name in _VIDEO_FOLDERS if (root / name).is_dir()] + [root]
+    there = None if frame_lists is not None else _entries(folders[0])
     found: dict[str, VideoIndex] = {}
     for split, given in {"train": train, "val": val, "test": test}.items():
         file = existing(given) if given is not None else _find(root, _NAMES[split])
@@ -64,15 +67,14 @@ def ssv2_splits(
             continue
         if file is None:
             raise DataError(f"{root} has no {_NAMES[split][0]}.json; give data.{split}=FILE")
-        if frame_lists is None:
-            paths = there or {}
-        elif split == "test":
+        if frame_lists is not None and split == "test":
             continue  # PySlowFast has no frame list for it
-        else:
-            frame_list = Path(frame_lists[split == "val"])
-            paths = _runs(existing(frame_list if frame_list.is_file() else root / frame_list), folder)
+        if frame_lists is not None:
+            there = _runs(existing(root / frame_lists[split == "val"]), folders)
         try:
-            found[split] = _index(file, names, folder, paths, 1.0 if split == "test" else max_missing, split)
+            found[split] = _index(
+                file, names, folders[0], there or {}, 1.0 if split == "test" else max_missing, split
+            )
         except NothingThereError as error:
             if split != "test" or given is not None:
                 raise
@@ -133,8 +135,10 @@ def _index(
 # PySlowFast's lists of frames
 
 
-def _runs(file: Path, folder: Path) -> dict[str, str]:
-    """Id to the path of its pictures, `folder/78687/78687_[000001-000042].jpg`.
+def _runs(file: Path, folders: list[Path]) -> dict[str, str]:
+    """Id to the path of its pictures, `folder/78687/78687_[000001-000042].jpg`, of the videos that exist.
+
+    The paths start at the first of the folders that has the first picture.
 
     Raises:
         DataError: the frames of a video are not numbered one after the other.
@@ -142,7 +146,10 @@ def _runs(file: Path, folder: Path) -> dict[str, str]:
     found: dict[str, str] = {}
     first: list[str] = []  # id, path and line of a video's first frame
     last, count = "", 0
+    folder = folders[0]
     for number, video, path in _frames(file):
+        if not first:
+            folder = next((folder for folder in folders if (folder / path).exists()), folder)
         if first and video == first[0]:
             if (len(path), path) <= (len(last), last):
                 raise DataError(f"{file}, line {number}: {path} comes after {last}; expected rising numbers")
@@ -158,7 +165,8 @@ def _runs(file: Path, folder: Path) -> dict[str, str]:
     if not first:
         raise DataError(f"{file}: it lists no frames")
     found[first[0]] = _run(file, folder, first, last, count)
-    return found
+    there = existing_paths(entry_on_disk(path) for path in found.values())
+    return {video: path for video, path in found.items() if entry_on_disk(path) in there}
 
 
 def _frames(file: Path) -> Iterator[tuple[int, str, str]]:

@@ -432,6 +432,19 @@ def test_frame_lists_that_skip_frames_are_refused(
         ssv2_splits(root, frame_lists=("train.csv", "val.csv"), max_missing=1)
 
 
+def test_frames_that_are_missing_on_disk_and_lists_from_another_folder(tmp_path: Path) -> None:
+    root = ssv2_frames(tmp_path)
+    for split in ("train", "val"):
+        file = root / f"{split}.csv"
+        write(file, re.sub(r" (\d+/)", r" frames/\1", file.read_text()))  # paths start in the root
+    shutil.rmtree(root / "frames" / "42326")
+    splits = ssv2_splits(root, frame_lists=("train.csv", "val.csv"), max_missing=0.5)
+    assert labels(splits.train) == {"78687": 0, "100904": 2}
+    assert [out.video.id for out in splits.train.left_out] == ["42326"]
+    with mv.open_video(splits.train.videos[1].path) as frames:
+        assert read_number(frames.get_frames([8])[0]) == 8
+
+
 def test_ssv2_frames_without_lists(tmp_path: Path) -> None:
     splits = ssv2_splits(ssv2_frames(tmp_path))
     with mv.open_video(splits.train.videos[1].path) as frames:
