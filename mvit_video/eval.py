@@ -104,9 +104,10 @@ def _score_data_set(
     open_file = cli.build_decoder(config)
     model = cli.build_model(config) if "model" not in config else None
     splits: VideoSplits = cli.build(config.data)
+    weights_classes = read_class_names(config.class_names) if config.class_names else None
     if model is None:
-        model = cli.build_model(config, num_classes=None if config.class_map else splits.num_classes)
-    matrix = _class_matrix(config, model, splits.class_names)
+        model = cli.build_model(config, num_classes=len(weights_classes or splits.class_names))
+    matrix = _class_matrix(model, weights_classes or model.class_names, splits.class_names, config.class_map)
     index = _labelled_split(splits, config.split)
     facts = _facts(config, model)
     folder, bad_file = output / UNFINISHED, output / "bad_videos.csv"
@@ -250,24 +251,21 @@ def _labelled_split(splits: VideoSplits, split: str) -> VideoIndex:
 # Classes
 
 
-def _class_matrix(config: DictConfig, model: MViT, class_names: Sequence[str]) -> torch.Tensor | None:
-    """How the model's classes become the data set's; None where they are the same."""
-    known = model.class_names
-    if config.class_names:
-        known = read_class_names(config.class_names)
-        if len(known) != model.config.num_classes:
-            raise DataError(
-                f"class_names has {len(known)} names, the weights know {model.config.num_classes} classes"
-            )
-    if config.class_map:
+def _class_matrix(
+    model: MViT, known: Sequence[str] | None, class_names: Sequence[str], class_map: str | None
+) -> torch.Tensor | None:
+    """How the model's classes, ``known``, become the data set's; None where they are the same."""
+    num_classes = model.config.num_classes
+    if known and len(known) != num_classes:
+        raise DataError(f"class_names has {len(known)} names, the weights know {num_classes} classes")
+    if class_map:
         if known is None:
-            raise ConfigError("class_map needs the names of the weights' classes: give class_names=FILE")
-        return class_matrix(known, class_names, _read_class_map(config.class_map))
+            raise ConfigError("class_map needs the names of the weights' classes: give class_names=...")
+        return class_matrix(known, class_names, _read_class_map(class_map))
     hint = "class_map=names evaluates a part of them"
-    if model.config.num_classes != len(class_names):
+    if num_classes != len(class_names):
         raise DataError(
-            f"the weights know {model.config.num_classes} classes, "
-            f"the data set has {len(class_names)}; {hint}"
+            f"the weights know {num_classes} classes, the data set has {len(class_names)}; {hint}"
         )
     for index, (one, other) in enumerate(zip(known or class_names, class_names, strict=True)):
         if one != other:
