@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -28,6 +27,7 @@ from mvit_video.data.index import VideoIndex, VideoSplits
 from mvit_video.errors import ConfigError, DataError
 from mvit_video.foreign_scores import SUFFIXES, read_foreign_scores
 from mvit_video.model import MViT
+from mvit_video.processes import use_own_gpu
 from mvit_video.ranks import Ranks, process_group
 from mvit_video.report.results import report_comparison, report_table, versions
 from mvit_video.scores import (
@@ -99,8 +99,7 @@ def _score_data_set(
 ) -> tuple[ScoreTable | None, OpenVideo | None]:
     """Every video's scores, in the order of the data set, in the first process; None in the others."""
     device = cli.choose_device(config.device)
-    if device == "cuda" and ranks.size > 1:
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    use_own_gpu()
     open_file = cli.build_decoder(config)
     model = cli.build_model(config) if "model" not in config else None
     splits: VideoSplits = cli.build(config.data)
