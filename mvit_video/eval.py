@@ -298,9 +298,8 @@ def _evaluate_files(config: DictConfig, output: Path) -> None:
     """Report one file of scores; compare several, or put them together. No video is opened."""
     files = [config.scores] if isinstance(config.scores, str) else [str(file) for file in config.scores]
     names = _distinct_names(files)
-    splits: VideoSplits | None = None
-    if not OmegaConf.missing_keys(config.data):
-        splits = cli.build(config.data)
+    given = any(o.lstrip("+").startswith(("data=", "data.")) for o in HydraConfig.get().overrides.task)
+    splits: VideoSplits | None = cli.build(config.data) if given else None
     tables = {name: _read_table(Path(file), config, splits) for name, file in zip(names, files, strict=True)}
     if len(tables) > 1:
         tables = aligned(tables)
@@ -338,6 +337,10 @@ def _read_table(file: Path, config: DictConfig, splits: VideoSplits | None) -> S
         raise DataError(
             f"{file} has {len(table.class_names)} classes, the data set {splits.num_classes}; "
             "class_map=names evaluates a part of them"
+        )
+    elif table.class_names not in (splits.class_names, tuple(map(str, range(splits.num_classes)))):
+        raise DataError(
+            f"{file} and the data set call their classes differently; class_map=names reorders them"
         )
     return with_labels(table, videos, splits.class_names)
 
