@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -28,6 +27,7 @@ from mvit_video.data.index import VideoIndex, VideoSplits
 from mvit_video.errors import ConfigError, DataError
 from mvit_video.foreign_scores import SUFFIXES, read_foreign_scores
 from mvit_video.model import VideoModel
+from mvit_video.processes import use_own_gpu
 from mvit_video.ranks import Ranks, process_group
 from mvit_video.report.results import report_comparison, report_table, versions
 from mvit_video.scores import (
@@ -99,14 +99,14 @@ def _score_data_set(
 ) -> tuple[ScoreTable | None, OpenVideo | None]:
     """Every video's scores, in the order of the data set, in the first process; None in the others."""
     device = cli.choose_device(config.device)
-    if device == "cuda" and ranks.size > 1:
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    use_own_gpu()
     open_file = cli.build_decoder(config)
     model = cli.build_model(config) if "model" not in config else None
     splits: VideoSplits = cli.build(config.data)
+    weights_classes = read_class_names(config.class_names) if config.class_names else None
     if model is None:
-        model = cli.build_model(config, num_classes=None if config.class_map else splits.num_classes)
-    matrix = _class_matrix(config, model, splits.class_names)
+        model = cli.build_model(config, num_classes=len(weights_classes or splits.class_names))
+    matrix = _class_matrix(model, weights_classes or model.class_names, splits.class_names, config.class_map)
     index = _labelled_split(splits, config.split)
     facts = _facts(config, model)
     folder, bad_file = output / UNFINISHED, output / "bad_videos.csv"
@@ -250,24 +250,21 @@ def _labelled_split(splits: VideoSplits, split: str) -> VideoIndex:
 # Classes
 
 
-def _class_matrix(config: DictConfig, model: VideoModel, class_names: Sequence[str]) -> torch.Tensor | None:
-    """How the model's classes become the data set's; None where they are the same."""
-    known = model.class_names
-    if config.class_names:
-        known = read_class_names(config.class_names)
-        if len(known) != model.config.num_classes:
-            raise DataError(
-                f"class_names has {len(known)} names, the weights know {model.config.num_classes} classes"
-            )
-    if config.class_map:
+def _class_matrix(
+    model: VideoModel, known: Sequence[str] | None, class_names: Sequence[str], class_map: str | None
+) -> torch.Tensor | None:
+    """How the model's classes, ``known``, become the data set's; None where they are the same."""
+    num_classes = model.config.num_classes
+    if known and len(known) != num_classes:
+        raise DataError(f"class_names has {len(known)} names, the weights know {num_classes} classes")
+    if class_map:
         if known is None:
-            raise ConfigError("class_map needs the names of the weights' classes: give class_names=FILE")
-        return class_matrix(known, class_names, _read_class_map(config.class_map))
+            raise ConfigError("class_map needs the names of the weights' classes: give class_names=...")
+        return class_matrix(known, class_names, _read_class_map(class_map))
     hint = "class_map=names evaluates a part of them"
-    if model.config.num_classes != len(class_names):
+    if num_classes != len(class_names):
         raise DataError(
-            f"the weights know {model.config.num_classes} classes, "
-            f"the data set has {len(class_names)}; {hint}"
+            f"the weights know {num_classes} classes, the data set has {len(class_names)}; {hint}"
         )
     for index, (one, other) in enumerate(zip(known or class_names, class_names, strict=True)):
         if one != other:
@@ -301,9 +298,8 @@ def _evaluate_files(config: DictConfig, output: Path) -> None:
     """Report one file of scores; compare several, or put them together. No video is opened."""
     files = [config.scores] if isinstance(config.scores, str) else [str(file) for file in config.scores]
     names = _distinct_names(files)
-    splits: VideoSplits | None = None
-    if not OmegaConf.missing_keys(config.data):
-        splits = cli.build(config.data)
+    given = any(o.lstrip("+").startswith(("data=", "data.")) for o in HydraConfig.get().overrides.task)
+    splits: VideoSplits | None = cli.build(config.data) if given else None
     tables = {name: _read_table(Path(file), config, splits) for name, file in zip(names, files, strict=True)}
     if len(tables) > 1:
         tables = aligned(tables)
@@ -341,6 +337,10 @@ def _read_table(file: Path, config: DictConfig, splits: VideoSplits | None) -> S
         raise DataError(
             f"{file} has {len(table.class_names)} classes, the data set {splits.num_classes}; "
             "class_map=names evaluates a part of them"
+        )
+    elif table.class_names not in (splits.class_names, tuple(map(str, range(splits.num_classes)))):
+        raise DataError(
+            f"{file} and the data set call their classes differently; class_map=names reorders them"
         )
     return with_labels(table, videos, splits.class_names)
 

@@ -1,4 +1,4 @@
-"""The processes of one job, as torchrun starts them: what one knows, all know."""
+"""The processes of one evaluation: what one knows, all know."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 
 from mvit_video.errors import MVitVideoError
+from mvit_video.processes import rank_and_size
 
 T = TypeVar("T")
 
@@ -59,14 +61,21 @@ class Ranks:
 
 @contextmanager
 def process_group() -> Iterator[Ranks]:
-    """Join the processes that torchrun has started; alone without it."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    """Join the processes that torchrun or Slurm has started; alone without them."""
+    rank, size = rank_and_size()
+    if size == 1:
         yield Ranks()
         return
-    dist.init_process_group("gloo", timeout=timedelta(minutes=10))
+    address = "env://"
+    if "MASTER_ADDR" not in os.environ:
+        slurm = SLURMEnvironment()
+        address = f"tcp://{slurm.main_address}:{slurm.main_port}"
+    dist.init_process_group(
+        "gloo", init_method=address, rank=rank, world_size=size, timeout=timedelta(minutes=10)
+    )
     try:
         # One process may have far more to do than another; one that dies is noticed at once all the same.
         group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
-        yield Ranks(dist.get_rank(), dist.get_world_size(), group)
+        yield Ranks(rank, size, group)
     finally:
         dist.destroy_process_group()

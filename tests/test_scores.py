@@ -286,7 +286,7 @@ class Storage:
     """Pickled as torch pickles storages, with a pickle of its own inside."""
 
     def __reduce__(self):
-        return torch.storage._load_from_bytes, (pickle.dumps(Malicious()),)
+        return torch.storage._load_from_bytes, (pickle.dumps(Malicious(), 2),)
 
 
 @pytest.mark.parametrize(

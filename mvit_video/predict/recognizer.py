@@ -24,6 +24,7 @@ from mvit_video.data.transform import test_clips
 from mvit_video.data.views import spatial_views
 from mvit_video.errors import ConfigError, VideoError
 from mvit_video.model import MViT, Protocol, VideoModel, load_model
+from mvit_video.model.variants import change_views
 from mvit_video.predict.inputs import expand
 from mvit_video.predict.prediction import ClipPrediction, Prediction, best_classes
 from mvit_video.predict.stream import Source, iter_windows
@@ -85,10 +86,9 @@ class Recognizer:
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         model = model if isinstance(model, nn.Module) else load_any(model, device)
-        self.protocol: Protocol = replace(
-            model.protocol,
-            num_clips=model.protocol.num_clips if num_clips is None else num_clips,
-            num_crops=model.protocol.num_crops if num_crops is None else num_crops,
+        views = {"num_clips": num_clips, "num_crops": num_crops}
+        self.protocol: Protocol = change_views(
+            model.protocol, {name: value for name, value in views.items() if value is not None}
         )
         self.class_names: tuple[str, ...] = tuple(
             model.class_names or map(str, range(model.config.num_classes))

@@ -14,6 +14,7 @@ from typing import Any
 import av
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from mvit_video.data.clips import OpenVideo
 from mvit_video.metrics import Metrics, compare, measure, worst_mistakes
@@ -175,4 +176,5 @@ def report_comparison(tables: Mapping[str, ScoreTable], output: Path, *, how: Co
 def versions() -> dict[str, str]:
     """Of Python, FFmpeg and the packages that numbers depend on."""
     packages = {name: version(name) for name in PACKAGES}
+    packages["torch"] = torch.__version__  # tells the build too
     return {"python": platform.python_version(), **packages, "ffmpeg": av.ffmpeg_version_info}
