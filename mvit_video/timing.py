@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-from pytorch_lightning.profilers import Profiler
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -132,30 +131,6 @@ def watch(model: nn.Module) -> None:
         current.switch(outer.pop())
 
     model.register_forward_hook(end)
-
-
-class StageProfiler(Profiler):
-    """Takes the stages "transfer" and "model" from what the Trainer says it does."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._outer: list[str] = []
-
-    def start(self, action_name: str) -> None:
-        current, name = _thread.clock, _stage_of(action_name)
-        if current is not None and name is not None:
-            self._outer.append(current.switch(name))
-
-    def stop(self, action_name: str) -> None:
-        current = _thread.clock
-        if current is not None and _stage_of(action_name) is not None:
-            current.switch(self._outer.pop())
-
-
-def _stage_of(action: str) -> str | None:
-    if action.endswith(".batch_to_device"):
-        return "transfer"
-    return "model" if action == "run_training_batch" or action.endswith("Strategy.validation_step") else None
 
 
 @contextmanager

@@ -33,6 +33,7 @@ from mvit_video.data.clips import TestViews, TrainingClips, training_loader, val
 from mvit_video.data.index import VideoSplits
 from mvit_video.errors import ConfigError, DataError, TrainingError
 from mvit_video.model import VideoModel, load_weights
+from mvit_video.profiler import StageProfiler
 from mvit_video.recipe import History, freeze
 from mvit_video.report import describe_labels, plot_history
 from mvit_video.resume import (
@@ -43,7 +44,6 @@ from mvit_video.resume import (
     find_checkpoint,
     restore_loader,
 )
-from mvit_video.timing import StageProfiler
 
 log = logging.getLogger(__name__)
 

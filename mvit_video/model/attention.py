@@ -170,7 +170,7 @@ class PoolingAttention(nn.Module):
             raise NotImplementedError("attention inside windows has no weights over all keys")
         q, k, _, q_grid, k_grid = self._queries_keys_values(x, grid)
         q_folded, k_folded = self._fold_positions(q, k, q_grid, k_grid)
-        logits = q_folded.transpose(1, 2) @ k_folded.permute(0, 2, 3, 1)  # (B, n, N', M)
+        logits = q_folded @ k_folded.mT  # (B, n, N', M)
         bias = self._joint_bias(q, q_grid, k_grid)
         logits = logits if bias is None else logits + bias
         return logits.softmax(-1).mean(1), q_grid, k_grid
