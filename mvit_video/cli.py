@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -57,6 +58,9 @@ def run(job: Callable[[DictConfig], None], config_name: str) -> None:
             if full_error:
                 raise
             _exit(config_name, _one_line(error))
+        except KeyboardInterrupt:
+            sys.stderr.write(f"mvit-{config_name}: interrupted\n")
+            sys.exit(128 + signal.SIGINT)
 
     application = hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)(
         guarded_job

@@ -138,6 +138,10 @@ class LastCheckpoint(Checkpoint):
             signal.signal(signal.SIGTERM, self._ask_to_end)
 
     def _ask_to_end(self, number: int, frame: Any) -> None:
+        """After this batch; asked a second time, at once."""
+        if self._asked_to_end:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
         self._asked_to_end = True
 
     def on_train_batch_end(

@@ -144,7 +144,7 @@ def train(config: DictConfig) -> None:
         try:
             trainer.fit(classifier, training, validation, ckpt_path=resume_from, weights_only=True)
         except SIGTERMException:
-            log.warning("stopped by SIGTERM; ckpt_path=last goes on from here")
+            log.warning("stopped by SIGTERM; ckpt_path=last goes on from the last checkpoint")
             sys.exit(128 + signal.SIGTERM)
         except RuntimeError as error:
             if not is_out_of_memory(error):

@@ -18,8 +18,10 @@ import torch
 from conftest import Command
 from test_errors import error_line
 
+from mvit_video import eval as evaluate
 from mvit_video import train
 from mvit_video.data.decode import open_video
+from mvit_video.model import MViT
 from mvit_video.recipe import Classifier
 from mvit_video.resume import find_checkpoint
 
@@ -191,19 +193,17 @@ def test_gradients_that_are_being_gathered_are_gathered_again(
         assert_equal_weights(tmp_path / f"run{batch}", tmp_path / "whole")
 
 
-@pytest.mark.parametrize("batch", [3, 4])  # in an epoch and at its end
+@pytest.mark.parametrize(("batch", "saved"), [(3, 4), (4, 3)])  # in an epoch, and before its validation
 def test_sigterm_saves_and_ends(
-    command: Command, arguments: list[str], whole: Path, tmp_path: Path, batch: int
+    command: Command, arguments: list[str], whole: Path, tmp_path: Path, batch: int, saved: int
 ) -> None:
     arguments = [*arguments, "num_workers=2", "hydra.run.dir=run"]
     assert train_in_child(arguments, signal_in_batch(batch, signal.SIGTERM)) == 128 + signal.SIGTERM
-    assert "ckpt_path=last goes on from here" in (tmp_path / "run" / "train.log").read_text()
-    assert (
-        torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
-        == batch + 1
-    )
+    assert "ckpt_path=last goes on from the last checkpoint" in (tmp_path / "run" / "train.log").read_text()
+    last = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert last["global_step"] == saved
     assert command("train", *arguments).code == 0
-    assert losses(tmp_path / "run") == {s: loss for s, loss in losses(whole).items() if s > batch}
+    assert losses(tmp_path / "run") == {s: loss for s, loss in losses(whole).items() if s >= saved}
     assert_equal_weights(tmp_path / "run", whole)
 
 
@@ -333,6 +333,25 @@ def test_ctrl_c_ends_a_run_promptly(
     assert time.monotonic() - start < 30
     with pytest.raises(ProcessLookupError):
         os.killpg(int(group.read_text()), 0)
+
+
+def test_ctrl_c_ends_an_evaluation_promptly(
+    two_classes: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def run() -> None:
+        os.setsid()
+        monkeypatch.setattr(MViT, "forward", lambda *_: os.killpg(os.getpgrp(), signal.SIGINT))
+        sys.argv = ["mvit-eval", f"data.root={two_classes}", f"weights={checkpoint}", "hydra.run.dir=run"]
+        evaluate.main()
+
+    child = multiprocessing.get_context("fork").Process(target=run)
+    child.start()
+    child.join(60)
+    assert child.exitcode == 128 + signal.SIGINT
+    with pytest.raises(ProcessLookupError):
+        os.killpg(child.pid, 0)
 
 
 def test_a_killed_process_of_the_loader_ends_a_run_with_the_name_of_its_video(

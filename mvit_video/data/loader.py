@@ -309,9 +309,9 @@ class _Process:
 
 
 def _start_process(dataset: Clips, notes: list[Any], started: Any, measured: bool) -> None:
-    # Ctrl-C and a scheduler's SIGTERM reach all processes; the one that trains decides what happens then.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # Ctrl-C and a scheduler's signals reach all processes; the one that trains decides what happens then.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_die_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     with started.get_lock():
