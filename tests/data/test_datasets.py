@@ -276,8 +276,10 @@ def test_kinetics_is_trained_and_evaluated_by_command(
     command: Command, tmp_path: Path, a_video: PutVideo, number: int
 ) -> None:
     root = official_kinetics(tmp_path / "k", a_video, val="validate")
-    data = [f"data=kinetics{number}", f"data.root={root}", "data.max_missing=0.25"]
-    trained = command("train", *data, *SMALL_MODEL, *TRAINING)
+    where = [f"data.root={root}", "data.max_missing=0.25"]
+    recipe = f"experiment=k{number}_mvitv2_s_16x4"
+    trained = command("train", recipe, *where, *SMALL_MODEL, *TRAINING)
+    data = [f"data=kinetics{number}", *where]
     assert trained.code == 0, trained.err
     assert f"{number} classes, 3 training and 1 validation videos" in trained.out
     model = mv.load_model("run/checkpoints/last.ckpt")
@@ -467,7 +469,8 @@ def test_ssv2_is_trained_and_evaluated_by_command(
 ) -> None:
     root = official_ssv2(tmp_path / "s", a_video) if data == "ssv2" else ssv2_frames(tmp_path / "s")
     arguments = [f"data={data}", f"data.root={root}", "views=1x3_segment"]
-    trained = command("train", *arguments, *SMALL_MODEL, *TRAINING, "augment=no_flip")
+    recipe = ["experiment=ssv2_mvitv2_s_16x4", "model.weights=null", *arguments]
+    trained = command("train", *recipe, *SMALL_MODEL, *TRAINING)
     assert trained.code == 0, trained.err
     assert "3 classes, 3 training and 1 validation videos" in trained.out
     evaluated = command("eval", *arguments, "weights=run/checkpoints/last.ckpt", "num_workers=0")
@@ -583,9 +586,8 @@ def test_an_image_model_is_trained_and_evaluated_by_the_same_commands(
     root = imagenet(tmp_path / "i")
     trained = command(
         "train",
-        "data=imagenet",
+        "experiment=in1k_mvitv2_t",
         f"data.root={root}",
-        "model=mvitv2_t_224",
         "model.embed_dim=16",
         "model.stages=[1,1]",
         "model.crop_size=32",
