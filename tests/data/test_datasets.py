@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import Command
@@ -285,6 +286,48 @@ def test_kinetics_is_trained_and_evaluated_by_command(
     model = mv.load_model("run/checkpoints/last.ckpt")
     assert model.class_names == read_class_names(f"kinetics{number}")
     assert command("eval", *data, "weights=run/checkpoints/last.ckpt", "num_workers=0").code == 0
+
+
+def test_a_test_split_without_labels_is_scored(
+    command: Command, tmp_path: Path, a_video: PutVideo, checkpoint: Path
+) -> None:
+    for name in ("train/cats/0.mp4", "val/dogs and birds/0.mp4", "test/x.mp4", "test/y.mp4"):
+        a_video(tmp_path / "d" / name)
+    a_video(tmp_path / "d" / "train" / "dogs and birds" / "0.mp4")
+    arguments = [f"data.root={tmp_path / 'd'}", f"weights={checkpoint}", "num_workers=0", "views=5x1"]
+    result = command("eval", *arguments, "split=test", "hydra.run.dir=run")
+    assert result.code == 0, result.err
+    rows = pq.read_table("run/scores.parquet").to_pylist()
+    assert {row["id"] for row in rows} == {"test/x.mp4", "test/y.mp4"}
+    assert len(rows) == 10
+    assert all(row["label"] is None for row in rows)
+    assert not Path("run/results.json").exists()
+    shutil.rmtree(tmp_path / "d" / "test")
+    result = command("eval", *arguments, "split=test")
+    assert result.code == 1
+    assert "split=test: the data set has no such split" in result.err
+
+
+def test_an_evaluation_tells_which_videos_were_left_out(
+    command: Command, tmp_path: Path, two_classes: Path, checkpoint: Path
+) -> None:
+    names = ["cats/0.mp4", "dogs and birds/0.webm", "cats/gone.mp4"]
+    write(tmp_path / "list.csv", "\n".join(f"{name},{name.split('/')[0]}" for name in names))
+    result = command(
+        "eval",
+        "data=csv",
+        "data.train=list.csv",
+        "data.val=list.csv",
+        f"data.root={two_classes}",
+        "data.max_missing=0.4",
+        f"weights={checkpoint}",
+        "num_workers=0",
+        "hydra.run.dir=run",
+    )
+    assert result.code == 0, result.err
+    results = json.loads(Path("run/results.json").read_text())
+    assert results["videos"] == 2
+    assert [video["id"] for video in results["left_out_videos"]] == ["cats/gone.mp4"]
 
 
 # Something-Something v2
