@@ -26,6 +26,7 @@ from mvit_video.data.index import VideoIndex, VideoSplits, folder_splits, image_
 from mvit_video.data.kinetics import Clip, kinetics_splits, parse_clip_name
 from mvit_video.data.lists import csv_splits
 from mvit_video.data.ssv2 import ssv2_splits
+from mvit_video.data.table import index_splits
 from mvit_video.errors import DataError, VideoError
 from mvit_video.model.protocol import IMAGENET_MEAN, IMAGENET_STD
 
@@ -721,3 +722,31 @@ def test_a_test_folder_beside_val_is_the_test_split(tmp_path: Path, a_video: Put
     splits = folder_splits(tmp_path)
     assert splits.test is not None
     assert labels(splits.test) == {"test/b/0.mp4": 1}
+
+
+# mvit-data on them
+
+
+@pytest.mark.parametrize("data", ["kinetics400", "ssv2", "ssv2_frames", "imagenet", "hmdb51"])
+def test_each_data_set_can_be_prepared(
+    command: Command, tmp_path: Path, a_video: PutVideo, data: str
+) -> None:
+    root = tmp_path / "root"
+    if data == "ssv2_frames":
+        ssv2_frames(root)
+    elif data == "imagenet":
+        imagenet(root)
+    else:
+        {"kinetics400": official_kinetics, "ssv2": official_ssv2, "hmdb51": hmdb51}[data](root, a_video)
+    more = ["num_workers=0", "hydra.run.dir=report"]
+    result = command("data", "prepare", f"data={data}", f"data.root={root}", *more)
+    assert result.code == 0, result.err
+    counts = json.loads(Path("report/summary.json").read_text())["splits"]
+    assert sum(split["missing"] for split in counts.values()) == (data == "kinetics400")
+    assert sum(split["corrupt"] for split in counts.values()) == 0
+    checked = command("data", "check", "data=index", f"data.path={root}")
+    assert checked.code == 0, checked.err
+    kinds = {"kinetics400": kinetics_splits, "ssv2": ssv2_splits, "imagenet": image_folder_splits}
+    options: dict[str, object] = {"class_names": data, "max_missing": 0.25} if data == "kinetics400" else {}
+    if data in kinds:
+        assert index_splits(root, max_missing=0.25) == kinds[data](root, **options)
