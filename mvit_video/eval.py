@@ -80,6 +80,10 @@ def evaluate(config: DictConfig) -> None:
     if table is None:  # the first process reports
         return
     write_scores(table, output / "scores.parquet")
+    if any(video.label is None for video in table.videos):
+        log.info("videos without labels: scores.parquet in %s is all there is to tell", output)
+        shutil.rmtree(output / UNFINISHED)
+        return
     report_table(
         table,
         output,
@@ -107,7 +111,7 @@ def _score_data_set(
     if model is None:
         model = cli.build_model(config, num_classes=len(weights_classes or splits.class_names))
     matrix = _class_matrix(model, weights_classes or model.class_names, splits.class_names, config.class_map)
-    index = _labelled_split(splits, config.split)
+    index = _chosen_split(splits, config.split)
     facts = _facts(config, model)
     folder, bad_file = output / UNFINISHED, output / "bad_videos.csv"
 
@@ -157,6 +161,9 @@ def _score_data_set(
     table = read_logs(folder, splits.class_names, facts, MUST_AGREE)
     if table is None:
         raise DataError("no video could be read")
+    facts["left_out_videos"] = [
+        {"id": out.video.id, "path": out.video.path, "reason": out.reason} for out in index.left_out
+    ]
     facts["bad_videos"] = [
         {"id": video.id, **bad.found[video.path]._asdict()}
         for video in index.videos
@@ -237,13 +244,10 @@ def _output_folder(resume: str | None, output: Path) -> Path:
     return Path(resume)
 
 
-def _labelled_split(splits: VideoSplits, split: str) -> VideoIndex:
+def _chosen_split(splits: VideoSplits, split: str) -> VideoIndex:
     index: VideoIndex | None = getattr(splits, split)
     if index is None:
         raise ConfigError(f"split={split}: the data set has no such split")
-    for video in index.videos:
-        if video.label is None:
-            raise DataError(f"{video.path} has no label; mvit-predict classifies videos without labels")
     return index
 
 
@@ -327,7 +331,7 @@ def _read_table(file: Path, config: DictConfig, splits: VideoSplits | None) -> S
         if config.class_map:
             raise ConfigError("class_map needs the data set whose classes are meant: give data=...")
         return table
-    videos = _labelled_split(splits, config.split).videos
+    videos = _chosen_split(splits, config.split).videos
     if foreign:
         table = _in_order_of(table, videos, file)
     if config.class_map:

@@ -92,6 +92,7 @@ def _results(table: ScoreTable, metrics: Metrics, how: Combination, seed: int) -
         "views_per_video": table.views.shape[1],
         "bad_videos": bad,
         "num_bad_videos": len(bad),
+        "left_out_videos": facts.get("left_out_videos", []),  # missing on disk, or unreadable by the index
         "missing_videos": sum(not Path(video["path"]).exists() for video in bad),
         **metrics.accuracy,
         **{f"{name}_interval": list(interval) for name, interval in metrics.intervals.items()},

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import Command
@@ -25,6 +26,7 @@ from mvit_video.data.index import VideoIndex, VideoSplits, folder_splits, image_
 from mvit_video.data.kinetics import Clip, kinetics_splits, parse_clip_name
 from mvit_video.data.lists import csv_splits
 from mvit_video.data.ssv2 import ssv2_splits
+from mvit_video.data.table import index_splits
 from mvit_video.errors import DataError, VideoError
 from mvit_video.model.protocol import IMAGENET_MEAN, IMAGENET_STD
 
@@ -276,13 +278,57 @@ def test_kinetics_is_trained_and_evaluated_by_command(
     command: Command, tmp_path: Path, a_video: PutVideo, number: int
 ) -> None:
     root = official_kinetics(tmp_path / "k", a_video, val="validate")
-    data = [f"data=kinetics{number}", f"data.root={root}", "data.max_missing=0.25"]
-    trained = command("train", *data, *SMALL_MODEL, *TRAINING)
+    where = [f"data.root={root}", "data.max_missing=0.25"]
+    recipe = f"experiment=k{number}_mvitv2_s_16x4"
+    trained = command("train", recipe, *where, *SMALL_MODEL, *TRAINING)
+    data = [f"data=kinetics{number}", *where]
     assert trained.code == 0, trained.err
     assert f"{number} classes, 3 training and 1 validation videos" in trained.out
     model = mv.load_model("run/checkpoints/last.ckpt")
     assert model.class_names == read_class_names(f"kinetics{number}")
     assert command("eval", *data, "weights=run/checkpoints/last.ckpt", "num_workers=0").code == 0
+
+
+def test_a_test_split_without_labels_is_scored(
+    command: Command, tmp_path: Path, a_video: PutVideo, checkpoint: Path
+) -> None:
+    for name in ("train/cats/0.mp4", "val/dogs and birds/0.mp4", "test/x.mp4", "test/y.mp4"):
+        a_video(tmp_path / "d" / name)
+    a_video(tmp_path / "d" / "train" / "dogs and birds" / "0.mp4")
+    arguments = [f"data.root={tmp_path / 'd'}", f"weights={checkpoint}", "num_workers=0", "views=5x1"]
+    result = command("eval", *arguments, "split=test", "hydra.run.dir=run")
+    assert result.code == 0, result.err
+    rows = pq.read_table("run/scores.parquet").to_pylist()
+    assert {row["id"] for row in rows} == {"test/x.mp4", "test/y.mp4"}
+    assert len(rows) == 10
+    assert all(row["label"] is None for row in rows)
+    assert not Path("run/results.json").exists()
+    shutil.rmtree(tmp_path / "d" / "test")
+    result = command("eval", *arguments, "split=test")
+    assert result.code == 1
+    assert "split=test: the data set has no such split" in result.err
+
+
+def test_an_evaluation_tells_which_videos_were_left_out(
+    command: Command, tmp_path: Path, two_classes: Path, checkpoint: Path
+) -> None:
+    names = ["cats/0.mp4", "dogs and birds/0.webm", "cats/gone.mp4"]
+    write(tmp_path / "list.csv", "\n".join(f"{name},{name.split('/')[0]}" for name in names))
+    result = command(
+        "eval",
+        "data=csv",
+        "data.train=list.csv",
+        "data.val=list.csv",
+        f"data.root={two_classes}",
+        "data.max_missing=0.4",
+        f"weights={checkpoint}",
+        "num_workers=0",
+        "hydra.run.dir=run",
+    )
+    assert result.code == 0, result.err
+    results = json.loads(Path("run/results.json").read_text())
+    assert results["videos"] == 2
+    assert [video["id"] for video in results["left_out_videos"]] == ["cats/gone.mp4"]
 
 
 # Something-Something v2
@@ -467,7 +513,8 @@ def test_ssv2_is_trained_and_evaluated_by_command(
 ) -> None:
     root = official_ssv2(tmp_path / "s", a_video) if data == "ssv2" else ssv2_frames(tmp_path / "s")
     arguments = [f"data={data}", f"data.root={root}", "views=1x3_segment"]
-    trained = command("train", *arguments, *SMALL_MODEL, *TRAINING, "augment=no_flip")
+    recipe = ["experiment=ssv2_mvitv2_s_16x4", "model.weights=null", *arguments]
+    trained = command("train", *recipe, *SMALL_MODEL, *TRAINING)
     assert trained.code == 0, trained.err
     assert "3 classes, 3 training and 1 validation videos" in trained.out
     evaluated = command("eval", *arguments, "weights=run/checkpoints/last.ckpt", "num_workers=0")
@@ -583,9 +630,8 @@ def test_an_image_model_is_trained_and_evaluated_by_the_same_commands(
     root = imagenet(tmp_path / "i")
     trained = command(
         "train",
-        "data=imagenet",
+        "experiment=in1k_mvitv2_t",
         f"data.root={root}",
-        "model=mvitv2_t_224",
         "model.embed_dim=16",
         "model.stages=[1,1]",
         "model.crop_size=32",
@@ -676,3 +722,31 @@ def test_a_test_folder_beside_val_is_the_test_split(tmp_path: Path, a_video: Put
     splits = folder_splits(tmp_path)
     assert splits.test is not None
     assert labels(splits.test) == {"test/b/0.mp4": 1}
+
+
+# mvit-data on them
+
+
+@pytest.mark.parametrize("data", ["kinetics400", "ssv2", "ssv2_frames", "imagenet", "hmdb51"])
+def test_each_data_set_can_be_prepared(
+    command: Command, tmp_path: Path, a_video: PutVideo, data: str
+) -> None:
+    root = tmp_path / "root"
+    if data == "ssv2_frames":
+        ssv2_frames(root)
+    elif data == "imagenet":
+        imagenet(root)
+    else:
+        {"kinetics400": official_kinetics, "ssv2": official_ssv2, "hmdb51": hmdb51}[data](root, a_video)
+    more = ["num_workers=0", "hydra.run.dir=report"]
+    result = command("data", "prepare", f"data={data}", f"data.root={root}", *more)
+    assert result.code == 0, result.err
+    counts = json.loads(Path("report/summary.json").read_text())["splits"]
+    assert sum(split["missing"] for split in counts.values()) == (data == "kinetics400")
+    assert sum(split["corrupt"] for split in counts.values()) == 0
+    checked = command("data", "check", "data=index", f"data.path={root}")
+    assert checked.code == 0, checked.err
+    kinds = {"kinetics400": kinetics_splits, "ssv2": ssv2_splits, "imagenet": image_folder_splits}
+    options: dict[str, object] = {"class_names": data, "max_missing": 0.25} if data == "kinetics400" else {}
+    if data in kinds:
+        assert index_splits(root, max_missing=0.25) == kinds[data](root, **options)

@@ -262,7 +262,7 @@ def test_a_list_of_kinetics_size_is_read_in_seconds(videos: Path) -> None:
     train = write(videos / "train.csv", "v/a.mp4 0\n" + rows)
     started = time.process_time()
     splits = csv_splits(train, write(videos / "val.csv", "v/a.mp4 3\n"), max_missing=1)
-    assert time.process_time() - started < 10  # about 1.5 s where nothing else runs
+    assert time.process_time() - started < 10  # about 3 s where nothing else runs
     assert len(splits.train.left_out) == 240_000
     assert splits.num_classes == 400
 
