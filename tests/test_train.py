@@ -265,10 +265,25 @@ def test_a_profile_is_left(command: Command, two_classes: Path, tmp_path: Path, 
     assert "optimizer_step" in profile.read_text()
 
 
-def test_an_unknown_profiler_is_named(command: Command, two_classes: Path) -> None:
-    result = command("train", *BASE, f"data.root={two_classes}", "trainer.profiler=fast")
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trainer.profiler=fast", "trainer.profiler must be one of simple, advanced, pytorch, got 'fast'"),
+        ("ema=1.5", "ema must be between 0 and 1, such as 0.9999, got 1.5"),
+        ("freeze=3", "freeze: the model has no '3'; it has: backbone, patch_embed"),
+        ("augment.rand_augment=m7", "augment: rand_augment is 'm7'; "),
+        ("augment.short_side_range=[32,48]", "short_side_range (32, 48) is too small for crops of 64"),
+        ("mixing.probability=2", "mixing: probability must be in [0, 1], got 2"),
+        ("optim.layer_decay=1.5", "optim: layer_decay must be in (0, 1], got 1.5"),
+    ],
+)
+def test_settings_that_can_not_work_are_named(
+    command: Command, two_classes: Path, override: str, message: str
+) -> None:
+    result = command("train", *BASE, f"data.root={two_classes}", override)
     assert result.code == 1
-    assert "trainer.profiler must be one of simple, advanced, pytorch, got 'fast'" in result.err
+    assert message in result.err
+    assert "Traceback" not in result.err
 
 
 def test_classes_of_the_weights_must_be_those_of_the_data(
