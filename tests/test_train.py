@@ -313,8 +313,17 @@ def test_another_normalisation_than_that_of_the_weights_is_said(
 
 @pytest.mark.slow
 def test_a_compiled_model_trains_and_is_saved_as_usual(
-    command: Command, two_classes: Path, tmp_path: Path
+    command: Command, two_classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    result = command("train", *BASE, f"data.root={two_classes}", "compile=true", "ema=0.9")
+    compiled = []
+    plain = torch.nn.Module.compile
+
+    def traced(self: torch.nn.Module) -> None:  # without C++, which takes minutes
+        compiled.append(self)
+        plain(self, backend="aot_eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", traced)
+    result = command("train", *BASE, f"data.root={two_classes}", "compile=true", "ema=0.9", "logger=csv")
     assert result.code == 0, result.err
+    assert len(compiled) == 1
     mv.load_model(tmp_path / "run" / "checkpoints" / "last.ckpt")
