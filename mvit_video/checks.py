@@ -33,10 +33,10 @@ class Forecast(pl.Callback):
             epoch = (time.perf_counter() - self.start) / measured * in_epoch
             left = (trainer.max_epochs or 1) - trainer.current_epoch
             log.info(
-                "one epoch will take about %s, %d epochs %s (validation not counted)",
+                "one epoch will take about %s, the training %s (%d epochs, validation not counted)",
                 duration(epoch),
-                left,
                 duration(epoch * left),
+                left,
             )
 
 

@@ -14,7 +14,7 @@ from typing import Any, cast
 import pytorch_lightning as pl
 import torch
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import (
     Callback,
     EarlyStopping,
@@ -99,7 +99,7 @@ def train(config: DictConfig) -> None:
     _check_classes(model, splits.class_names)
     model.class_names = splits.class_names
     if config.freeze:
-        freeze(model, [config.freeze] if isinstance(config.freeze, str) else list(config.freeze))
+        freeze(model, list(config.freeze) if OmegaConf.is_list(config.freeze) else [str(config.freeze)])
     classifier = cli.build(config.optim, _partial_=True)(
         model, batch_size=config.batch_size, mixing=mixing, seed=config.seed
     )
@@ -194,6 +194,8 @@ def _build_trainer(config: DictConfig, output: Path, callbacks: list[Callback]) 
     if config.trainer.enable_progress_bar:
         callbacks.append(RichProgressBar(refresh_rate=1))
     if config.ema is not None:
+        if not 0 < config.ema < 1:
+            raise ConfigError(f"ema must be between 0 and 1, such as 0.9999, got {config.ema}")
         callbacks.append(EMAWeightAveraging(decay=config.ema))
     if config.early_stopping is not None:
         callbacks.append(EarlyStopping("val/top1", mode="max", patience=config.early_stopping))
