@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO := demo
 
-.PHONY: setup demo bench test test-all test-browser test-gpu lint format clean
+.PHONY: setup demo bench test test-all test-browser test-gpu lint format docs clean
 
 setup: $(VENV)/.installed
 
@@ -47,6 +47,9 @@ bench: setup
 	$(BIN)/python benchmarks/positions.py
 	$(BIN)/python benchmarks/decode.py --write
 	$(BIN)/python benchmarks/learning.py --write
+
+docs: setup
+	$(BIN)/python docs/make_configuration.py
 
 lint: setup
 	$(BIN)/ruff check .

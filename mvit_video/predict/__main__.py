@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -30,6 +31,7 @@ from mvit_video.explain import Method, write_overlay_video, write_strip
 from mvit_video.export import SUFFIXES, ExportedModel, load_exported
 from mvit_video.model import VideoModel
 from mvit_video.predict.answers import COLUMNS, Answers, as_text, format_of
+from mvit_video.predict.at_scale import Predict, predict_with_ray
 from mvit_video.predict.inputs import STDIN, expand
 from mvit_video.predict.prediction import ClipPrediction, Prediction, best_classes
 from mvit_video.predict.recognizer import Recognizer
@@ -99,7 +101,18 @@ def predict_files(config: DictConfig, files: list[str]) -> None:
     to_stdout = answers is None and config.format in ("jsonl", "csv")
     if to_stdout and config.format == "csv":
         print(",".join(COLUMNS))
-    found = _predictions(config, recognizer, todo, names=output_names(videos))
+    names = output_names(videos)
+    if config.engine == "ray":
+        found = predict_with_ray(
+            todo,
+            partial(_predictor, OmegaConf.to_yaml(config), names),
+            actors=config.actors,
+            cpus=max(config.num_workers, 1),
+            gpus=float(str(recognizer.device).startswith("cuda")),
+            address=config.ray_address,
+        )
+    else:
+        found = _predictions(config, recognizer, todo, names)
     shown: list[Prediction] = []
     errors = 0
     with answers or nullcontext():
@@ -154,6 +167,10 @@ def _check(config: DictConfig) -> None:
     if config.topk < 1:
         raise ConfigError(f"topk must be at least 1, got {config.topk}")
     cli.check_loading(config)
+    if config.engine not in ("local", "ray"):
+        raise ConfigError(f"engine={config.engine} is not possible; it takes local or ray")
+    if config.actors < 1:
+        raise ConfigError(f"actors must be at least 1, got {config.actors}")
     known = ("png", "srt", "vtt", "video")
     for kind in config.save:
         if kind not in known:
@@ -162,6 +179,14 @@ def _check(config: DictConfig) -> None:
         raise ConfigError(f"explain takes {' or '.join(get_args(Method))}, and no window=")
     if config.save and not config.window:
         raise ConfigError("save= needs window=SECONDS, the length of the windows of a timeline")
+
+
+def _predictor(settings: str, names: dict[str, Path]) -> Predict:
+    """What an actor predicts with, from the configuration as YAML."""
+    config = OmegaConf.create(settings)
+    assert isinstance(config, DictConfig)
+    recognizer, _ = build_recognizer(config)
+    return lambda videos: _predictions(config, recognizer, list(videos), names)
 
 
 def _predictions(

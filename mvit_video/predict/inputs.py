@@ -18,7 +18,7 @@ def expand(arguments: str | Path | Iterable[str | Path]) -> list[str]:
 
     Args:
         arguments: files; folders, searched at any depth; globs, in which ``**`` is any depth; lists
-            (``@FILE`` or a ``.txt`` file) with one of these a line; ``-`` for a list on standard input.
+            (``@FILE`` or a ``.txt`` file) with one of these a line; ``-`` for a list on standard input. Addresses are left as they are.
             Relative paths in a list start in the current folder.
 
     Raises:
@@ -33,6 +33,8 @@ def _expand_one(argument: str | Path) -> Iterator[str]:
     name = str(argument)
     if name == STDIN:
         yield from _expand_list(sys.stdin.read(), "standard input")
+    elif "://" in name:  # for whoever reads streams; a file it isn't
+        yield name
     elif Path(name).exists() and Path(name).suffix.lower() != ".txt":
         yield from find_videos(name)
     elif name.startswith("@") or name.lower().endswith(".txt"):
