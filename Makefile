@@ -24,7 +24,7 @@ demo: setup
 		topk=3 per_clip=true output=$(DEMO)/predictions.json
 	@echo
 	@echo "learning curve    $(DEMO)/train/learning_curve.png"
-	@echo "confusion matrix  $(DEMO)/eval/confusion.png"
+	@echo "evaluation        $(DEMO)/eval/report.html"
 	@echo "results           $(DEMO)/eval/results.json"
 	@echo "predictions       $(DEMO)/predictions.json"
 	@echo "checkpoint        $(DEMO)/train/checkpoints/best.ckpt"

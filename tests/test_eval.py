@@ -278,6 +278,8 @@ def test_scores_give_the_same_report_without_videos(command: Command, scored: Pa
 def test_labels_and_scores_must_be_of_the_same_videos(command: Command, scored: Path, tmp_path: Path) -> None:
     arguments = [f"scores={scored}/scores.parquet", "data.root=moved", "split=train"]
     assert command("eval", *arguments).code == 0
+    renamed = command("eval", *arguments, "class_names=[dogs and birds,cats]").err
+    assert "call their classes differently" in renamed
     shutil.copy(tmp_path / "moved" / "cats" / "0.mp4", tmp_path / "moved" / "cats" / "9.mp4")
     assert "cats/3.mp4: in the data set but not scored" in command("eval", *arguments).err
     (tmp_path / "moved" / "cats" / "9.mp4").unlink()

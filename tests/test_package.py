@@ -69,6 +69,7 @@ def test_the_wheel_carries_the_configuration(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {f"mvit_video/conf/{config}" for config in CONFIGS} <= set(names)
+    assert "mvit_video/report/evaluation.html" in names
     assert {f"mvit_video/data/classes/{name}.txt" for name in ("kinetics400", "ssv2")} <= set(names)
     assert not [name for name in names if name.startswith(("tests", "datasets", "conf"))]
 

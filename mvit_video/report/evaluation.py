@@ -23,6 +23,7 @@ from mvit_video.errors import VideoError
 from mvit_video.metrics import Comparison, Confusion, Metrics, most_confused, reliability
 
 MAX_NAMED_CLASSES = 60  # more names than this don't fit beside a matrix or below bars
+MAX_COUNTED_CLASSES = 20  # more numbers than this don't fit into a matrix
 LISTED_PAIRS = 20
 STRIP_FRAMES, STRIP_HEIGHT = 6, 96  # of a worst mistake; pixels
 
@@ -143,7 +144,7 @@ def write_comparison(
 def plot_confusion(counts: Tensor, class_names: Sequence[str], pairs: Sequence[Confusion]) -> Figure:
     """``counts[i, j]`` videos of class i were taken for class j; rows shown as shares.
 
-    ``pairs`` are ringed and named beside the matrix.
+    ``pairs`` are named beside the matrix, and ringed where cells have no numbers.
     """
     num_classes = len(class_names)
     shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
@@ -161,7 +162,7 @@ def plot_confusion(counts: Tensor, class_names: Sequence[str], pairs: Sequence[C
         labels = [_plain(name) for name in class_names]
         axes.set_xticks(range(num_classes), labels, rotation=90)
         axes.set_yticks(range(num_classes), labels)
-    if num_classes <= 20:
+    if num_classes <= MAX_COUNTED_CLASSES:
         for i, j in counts.nonzero().tolist():
             colour = "white" if shares[i, j] > 0.5 else "black"
             axes.text(j, i, str(int(counts[i, j])), ha="center", va="center", color=colour)
@@ -169,7 +170,8 @@ def plot_confusion(counts: Tensor, class_names: Sequence[str], pairs: Sequence[C
         position = {name: index for index, name in enumerate(class_names)}
         where = [(position[pair.predicted], position[pair.true]) for pair in pairs]
         columns, rows = zip(*where, strict=True)
-        axes.scatter(columns, rows, s=90, facecolors="none", edgecolors=_RED, linewidths=1)
+        if num_classes > MAX_COUNTED_CLASSES:
+            axes.scatter(columns, rows, s=90, facecolors="none", edgecolors=_RED, linewidths=1)
         if not named:
             for number, (x, y) in enumerate(where, start=1):
                 axes.annotate(str(number), (x, y), (6, 4), textcoords="offset points", color=_RED, fontsize=9)
