@@ -51,7 +51,7 @@ log = logging.getLogger(__name__)
 
 UNFINISHED = "unfinished"  # folder of scores that a killed evaluation leaves
 # Scores are only added to others that were made with the same of these.
-MUST_AGREE = ("model_sha256", "protocol", "class_map")
+MUST_AGREE = ("model_sha256", "protocol", "class_map", "precision")
 
 
 def main() -> None:

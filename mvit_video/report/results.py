@@ -82,6 +82,7 @@ def _results(table: ScoreTable, metrics: Metrics, how: Combination, seed: int) -
         "model_sha256": facts.get("model_sha256"),
         "protocol": facts.get("protocol_text", "scores of an unknown protocol"),
         "views": facts.get("protocol"),
+        "precision": facts.get("precision"),
         "combine": how,
         "class_map": facts.get("class_map"),
         "decoder": facts.get("decoder"),
