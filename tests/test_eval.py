@@ -20,6 +20,7 @@ from conftest import Command
 import mvit_video as mv
 import mvit_video.eval as eval_module
 from mvit_video.cli import CONF_DIR, override_protocol
+from mvit_video.data.index import LabelledVideo
 from mvit_video.errors import DataError
 from mvit_video.model.checkpoint import METADATA_KEY, model_metadata
 from mvit_video.scores import ScoreTable, read_scores
@@ -45,6 +46,23 @@ def test_views_can_be_chosen(command: Command, two_classes: Path, checkpoint: Pa
     for views, count in ((["views=1x1"], 1), (["views=1x3_segment"], 3), (["views.num_clips=2"], 2)):
         assert command("eval", *arguments, *views).code == 0
         assert len(pq.read_table(tmp_path / "run" / "scores.parquet")) == 2 * count
+
+
+@pytest.mark.parametrize(("batch_size", "sizes"), [(7, [7, 7, 6]), (5, [5] * 4), (64, [20]), (1, [1] * 20)])
+def test_views_of_several_videos_fill_the_batch(
+    two_classes: Path, checkpoint: Path, tmp_path: Path, batch_size: int, sizes: list[int]
+) -> None:
+    model = mv.load_model(checkpoint)
+    found: list[int] = []
+    model.register_forward_pre_hook(lambda _, arguments: found.append(len(arguments[0])))
+    paths = [two_classes / "cats" / f"{number}.mp4" for number in range(4)]
+    paths = [tmp_path / "gone.mp4", *paths[:2], tmp_path / "gone too.mp4", *paths[2:], tmp_path / "last.mp4"]
+    videos = [LabelledVideo(str(path), 0, path.stem) for path in paths]
+    scores = list(score_videos(model, videos, batch_size=batch_size))
+    assert found == sizes
+    assert [video.video for video in scores] == videos
+    assert [len(video.views) for video in scores] == [0, 5, 5, 0, 5, 5, 0]
+    assert [video.error is not None for video in scores] == [True, False, False, True, False, False, True]
 
 
 @pytest.mark.parametrize(
