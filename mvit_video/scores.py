@@ -217,12 +217,22 @@ def read_scores(path: Path) -> ScoreTable:
 
 
 class ScoreLog:
-    """Appends scores to a file as they are made, so that a killed process leaves them behind."""
+    """Appends scores to a new file as they are made, so that a killed process leaves them behind.
+
+    Raises:
+        DataError: the file exists.
+    """
 
     def __init__(self, path: Path, class_names: Sequence[str], facts: Mapping[str, Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._schema = _schema(class_names, facts)
-        self._file = path.open("xb")
+        try:
+            self._file = path.open("xb")
+        except FileExistsError:
+            raise DataError(
+                f"{path} has come into being just now: another evaluation works in this folder; wait for its "
+                "end, or choose another hydra.run.dir"
+            ) from None
         self._stream = pa.ipc.new_stream(self._file, self._schema)
 
     def append(self, scores: VideoScores) -> None:

@@ -159,6 +159,14 @@ def test_logs_of_another_evaluation_are_refused(tmp_path: Path, change: dict, me
         read_logs(tmp_path, ["other"] * 4, facts, list(facts))
 
 
+def test_two_evaluations_do_not_write_one_log(tmp_path: Path) -> None:
+    with (
+        ScoreLog(tmp_path / "0.arrows", ["a"], {}),
+        pytest.raises(DataError, match=r"0\.arrows .* another evaluation works in this folder"),
+    ):
+        ScoreLog(tmp_path / "0.arrows", ["a"], {})
+
+
 # Labels, classes, several tables
 
 
