@@ -21,7 +21,7 @@ from hydra.errors import HydraException, InstantiationException, MissingConfigEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from mvit_video import processes, timing
+from mvit_video import timing
 from mvit_video.data.clips import OpenVideo
 from mvit_video.data.decode.cuda import SAMPLE
 from mvit_video.data.loader import KINDS
@@ -51,8 +51,8 @@ def run(job: Callable[[DictConfig], None], config_name: str) -> None:
             _quiet_libraries()
             _check_types(config, config_name)
             folder = Path(HydraConfig.get().runtime.output_dir)
-            measured = config.get("profile") and not processes.rank_and_size()[0]
-            with timing.profiled(folder) if measured else nullcontext():
+            first = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) == 0
+            with timing.profiled(folder) if first and config.get("profile") else nullcontext():
                 job(config)
         except (MVitVideoError, InstantiationException, OmegaConfBaseException) as error:
             if full_error:

@@ -3,7 +3,11 @@
 Samples are made one by one from their keys, handed over in the order of the keys, and put together by the
 process that trains. A bounded number of them is under way.
 
-MEASURED
+Clips of 16 x 224 x 224 from h264 of 340 x 256, two workers on two cores that other programs used too,
+alternating epochs of one run: threads 3.6 clips a second (2.9 to 4.2), processes 3.1 (2.7 to 3.7), PyTorch's
+DataLoader 3.5 (3.3 to 3.8); no difference beyond the noise. So a CPU has processes, which leave the training
+loop its interpreter and take as many cores as there are; a GPU has threads, since its memory and decoders
+belong to one process.
 """
 
 from __future__ import annotations
