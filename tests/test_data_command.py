@@ -211,6 +211,25 @@ def test_a_killed_run_goes_on_where_it_was(
     assert len(pq.read_table(data / "index.parquet")) == 18
 
 
+def test_a_process_that_dies_is_told_and_nothing_is_lost(
+    command: Command, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crashing(path: str, frame_rate: float) -> Facts:
+        if path.endswith("text.webm"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return probe(path, frame_rate)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(prepare_module, "probe", crashing)
+        result = command("data", "prepare", *arguments(data), "num_workers=1")
+    assert result.code == 1
+    assert "a process that read videos died" in result.err
+    assert result.err.count("mvit-data: error") == 1
+    done = (data / "index.parquet.unfinished").read_text().count("\n")
+    assert done > 0
+    assert f"{done} videos are done" in prepare(command, data)
+
+
 def test_check_compares_with_the_disk(command: Command, two_classes: Path, tmp_path: Path) -> None:
     root = tmp_path / "data"
     shutil.copytree(two_classes, root)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -235,7 +236,7 @@ def _probe_all(paths: list[str], num_workers: int, frame_rate: float) -> Iterato
     try:
         yield from loader
     except RuntimeError as error:
-        if "exited unexpectedly" not in str(error):
+        if not re.match(r"DataLoader worker \(pid", str(error)):
             raise
         raise DataError(
             "a process that read videos died: too little memory, or a file that crashes FFmpeg. "
