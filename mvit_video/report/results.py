@@ -86,6 +86,7 @@ def _results(table: ScoreTable, metrics: Metrics, how: Combination, seed: int) -
         "class_map": facts.get("class_map"),
         "decoder": facts.get("decoder"),
         "split": facts.get("split"),
+        "precision": facts.get("precision"),
         "seed": seed,
         "versions": facts.get("versions", versions()),
         "videos": len(table),
