@@ -95,8 +95,6 @@ class MViT(VideoModel):
         """Float clips (B, 3, T, H, W) -> tokens (B, N, C), class token first, and their grid (T', H', W')."""
         if clips.ndim != 5 or clips.shape[1] != 3:
             raise ValueError(f"expected clips of shape (B, 3, T, H, W), got {tuple(clips.shape)}")
-        if clips.is_floating_point() and not torch.is_autocast_enabled(clips.device.type):
-            clips = clips.to(self.patch_embed.proj.weight.dtype)
         x, grid = self.patch_embed(clips)
         if self.cls_token is not None:
             x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
