@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO := demo
 
-.PHONY: setup demo bench test test-all test-browser test-gpu lint format docs clean
+.PHONY: setup demo bench bench-check test test-all test-browser test-gpu lint format docs clean
 
 setup: $(VENV)/.installed
 
@@ -46,10 +46,15 @@ bench: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test,lint,torchcodec,decord]"
 	$(BIN)/python benchmarks/positions.py
 	$(BIN)/python benchmarks/decode.py --write
+	$(BIN)/python benchmarks/model.py --write
 	$(BIN)/python benchmarks/learning.py --write
 
 docs: setup
 	$(BIN)/python docs/make_configuration.py
+
+# Fails where the model lost more than a tenth of its recorded lead over torchvision's.
+bench-check: setup
+	$(BIN)/python benchmarks/model.py --check
 
 lint: setup
 	$(BIN)/ruff check .

@@ -26,6 +26,7 @@ from mvit_video.data.clips import BadVideo, OpenVideo
 from mvit_video.data.index import VideoIndex, VideoSplits
 from mvit_video.errors import ConfigError, DataError
 from mvit_video.foreign_scores import SUFFIXES, read_foreign_scores
+from mvit_video.inference import prepare
 from mvit_video.model import VideoModel
 from mvit_video.processes import use_own_gpu
 from mvit_video.ranks import Ranks, process_group
@@ -113,6 +114,8 @@ def _score_data_set(
     matrix = _class_matrix(model, weights_classes or model.class_names, splits.class_names, config.class_map)
     index = _chosen_split(splits, config.split)
     facts = _facts(config, model)
+    prepare(model, device, precision=config.precision, compiled=config.compile)
+    facts["precision"] = str(next(model.parameters()).dtype).removeprefix("torch.")
     folder, bad_file = output / UNFINISHED, output / "bad_videos.csv"
 
     def left_over() -> tuple[set[str], int]:

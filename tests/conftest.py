@@ -48,6 +48,8 @@ def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], 
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
 
     def run(name: str, *arguments: str) -> Result:
+        if name in ("eval", "predict") and not any(str(a).startswith(("precision=", "-")) for a in arguments):
+            arguments = (*arguments, "precision=fp32")  # scores are compared to the last digits
         monkeypatch.setattr(sys, "argv", [f"mvit-{name}", *map(str, arguments)])
         capfd.readouterr()
         try:

@@ -92,7 +92,8 @@ def _autocast(*tensors: Any) -> tuple[Any, ...]:
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool = False) -> Tensor:
     """x (N, i), weight (o, i) -> x weightᵀ + bias (N, o), and its GELU; by oneDNN where torch has it."""
-    if x.dtype != torch.float64 and torch.backends.mkldnn.enabled and _has_onednn():
+    fused = x.dtype == torch.float32 or (gelu and x.dtype == torch.bfloat16)  # else linear is oneDNN's too
+    if fused and torch.backends.mkldnn.enabled and _has_onednn():
         then, form = ("gelu", "none") if gelu else ("none", "")
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, then, [], form)
     out = F.linear(x, weight, bias)

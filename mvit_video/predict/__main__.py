@@ -29,6 +29,7 @@ from mvit_video import cli
 from mvit_video.errors import ConfigError, DataError, VideoError
 from mvit_video.explain import Method, write_overlay_video, write_strip
 from mvit_video.export import SUFFIXES, ExportedModel, load_exported
+from mvit_video.inference import prepare
 from mvit_video.model import VideoModel
 from mvit_video.predict.answers import COLUMNS, Answers, as_text, format_of
 from mvit_video.predict.at_scale import Predict, predict_with_ray
@@ -258,7 +259,8 @@ def build_recognizer(config: DictConfig) -> tuple[Recognizer, str]:
 
 def _build_model(config: DictConfig, device: str) -> VideoModel | ExportedModel:
     if not str(config.weights).endswith(SUFFIXES):
-        return cli.build_model(config)
+        precision = "fp32" if config.explain else config.precision  # gradients want the digits
+        return prepare(cli.build_model(config), device, precision=precision, compiled=config.compile)
     if "model" in config:
         raise ConfigError(f"{config.weights} is a whole model: it takes no model=")
     model = load_exported(config.weights, device)
