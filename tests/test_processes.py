@@ -90,6 +90,7 @@ def test_two_processes_train_as_one_with_the_same_batch(
     assert (run / "train.log").read_text().count("epoch 1/3") == 1
     assert {path.name for path in run.iterdir()} == {
         ".hydra",
+        "batch.png",
         "checkpoints",
         "csv",
         "learning_curve.png",
