@@ -146,6 +146,25 @@ def test_annotated_copies_keep_pictures_times_and_sound(tmp_path: Path, suffix: 
     assert (bar[90:, 0] < 120).all()
 
 
+def test_a_copy_that_can_not_be_written_costs_no_answer(
+    command: Command, two_classes: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> Path:
+        (tmp_path / "saved" / "0.annotated.mp4").write_bytes(b"a half")
+        raise av.error.OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sys.modules["mvit_video.predict.render"], "_annotate", full)
+    arguments = [two_classes / "cats" / "0.mp4", f"weights={checkpoint}", "window=1", "save=[srt,video]"]
+    result = command("predict", *arguments, "format=jsonl")
+    assert result.code == 0, result.err
+    assert json.loads(result.out)["segments"]
+    assert "No space left" in result.err
+    assert [path.name for path in (tmp_path / "saved").iterdir()] == ["0.srt"]
+    result = command("predict", "-", *arguments[1:])
+    assert result.code == 1
+    assert "pipe" in result.err
+
+
 def test_the_command_leaves_all_of_it(
     command: Command, two_classes: Path, checkpoint: Path, tmp_path: Path
 ) -> None:

@@ -82,6 +82,8 @@ def predict_files(config: DictConfig, files: list[str]) -> None:
     if config.live:
         watch(config, recognizer, arguments)
         return
+    if STDIN in arguments and config.window and "video" in config.save:
+        raise ConfigError("save=[video] reads a video twice, which a pipe doesn't allow")
     videos = [STDIN] if arguments == [STDIN] and config.window else expand(arguments)
     log.info("%d videos; %s", len(videos), recognizer.protocol)
     settings = {"weights": weights, "protocol": str(recognizer.protocol)}
@@ -229,7 +231,10 @@ def _through_windows(config: DictConfig, recognizer: Recognizer, video: str, nam
     if "png" in config.save:
         plot_timeline(timeline, segments, target(".timeline.png"))
     if "video" in config.save:
-        annotate_video(video, segments, target(".annotated.mp4"))
+        try:
+            annotate_video(video, segments, target(".annotated.mp4"))
+        except VideoError as error:  # the answer is there all the same
+            log.warning("%s", error)
     clips = tuple(
         ClipPrediction(start, end, *best_classes(scores, recognizer.class_names, config.topk))
         for scores, (start, end) in zip(timeline.scores, timeline.spans, strict=True)

@@ -66,8 +66,17 @@ def annotate_video(source: str, segments: Sequence[Segment], path: Path) -> Path
         the path that was written.
 
     Raises:
-        VideoError: the source can't be read.
+        VideoError: the source can't be read, or the copy can't be written; nothing is left of it then.
     """
+    try:
+        return _annotate(source, segments, path)
+    except FFmpegError as error:
+        for copy in (path, path.with_suffix(".mkv")):
+            copy.unlink(missing_ok=True)
+        raise VideoError(source, f"no annotated copy could be written ({error})") from None
+
+
+def _annotate(source: str, segments: Sequence[Segment], path: Path) -> Path:
     starts = [segment.start for segment in segments]
     with open_stream(source) as (container, stream, name):
         audio = next((a for a in container.streams.audio), None)
