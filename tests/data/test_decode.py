@@ -488,3 +488,13 @@ def test_memory_of_a_long_file_is_a_few_bytes_a_frame(tmp_path: Path) -> None:
         tracemalloc.stop()
     assert video.num_frames == 50 * repeats
     assert peaks[1] - peaks[0] < 120 * video.num_frames
+
+
+@pytest.mark.parametrize("fps", [30, 25, 24, 50, 60, Fraction(30000, 1001), Fraction(24000, 1001)])
+@pytest.mark.parametrize("num_frames", [7, 50, 90])
+def test_measured_rate_is_exact(tmp_path: Path, fps: Fraction | int, num_frames: int) -> None:
+    path = write_numbered_video(
+        tmp_path / "a.mp4", num_frames, height=32, width=32, fps=fps, options=X264 | {"bf": "2"}
+    )
+    with open_video(path) as video:
+        assert video.fps == float(fps)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import bisect
 import operator
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeAlias, cast
@@ -237,7 +238,9 @@ class PyAVVideo:
         self.fps = float(self._stream.average_rate or self._stream.guessed_rate or 25)
         times = (np.array(pts, np.float64) - self.start_ticks) * tick  # NaN where a frame has no time
         if len(pts) > 1 and not np.isnan(times).any() and times[-1] > 0:
-            self.fps = (len(pts) - 1) / float(times[-1])
+            ticks = cast(int, pts[-1]) - self.start_ticks
+            # In fractions: 29.999999999999996 for 30 costs a clip's last frame.
+            self.fps = float((len(pts) - 1) / (ticks * cast(Fraction, self._stream.time_base)))
         else:
             times = np.arange(len(pts)) / self.fps
         self._times: npt.NDArray[Any] = times
