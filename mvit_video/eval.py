@@ -21,13 +21,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mvit_video import cli
 from mvit_video.bad_videos import BadVideos, allowed_bad_videos
-from mvit_video.data.class_names import read_class_names
+from mvit_video.data.class_names import check_same_classes, read_class_names
 from mvit_video.data.clips import BadVideo, OpenVideo
 from mvit_video.data.index import VideoIndex, VideoSplits
 from mvit_video.errors import ConfigError, DataError
 from mvit_video.foreign_scores import SUFFIXES, read_foreign_scores
 from mvit_video.inference import prepare
 from mvit_video.model import VideoModel
+from mvit_video.model.published import file_sha256
 from mvit_video.processes import use_own_gpu
 from mvit_video.ranks import Ranks, process_group
 from mvit_video.report.results import report_comparison, report_table, versions
@@ -211,7 +212,7 @@ def _facts(config: DictConfig, model: VideoModel) -> dict[str, Any]:
         digest.update(value.contiguous().cpu().numpy().tobytes())
     facts = {
         "weights": str(weights),
-        "weights_sha256": _sha256(Path(weights)) if config.weights else None,
+        "weights_sha256": file_sha256(Path(weights)) if config.weights else None,
         "model_sha256": digest.hexdigest(),
         "protocol": asdict(model.protocol),
         "protocol_text": str(model.protocol),
@@ -221,15 +222,6 @@ def _facts(config: DictConfig, model: VideoModel) -> dict[str, Any]:
         "versions": versions(),
     }
     return json.loads(json.dumps(facts, default=str))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else (hashlib.sha256(file.read()).hexdigest())
-        )
 
 
 def _output_folder(resume: str | None, output: Path) -> Path:
@@ -268,17 +260,7 @@ def _class_matrix(
         if known is None:
             raise ConfigError("class_map needs the names of the weights' classes: give class_names=...")
         return class_matrix(known, class_names, _read_class_map(class_map))
-    hint = "class_map=names evaluates a part of them"
-    if num_classes != len(class_names):
-        raise DataError(
-            f"the weights know {num_classes} classes, the data set has {len(class_names)}; {hint}"
-        )
-    for index, (one, other) in enumerate(zip(known or class_names, class_names, strict=True)):
-        if one != other:
-            raise DataError(
-                f"the weights call class {index} {one!r}, the data set calls it {other!r}; "
-                f"their lists of classes must be the same, in the same order; {hint}"
-            )
+    check_same_classes(known, num_classes, class_names, "; class_map=names evaluates a part of them")
     return None
 
 

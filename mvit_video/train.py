@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import signal
 import sys
-from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -29,10 +28,11 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 from mvit_video import cli, processes
 from mvit_video.bad_videos import BadVideoPolicy, BadVideos, allowed_bad_videos
 from mvit_video.checks import Forecast, is_out_of_memory
+from mvit_video.data.class_names import check_same_classes
 from mvit_video.data.clips import TestViews, TrainingClips, training_loader, validation_loader
 from mvit_video.data.index import VideoSplits
-from mvit_video.errors import ConfigError, DataError, TrainingError
-from mvit_video.model import VideoModel, load_weights
+from mvit_video.errors import ConfigError, TrainingError
+from mvit_video.model import load_weights
 from mvit_video.profiler import StageProfiler
 from mvit_video.recipe import History, freeze
 from mvit_video.report import describe_labels, plot_history
@@ -96,7 +96,7 @@ def train(config: DictConfig) -> None:
     if config.weights:
         report = load_weights(model, config.weights, head=config.head)
         log.info("weights of %s\n%s", config.weights, report)
-    _check_classes(model, splits.class_names)
+    check_same_classes(model.class_names, model.config.num_classes, splits.class_names)
     model.class_names = splits.class_names
     if config.freeze:
         freeze(model, list(config.freeze) if OmegaConf.is_list(config.freeze) else [str(config.freeze)])
@@ -163,19 +163,6 @@ def train(config: DictConfig) -> None:
     kept = trainer.checkpoint_callback
     if isinstance(kept, ModelCheckpoint) and kept.best_model_path:
         log.info("best checkpoint: %s", kept.best_model_path)
-
-
-def _check_classes(model: VideoModel, class_names: Sequence[str]) -> None:
-    """DataError where the classes that the weights were trained for aren't those of the data set."""
-    num_classes = model.config.num_classes
-    if num_classes != len(class_names):
-        raise DataError(f"the weights know {num_classes} classes, the data set has {len(class_names)}")
-    for index, (known, named) in enumerate(zip(model.class_names or class_names, class_names, strict=True)):
-        if known != named:
-            raise DataError(
-                f"the weights call class {index} {known!r}, the data set calls it {named!r}; "
-                "their lists of classes must be the same, in the same order"
-            )
 
 
 def _build_trainer(config: DictConfig, output: Path, callbacks: list[Callback]) -> pl.Trainer:

@@ -42,6 +42,26 @@ def read_class_names(source: ClassNames) -> tuple[str, ...]:
     return tuple(names)
 
 
+def check_same_classes(
+    known: Sequence[str] | None, num_classes: int, class_names: Sequence[str], hint: str = ""
+) -> None:
+    """DataError where a data set's classes aren't those of a model, in the same order.
+
+    Args:
+        known: the names of the model's classes, where it has them.
+        num_classes: how many the model knows.
+        hint: what to do about it.
+    """
+    if num_classes != len(class_names):
+        raise DataError(f"the weights know {num_classes} classes, the data set has {len(class_names)}{hint}")
+    for index, (one, other) in enumerate(zip(known or class_names, class_names, strict=True)):
+        if one != other:
+            raise DataError(
+                f"the weights call class {index} {one!r}, the data set calls it {other!r}; "
+                f"their lists of classes must be the same, in the same order{hint}"
+            )
+
+
 class LabelOf:
     """The label of a class name, however it is spelt: case, underscores, quotes and brackets don't count.
 

@@ -194,10 +194,15 @@ def _check_hash(path: Path, entry: PublishedWeights) -> None:
     """CheckpointError where a file that was put there by hand isn't the published one."""
     if entry.hash_prefix is None:
         return
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    found = digest.hexdigest()[: len(entry.hash_prefix)]
+    found = file_sha256(path)[: len(entry.hash_prefix)]
     if found != entry.hash_prefix:
         raise CheckpointError(f"{path}: damaged or another file, its SHA-256 starts with {found}; delete it")
+
+
+def file_sha256(path: Path) -> str:
+    """The hexadecimal SHA-256 of a file's content."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
