@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -141,11 +140,17 @@ def peak_memory(name: str, kind: str, dtype: str, batch: int, checkpointed: bool
     """GB above the process with its model, in this process."""
     model = pair(checkpoint_blocks=checkpointed)[name].to(DTYPES[dtype])
     clips = torch.randn(batch, 3, 16, 224, 224, dtype=DTYPES[dtype])
-    bare = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    bare = resident("VmRSS")
     step = step_of(model, clips, kind)
     step()
     step()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - bare) / 2**20
+    return (resident("VmHWM") - bare) / 2**20
+
+
+def resident(field: str) -> int:
+    """kB of this process, now (VmRSS) or at most (VmHWM); getrusage's peak is inherited from the parent."""
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith(field))
 
 
 def memory_apart(*case: Any) -> float:
@@ -166,7 +171,7 @@ def curve_points(quick: bool) -> Iterator[tuple[str, str, Models, tuple[int, ...
         theirs = timm.create_model(f"mvitv2_{name}")
         mv.load_weights(ours, theirs.state_dict())
         yield "variant", f"{letter.upper()} image", {"mvit_video": ours, "timm": theirs}, (1, 3, 1, 224, 224)
-    ours = mv.create_model("mvitv1_b_16x4")
+    ours = mv.create_model("mvitv1_b_16x4", separate_qkv=True)
     models = {"mvit_video": ours, "pytorchvideo": pytorchvideo_twin(ours)}
     yield "variant", "v1 B 16x4", models, (1, 3, 16, 224, 224)
 
@@ -200,32 +205,22 @@ def plot(found: Seconds) -> None:
 def operations(kind: str, dtype: str) -> dict[str, float]:
     """Shares of our model's time by kind of operation."""
     kinds = {
-        "linear layers, MLP": ("mvit_video::linear", "mvit_video::mlp", "aten::linear", "AddmmBackward"),
-        "attention": ("mvit_video::attention", "aten::einsum"),
-        "convolutions": ("aten::conv", "_DepthwiseConv3d"),
-        "norms": ("aten::layer_norm", "NativeLayerNorm"),
+        "matrix products": ("_linear_pointwise", "aten::addmm", "aten::bmm", "aten::mm"),
+        "convolutions": ("convolution",),
+        "softmax, norms, GELU": ("softmax", "norm", "gelu"),
+        "copies, additions": ("copy_", "aten::cat", "aten::add", "aten::mul", "zero", "fill_", "aten::sum"),
     }
     model = pair()["mvit_video"].to(DTYPES[dtype])
     step = step_of(model, torch.randn(1, 3, 16, 224, 224, dtype=DTYPES[dtype]), kind)
     step()
     with profile(activities=[ProfilerActivity.CPU]) as record:
         step()
-    total = sum(event.self_cpu_time_total for event in record.key_averages())
     shares = dict.fromkeys([*kinds, "others"], 0.0)
-
-    def visit(event: Any) -> None:
-        for name, prefixes in kinds.items():
-            if any(prefix in event.name for prefix in prefixes):
-                shares[name] += event.cpu_time_total / total
-                return
-        shares["others"] += event.self_cpu_time_total / total
-        for child in event.cpu_children:
-            visit(child)
-
-    for event in record.events():
-        if event.cpu_parent is None:
-            visit(event)
-    return shares
+    for event in record.key_averages():
+        matching = (name for name, parts in kinds.items() if any(part in event.key for part in parts))
+        shares[next(matching, "others")] += event.self_cpu_time_total
+    total = sum(shares.values())
+    return {name: microseconds / total for name, microseconds in shares.items()}
 
 
 def machine() -> str:
