@@ -54,7 +54,7 @@ docs: setup
 
 # Fails where the model lost more than a tenth of its recorded lead over torchvision's.
 bench-check: setup
-	$(BIN)/python benchmarks/model.py --check --clock cpu
+	$(BIN)/python benchmarks/model.py --check
 
 lint: setup
 	$(BIN)/ruff check .
