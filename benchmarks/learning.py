@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import logging
 import statistics
+import sys
 import tempfile
 from pathlib import Path
 
@@ -20,19 +21,20 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor, nn
-from torchvision.models.video import mvit as torchvision_mvit
 
 from mvit_video.cli import CONF_DIR
 from mvit_video.data.clips import TestViews, TrainingClips, training_loader, validation_loader
 from mvit_video.data.index import VideoSplits
 from mvit_video.model import MViT
-from mvit_video.model.config import plan_blocks
 from mvit_video.recipe import History
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "tests" / "model"))  # others' models with our layout
+from peers import torchvision_layout  # type: ignore[import-not-found]  # noqa: E402
+
 HEADING = "## Learning"
 
 
@@ -42,31 +44,7 @@ class TorchvisionTwin(nn.Module):
     def __init__(self, ours: MViT) -> None:
         super().__init__()
         self.config, self.protocol, self.class_names = ours.config, ours.protocol, ours.class_names
-        config = ours.config
-        blocks = [
-            torchvision_mvit.MSBlockConfig(
-                num_heads=plan.num_heads,
-                input_channels=plan.dim,
-                output_channels=plan.dim_out,
-                kernel_q=list(config.pool_kernel) if plan.pools_q else [],
-                kernel_kv=list(config.pool_kernel) if plan.pools_kv else [],
-                stride_q=list(plan.q_stride) if plan.pools_q else [],
-                stride_kv=list(plan.kv_stride) if plan.pools_kv else [],
-            )
-            for plan in plan_blocks(config)
-        ]
-        self.net = torchvision_mvit.MViT(
-            spatial_size=(config.crop_size, config.crop_size),
-            temporal_size=config.num_frames,
-            block_setting=blocks,
-            residual_pool=True,
-            residual_with_cls_embed=False,
-            rel_pos_embed=True,
-            proj_after_attn=True,
-            dropout=config.head_dropout,
-            stochastic_depth_prob=config.drop_path,
-            num_classes=config.num_classes,
-        )
+        self.net = torchvision_layout(ours.config)
 
     def forward(self, clips: Tensor) -> Tensor:
         """Logits (B, num_classes) of clips (B, 3, T, H, W)."""

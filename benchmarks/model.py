@@ -64,9 +64,6 @@ def pair(frames: int = 16, crop: int = 224, *, checkpoint_blocks: bool = False) 
         checkpoint_blocks=checkpoint_blocks,
     )
     theirs = torchvision_twin(ours)
-    for module in theirs.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
     mv.load_weights(ours, theirs.state_dict())
     return {"mvit_video": ours, "torchvision": theirs}
 

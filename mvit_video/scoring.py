@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 
@@ -61,31 +61,42 @@ def score_videos(
         pin_memory=torch.device(device).type == "cuda" and num_workers > 0,
     )
     model = model.to(device).eval()
-    waiting: deque[VideoViews] = deque()  # videos whose scores aren't complete, without their clips
-    scores = torch.empty(0)  # (views, num_classes) that no video has got yet
+
+    def softmax(clips: Tensor) -> Tensor:
+        with stage("transfer"):
+            clips = clips.to(device, non_blocking=True)
+        return _softmax(model, clips)
+
     with closing(videos_views):
-        for clips in _full_batches(videos_views, waiting, batch_size):
-            with stage("transfer"):
-                clips = clips.to(device, non_blocking=True)
-            found = _softmax(model, clips)
-            scores = torch.cat([scores, found]) if len(scores) else found
-            while waiting and len(waiting[0].spans) <= len(scores):
-                views = waiting.popleft()
-                yield VideoScores(views.video, scores[: len(views.spans)], views.spans, views.error)
-                scores = scores[len(views.spans) :]
-    for views in waiting:  # bad ones after the last batch
-        yield VideoScores(views.video, torch.empty(0), [], views.error)
+        for views, scores in in_full_batches(videos_views, softmax, batch_size):
+            yield VideoScores(views.video, scores, views.spans, views.error)
 
 
-def _full_batches(
-    videos: Iterable[VideoViews], waiting: deque[VideoViews], batch_size: int
-) -> Iterator[Tensor]:
-    """Batches of exactly ``batch_size`` clips, across videos; the last one may be smaller.
+def in_full_batches(
+    videos: Iterable[VideoViews], run: Callable[[Tensor], Tensor], batch_size: int
+) -> Iterator[tuple[VideoViews, Tensor]]:
+    """Send the views of many videos through a model, exactly ``batch_size`` clips at once but for the last.
 
-    Each video is noted in ``waiting``.
+    Args:
+        run: makes a row for each clip of a batch (B, 3, T, H, W).
+
+    Yields each video, in order and as soon as it is done, without its clips but with its rows (V, ...).
     """
-    parts: list[Tensor] = []
+    waiting: deque[VideoViews] = deque()  # videos whose rows aren't complete
+    parts: list[Tensor] = []  # clips that have not been run, and how many
     count = 0
+    rows = torch.empty(0)  # that no video has got yet
+
+    def append(found: Tensor) -> Tensor:
+        return torch.cat([rows, found]) if len(rows) else found
+
+    def take_finished() -> Iterator[tuple[VideoViews, Tensor]]:
+        nonlocal rows
+        while waiting and len(waiting[0].spans) <= len(rows):
+            views = waiting.popleft()
+            own, rows = rows[: len(views.spans)], rows[len(views.spans) :]
+            yield views, own if views.spans else torch.empty(0)
+
     for views in videos:
         waiting.append(replace(views, clips=torch.empty(0)))
         if views.error is None:
@@ -93,11 +104,13 @@ def _full_batches(
             count += len(views.clips)
         while count >= batch_size:
             clips = torch.cat(parts) if len(parts) > 1 else parts[0]
-            yield clips[:batch_size]
+            rows = append(run(clips[:batch_size]))
             count -= batch_size
             parts = [clips[batch_size:]] if count else []
+        yield from take_finished()
     if parts:
-        yield torch.cat(parts)
+        rows = append(run(torch.cat(parts)))
+    yield from take_finished()
 
 
 @torch.inference_mode()

@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from queue import Empty, Full, Queue
@@ -17,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mvit_video.data.clips import OpenVideo, VideoViews, read_test_views
+from mvit_video.data.clips import OpenVideo, TestViews, VideoViews, read_test_views
 from mvit_video.data.decode import open_video
 from mvit_video.data.index import LabelledVideo
 from mvit_video.data.transform import test_clips
@@ -29,6 +28,7 @@ from mvit_video.predict.inputs import expand
 from mvit_video.predict.prediction import ClipPrediction, Prediction, best_classes
 from mvit_video.predict.stream import Source, iter_windows
 from mvit_video.predict.timeline import Timeline
+from mvit_video.scoring import in_full_batches
 
 if TYPE_CHECKING:
     from mvit_video.explain import Explanation
@@ -231,37 +231,11 @@ class Recognizer:
         Yields each video, in order and as soon as it is done, without its clips but with a row for each of
         them (V, ...): scores, or what ``run`` makes of a batch.
         """
-        run = run or self._softmax
-        waiting: deque[VideoViews] = deque()
-        clips: list[Tensor] = []
-        rows: list[Tensor] = []
-
-        def finished() -> Iterator[tuple[VideoViews, Tensor]]:
-            while waiting and len(waiting[0].spans) <= len(rows):
-                views = waiting.popleft()
-                own = rows[: len(views.spans)]
-                del rows[: len(views.spans)]
-                yield views, torch.stack(own) if own else torch.empty(0)
-
-        for views in videos:
-            waiting.append(replace(views, clips=torch.empty(0)))
-            clips.extend(views.clips)
-            while len(clips) >= self.batch_size:
-                rows.extend(run(torch.stack(clips[: self.batch_size])))
-                del clips[: self.batch_size]
-            yield from finished()
-        if clips:
-            rows.extend(run(torch.stack(clips)))
-        yield from finished()
+        return in_full_batches(videos, run or self._softmax, self.batch_size)
 
     def _read(self, path: str) -> VideoViews:
         video = LabelledVideo(path, None, path)
-        try:
-            with self.open_file(path) as file:
-                clips, spans = read_test_views(file, self.protocol)
-        except VideoError as error:
-            return VideoViews(video, torch.empty(0), error=error.reason)
-        return VideoViews(video, clips, spans)
+        return TestViews([video], self.protocol, open_file=self.open_file)[0]
 
     def _prepare(self, clips: Tensor) -> Tensor:
         if clips.ndim != 5 or clips.shape[1] != 3:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchvision.models.video import mvit as torchvision_mvit
 
 from mvit_video.model import MViT
-from mvit_video.model.config import plan_blocks
+from mvit_video.model.config import MViTConfig, plan_blocks
 
 TORCHVISION_NAMES = [
     (r"^patch_embed\.proj\.", "conv_proj."),
@@ -52,9 +52,8 @@ def renamed(state: dict[str, Tensor], names: list[tuple[str, str]]) -> dict[str,
     return result
 
 
-def torchvision_twin(model: MViT) -> nn.Module:
-    """torchvision's MViT of the same layout and weights."""
-    config = model.config
+def torchvision_layout(config: MViTConfig) -> nn.Module:
+    """torchvision's MViT of the same layout, freshly initialised as torchvision does."""
     blocks = [
         torchvision_mvit.MSBlockConfig(
             num_heads=plan.num_heads,
@@ -67,7 +66,7 @@ def torchvision_twin(model: MViT) -> nn.Module:
         )
         for plan in plan_blocks(config)
     ]
-    twin = torchvision_mvit.MViT(
+    return torchvision_mvit.MViT(
         spatial_size=(config.crop_size, config.crop_size),
         temporal_size=config.num_frames,
         block_setting=blocks,
@@ -75,8 +74,15 @@ def torchvision_twin(model: MViT) -> nn.Module:
         residual_with_cls_embed=False,
         rel_pos_embed=config.rel_pos_spatial,
         proj_after_attn=config.dim_mul_in_attention,
+        dropout=config.head_dropout,
+        stochastic_depth_prob=config.drop_path,
         num_classes=config.num_classes,
     )
+
+
+def torchvision_twin(model: MViT) -> nn.Module:
+    """torchvision's MViT of the same layout and weights."""
+    twin = torchvision_layout(model.config)
     state = renamed(model.state_dict(), TORCHVISION_NAMES)
     expected = twin.state_dict()
     assert state.keys() == expected.keys()
