@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait burn no processor time
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as mvit_video sets it, which is imported behind torch
 
 import timm
 import torch

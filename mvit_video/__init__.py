@@ -8,9 +8,11 @@ logits = model(clips)  # float (B, 3, T, H, W) -> (B, 400)
 
 import os
 
-# Threads of OpenMP that wait for work spin by default, which starves the processes that decode beside them:
-# training on two busy cores is more than twice as fast without. It counts where torch isn't loaded yet.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Threads of OpenMP that wait for work spin for milliseconds by default, which starves those that decode
+# beside them; if they sleep at once, waking them for the next operation takes a quarter of the model's time.
+# Some tens of microseconds bridge two operations. It counts where torch isn't loaded yet.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 from mvit_video.data.decode import open_video
 from mvit_video.data.views import kinetics_frame_indices, segment_frame_indices, spatial_views

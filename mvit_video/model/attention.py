@@ -140,19 +140,22 @@ class PoolingAttention(nn.Module):
     def forward(self, x: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
         """(B, N, C) tokens on ``grid`` -> (B, N', C') tokens on the pooled grid, and that grid."""
         q, k, v, q_grid, k_grid = self._queries_keys_values(x, grid)
-        q_folded, k_folded = self._fold_positions(q, k, q_grid, k_grid)
-        if self.window is not None and any(w < n for w, n in zip(self.window, grid, strict=True)):
-            folded = q_folded.transpose(1, 2), k_folded.transpose(1, 2)
-            x = self._attend_in_windows(*folded, v, grid, q_grid, k_grid)
+        q_positions, k_positions = self._positions(q, q_grid, k_grid)
+        first = int(self.class_token)
+        windowed = self.window is not None and any(w < n for w, n in zip(self.window, grid, strict=True))
+        if kernels.has_attention(q) and not windowed and self.rel_pos_thw is None:  # all in one kernel
+            residual_from = first if self.residual_pooling else None
+            x = kernels.attention(q, k, v, q.shape[-1] ** -0.5, q_positions, k_positions, residual_from)
         else:
-            bias = self._joint_bias(q, q_grid, k_grid)
-            x = fused_attention(q_folded, k_folded, v.transpose(1, 2), bias).transpose(1, 2)  # (B, N', n, c)
-
-        if self.residual_pooling:
-            # The class token isn't pooled, so it gets no residual.
-            first = int(self.class_token)
-            x = torch.cat([x[:, :first], x[:, first:] + q[:, first:]], dim=1) if first else x + q
-        return self.dropout(self.proj(x.flatten(2))), q_grid
+            q_folded, k_folded = fold_positions(q, k, q_positions, k_positions)
+            if windowed:
+                x = self._attend_in_windows(q_folded, k_folded, v, grid, q_grid, k_grid)
+            else:
+                x = fused_attention(q_folded, k_folded, v, self._joint_bias(q, q_grid, k_grid))
+            if self.residual_pooling:
+                # The class token isn't pooled, so it gets no residual.
+                x = x + F.pad(q[:, first:], (0, 0, 0, 0, first, 0))
+        return self.dropout(self.proj(x.flatten(2))), q_grid  # (B, N', n, c) -> (B, N', C')
 
     def weights(self, x: Tensor, grid: Grid) -> tuple[Tensor, Grid, Grid]:
         """How much each query takes from each key, and the grids of queries and keys.
@@ -169,8 +172,8 @@ class PoolingAttention(nn.Module):
         if self.window is not None and any(w < n for w, n in zip(self.window, grid, strict=True)):
             raise NotImplementedError("attention inside windows has no weights over all keys")
         q, k, _, q_grid, k_grid = self._queries_keys_values(x, grid)
-        q_folded, k_folded = self._fold_positions(q, k, q_grid, k_grid)
-        logits = q_folded @ k_folded.mT  # (B, n, N', M)
+        q_folded, k_folded = fold_positions(q, k, *self._positions(q, q_grid, k_grid))
+        logits = q_folded.transpose(1, 2) @ k_folded.permute(0, 2, 3, 1)  # (B, n, N', M)
         bias = self._joint_bias(q, q_grid, k_grid)
         logits = logits if bias is None else logits + bias
         return logits.softmax(-1).mean(1), q_grid, k_grid
@@ -178,7 +181,10 @@ class PoolingAttention(nn.Module):
     def _queries_keys_values(self, x: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor, Grid, Grid]:
         """Pooled q (B, N', n, c), k and v (B, M, n, c), and the grids of queries and keys."""
         if self.qkv is not None:
-            q, k, v = self.qkv(x).chunk(3, dim=-1)
+            if type(self.qkv) is Linear:  # parts that lie apart needn't be copied to be pooled
+                q, k, v = kernels.linear_parts(x, self.qkv.weight, self.qkv.bias, 3)
+            else:
+                q, k, v = self.qkv(x).chunk(3, dim=-1)
         else:
             q, k, v = (x, x, x) if self.pool_first else (self.q(x), self.k(x), self.v(x))
         q, q_grid = self._pool(q, grid, self.pool_q, self.norm_q)
@@ -196,7 +202,8 @@ class PoolingAttention(nn.Module):
         batch, _, channels = x.shape
         first = int(self.class_token)
         # Tokens are a channels-last picture already: only the view changes.
-        volume = x[:, first:].reshape(batch, *grid, channels).permute(0, 4, 1, 2, 3)
+        class_token, cells = x.split((first, x.shape[1] - first), 1)
+        volume = cells.reshape(batch, *grid, channels).permute(0, 4, 1, 2, 3)
         if isinstance(pool, nn.Conv3d):  # all heads share one kernel
             weight = pool.weight.repeat(channels // pool.in_channels, 1, 1, 1, 1)
             stride, padding = cast(Grid, pool.stride), cast(Grid, pool.padding)
@@ -206,41 +213,37 @@ class PoolingAttention(nn.Module):
         _, _, t, h, w = volume.shape
         pooled = volume.permute(0, 2, 3, 4, 1).flatten(1, 3)  # (B, T'*H'*W', C)
         if first:
-            pooled = torch.cat([x[:, :first], pooled], dim=1)
+            pooled = torch.cat([class_token, pooled], dim=1)
         if norm is not None:
             pooled = norm(pooled.unflatten(-1, (-1, *norm.normalized_shape))).flatten(-2)
         return pooled, (t, h, w)
 
-    def _fold_positions(self, q: Tensor, k: Tensor, q_grid: Grid, k_grid: Grid) -> tuple[Tensor, Tensor]:
-        """Extend q and k so that their product alone is ``scale * q k + q R_t + q R_h + q R_w``.
+    def _positions(self, q: Tensor, q_grid: Grid, k_grid: Grid) -> tuple[Tensor, Tensor]:
+        """What q of shape (B, N, n, c) has to say of relative positions: (B, N, n, e) and (M, e).
 
-        (B, N, n, c) and (B, M, n, c) -> (B, n, N, d) and (B, n, M, d). (Paper, eq. 3 and 4.) Per axis,
-        q is extended by its products with the positions of all key coordinates, and k by a one-hot vector of
-        its coordinate, so no (N, M) bias exists. Class tokens are extended by zeros. Note that the relative
-        terms take the unscaled q.
+        The product of the two is ``q R_t + q R_h + q R_w`` (paper, eq. 3 and 4), so no (N, M) bias exists.
+        Per axis, the first holds the products of q with the positions of all key coordinates, the second
+        the one-hot coordinate of each key. The rows of class tokens are zeros.
         """
         first = int(self.class_token)
-        q_cells = q[:, first:].unflatten(1, q_grid)  # (B, T, H, W, n, c)
-        extra_q, extra_k = [], []
+        cells = q.split((first, q.shape[1] - first), 1)[1].unflatten(1, q_grid)  # (B, T, H, W, n, c)
+        of_q, of_k = [], []
         tables = (self.rel_pos_t, self.rel_pos_h, self.rel_pos_w)
         for axis, (name, table) in enumerate(zip("thw", tables, strict=True)):
             if table is None:
                 continue
             positions = relative_positions(table, q_grid[axis], k_grid[axis])
-            extra_q.append(torch.einsum(f"bthwnc,{name}kc->bthwnk", q_cells, positions))
-            extra_k.append(one_hot_coordinates(k_grid, axis, k))
+            of_q.append(torch.einsum(f"bthwnc,{name}kc->bthwnk", cells, positions))
+            of_k.append(one_hot_coordinates(k_grid, axis, q))
         if self.rel_pos_hw is not None:
             positions = joint_positions(self.rel_pos_hw, q_grid[1:], k_grid[1:])  # (H, W, h, w, c)
-            extra_q.append(torch.einsum("bthwnc,hwkc->bthwnk", q_cells, positions.flatten(2, 3)))
-            plane = torch.eye(k_grid[1] * k_grid[2], dtype=k.dtype, device=k.device)
-            extra_k.append(plane.repeat(k_grid[0], 1))
-
-        q, k = q.transpose(1, 2) * q.shape[-1] ** -0.5, k.transpose(1, 2)
-        if not extra_q:
-            return q, k
-        q_positions = F.pad(torch.cat(extra_q, -1).flatten(1, 3), (0, 0, 0, 0, first, 0)).transpose(1, 2)
-        k_positions = F.pad(torch.cat(extra_k, -1), (0, 0, first, 0)).expand(*k.shape[:-1], -1)
-        return torch.cat([q, q_positions], -1), torch.cat([k, k_positions], -1)
+            of_q.append(torch.einsum("bthwnc,hwkc->bthwnk", cells, positions.flatten(2, 3)))
+            plane = torch.eye(k_grid[1] * k_grid[2], dtype=q.dtype, device=q.device)
+            of_k.append(plane.repeat(k_grid[0], 1))
+        if not of_q:
+            return q[..., :0], q.new_empty(first + math.prod(k_grid), 0)
+        q_positions = F.pad(torch.cat(of_q, -1).flatten(1, 3), (0, 0, 0, 0, first, 0))
+        return q_positions, F.pad(torch.cat(of_k, -1), (0, 0, first, 0))
 
     def _joint_bias(self, q: Tensor, q_grid: Grid, k_grid: Grid) -> Tensor | None:
         """q R_thw as the (B, n, N, M) bias that it is: one table over all axes leaves nothing to fold."""
@@ -277,19 +280,16 @@ class PoolingAttention(nn.Module):
 
         def cut(x: Tensor) -> Tensor:  # keys or values of all windows, each with the class token
             cells = gather_windows(x[:, first:], windows.k_cells)
-            shared = x[:, :first].transpose(1, 2).repeat_interleave(count, dim=0)
-            return torch.cat([shared, cells], dim=2)
+            return torch.cat([x[:, :first].repeat_interleave(count, dim=0), cells], dim=1)
 
         mask = windows.k_valid
         if mask is not None:
             mask = F.pad(mask, (first, 0), value=True).repeat(q.shape[0], 1)[:, None, None]  # (B*W, 1, 1, K)
         q_windows = gather_windows(q[:, first:], windows.q_cells)
-        x = fused_attention(q_windows, cut(k), cut(v), mask)  # (B * windows, n, Q, c)
-        x = x.transpose(1, 2).unflatten(0, (-1, count)).flatten(1, 2)[:, windows.q_slots]
+        x = fused_attention(q_windows, cut(k), cut(v), mask)  # (B * windows, Q, n, c)
+        x = x.unflatten(0, (-1, count)).flatten(1, 2)[:, windows.q_slots]
         if first:
-            k, v = k.transpose(1, 2), v.transpose(1, 2)
-            for_class = fused_attention(q[:, :first].transpose(1, 2), k, v).transpose(1, 2)
-            x = torch.cat([for_class, x], dim=1)
+            x = torch.cat([fused_attention(q[:, :first], k, v), x], dim=1)
         return x
 
 
@@ -340,17 +340,28 @@ def half(kernel: Grid) -> Grid:
     return t // 2, h // 2, w // 2
 
 
-def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """softmax(q kᵀ + mask) v for q (B, n, N, d), k (B, n, M, d), v (B, n, M, c), c <= d -> (B, n, N, c).
+def fold_positions(q: Tensor, k: Tensor, q_positions: Tensor, k_positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Extend q and k so that their product alone is ``scale q kᵀ + q_positions k_positionsᵀ``.
 
-    A boolean mask says which keys count, a float one is added. The head widths are padded to one common
-    multiple of 16: fused kernels ask for q, k and v of one width, and are fastest on such widths.
+    (B, N, n, c), (B, M, n, c), (B, N, n, e), (M, e) -> (B, N, n, c + e), (B, M, n, c + e). Note that the
+    relative terms take the unscaled q.
+    """
+    k_positions = k_positions[:, None].expand(*k.shape[:-1], -1)
+    return torch.cat([q, q_positions], -1), torch.cat([k * q.shape[-1] ** -0.5, k_positions], -1)
+
+
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """softmax(q kᵀ + mask) v for q (B, N, n, d), k (B, M, n, d), v (B, M, n, c), c <= d -> (B, N, n, c).
+
+    A boolean (B, n, N, M) mask says which keys count, a float one is added. The head widths are padded to one
+    common multiple of 16: fused kernels ask for q, k and v of one width, and are fastest on such widths.
     """
     if mask is None and kernels.has_attention(q):
         return kernels.attention(q, k, v)
     width = math.ceil(q.shape[-1] / 16) * 16
-    q, k, padded_v = (F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, padded_v, mask, scale=1.0)[..., : v.shape[-1]]
+    q, k, padded = (F.pad(x, (0, width - x.shape[-1])).transpose(1, 2) for x in (q, k, v))
+    x = F.scaled_dot_product_attention(q, k, padded, mask, scale=1.0)
+    return x[..., : v.shape[-1]].transpose(1, 2)
 
 
 def relative_positions(table: Tensor, q_length: int, k_length: int) -> Tensor:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -43,9 +44,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, of_gelu: bool = Fa
     if not _has_kernels(x):
         return F.linear(F.gelu(x) if of_gelu else x, weight, bias)
     x, weight, bias = _autocast(x, weight, bias)
-    if x.dtype != torch.float32 and not of_gelu:  # nothing to gain
-        return F.linear(x, weight, bias)
     return _linear(x, weight, bias, of_gelu)
+
+
+def linear_parts(x: Tensor, weight: Tensor, bias: Tensor | None, parts: int) -> tuple[Tensor, ...]:
+    """``F.linear(x, weight, bias).chunk(parts, dim=-1)``, each part contiguous where it is faster."""
+    if not _has_kernels(x):
+        return F.linear(x, weight, bias).chunk(parts, dim=-1)
+    biases = [None] * parts if bias is None else bias.chunk(parts)
+    return tuple(linear(x, *part) for part in zip(weight.chunk(parts), biases, strict=True))
 
 
 def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
@@ -55,20 +62,34 @@ def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tenso
     return linear(linear(x, weight1, bias1), weight2, bias2, of_gelu=True)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """``softmax(q kᵀ) v``, by chunks of queries; nothing of size N x M is kept, the scores are recomputed.
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float = 1.0,
+    q_positions: Tensor | None = None,
+    k_positions: Tensor | None = None,
+    residual_from: int | None = None,
+) -> Tensor:
+    """``softmax(scale q kᵀ + q_positions k_positionsᵀ) v``, plus q from query ``residual_from`` on.
 
-    Timed against torch's fused kernel on Zen 5 for every block of S 16x4 and forward/backward: 2.1/1.7 times
-    as fast in float32, 3.0/2.0 in bfloat16, in small blocks as in large ones. So there is no switch by size.
+    Computed by chunks of queries: nothing of size N x M is kept, the scores are computed again in the
+    backward pass. Timed against torch's fused kernel on Zen 5 for every block of S 16x4 and
+    forward/backward: 2.1/1.7 times as fast in float32, 3.0/2.0 in bfloat16, in small blocks as in large
+    ones. So there is no switch by size.
 
     Args:
-        q, k, v: (B, n, N, d), (B, n, M, d), (B, n, M, c).
+        q: (B, N, n, c), queries of n heads.
+        k, v: (B, M, n, c); v may have other widths, if nothing is added to it.
+        q_positions, k_positions: (B, N, n, e) and (M, e). No gradient of the latter is computed.
 
     Returns:
-        (B, n, N, c)
+        (B, N, n, c)
     """
-    q, k, v = _autocast(q, k, v)
-    return _attention(q.contiguous(), k.contiguous(), v.contiguous())
+    if q_positions is None or k_positions is None:
+        q_positions, k_positions = q[..., :0], q.new_empty(k.shape[1], 0)
+    q, k, v, q_positions, k_positions = _autocast(q, k, v, q_positions, k_positions)
+    return _attention(q, k, v, q_positions, k_positions.detach(), scale, residual_from)
 
 
 def has_attention(q: Tensor) -> bool:
@@ -92,12 +113,18 @@ def _autocast(*tensors: Any) -> tuple[Any, ...]:
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool = False) -> Tensor:
     """x (N, i), weight (o, i) -> x weightᵀ + bias (N, o), and its GELU; by oneDNN where torch has it."""
-    fused = x.dtype == torch.float32 or (gelu and x.dtype == torch.bfloat16)  # else linear is oneDNN's too
-    if fused and torch.backends.mkldnn.enabled and _has_onednn():
+    if x.dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.enabled and _has_onednn():
         then, form = ("gelu", "none") if gelu else ("none", "")
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, then, [], form)
     out = F.linear(x, weight, bias)
     return F.gelu(out) if gelu else out
+
+
+def _outer(a: Tensor, b: Tensor) -> Tensor:
+    """a (N, o), b (N, i) -> aᵀ b (o, i). oneDNN copies the left factor if it is transposed: the narrower."""
+    if a.dtype == torch.bfloat16:
+        return a.t() @ b  # copies neither
+    return _product(a.t(), b.t()) if a.shape[1] < b.shape[1] else _product(b.t(), a.t()).t()
 
 
 @functools.cache
@@ -132,12 +159,11 @@ def _linear_backward(grad: Tensor, x: Tensor, weight: Tensor, of_gelu: bool) -> 
     grads, rows = grad.flatten(0, -2), x.flatten(0, -2)
     grad_bias = grads.sum(0)
     if not of_gelu:
-        grad_x = _product(grads, weight.t())
-        return grad_x.view(x.shape), _product(grads.t(), rows.t()), grad_bias
+        return _product(grads, weight.t()).view(x.shape), _outer(grads, rows), grad_bias
     grad_x = torch.empty_like(rows)
-    grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+    grad_weight = torch.zeros_like(weight, dtype=torch.float32)  # the sum over chunks
     for chunk in _chunks(len(rows), rows.shape[1], rows.itemsize):
-        grad_weight += _product(grads[chunk].t(), F.gelu(rows[chunk]).t())
+        grad_weight += _outer(grads[chunk], F.gelu(rows[chunk]))
         grad_x[chunk] = torch.ops.aten.gelu_backward(_product(grads[chunk], weight.t()), rows[chunk])
     return grad_x.view(x.shape), grad_weight.to(weight.dtype), grad_bias
 
@@ -177,53 +203,107 @@ def _(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor)
 
 
 @torch.library.custom_op("mvit_video::attention", mutates_args=(), device_types="cpu")
-def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    out = q.new_empty(*q.shape[:-1], v.shape[-1])
-    for q_, k_, v_, out_ in zip(*(x.flatten(0, 1) for x in (q, k, v, out)), strict=True):  # head by head
-        values = v_.t().contiguous()
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_positions: Tensor,
+    k_positions: Tensor,
+    scale: float,
+    residual_from: int | None,
+) -> Tensor:
+    out = v.new_empty(*q.shape[:-1], v.shape[-1])
+    for q_, e_, k_, v_, out_ in _heads(q, q_positions, k, v, out):
+        keys, values = torch.cat([k_ * scale, k_positions], 1), v_.t().contiguous()
         for chunk in _chunks(len(q_), len(k_), q.itemsize):
-            out_[chunk] = _product(_product(q_[chunk], k_).softmax(-1), values)
+            queries = torch.cat([q_[chunk], e_[chunk]], 1)
+            out_[chunk] = _product(_product(queries, keys).softmax(-1), values)
+            if residual_from is not None:
+                added = slice(max(chunk.start, residual_from), chunk.stop)
+                out_[added] += q_[added]
     return out
 
 
 @_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return q.new_empty(*q.shape[:-1], v.shape[-1])
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_positions: Tensor,
+    k_positions: Tensor,
+    scale: float,
+    residual_from: int | None,
+) -> Tensor:
+    return v.new_empty(*q.shape[:-1], v.shape[-1])
 
 
 @torch.library.custom_op("mvit_video::attention_backward", mutates_args=(), device_types="cpu")
-def _attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    # Sums over chunks are taken in float32.
-    grads = (
-        torch.empty_like(q),
-        *(torch.zeros_like(x, dtype=max(x.dtype, torch.float32, key=lambda d: d.itemsize)) for x in (k, v)),
-    )
-    for out, q_, k_, v_, grad_q, grad_k, grad_v in zip(
-        *(x.flatten(0, 1) for x in (grad, q, k, v, *grads)), strict=True
-    ):
-        keys = k_.t().contiguous()
+def _attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_positions: Tensor,
+    k_positions: Tensor,
+    scale: float,
+    residual_from: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    width = q.shape[-1]
+    grads = [x.new_empty(x.shape) for x in (q, k, v, q_positions)]
+    sums = torch.float64 if q.dtype == torch.float64 else torch.float32  # of chunks
+    for out, q_, e_, k_, v_, grad_q, grad_k, grad_v, grad_e in _heads(grad, q, q_positions, k, v, *grads):
+        keys, values = torch.cat([k_ * scale, k_positions], 1), v_.contiguous()
+        mirrored = keys.t().contiguous()
+        of_k, of_v = torch.zeros_like(k_, dtype=sums), torch.zeros_like(v_, dtype=sums)
         for chunk in _chunks(len(q_), len(k_), q.itemsize):
-            weights = _product(q_[chunk], k_).softmax(-1)
-            scores = torch.ops.aten._softmax_backward_data(
-                _product(out[chunk], v_), weights, -1, weights.dtype
-            )
-            grad_q[chunk] = _product(scores, keys)
-            grad_k += _product(scores.t(), q_[chunk].t())
-            grad_v += _product(weights.t(), out[chunk].t())
-    return grads[0], grads[1].to(k.dtype), grads[2].to(v.dtype)
+            outs = out[chunk].contiguous()
+            queries = torch.cat([q_[chunk], e_[chunk]], 1)
+            weights = _product(queries, keys).softmax(-1)
+            scores = torch.ops.aten._softmax_backward_data(_product(outs, values), weights, -1, q.dtype)
+            of_queries = _product(scores, mirrored)
+            grad_q[chunk], grad_e[chunk] = of_queries[:, :width], of_queries[:, width:]
+            of_k += _outer(scores, queries[:, :width])
+            of_v += _outer(weights, outs)
+            if residual_from is not None:
+                added = slice(max(chunk.start, residual_from), chunk.stop)
+                grad_q[added] += out[added]
+        grad_k.copy_(of_k.mul_(scale))
+        grad_v.copy_(of_v)
+    return grads[0], grads[1], grads[2], grads[3]
 
 
 @_attention_backward.register_fake
-def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+def _(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_positions: Tensor,
+    k_positions: Tensor,
+    scale: float,
+    residual_from: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        q.new_empty(q.shape),
+        k.new_empty(k.shape),
+        v.new_empty(v.shape),
+        q_positions.new_empty(q_positions.shape),
+    )
+
+
+def _heads(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """(B, N, n, c) tensors, head by head: (N, c) views of them."""
+    return zip(*([head for clip in x.unbind() for head in clip.unbind(1)] for x in tensors), strict=True)
 
 
 def _keep_for_attention(ctx: Any, inputs: Any, output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+    ctx.scale, ctx.residual_from = inputs[-2:]
+    ctx.save_for_backward(*inputs[:-2])
 
 
-def _differentiate_attention(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return _attention_backward(grad.contiguous(), *ctx.saved_tensors)
+def _differentiate_attention(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grads = _attention_backward(grad, *ctx.saved_tensors, ctx.scale, ctx.residual_from)
+    return *grads, None, None, None
 
 
 _attention.register_autograd(_differentiate_attention, setup_context=_keep_for_attention)

@@ -213,9 +213,10 @@ class Block(nn.Module):
             return x
         first = int(self.class_token)
         kernel = pool_kernel_for(self.q_stride)
-        volume = x[:, first:].unflatten(1, grid).permute(0, 4, 1, 2, 3)  # (B, C, T, H, W)
+        class_token, cells = x.split((first, x.shape[1] - first), 1)
+        volume = cells.unflatten(1, grid).permute(0, 4, 1, 2, 3)  # (B, C, T, H, W)
         pooled = F.max_pool3d(volume, kernel, self.q_stride, half(kernel)).flatten(2).transpose(1, 2)
-        return torch.cat([x[:, :first], pooled], dim=1)
+        return torch.cat([class_token, pooled], dim=1)
 
     def _drop(self, x: Tensor) -> Tensor:
         """Stochastic depth: drop the branch for a sample with probability ``drop_path`` in training."""

@@ -101,5 +101,5 @@ def _cells(axes: list[list[Span]], grid: Grid, device: torch.device) -> tuple[Te
 
 
 def gather_windows(x: Tensor, cells: Tensor) -> Tensor:
-    """(B, N, n, d) cells of the grid -> (B * windows, n, size, d)."""
-    return x[:, cells.flatten()].unflatten(1, cells.shape).flatten(0, 1).transpose(1, 2)
+    """(B, N, n, d) cells of the grid -> (B * windows, size, n, d)."""
+    return x[:, cells.flatten()].unflatten(1, cells.shape).flatten(0, 1)

@@ -90,7 +90,22 @@ def gradients(function, inputs: list[torch.Tensor], dtype: torch.dtype) -> list[
 
 
 def plain_attention(q, k, v):
-    return (q @ k.transpose(-2, -1)).softmax(-1) @ v
+    return torch.einsum("bnhm,bmhc->bnhc", torch.einsum("bnhc,bmhc->bnhm", q, k).softmax(-1), v)
+
+
+K_POSITIONS = torch.randn(17, 7, generator=torch.Generator().manual_seed(2))
+
+
+def attention_with_positions(q, k, v, q_positions):
+    k_positions = K_POSITIONS.to(q.dtype)
+    return kernels.attention(q, k, v, 0.3, q_positions, k_positions, residual_from=1)
+
+
+def plain_attention_with_positions(q, k, v, q_positions):
+    scores = torch.einsum("bnhc,bmhc->bnhm", q, 0.3 * k)
+    scores = scores + torch.einsum("bnhe,me->bnhm", q_positions, K_POSITIONS.to(q.dtype))
+    out = torch.einsum("bnhm,bmhc->bnhc", scores.softmax(-1), v)
+    return torch.cat([out[:, :1], out[:, 1:] + q[:, 1:]], 1)
 
 
 def plain_mlp(x, w1, b1, w2, b2):
@@ -103,7 +118,12 @@ def random(*shapes: tuple[int, ...], scale: float = 1.0) -> list[torch.Tensor]:
 
 
 PAIRS = {
-    "attention": (kernels.attention, plain_attention, random((2, 3, 50, 20), (2, 3, 17, 20), (2, 3, 17, 12))),
+    "attention": (kernels.attention, plain_attention, random((2, 50, 3, 20), (2, 17, 3, 20), (2, 17, 3, 12))),
+    "attention with positions": (
+        attention_with_positions,
+        plain_attention_with_positions,
+        random((2, 50, 3, 20), (2, 17, 3, 20), (2, 17, 3, 20), (2, 50, 3, 7)),
+    ),
     "mlp": (kernels.mlp, plain_mlp, random((2, 70, 12), (48, 12), (48,), (10, 48), (10,), scale=0.5)),
     "linear": (kernels.linear, F.linear, random((2, 70, 12), (48, 12), (48,))),
     "linear without bias": (
@@ -158,7 +178,7 @@ def test_mlp_without_gradients_is_the_same() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_large_logits_give_no_nan(dtype) -> None:
-    inputs = random((1, 2, 40, 8), (1, 2, 30, 8), (1, 2, 30, 8), scale=1e4)
+    inputs = random((1, 40, 2, 8), (1, 30, 2, 8), (1, 30, 2, 8), scale=1e4)
     for found in gradients(kernels.attention, inputs, dtype):
         assert found.isfinite().all()
 
@@ -194,8 +214,8 @@ def peak():
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
 n = int(sys.argv[1])
-q, k, v = (torch.randn(1, 1, n, 16, requires_grad=True) for _ in range(3))
-kernels.attention(*(x[:, :, :64] for x in (q, k, v))).sum().backward()
+q, k, v = (torch.randn(1, n, 1, 16, requires_grad=True) for _ in range(3))
+kernels.attention(*(x[:, :64] for x in (q, k, v))).sum().backward()
 bare = peak()
 kernels.attention(q, k, v).sum().backward()
 print(peak() - bare)
