@@ -46,7 +46,7 @@ bench: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test,lint,torchcodec,decord]"
 	$(BIN)/python benchmarks/positions.py
 	$(BIN)/python benchmarks/decode.py --write
-	$(BIN)/python benchmarks/model.py --write --clock cpu
+	$(BIN)/python benchmarks/model.py --write
 	$(BIN)/python benchmarks/learning.py --write
 
 docs: setup

@@ -1,18 +1,24 @@
-"""Speed and memory of models: python benchmarks/model.py [--rounds 9] [--clock cpu] [--write] [--check]
+"""Speed and memory of models: python benchmarks/model.py [--part PART] [--rounds 9] [--write] [--check]
 
-MViTv2-S 16x4 against torchvision's ``mvit_v2_s`` with the same weights (their logits are compared first), in
-turns in one process, as median of the rounds' ratios; both eager and compiled. Peak memory is measured in
-processes of their own. Curves follow the number of frames, the crop, the batch and the variant, beside
-torchvision, timm (images) and pytorchvideo (MViT v1). ``--clock cpu`` counts the processor's seconds
-instead of the clock's, for a machine that others use at the same time.
+Parts (all, if none is named):
+    eager       MViTv2-S 16x4 against torchvision's ``mvit_v2_s`` with the same weights (their logits are
+                compared first), in turns in one process, as median of the rounds' ratios
+    compiled    the same by torch.compile on both sides; compiling training steps takes half an hour
+    memory      peaks of a training step, in processes of their own
+    operations  where our time goes
+    curves      time and memory by number of frames, crop, batch and variant, beside torchvision, timm
+                (images) and pytorchvideo (MViT v1)
 
---write records: tables and curves in README.md, ratios in model.json. --check measures the eager ratios anew
-and fails where one is more than a tenth below the recorded one.
+``--clock cpu`` counts the processor's seconds instead of the clock's, for a machine that others use at the
+same time. --write records the parts in model.json, model.png and README.md. --check measures the eager ratios
+anew and fails where one is more than a tenth below the recorded one.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import os
 import statistics
@@ -38,6 +44,7 @@ sys.path.insert(0, str(HERE.parent / "tests" / "model"))  # others' models with 
 from peers import pytorchvideo_twin, torchvision_twin  # type: ignore[import-not-found]  # noqa: E402
 
 HEADING = "## Models"
+PARTS = ("eager", "compiled", "memory", "operations", "curves")
 MARGIN = 0.10  # of a ratio, below which --check fails; repeated runs differ by less
 SETTINGS = [(step, dtype) for step in ("inference", "training") for dtype in ("float32", "bfloat16")]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -48,7 +55,8 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 Step = Callable[[], Tensor]
 
 
-Seconds = dict[str, dict[str, dict[str, float]]]  # curve: point: implementation: seconds
+Curves = dict[str, dict[str, dict[str, list[float]]]]  # curve: point: implementation: seconds, GB
+Record = dict[str, Any]  # part: what was measured
 Models = dict[str, nn.Module]
 
 
@@ -155,13 +163,13 @@ def memory_apart(*case: Any) -> float:
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def curve_points(quick: bool) -> Iterator[tuple[str, str, Models, tuple[int, ...]]]:
+def curve_points() -> Iterator[tuple[str, str, Models, tuple[int, ...]]]:
     """Curve, label of the point, the models in it and the shape of their clips."""
-    for frames in (8, 16, 32) if quick else (8, 16, 32, 64):
+    for frames in (8, 16, 32, 64):
         yield "frames", str(frames), pair(frames=frames), (1, 3, frames, 224, 224)
-    for crop in (160, 224, 320) if quick else (160, 224, 320, 448):
+    for crop in (160, 224, 320, 448):
         yield "crop", str(crop), pair(crop=crop), (1, 3, 16, crop, crop)
-    for batch in (1, 4) if quick else (1, 4, 16):
+    for batch in (1, 4, 16):
         yield "batch", str(batch), pair(), (batch, 3, 16, 224, 224)
     for letter, name in (("t", "tiny"), ("s", "small"), ("b", "base")):
         ours = mv.create_model(f"mvitv2_{letter}_224")
@@ -173,29 +181,45 @@ def curve_points(quick: bool) -> Iterator[tuple[str, str, Models, tuple[int, ...
     yield "variant", "v1 B 16x4", models, (1, 3, 16, 224, 224)
 
 
-def curves(quick: bool, rounds: int, clock: Callable[[], float]) -> Seconds:
-    """The fastest of a few inferences in float32 at each point of each curve."""
-    found: Seconds = {}
-    for curve, label, models, shape in curve_points(quick):
+def measure_curves(clock: Callable[[], float]) -> Curves:
+    """The faster of two inferences in float32 at each point of each curve, and its memory."""
+    found: Curves = {}
+    for curve, label, models, shape in curve_points():
         clips = torch.randn(shape)
         steps = {
             name: step_of(model, clips[:, :, 0] if name == "timm" else clips, "inference")
             for name, model in models.items()
         }
-        seconds = {name: min(values) for name, values in in_turns(steps, rounds, clock).items()}
-        found.setdefault(curve, {})[label] = seconds
-        print(curve, label, {name: round(value, 3) for name, value in seconds.items()}, flush=True)
+        memory = {name: added_memory(step) for name, step in steps.items()}
+        times = in_turns(steps, 2, clock)
+        point = {name: [round(min(times[name]), 3), round(memory[name], 3)] for name in steps}
+        found.setdefault(curve, {})[label] = point
+        print(curve, label, point, flush=True)
     return found
 
 
-def plot(found: Seconds) -> None:
-    figure, axes = plt.subplots(1, len(found), figsize=(4 * len(found), 3.5), layout="constrained")
-    for axis, (curve, points) in zip(axes, found.items(), strict=True):
-        for name in dict.fromkeys(name for times in points.values() for name in times):
-            labels = [label for label, times in points.items() if name in times]
-            axis.plot(labels, [points[label][name] for label in labels], marker="o", label=name)
-        axis.set(xlabel=curve, ylabel="seconds", yscale="log")
-        axis.legend()
+def added_memory(step: Step) -> float:
+    """GB that a step needs above what the process holds."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = resident("VmRSS")
+    step()
+    return (resident("VmHWM") - before) / 2**20
+
+
+def plot(found: Curves) -> None:
+    figure, axes = plt.subplots(
+        2, len(found), figsize=(4 * len(found), 6), layout="constrained", sharex="col"
+    )
+    for column, (curve, points) in zip(axes.T, found.items(), strict=True):
+        for row, (axis, unit) in enumerate(zip(column, ("seconds", "GB"), strict=True)):
+            for name in dict.fromkeys(name for point in points.values() for name in point):
+                labels = [label for label, point in points.items() if name in point]
+                axis.plot(labels, [points[label][name][row] for label in labels], marker="o", label=name)
+            axis.set(ylabel=unit, yscale="log")
+        column[0].legend()
+        column[1].set(xlabel=curve)
     figure.savefig(HERE / "model.png", dpi=100)
 
 
@@ -229,80 +253,97 @@ def machine() -> str:
     return f"{name} {units}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
-def report(arguments: argparse.Namespace) -> tuple[str, dict[str, float]]:
-    """The section of README.md, and the ratios by row."""
-    clock = CLOCKS[arguments.clock]
-    kind_of_seconds = "of the clock" if arguments.clock == "wall" else "of all threads' processor time"
-    limits = {name: matrix_speed(dtype, clock) for name, dtype in DTYPES.items()}
-    lines = [
-        HEADING,
-        "",
-        f"`python benchmarks/model.py --write` on {machine()}. glibc's allocator with its defaults.",
-        "One clip of 16 x 224² through MViTv2-S 16x4 and torchvision's `mvit_v2_s` with the same weights, in",
-        f"turns, {arguments.rounds} rounds; seconds {kind_of_seconds}. Matrix products alone reach",
-        f"{limits['float32']:.0f} GFLOP/s in float32 and {limits['bfloat16']:.0f} in bfloat16 here; the last",
-        "column is the share of that.",
-        "",
-        "| one clip | ours | torchvision | ratio (median) | share of limit |",
-        "|---|---|---|---|---|",
+def measure(part: str, rounds: int, clock: Callable[[], float]) -> Any:
+    if part == "memory":
+        return measure_memory()
+    if part == "operations":
+        return {f"{kind} {dtype}": operations(kind, dtype) for kind, dtype in SETTINGS}
+    if part == "curves":
+        return measure_curves(clock)
+    found = {}
+    for kind, dtype in SETTINGS:
+        row = compare(kind, dtype, part == "compiled", rounds, clock)
+        flop = 2e9 * GMACS * (3 if kind == "training" else 1)
+        row["share"] = flop / row["ours"] / matrix_speed(DTYPES[dtype], clock)
+        found[f"{kind} {dtype}"] = {name: round(value, 3) for name, value in row.items()}
+        print(part, kind, dtype, found[f"{kind} {dtype}"], flush=True)
+    return found
+
+
+def measure_memory() -> dict[str, dict[str, list[float]]]:
+    """dtype: case: GB of a training step of one clip and of two."""
+    cases = {"ours": ("mvit_video", False), "ours, checkpoint_blocks": ("mvit_video", True)}
+    cases["torchvision"] = ("torchvision", False)
+    found: dict[str, dict[str, list[float]]] = {}
+    for dtype in DTYPES:
+        found[dtype] = {}
+        for case, (name, checkpointed) in cases.items():
+            used = [memory_apart(name, "training", dtype, batch, checkpointed) for batch in (1, 2)]
+            found[dtype][case] = [round(gigabytes, 3) for gigabytes in used]
+        print("memory", dtype, found[dtype], flush=True)
+    return found
+
+
+def render(record: Record) -> str:
+    """The section of README.md."""
+    lines = [HEADING, "", f"`python benchmarks/model.py --write` on {record['machine']}."]
+    lines += [
+        "glibc's allocator with its defaults; threads of OpenMP spin for tens of microseconds before they",
+        "sleep, as they do where `mvit_video` is imported before torch.",
     ]
-    ratios: dict[str, float] = {}
-    for compiled in (False,) if arguments.quick else (False, True):
-        for kind, dtype in SETTINGS:
-            row = f"{kind} {dtype}{' compiled' if compiled else ''}"
-            found = compare(kind, dtype, compiled, arguments.rounds, clock)
-            share = 2 * GMACS * (3 if kind == "training" else 1) / found["ours"] / limits[dtype]
-            ratios[row] = round(found["ratio"], 3)
+    titles = {
+        "eager": "One clip of 16 x 224² through MViTv2-S 16x4 and torchvision's `mvit_v2_s`, same weights:",
+        "compiled": "Both by `torch.compile`:",
+    }
+    for part, title in titles.items():
+        if part in record:
+            lines += ["", title, "", "| | ours | torchvision | ratio (median) | share of matrix units |"]
+            lines += ["|---|---|---|---|---|"]
+            lines += [
+                f"| {name} | {row['ours']:.2f} s | {row['torchvision']:.2f} s | {row['ratio']:.2f} "
+                f"| {row['share']:.0%} |"
+                for name, row in record[part].items()
+            ]
+    if "memory" in record:
+        lines += [
+            "",
+            "Peak memory of a training step of one clip above the process with its model, and the largest",
+            f"batch that {MEMORY} GB hold (from the slope between batches of one and two):",
+            "",
+            "| | GB | of torchvision's | largest batch |",
+            "|---|---|---|---|",
+        ]
+        for dtype, cases in record["memory"].items():
+            for case, (one, two) in cases.items():
+                share = one / cases["torchvision"][0]
+                largest = int((MEMORY - one) / (two - one)) + 1
+                lines.append(f"| {case}, {dtype} | {one:.2f} | {share:.2f} | {largest} |")
+    if "operations" in record:
+        columns = record["operations"]
+        lines += ["", "Where our time goes (share by kind of operation):", ""]
+        lines += ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+        for name in next(iter(columns.values())):
             lines.append(
-                f"| {row} | {found['ours']:.2f} s | {found['torchvision']:.2f} s "
-                f"| {found['ratio']:.2f} | {share:.0%} |"
+                f"| {name} | " + " | ".join(f"{shares[name]:.0%}" for shares in columns.values()) + " |"
             )
-            print(lines[-1], flush=True)
-    lines += memory_table(ratios)
-    lines += ["", "Where our time goes (share by kind of operation):", ""]
-    lines += ["| | " + " | ".join(f"{k} {d}" for k, d in SETTINGS) + " |", "|---" * (len(SETTINGS) + 1) + "|"]
-    shares = [operations(kind, dtype) for kind, dtype in SETTINGS]
-    lines += [f"| {name} | " + " | ".join(f"{s[name]:.0%}" for s in shares) + " |" for name in shares[0]]
-    if not arguments.no_curves:
-        found_curves = curves(arguments.quick, 2, clock)
-        plot(found_curves)
+    if "curves" in record:
         lines += ["", "![curves](model.png)", "", "| inference, float32 | ours | others |", "|---|---|---|"]
-        for curve, points in found_curves.items():
-            for label, times in points.items():
-                own = times["mvit_video"]
-                others = ", ".join(
-                    f"{n} {t:.2f} s ({t / own:.2f}x)" for n, t in times.items() if n != "mvit_video"
+        for curve, points in record["curves"].items():
+            for label, point in points.items():
+                seconds, gigabytes = point["mvit_video"]
+                others = "; ".join(
+                    f"{name} {other:.2f} s ({other / seconds:.2f}x), {more:.2f} GB"
+                    for name, (other, more) in point.items()
+                    if name != "mvit_video"
                 )
-                lines.append(f"| {curve} {label} | {own:.2f} s | {others} |")
+                lines.append(f"| {curve} {label} | {seconds:.2f} s, {gigabytes:.2f} GB | {others} |")
         lines += [
             "",
             "Time grows linearly with the batch. With frames and crop the linear layers and poolings do too,",
             "but attention doesn't: keys are pooled by fixed strides, so queries times keys grow with the",
             "square of the number of tokens. Its memory stays linear, as scores exist only chunk by chunk.",
         ]
-    return "\n".join(lines) + "\n", ratios
-
-
-def memory_table(ratios: dict[str, float]) -> list[str]:
-    lines = [
-        "",
-        f"Peak memory of a training step above the bare process, and the largest batch that {MEMORY} GB hold",
-        "(from the slope between batches of one and two):",
-        "",
-        "| | ours | with `checkpoint_blocks` | torchvision | ours / torchvision | largest batches |",
-        "|---|---|---|---|---|---|",
-    ]
-    cases = (("mvit_video", False), ("mvit_video", True), ("torchvision", False))
-    for dtype in DTYPES:
-        one, two = ([memory_apart(n, "training", dtype, b, c) for n, c in cases] for b in (1, 2))
-        batches = [int((MEMORY - a) / max(b - a, 1e-9)) + 1 for a, b in zip(one, two, strict=True)]
-        ratios[f"memory {dtype}"] = round(one[2] / one[0], 3)
-        lines.append(
-            f"| {dtype} | {one[0]:.2f} GB | {one[1]:.2f} GB | {one[2]:.2f} GB | {one[0] / one[2]:.2f} "
-            f"| {', '.join(map(str, batches))} |"
-        )
-        print(lines[-1], flush=True)
-    return lines
+    return "\n".join(lines) + "\n"
 
 
 def check(recorded: dict[str, float], rounds: int, clock: Callable[[], float]) -> list[str]:
@@ -327,10 +368,9 @@ def write(section: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--part", action="append", choices=PARTS)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
-    parser.add_argument("--quick", action="store_true", help="eager rows and short curves only")
-    parser.add_argument("--no-curves", action="store_true", help="no scaling curves")
     parser.add_argument("--write", action="store_true", help="record in README.md and model.json")
     parser.add_argument("--check", action="store_true", help="compare with model.json")
     parser.add_argument("--memory", help=argparse.SUPPRESS)
@@ -338,18 +378,26 @@ def main() -> None:
     if arguments.memory:
         print(peak_memory(*json.loads(arguments.memory)))
         return
+    clock = CLOCKS[arguments.clock]
     file = HERE / "model.json"
+    recorded: Record = json.loads(file.read_text())
     if arguments.check:
-        recorded = json.loads(file.read_text())
-        slower = check(recorded["ratios"], arguments.rounds, CLOCKS[arguments.clock])
+        slower = check(
+            {name: row["ratio"] for name, row in recorded["eager"].items()}, arguments.rounds, clock
+        )
         if slower:
             sys.exit(f"slower than recorded on {recorded['machine']}:\n" + "\n".join(slower))
         return
-    section, ratios = report(arguments)
-    print(section)
-    if arguments.write:
-        write(section)
-        file.write_text(json.dumps({"machine": machine(), "ratios": ratios}, indent=2) + "\n")
+    # A record is of one machine.
+    record: Record = recorded if recorded["machine"] == machine() else {"machine": machine()}
+    for part in arguments.part or PARTS:
+        record[part] = measure(part, arguments.rounds, clock)
+        if arguments.write:
+            file.write_text(json.dumps(record, indent=2) + "\n")
+            write(render(record))
+            if part == "curves":
+                plot(record[part])
+    print(render(record))
 
 
 if __name__ == "__main__":
