@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -20,6 +19,7 @@ import time
 from typing import Any
 
 import torch
+from model import resident
 
 import mvit_video as mv
 
@@ -34,14 +34,14 @@ def measure(positions: str, size: int, steps: int) -> dict[str, float]:
     """Median seconds of a step and peak memory above the bare process (MB), in this process."""
     model = mv.create_model("mvitv2_t_224", crop_size=size, **POSITIONS[positions])
     clips = torch.randn(1, 3, 1, size, size)
-    bare = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    bare = resident("VmRSS")
     seconds = []
     for _ in range(steps + 1):
         start = time.perf_counter()
         model(clips).sum().backward()
         model.zero_grad()
         seconds.append(time.perf_counter() - start)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = resident("VmHWM")
     return {"seconds": statistics.median(seconds[1:]), "megabytes": (peak - bare) / 1024}
 
 
