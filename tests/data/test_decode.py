@@ -101,7 +101,10 @@ def test_every_request_gives_the_frames_of_a_plain_decode(folder: Path, name: st
             assert frames.shape == (len(indices), 3, video.height, video.width)
             assert numbers(frames) == indices, request
             for frame, index in zip(frames, indices, strict=True):
-                np.testing.assert_array_equal(frame.permute(1, 2, 0), expected[index])
+                tolerance = 3 if "odd_size" in name else 0  # levels; see test_colour
+                np.testing.assert_allclose(
+                    frame.permute(1, 2, 0).int(), expected[index].astype(int), 0, tolerance
+                )
 
 
 def test_a_single_frame_of_a_fresh_video(folder: Path) -> None:

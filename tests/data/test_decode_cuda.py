@@ -216,9 +216,8 @@ def test_gpu_frames_are_the_cpu_frames(tmp_path: Path, name: str) -> None:
             frames = video.get_frames(indices)
             assert frames.device.type == "cuda"
             difference = (frames.cpu().int() - exact.get_frames(indices).int()).abs().float()
-            assert difference.mean() < 2.2
-            if "10" not in name:  # swscale interpolates the chroma of 10-bit files
-                assert difference.max() <= 3
+            assert difference.max() <= 3
+            assert difference.mean() < 1.5
 
 
 @pytest.mark.gpu

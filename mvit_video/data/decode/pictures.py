@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from av.sidedata.sidedata import Type as SideDataType
 from av.video.frame import VideoFrame
+from av.video.plane import VideoPlane
 from av.video.reformatter import ColorRange, VideoReformatter
 from torch import Tensor
 
@@ -24,6 +25,8 @@ _UNITS = {
     **dict.fromkeys(("gray10le", "yuv420p10le", "yuv422p10le", "yuv444p10le"), 4),
     "p010le": 256,
 }
+_AT_ONCE = 16  # pictures converted together: as floats they take much more memory than as bytes
+_STEPS = 16  # a size that all kinds of chroma divide
 
 
 class NotOnHardware(Exception):  # noqa: N818 (never leaves this package)
@@ -77,6 +80,8 @@ class Look:
     matrix: tuple[float, float]
     full_range: bool
     as_planes: bool  # whether the planes can be converted without swscale
+    step: tuple[int, int]  # rows and columns that a chroma sample stands for
+    deep: bool  # more than 8 bits
 
     @property
     def upright_size(self) -> tuple[int, int]:
@@ -94,26 +99,65 @@ class Look:
             matrix_of(frame.colorspace),
             frame.color_range == ColorRange.JPEG or pix_fmt.startswith("yuvj"),
             pix_fmt in _UNITS and all(plane.line_size > 0 for plane in frame.planes),
+            (_STEPS // frame.format.chroma_height(_STEPS), _STEPS // frame.format.chroma_width(_STEPS)),
+            frame.format.components[0].bits > 8,
         )
 
 
 class RgbPictures:
-    """Frames converted one by one by swscale: on the CPU that is the fastest way."""
+    """Frames converted one by one by swscale: on the CPU that is the fastest way.
+
+    Chroma is repeated, as `to_rgb` does. Where a size cuts chroma samples in two, swscale would stretch the
+    chroma, or leave the last column black (it depends on the processor); so such pictures get a row or column
+    more, which is cut off again.
+    """
 
     def __init__(self, count: int, look: Look, reformatter: VideoReformatter) -> None:
         self._look, self._reformatter = look, reformatter
+        self._padded: VideoFrame | None = None  # kept
         self._frames = torch.empty(count, *look.upright_size, 3, dtype=torch.uint8)
         self._slots = self._frames.numpy()
 
     @timed("convert")
     def put(self, slot: int, frame: VideoFrame) -> None:
         """Gather a frame."""
-        height, width = self._look.height, self._look.width
-        # swscale's defaults: what the published weights were trained on.
-        rgb = self._reformatter.reformat(frame, width=width, height=height, format="rgb24", threads=1)
-        plane = rgb.planes[0]
-        rows = np.frombuffer(cast(Any, plane), np.uint8).reshape(-1, plane.line_size)[:height, : width * 3]
-        self._slots[slot] = self._look.turn.apply(rows.reshape(height, width, 3))
+        look = self._look
+        height, width = look.height, look.width
+        if look.as_planes and (height % look.step[0] or width % look.step[1]):
+            frame = self._pad(_as_first(frame, look, self._reformatter))
+            height, width = frame.height, frame.width
+        # swscale's defaults are what the published weights were trained on; of deep chroma they interpolate.
+        same = (frame.height, frame.width) == (height, width)
+        rgb = self._reformatter.reformat(
+            frame,
+            width=width,
+            height=height,
+            format="rgb24",
+            interpolation="POINT" if look.deep and same else None,
+            threads=1,
+        )
+        picture = _rows(rgb.planes[0])[:height, : width * 3].reshape(height, width, 3)
+        self._slots[slot] = look.turn.apply(picture[: look.height, : look.width])
+
+    def _pad(self, frame: VideoFrame) -> VideoFrame:
+        """The same picture with its last row or column repeated up to whole samples of chroma."""
+        if self._padded is None:
+            down, across = self._look.step
+            size = -(-frame.width // across) * across, -(-frame.height // down) * down
+            self._padded = VideoFrame(*size, frame.format.name)
+        padded = self._padded
+        padded.colorspace, padded.color_range = frame.colorspace, frame.color_range
+        item = 2 if self._look.deep else 1
+        for source, target in zip(frame.planes, padded.planes, strict=True):
+            old, new = _rows(source), _rows(target)[: target.height]
+            shared = min(old.shape[1], new.shape[1])
+            new[: source.height, :shared] = old[: source.height, :shared]
+            new[source.height :] = new[source.height - 1]
+            end = source.width * item
+            new[:, end : target.width * item] = np.tile(
+                new[:, end - item : end], (1, target.width - source.width)
+            )
+        return padded
 
     @timed("convert")
     def finish(self) -> Tensor:
@@ -146,11 +190,8 @@ class PlanePictures:
             if self._pix_fmt not in _UNITS:
                 raise NotOnHardware(f"NVDEC gives {self._pix_fmt}")
         else:
-            frame = self._reformatter.reformat(
-                frame, width=look.width, height=look.height, format=look.pix_fmt, threads=1
-            )
-        # A capsule: handed the plane itself, torch passes a stream along, which PyAV refuses.
-        planes = [torch.utils.dlpack.from_dlpack(plane.__dlpack__()) for plane in frame.planes]
+            frame = _as_first(frame, look, self._reformatter)
+        planes = _planes_of(frame)
         with self._decoding_stream():
             if not self._planes:
                 self._planes = [self._empty(plane) for plane in planes]
@@ -177,9 +218,32 @@ class PlanePictures:
         if self._on_gpu:
             current = torch.cuda.current_stream(self._device)
             current.wait_stream(torch.cuda.default_stream(self._device))
-            for planes in self._planes:
-                planes.record_stream(current)
-        luma, *rest = (planes.to(self._device, non_blocking=True) for planes in self._planes)
-        chroma = rest[0].unbind(-1) if len(rest) == 1 else tuple(rest)
-        colour = Colour(self._look.matrix, self._look.full_range, _UNITS[self._pix_fmt])
-        return self._look.turn.apply_all(to_rgb(luma, cast(Any, chroma or None), colour))
+            for plane in self._planes:
+                plane.record_stream(current)
+        moved = [plane.to(self._device, non_blocking=True) for plane in self._planes]
+        parts = zip(*(plane.split(_AT_ONCE) for plane in moved), strict=True)
+        frames = torch.cat([_rgb_of(list(part), self._look, self._pix_fmt) for part in parts])
+        return self._look.turn.apply_all(frames)
+
+
+def _as_first(frame: VideoFrame, look: Look, reformatter: VideoReformatter) -> VideoFrame:
+    """In the size and format of the first frame: the same one where it has them."""
+    return reformatter.reformat(frame, width=look.width, height=look.height, format=look.pix_fmt, threads=1)
+
+
+def _rows(plane: VideoPlane) -> npt.NDArray[np.uint8]:
+    """The plane's own memory in bytes, with what pads its rows."""
+    return np.frombuffer(cast(Any, plane), np.uint8).reshape(-1, plane.line_size)
+
+
+def _planes_of(frame: VideoFrame) -> list[Tensor]:
+    """The frame's own memory, each plane (h, w) or, with U and V in turn, (h, w, 2)."""
+    # A capsule: handed the plane itself, torch passes a stream along, which PyAV refuses.
+    return [torch.utils.dlpack.from_dlpack(plane.__dlpack__()) for plane in frame.planes]
+
+
+def _rgb_of(planes: list[Tensor], look: Look, pix_fmt: str) -> Tensor:
+    """uint8 (N, 3, H, W), not turned yet, of planes (N, h, w[, 2])."""
+    luma, *rest = planes
+    chroma = rest[0].unbind(-1) if len(rest) == 1 else tuple(rest)
+    return to_rgb(luma, cast(Any, chroma or None), Colour(look.matrix, look.full_range, _UNITS[pix_fmt]))
