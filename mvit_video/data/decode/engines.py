@@ -2,7 +2,8 @@
 
 Our own index says how many frames there are and when each is shown. An engine whose own count, size or times
 differ is refused, and so are the kinds of file on which it is known to give other frames without a word.
-Damage inside a file these engines paint over: only PyAV, run as here, reports it.
+Damage inside a file these engines paint over: where FFmpeg complains meanwhile, or would not tell, PyAV reads
+the frames again and reports it. On a GPU nobody would tell.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mvit_video.data.decode import complaints
 from mvit_video.data.decode.cuda import SAMPLE
 from mvit_video.data.decode.pyav import PyAVVideo
 from mvit_video.errors import ConfigError, VideoError
@@ -26,14 +28,18 @@ from mvit_video.timing import timed
 
 _Read = Callable[[list[int]], Tensor]  # rising frame indices -> uint8 (T, 3, H, W)
 _SAME_TIME = 1e-3  # seconds
+_TELLING = ("h264", "mpeg4", "mpeg2video", "vp8", "vp9", "av1")  # HEVC's decoder is silent on some damage
 _FFMPEG_LIBRARIES = ("avcodec", "avdevice", "avfilter", "avformat", "avutil", "swresample", "swscale")
 
 
 class EngineVideo:
     """An open video file whose frames another library reads; see `Video`."""
 
-    def __init__(self, facts: PyAVVideo, read: _Read) -> None:
-        self._facts, self._read = facts, read
+    def __init__(
+        self, facts: PyAVVideo, read: _Read, *, device: torch.device, quiet_since: int | None
+    ) -> None:
+        self._facts, self._read, self._device = facts, read, device
+        self._quiet_since = quiet_since  # complaints heard before it was opened; None: none can be heard
         self.path, self.num_frames = facts.path, facts.num_frames
         self.fps, self.duration = facts.fps, facts.duration
         self.height, self.width, self.codec = facts.height, facts.width, facts.codec
@@ -63,16 +69,25 @@ class EngineVideo:
             return torch.empty(0, 3, self.height, self.width, dtype=torch.uint8)
         wanted = sorted(set(asked))
         frames = self._read(wanted)
+        if self._may_be_damaged():
+            with PyAVVideo(self.path, device=self._device) as exact:
+                return exact.get_frames(asked)
         if frames.shape != (len(wanted), 3, self.height, self.width):
             raise VideoError(self.path, f"frames of shape {tuple(frames.shape)}; decode it with PyAV")
         if wanted == asked:
             return frames
         return frames[[bisect.bisect_left(wanted, index) for index in asked]]
 
+    def _may_be_damaged(self) -> bool:
+        # Since it was opened, as later pictures build on those that were patched up. NVDEC tells nothing.
+        silent = self.codec not in _TELLING and self._device.type == "cpu"
+        return silent or self._quiet_since != complaints.number_heard()
+
 
 def open_with_torchcodec(path: str | Path, device: torch.device) -> EngineVideo:
     """Raises `ConfigError` where torchcodec can't be used, `VideoError` for a file that it gets wrong."""
     decoders = import_torchcodec()
+    quiet_since = complaints.number_heard() if complaints.listen("torchcodec") else None
     with PyAVVideo(path) as facts:
         _refuse_uncounted(facts, "torchcodec")
         try:
@@ -95,12 +110,13 @@ def open_with_torchcodec(path: str | Path, device: torch.device) -> EngineVideo:
                 raise _refusal(facts, "torchcodec", f"gives another picture as frame {index}")
         return batch.data
 
-    return EngineVideo(facts, read)
+    return EngineVideo(facts, read, device=device, quiet_since=quiet_since)
 
 
 def open_with_decord(path: str | Path) -> EngineVideo:
     """Raises `ConfigError` where decord can't be used, `VideoError` for a file that it gets wrong."""
     decord = import_decord()
+    quiet_since = complaints.number_heard() if complaints.listen("decord") else None
     with PyAVVideo(path) as facts:
         _refuse_uncounted(facts, "decord")
         assert facts.index is not None
@@ -122,7 +138,7 @@ def open_with_decord(path: str | Path) -> EngineVideo:
         frames = batch if isinstance(batch, Tensor) else torch.from_numpy(batch.asnumpy())
         return frames.permute(0, 3, 1, 2)
 
-    return EngineVideo(facts, read)
+    return EngineVideo(facts, read, device=torch.device("cpu"), quiet_since=quiet_since)
 
 
 def _decord_problem(facts: PyAVVideo) -> str | None:
