@@ -264,11 +264,11 @@ def machine() -> str:
     return f"{len(ALL_CORES)} cores of {names[0] if names else platform.processor()}"
 
 
-def write(section: str) -> None:
-    """Replace this benchmark's section of README.md."""
+def write(section: str, heading: str = HEADING) -> None:
+    """Replace a benchmark's section of README.md."""
     path = HERE / "README.md"
     text = path.read_text() if path.exists() else "# Benchmarks\n"
-    before, _, rest = text.partition(HEADING)
+    before, _, rest = text.partition(heading)
     _, mark, after = rest.partition("\n## ")
     path.write_text(f"{before.rstrip()}\n\n{section}{mark}{after}")
 

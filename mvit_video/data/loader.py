@@ -44,6 +44,7 @@ KINDS = ("auto", "threads", "workers")
 _GRACE = 5  # seconds that processes have to end
 _PATIENCE = 60  # seconds after which a sample that doesn't come is talked about
 _LONGEST_NOTE = 4096  # bytes
+_SHARE = 1 / 8  # of the memory that samples made ahead may fill
 
 
 class Batches(Protocol):
@@ -81,7 +82,9 @@ class ClipLoader(Generic[Collated]):
         num_workers: threads or processes; 0 makes samples when they are asked for.
         kind: "threads" of this process, "workers" that are processes of their own, or "auto": workers, and
             threads where files are decoded on a GPU, which only they can. There each has a stream of its own.
-        ahead: how many samples are under way at most; None: two batches and one more for each worker.
+        ahead: how many samples are under way at most; None: two batches and one more for each worker. There
+            are fewer where they are large: together they fill an eighth of the memory (of the GPU, where they
+            lie there), unless every worker is to have one.
 
     Raises, when iterated over:
         DataError: a process was killed; it names the video that it was reading.
@@ -104,6 +107,7 @@ class ClipLoader(Generic[Collated]):
         self._dataset, self._collate = dataset, collate
         self._num_workers, self._kind, self._ahead = num_workers, kind, ahead
         self._pool: _Pool | None = None
+        self._largest = 0  # bytes of a sample, so far
         self._first = 0  # batches that the next epoch leaves out: a former run has had them
         self._delivered = 0  # batches of this epoch
 
@@ -143,15 +147,18 @@ class ClipLoader(Generic[Collated]):
         if self._pool is None:
             self._pool = self._start()
         pool = self._pool
-        ahead = self._ahead or 2 * batch_size + self._num_workers
+        most = self._ahead or 2 * batch_size + self._num_workers
         pending: deque[Future[Any]] = deque()
         try:
             for number in range(len(keys)):
-                for key in keys[number + len(pending) : number + ahead]:
+                fitting = pool.memory() * _SHARE // self._largest if self._largest else 0
+                ahead = min(most, max(self._num_workers, fitting))
+                for key in keys[number + len(pending) : number + int(ahead)]:
                     pending.append(pool.submit(key))
                 with timing.stage("wait for data"):
                     sample = pool.take(pending[0])
                 pending.popleft()
+                self._largest = max(self._largest, sum(tensor.nbytes for tensor in _tensors(sample)))
                 yield sample
         except BrokenProcessPool:
             self._pool = None
@@ -192,6 +199,11 @@ class _Pool:
     def held(self) -> list[str]:
         """The paths that are being read."""
         raise NotImplementedError
+
+    def memory(self) -> int:
+        """Bytes of the memory that samples lie in, this process's share."""
+        machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return machine // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
     def why_broken(self) -> str:
         return "a process of the loader died"
@@ -245,6 +257,11 @@ class _Threads(_Pool):
 
     def held(self) -> list[str]:
         return list(self._held.values())
+
+    def memory(self) -> int:
+        if self._device.type == "cuda":
+            return torch.cuda.mem_get_info(self._device)[1]
+        return super().memory()
 
 
 class _Processes(_Pool):
@@ -367,4 +384,4 @@ def _tensors(sample: Any) -> Iterator[Tensor]:
         for part in sample:
             yield from _tensors(part)
     elif dataclasses.is_dataclass(sample):
-        yield from _tensors(list(vars(sample).values()))
+        yield from _tensors([getattr(sample, field.name) for field in dataclasses.fields(sample)])

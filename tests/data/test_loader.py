@@ -126,6 +126,31 @@ def test_few_samples_are_made_ahead() -> None:
         assert dataset.made[0] <= 4 + 2 * 4 + 3
 
 
+class Large(Counted):
+    """Samples of a megabyte each."""
+
+    def __getitem__(self, key: int) -> torch.Tensor:
+        return super().__getitem__(key).expand(1 << 17).clone()
+
+
+@pytest.mark.parametrize(("megabytes", "ahead"), [(0.1, 3), (5, 5), (1000, 2 * 4 + 3)])
+def test_large_samples_are_made_ahead_by_their_bytes(
+    monkeypatch: pytest.MonkeyPatch, megabytes: float, ahead: int
+) -> None:
+    """At most so many megabytes, but one sample a worker."""
+    monkeypatch.setattr(loader_module, "_SHARE", 0.5)
+    monkeypatch.setattr(loader_module._Pool, "memory", lambda self: int(2 * megabytes * (1 << 20)))
+    dataset = Large()
+    with closing(
+        ClipLoader(dataset, AllVideos(200, 4), torch.stack, num_workers=3, kind="threads")
+    ) as loader:
+        batches = iter(loader)
+        next(batches)  # four samples; the last was taken when so many were under way
+        time.sleep(0.2)
+        assert dataset.made[0] == 3 + ahead
+        batches.close()
+
+
 def failing(path: str, bad: str, failure):
     if path == bad:
         failure()
