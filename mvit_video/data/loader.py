@@ -3,11 +3,9 @@
 Samples are made one by one from their keys, handed over in the order of the keys, and put together by the
 process that trains. A bounded number of them is under way.
 
-Clips of 16 x 224 x 224 from h264 of 340 x 256, two workers on two cores that other programs used too,
-alternating epochs of one run: threads 3.6 clips a second (2.9 to 4.2), processes 3.1 (2.7 to 3.7), PyTorch's
-DataLoader 3.5 (3.3 to 3.8); no difference beyond the noise. So a CPU has processes, which leave the training
-loop its interpreter and take as many cores as there are; a GPU has threads, since its memory and decoders
-belong to one process.
+Threads share memory and so make more clips a second than processes, which send theirs
+(benchmarks/README.md). But they also share one interpreter, which each holds for a fifth to two fifths of its
+time. So few workers are threads and more are processes, unless a GPU decodes: its memory belongs to one process.
 """
 
 from __future__ import annotations
@@ -44,6 +42,7 @@ KINDS = ("auto", "threads", "workers")
 _GRACE = 5  # seconds that processes have to end
 _PATIENCE = 60  # seconds after which a sample that doesn't come is talked about
 _LONGEST_NOTE = 4096  # bytes
+_FEW = 2  # workers that one interpreter keeps busy
 _SHARE = 1 / 8  # of the memory that samples made ahead may fill
 
 
@@ -80,8 +79,9 @@ class ClipLoader(Generic[Collated]):
         batches: the keys of an epoch's batches.
         collate: makes a batch from its samples.
         num_workers: threads or processes; 0 makes samples when they are asked for.
-        kind: "threads" of this process, "workers" that are processes of their own, or "auto": workers, and
-            threads where files are decoded on a GPU, which only they can. There each has a stream of its own.
+        kind: "threads" of this process, "workers" that are processes of their own, or "auto": threads if there
+            are at most two, else workers; and always threads, each with a stream of its own, where files are
+            decoded on a GPU, which only they can.
         ahead: how many samples are under way at most; None: two batches and one more for each worker. There
             are fewer where they are large: together they fill an eighth of the memory (of the GPU, where they
             lie there), unless every worker is to have one.
@@ -172,7 +172,8 @@ class ClipLoader(Generic[Collated]):
             device = video.get_frames([0]).device
         if device.type != "cpu" and self._kind == "workers":
             raise ConfigError(f"decoding on {device} happens in threads of this process: loader=threads")
-        if device.type != "cpu" or self._kind == "threads":
+        few = self._kind == "auto" and self._num_workers <= _FEW
+        if device.type != "cpu" or self._kind == "threads" or few:
             return _Threads(self._dataset, self._num_workers, device)
         return _Processes(self._dataset, self._num_workers)
 
@@ -221,13 +222,21 @@ class _Threads(_Pool):
         self._thread = threading.local()
         self._held: dict[int, str] = {}  # by thread
         self._dataset.open_file = partial(self._open, dataset.open_file)
+        self._barrier = threading.Barrier(count + 1)
         self.executor = ThreadPoolExecutor(count, "clips", self._start)
+        torch_threads = torch.get_num_threads()
+        for _ in range(count):
+            self.executor.submit(self._barrier.wait)
+        self._barrier.wait()
+        torch.set_num_threads(torch_threads)  # of this thread, and of those to come
 
     def _open(self, open_file: Callable[[str], Any], path: str) -> Any:
         self._held[threading.get_ident()] = path
         return open_file(path)
 
     def _start(self) -> None:
+        torch.get_num_threads()  # asked first, this thread's own number is no longer that of all
+        torch.set_num_threads(1)
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)  # new threads are on the first GPU
             self._thread.stream = torch.cuda.Stream(self._device)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import faulthandler
+import multiprocessing
 import os
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
 from itertools import chain, islice
@@ -286,6 +288,34 @@ def test_processes_are_refused_where_a_gpu_decodes(videos: list[LabelledVideo]) 
         pytest.raises(ConfigError, match="happens in threads of this process: loader=threads"),
     ):
         next(iter(loader))
+
+
+@pytest.mark.parametrize(("workers", "processes"), [(1, 0), (2, 0), (3, 3)])
+def test_few_workers_are_threads(videos: list[LabelledVideo], workers: int, processes: int) -> None:
+    before = len(multiprocessing.active_children())
+    with closing(training(videos, num_workers=workers)) as loader:
+        assert_same(list(loader), list(training(videos, num_workers=0)))
+        assert len(multiprocessing.active_children()) - before == processes
+
+
+class TorchThreads(Counted):
+    """How many threads torch uses where samples are made."""
+
+    def __getitem__(self, key: int) -> torch.Tensor:
+        return torch.tensor(torch.get_num_threads())
+
+
+def test_threads_leave_torch_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each makes its samples with one of torch's threads, and the others have what they had."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        loader = ClipLoader(TorchThreads(), AllVideos(8, 4), torch.stack, num_workers=2, kind="threads")
+        with closing(loader), ThreadPoolExecutor(1) as later:
+            assert torch.cat(list(loader)).tolist() == [1] * 8
+            assert torch.get_num_threads() == later.submit(torch.get_num_threads).result() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.gpu
