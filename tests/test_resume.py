@@ -289,7 +289,7 @@ def test_the_loader_s_processes_end_with_a_killed_run(
 
     def run() -> None:
         signal_in_batch(8, signal.SIGSTOP)()
-        sys.argv = ["mvit-train", *arguments, "num_workers=2", "hydra.run.dir=run"]
+        sys.argv = ["mvit-train", *arguments, "num_workers=2", "loader=workers", "hydra.run.dir=run"]
         train.main()
 
     child = multiprocessing.get_context("fork").Process(target=run)

@@ -75,7 +75,7 @@ def _seconds(function) -> float:
 
 
 @pytest.mark.parametrize(
-    "loading", [["num_workers=0"], ["num_workers=2"], ["num_workers=2", "loader=threads"]]
+    "loading", [["num_workers=0"], ["num_workers=2", "loader=workers"], ["num_workers=2", "loader=threads"]]
 )
 def test_a_profiled_run_says_where_the_time_went(
     command: Command, two_classes: Path, tmp_path: Path, loading: list[str]

@@ -5,7 +5,8 @@ process that trains. A bounded number of them is under way.
 
 Threads share memory and so make more clips a second than processes, which send theirs
 (benchmarks/README.md). But they also share one interpreter, which each holds for a fifth to two fifths of its
-time. So few workers are threads and more are processes, unless a GPU decodes: its memory belongs to one process.
+time. So few workers are threads and more are processes; where a GPU decodes, whose memory belongs to one
+process, all are threads.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ class ClipLoader(Generic[Collated]):
         batches: the keys of an epoch's batches.
         collate: makes a batch from its samples.
         num_workers: threads or processes; 0 makes samples when they are asked for.
-        kind: "threads" of this process, "workers" that are processes of their own, or "auto": threads if there
+        kind: "threads" of this process, "workers" that are processes of their own, or "auto": threads if they
             are at most two, else workers; and always threads, each with a stream of its own, where files are
             decoded on a GPU, which only they can.
         ahead: how many samples are under way at most; None: two batches and one more for each worker. There
