@@ -44,6 +44,7 @@ FILES: dict[str, dict[str, Any]] = {
     "h264_one.mp4": {"num_frames": 1},
     "h264_five.mkv": {"num_frames": 5},
     "h264_bframes.avi": {"options": X264 | {"bf": "1", "g": "3"}},
+    "h264_bframes.asf": {"options": X264 | {"bf": "3", "g": "11"}},
     "h264_stream.ts": {"options": X264 | {"bf": "2", "g": "10"}, "audio_seconds": 1.0},
     "h264_webm_named.webm": {"codec": "libvpx-vp9", "options": VP9},
     "hevc_10bit_open_gop.mp4": {"codec": "libx265", "pix_fmt": "yuv420p10le", "options": X265},
@@ -113,6 +114,22 @@ def test_a_single_frame_of_a_fresh_video(folder: Path) -> None:
         for index in range(8):
             with open_video(path) as video:
                 assert numbers(video.get_frames([index])) == [index]
+
+
+@pytest.mark.parametrize("suffix", [".mkv", ".flv", ".nut"])
+def test_times_that_hide_the_order_are_not_trusted(folder: Path, suffix: str) -> None:
+    """B-frames whose times of showing are those of decoding, as old muxers wrote them."""
+    source = write_numbered_video(folder / "ordered.mp4", 40, options=X264 | {"bf": "2", "g": "16"})
+    path = folder / f"unordered{suffix}"
+    with av.open(str(source)) as old, av.open(str(path), "w") as new:
+        stream = new.add_stream_from_template(old.streams.video[0])
+        for packet in old.demux(video=0):
+            if packet.size:
+                packet.stream, packet.pts = stream, packet.dts
+                new.mux(packet)
+    for index in range(40):
+        with open_video(path) as video:
+            assert numbers(video.get_frames([index])) == [index]
 
 
 def test_times_and_rate_are_measured(folder: Path) -> None:

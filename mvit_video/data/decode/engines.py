@@ -69,7 +69,7 @@ class EngineVideo:
             return torch.empty(0, 3, self.height, self.width, dtype=torch.uint8)
         wanted = sorted(set(asked))
         frames = self._read(wanted)
-        if self._may_be_damaged():
+        if self._is_doubtful():
             with PyAVVideo(self.path, device=self._device) as exact:
                 return exact.get_frames(asked)
         if frames.shape != (len(wanted), 3, self.height, self.width):
@@ -78,10 +78,11 @@ class EngineVideo:
             return frames
         return frames[[bisect.bisect_left(wanted, index) for index in asked]]
 
-    def _may_be_damaged(self) -> bool:
+    def _is_doubtful(self) -> bool:
         # Since it was opened, as later pictures build on those that were patched up. NVDEC tells nothing.
         silent = self.codec not in _TELLING and self._device.type == "cpu"
-        return silent or self._quiet_since != complaints.number_heard()
+        complained = self._quiet_since != complaints.number_heard()
+        return silent or complained or self._facts.is_order_doubtful
 
 
 def open_with_torchcodec(path: str | Path, device: torch.device) -> EngineVideo:

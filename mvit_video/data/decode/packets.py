@@ -94,6 +94,11 @@ class Index:
         return len(self._sorted) > len(self.pts)
 
     @property
+    def reorders(self) -> bool:
+        """Whether frames are stored in another order than they are shown."""
+        return bool((np.diff(np.frombuffer(self._stored, np.int64)) < 0).any())
+
+    @property
     def has_open_gops(self) -> bool:
         """Whether pictures stored after a key frame are shown before it."""
         return any(

@@ -47,6 +47,9 @@ from mvit_video.timing import timed
 # Reading on is cheaper than a seek when the next key frame is at most this many packets away.
 _SHORT_GAP = 32
 
+# As many packets as a decoder may hold back to put frames in order.
+_LONGEST_DELAY = 16
+
 # Probing a file decodes its first picture to learn the pixel format, which the first frame tells here anyway.
 _PROBE = {"skip_frame": "all"}
 
@@ -70,11 +73,13 @@ class PyAVVideo:
         self._position = 0  # of the packet that `_demuxer` gives next, in decoding order
         self.holes: list[int] = []
         self._sound = 0  # frames before the first damage; only of files without an index
+        self.is_order_doubtful = False  # the decoder reorders frames, but their times say that none is to be
         check_file(self.path)
         self._open()
         try:
             self.index, first = self._read_index()
             if self.index is not None:
+                self.is_order_doubtful = bool(self._codec.has_b_frames) and not self.index.reorders
                 self._set_times(self.index.pts)
             else:
                 self._count_frames()
@@ -268,12 +273,15 @@ class PyAVVideo:
         damage = list(self.holes)  # positions of packets that are lost or don't decode well
         newest = key.pts
         (self._hardware or self._codec).flush_buffers()
-        for packet in self._packets(index, key, stretch.last):
+        # In a doubtful order all frames around are decoded, and have to come in the order of their times.
+        last = stretch.last + (_LONGEST_DELAY if self.is_order_doubtful else 0)
+        for packet in self._packets(index, key, last):
             pts = None if packet is None else packet.pts  # decoding may empty the packet
             decoder = self._hardware or self._codec  # the latter may have been opened anew
             try:
                 # Pictures that nobody wants and nobody refers to are dropped undecoded: lossless.
-                decoder.skip_frame = "DEFAULT" if packet is None or pts in wanted else "NONREF"
+                needed = packet is None or pts in wanted or self.is_order_doubtful
+                decoder.skip_frame = "DEFAULT" if needed else "NONREF"
                 frames = decoder.decode(packet)
             except FFmpegError:
                 frames = []
@@ -368,7 +376,7 @@ class PyAVVideo:
     def _decode_from_front(self, slots: _Slots, pictures: _Pictures) -> None:
         for index in slots:
             if index >= self._sound:
-                which = f"frame {index} of {self.num_frames}"
+                which = f"frame {index} of {max(self.num_frames, index + 1)}"
                 raise VideoError(self.path, f"{which} can't be decoded, the file is damaged")
         last = max(slots, default=-1)
         shown = (frame for frame in self._shown() if frame is not None)
