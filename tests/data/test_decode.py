@@ -329,6 +329,20 @@ def test_lost_packets_in_a_transport_stream_are_no_silent_repeats(folder: Path) 
             assert number in (index, index + 60 - video.num_frames)
 
 
+def test_the_last_frame_of_a_file_that_ends_early_is_not_painted_over(folder: Path) -> None:
+    path = write_numbered_video(folder / "whole.avi", 60, codec="mpeg4")
+    data = path.read_bytes()
+    with av.open(str(path)) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+        place, size = packets[30].pos, packets[30].size
+    path.write_bytes(data[: place + 8 + size // 10])
+    with open_video(path) as video:
+        assert video.num_frames == 31
+        assert numbers(video.get_frames([29])) == [29]
+        with pytest.raises(VideoError, match="frame 30 of 31 can't be decoded, the file is damaged"):
+            video.get_frames([30])
+
+
 @pytest.mark.parametrize("name", ["h264_short_gop.mp4", "mpeg4_bframes.avi", "h264_stream.ts", "mjpeg.avi"])
 def test_random_damage_gives_frames_or_a_video_error(folder: Path, name: str) -> None:
     path = write_numbered_video(folder / name, **({"num_frames": 30} | FILES[name]))

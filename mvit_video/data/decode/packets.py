@@ -136,13 +136,16 @@ def build_index(packets: PacketList) -> Index | None:
 
 
 def find_holes(packets: PacketList) -> list[int]:
-    """Positions before which packets are lost; not where a key frame follows, as at joints of a stream."""
+    """Positions at or before which packets are lost; none where a key frame follows, as at a joint of streams."""
     # The parser hands the flag on one packet too early, so a joint may be two packets away.
-    return [
+    holes = [
         i + 1
         for i in packets.positions(_CORRUPT)
         if not any(mark & _KEY for mark in packets.marks[i + 1 : i + 3])
     ]
+    if len(packets) in holes:
+        holes.append(len(packets) - 1)  # the last packet itself is cut off
+    return holes
 
 
 @dataclass
