@@ -136,7 +136,7 @@ def build_index(packets: PacketList) -> Index | None:
 
 
 def find_holes(packets: PacketList) -> list[int]:
-    """Positions at or before which packets are lost; none where a key frame follows, as at a joint of streams."""
+    """Positions where packets are lost; none where a key frame follows, as at a joint of two streams."""
     # The parser hands the flag on one packet too early, so a joint may be two packets away.
     holes = [
         i + 1
