@@ -39,6 +39,23 @@ def test_windows_hold_the_frames_shown_in_them(tmp_path: Path, suffix: str) -> N
     assert [end for _, end, _ in windows] == pytest.approx([2, 3.5, 5, 5.3], abs=1e-3)
 
 
+def test_windows_become_pictures_on_their_device(tmp_path: Path) -> None:
+    path = write_numbered_video(tmp_path / "v.mp4", 20, fps=10)
+    for window in iter_windows(path, length=1, stride=1, device=torch.device("meta")):
+        frames = window.get_frames([0, 9, 4])
+        assert (frames.device.type, frames.dtype, frames.shape) == ("meta", torch.uint8, (3, 3, 120, 160))
+
+
+@pytest.mark.gpu
+def test_windows_on_a_gpu_are_those_of_the_cpu(tmp_path: Path) -> None:
+    path = write_numbered_video(tmp_path / "v.mp4", 20, fps=10)
+    windows = iter_windows(path, length=1, stride=1, device=torch.device("cuda"))
+    for window, other in zip(windows, iter_windows(path, length=1, stride=1), strict=True):
+        frames = window.get_frames(range(10))
+        assert frames.device.type == "cuda"
+        assert (frames.cpu().int() - other.get_frames(range(10)).int()).abs().max() <= 3
+
+
 def test_windows_of_short_files_gaps_and_odd_strides(tmp_path: Path) -> None:
     path = write_numbered_video(tmp_path / "v.mp4", 3, fps=10)
     assert [numbers(w) for w in iter_windows(path, length=2, stride=1)] == [[0, 1, 2]]

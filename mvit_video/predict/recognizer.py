@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mvit_video.data.clips import OpenVideo, TestViews, VideoViews, read_test_views
 from mvit_video.data.decode import open_video
+from mvit_video.data.decode.cuda import SAMPLE
 from mvit_video.data.index import LabelledVideo
 from mvit_video.data.transform import test_clips
 from mvit_video.data.views import spatial_views
@@ -159,8 +160,11 @@ class Recognizer:
     def _watch(
         self, source: Source, length: float, stride: float, follow: float | None, drop: bool
     ) -> Iterator[tuple[tuple[float, float], Tensor]]:
+        with self.open_file(str(SAMPLE)) as sample:
+            device = sample.get_frames([0]).device  # where decoded files end up
+
         def views() -> Generator[VideoViews, None, None]:
-            for window in iter_windows(source, length=length, stride=stride, follow=follow):
+            for window in iter_windows(source, length=length, stride=stride, follow=follow, device=device):
                 clips, _ = read_test_views(window, self.protocol)
                 video = LabelledVideo(window.path, None, window.path)
                 yield VideoViews(video, clips, [(window.start, window.end)] * len(clips))

@@ -1,4 +1,9 @@
-"""Long videos and live ones: read once from front to back, through windows, in bounded memory."""
+"""Long videos and live ones: read once from front to back, through windows, in bounded memory.
+
+The CPU decodes them, with all cores, whatever the decoder: every frame in its turn is what frame threads are
+made for, and broken streams have to be read on. Only what a window's clips show becomes pictures, on the
+decoder's device.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any, TypeAlias
 
 import av
+import torch
 from av.container import InputContainer
 from av.error import FFmpegError
 from av.video.frame import VideoFrame
@@ -20,7 +26,7 @@ from av.video.stream import VideoStream
 from torch import Tensor
 
 from mvit_video.data.decode.files import check_file, why_not_opened
-from mvit_video.data.decode.pictures import Look, RgbPictures
+from mvit_video.data.decode.pictures import Look, gather
 from mvit_video.errors import ConfigError, VideoError
 
 log = logging.getLogger(__name__)
@@ -50,10 +56,11 @@ class Window:
         codec: str,
         look: Look,
         reformatter: VideoReformatter,
+        device: torch.device,
     ) -> None:
         self.path, self.num_frames, self.codec = path, len(frames), codec
         self.start, self.end = span
-        self._frames, self._look, self._reformatter = frames, look, reformatter
+        self._frames, self._look, self._reformatter, self._device = frames, look, reformatter, device
         first, last = frames[0][0], frames[-1][0]
         self.fps = (len(frames) - 1) / (last - first) if last > first else rate
         self.duration = len(frames) / self.fps
@@ -75,14 +82,19 @@ class Window:
 
     def get_frames(self, indices: Sequence[int]) -> Tensor:
         """See ``Video.get_frames``."""
-        pictures = RgbPictures(len(indices), self._look, self._reformatter)
+        pictures = gather(len(indices), self._look, self._reformatter, self._device)
         for slot, index in enumerate(indices):
             pictures.put(slot, self._frames[index][1])
-        return pictures.finish()
+        return pictures.finish().to(self._device)
 
 
 def iter_windows(
-    source: Source, *, length: float, stride: float, follow: float | None = None
+    source: Source,
+    *,
+    length: float,
+    stride: float,
+    follow: float | None = None,
+    device: torch.device | None = None,
 ) -> Iterator[Window]:
     """Windows [0, length), [stride, stride + length), ... of a video as it is read, in seconds.
 
@@ -94,6 +106,7 @@ def iter_windows(
         source: a file; a stream's address (``rtsp://...``, ``http://...``); a camera (``/dev/video0``);
             ``-``, standard input; or an open binary file.
         follow: seconds to wait for a file to grow, each time its end is reached; None: it is complete.
+        device: where the frames end up; None: the CPU.
 
     Raises:
         VideoError: nothing can be read. ConfigError: a number isn't positive.
@@ -112,7 +125,16 @@ def iter_windows(
             assert look is not None
             frames = [frame for frame in held if frame[0] < end - _SLACK]
             span = (number * stride, end)
-            return Window(name, frames, span=span, rate=rate, codec=codec, look=look, reformatter=reformatter)
+            return Window(
+                name,
+                frames,
+                span=span,
+                rate=rate,
+                codec=codec,
+                look=look,
+                reformatter=reformatter,
+                device=device or torch.device("cpu"),
+            )
 
         for second, frame in timed_frames(container, stream, name):
             look = look or Look.of(frame)

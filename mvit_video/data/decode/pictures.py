@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -224,6 +224,16 @@ class PlanePictures:
         parts = zip(*(plane.split(_AT_ONCE) for plane in moved), strict=True)
         frames = torch.cat([_rgb_of(list(part), self._look, self._pix_fmt) for part in parts])
         return self._look.turn.apply_all(frames)
+
+
+Pictures: TypeAlias = RgbPictures | PlanePictures
+
+
+def gather(count: int, look: Look, reformatter: VideoReformatter, device: torch.device) -> Pictures:
+    """A place for so many frames of a CPU decoder that are to be on a device."""
+    if device.type == "cpu" or not look.as_planes:
+        return RgbPictures(count, look, reformatter)
+    return PlanePictures(count, look, reformatter, device)
 
 
 def _as_first(frame: VideoFrame, look: Look, reformatter: VideoReformatter) -> VideoFrame:

@@ -40,7 +40,7 @@ from mvit_video.data.decode.packets import (
     find_holes,
     plan,
 )
-from mvit_video.data.decode.pictures import Look, NotOnHardware, PlanePictures, RgbPictures
+from mvit_video.data.decode.pictures import Look, NotOnHardware, Pictures, PlanePictures, gather
 from mvit_video.errors import VideoError
 from mvit_video.timing import timed
 
@@ -53,7 +53,6 @@ _LONGEST_DELAY = 16
 # Probing a file decodes its first picture to learn the pixel format, which the first frame tells here anyway.
 _PROBE = {"skip_frame": "all"}
 
-_Pictures: TypeAlias = RgbPictures | PlanePictures
 _Slots: TypeAlias = dict[int, int]  # frame index, rising -> place among the pictures asked for
 
 
@@ -131,7 +130,7 @@ class PyAVVideo:
                 self._nvdec = False
                 cuda.fall_back(self.path, str(reason))
         self._hardware = None
-        pictures = self._new_pictures(len(slots))
+        pictures = gather(len(slots), self._look, self._reformatter, self.device)
         if self.index is not None:
             missing = self._decode_indexed(self.index, slots, pictures)
             if missing:
@@ -148,11 +147,6 @@ class PyAVVideo:
         if self._decode_indexed(self.index, slots, pictures):
             raise NotOnHardware("NVDEC did not give all frames")  # the CPU decoder says what is wrong
         return pictures.finish()
-
-    def _new_pictures(self, count: int) -> _Pictures:
-        if self.device.type == "cpu" or not self._look.as_planes:
-            return RgbPictures(count, self._look, self._reformatter)
-        return PlanePictures(count, self._look, self._reformatter, self.device)
 
     def check_range(self, indices: Sequence[int]) -> None:
         """Raises `ValueError` for an index that no frame has."""
@@ -253,7 +247,7 @@ class PyAVVideo:
 
     # Decoding by the index
 
-    def _decode_indexed(self, index: Index, slots: _Slots, pictures: _Pictures) -> list[int]:
+    def _decode_indexed(self, index: Index, slots: _Slots, pictures: Pictures) -> list[int]:
         """Gather the frames; returns those that did not come."""
         missing: list[int] = []
         for stretch in plan(index, list(slots)):
@@ -264,9 +258,7 @@ class PyAVVideo:
             missing += late
         return missing
 
-    def _decode_stretch(
-        self, index: Index, stretch: Stretch, slots: _Slots, pictures: _Pictures
-    ) -> list[int]:
+    def _decode_stretch(self, index: Index, stretch: Stretch, slots: _Slots, pictures: Pictures) -> list[int]:
         key = index.keys[stretch.key]
         wanted = {index.pts[i]: i for i in stretch.frames}
         came: set[int] = set()
@@ -373,7 +365,7 @@ class PyAVVideo:
         self._sound = len(pts) if sound is None else sound
         self._set_times(pts)
 
-    def _decode_from_front(self, slots: _Slots, pictures: _Pictures) -> None:
+    def _decode_from_front(self, slots: _Slots, pictures: Pictures) -> None:
         for index in slots:
             if index >= self._sound:
                 which = f"frame {index} of {max(self.num_frames, index + 1)}"
