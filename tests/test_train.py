@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Command
+from videos import write_numbered_video
 
 import mvit_video as mv
 
@@ -26,6 +27,26 @@ def test_training_is_taken_up_again(command: Command, two_classes: Path, tmp_pat
     state = torch.load(last, weights_only=True)
     history = next(value for key, value in state["callbacks"].items() if key.startswith("History"))
     assert [row["epoch"] for row in history["epochs"]] == [1, 2]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("decoder", ["pyav", "auto"])
+def test_training_and_evaluation_with_decoding_on_the_gpu(
+    command: Command, tmp_path: Path, decoder: str
+) -> None:
+    for name in ("left", "right"):
+        (tmp_path / "videos" / name).mkdir(parents=True)
+        for number in range(6):  # as large as NVDEC wants them
+            path = tmp_path / "videos" / name / f"{number}.mp4"
+            write_numbered_video(path, 40, height=256, width=340, options={"bf": "2"})
+    data = ["data=folder", f"data.root={tmp_path / 'videos'}", f"decoder={decoder}"]
+    data += ["decoder.device=cuda"] if decoder == "pyav" else []
+    options = ["trainer.max_epochs=1", "trainer.accelerator=gpu", "trainer.devices=1", "batch_size=2"]
+    result = command("train", "experiment=motion", *data, *options, "hydra.run.dir=run")
+    assert result.code == 0, result.err
+    assert "bad video" not in result.out
+    result = command("eval", *data, "weights=run/checkpoints/last.ckpt", "views=5x1", "device=cuda")
+    assert result.code == 0, result.err
 
 
 def test_own_videos_in_two_folders(command: Command, two_classes: Path, tmp_path: Path) -> None:

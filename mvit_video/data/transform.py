@@ -13,6 +13,8 @@ from mvit_video.data.views import CropBox, SpatialView
 
 RGB = tuple[float, float, float]
 
+_PIXELS_AT_ONCE = 1 << 25  # resized together: as floats the frames of a 4K video would fill the memory
+
 
 def test_clips(
     frames: Tensor,
@@ -76,10 +78,12 @@ def normalise(frames: Tensor, mean: RGB, std: RGB) -> Tensor:
 
 
 def _resize(frames: Tensor, height: int, width: int) -> Tensor:
-    frames = frames.float()
     if frames.shape[-2:] == (height, width):
-        return frames
-    return F.interpolate(frames, size=(height, width), mode="bilinear", align_corners=False)
+        return frames.float()
+    at_once = max(1, _PIXELS_AT_ONCE // (frames.shape[-2] * frames.shape[-1]))
+    options: dict[str, Any] = {"mode": "bilinear", "align_corners": False}
+    parts = [F.interpolate(part.float(), (height, width), **options) for part in frames.split(at_once)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _resize_bicubic(frames: Tensor, height: int, width: int) -> Tensor:

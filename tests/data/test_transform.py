@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from golden_weights import frames_u8
 from torchvision.transforms._presets import VideoClassification
 
+from mvit_video.data import transform
 from mvit_video.data.transform import test_clips as cut_test_clips
 from mvit_video.data.transform import training_clip
 from mvit_video.data.views import CropBox, spatial_views, torchvision_spatial_view
@@ -60,3 +61,12 @@ def test_a_training_clip_is_its_box_resized_and_mirrored(flip: bool) -> None:
     assert clip.shape == (3, 3, 24, 24)
     assert clip.is_contiguous()
     torch.testing.assert_close(clip.double(), plain.transpose(0, 1), atol=1e-5, rtol=0)
+
+
+def test_large_frames_are_resized_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    frames = torch.randint(256, (5, 3, 60, 80), dtype=torch.uint8)
+    views = spatial_views(60, 80, short_side=40, crop=40, num_crops=3)
+    clips = [[0, 1, 2], [2, 3, 4]]
+    whole = cut_test_clips(frames, clips, views, mean=MEAN, std=STD)
+    monkeypatch.setattr(transform, "_PIXELS_AT_ONCE", 2 * 60 * 80)
+    assert torch.equal(cut_test_clips(frames, clips, views, mean=MEAN, std=STD), whole)
