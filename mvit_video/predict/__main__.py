@@ -9,7 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -34,7 +34,7 @@ from mvit_video.model import VideoModel
 from mvit_video.predict.answers import COLUMNS, Answers, as_text, format_of
 from mvit_video.predict.at_scale import Predict, predict_with_ray
 from mvit_video.predict.inputs import STDIN, expand
-from mvit_video.predict.prediction import ClipPrediction, Prediction, best_classes
+from mvit_video.predict.prediction import ClipPrediction, Prediction, best_classes, printable
 from mvit_video.predict.recognizer import Recognizer
 from mvit_video.predict.render import annotate_video, plot_timeline
 from mvit_video.predict.timeline import write_srt, write_vtt
@@ -98,7 +98,7 @@ def predict_files(config: DictConfig, files: list[str]) -> None:
             per_clip=config.per_clip,
             resume=config.resume,
         )
-        todo = [video for video in videos if video not in answers.finished]
+        todo = [video for video in videos if printable(video) not in answers.finished]
         if len(todo) < len(videos):
             log.info("%d of them are in %s already", len(videos) - len(todo), config.output)
     to_stdout = answers is None and config.format in ("jsonl", "csv")
@@ -121,6 +121,7 @@ def predict_files(config: DictConfig, files: list[str]) -> None:
     with answers or nullcontext():
         for prediction in _tracked(found, len(videos), len(videos) - len(todo)):
             errors += prediction.error is not None
+            prediction = replace(prediction, path=printable(prediction.path))
             if answers is not None:
                 answers.add(prediction)
             if to_stdout:
