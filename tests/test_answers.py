@@ -208,7 +208,9 @@ def test_names_of_all_kinds_are_found_told_and_skipped(
         assert "[x]*?.mp4" in result.out
         assert "Glyph" not in result.err
     result = command("predict", "@list.txt", *arguments)
-    assert "0 predictions" in result.err
+    assert (
+        f"{suffix == 'csv':d} predictions" in result.err
+    )  # a csv's last video may lack rows: it is done again
     told = {row["path"] for row in rows_in(tmp_path / f"a.{suffix}")}
     assert {Path(path).name for path in told} == {name.decode("utf-8", "backslashreplace") for name in NAMES}
     assert len(list((tmp_path / "saved").iterdir())) == 2 * len(NAMES)

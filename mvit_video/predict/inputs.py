@@ -20,9 +20,9 @@ def expand(arguments: str | Path | Iterable[str | Path]) -> list[str]:
 
     Args:
         arguments: files; folders, searched at any depth; globs, in which ``**`` is any depth; lists
-            (``@FILE`` or a ``.txt`` file) with one of these a line, or ended by null bytes as ``find -print0``
-            has them; ``-`` for a list on standard input.
-            Relative paths in a list start in the current folder. Addresses are left as they are.
+            (``@FILE`` or a ``.txt`` file) with one of these a line, or with null bytes between them, as
+            ``find -print0`` writes; ``-`` for a list on standard input. Relative paths in a list start in the
+            current folder. Addresses are left as they are.
 
     Raises:
         DataError: an argument that is missing or finds nothing. What a list names isn't looked for: a file

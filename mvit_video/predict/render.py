@@ -39,12 +39,12 @@ def plot_timeline(timeline: Timeline, segments: Sequence[Segment], path: Path) -
 
     with mpl.rc_context({"text.parse_math": False}), warnings.catch_warnings():  # names may hold a "$"
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
-        _plot_timeline(timeline, segments, Figure(figsize=(12, 5), layout="constrained")).savefig(
-            path, dpi=120
-        )
+        figure = Figure(figsize=(12, 5), layout="constrained")
+        _draw_timeline(timeline, segments, figure)
+        figure.savefig(path, dpi=120)
 
 
-def _plot_timeline(timeline: Timeline, segments: Sequence[Segment], figure: Figure) -> Figure:
+def _draw_timeline(timeline: Timeline, segments: Sequence[Segment], figure: Figure) -> None:
     curves, bars = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
     shown = timeline.scores.amax(0).argsort(descending=True)[:MAX_CURVES].tolist()
     shown += [i for i, name in enumerate(timeline.class_names) if i not in shown and _has(segments, name)]
@@ -61,7 +61,6 @@ def _plot_timeline(timeline: Timeline, segments: Sequence[Segment], figure: Figu
         extent = [(segment.start, segment.end - segment.start)]
         bars.broken_barh(extent, (0, 1), color=colours[segment.class_name], alpha=0.3 + 0.7 * segment.score)
     bars.set(yticks=[], xlabel="seconds", ylim=(0, 1), xlim=(timeline.spans[0][0], timeline.spans[-1][1]))
-    return figure
 
 
 def _has(segments: Sequence[Segment], name: str) -> bool:
