@@ -37,6 +37,7 @@ from mvit_video.predict.inputs import STDIN, expand
 from mvit_video.predict.prediction import ClipPrediction, Prediction, best_classes, printable
 from mvit_video.predict.recognizer import Recognizer
 from mvit_video.predict.render import annotate_video, plot_timeline
+from mvit_video.predict.stream import public_name
 from mvit_video.predict.timeline import write_srt, write_vtt
 from mvit_video.report import print_table
 
@@ -147,10 +148,10 @@ def watch(config: DictConfig, recognizer: Recognizer, sources: list[str]) -> Non
             length=config.window,
             stride=config.stride or config.window / 2,
             follow=config.follow,
-            drop=sources[0].startswith(("rtsp://", "/dev/video")),
+            drop=sources[0].startswith(("rtsp://", "rtsps://", "/dev/video")),
         ):
             if lines == "jsonl":
-                text = json.dumps({"path": sources[0], **asdict(clip)})
+                text = json.dumps({"path": public_name(sources[0]), **asdict(clip)})
             else:
                 best = ", ".join(f"{n} {s:.3f}" for n, s in zip(clip.classes, clip.scores, strict=True))
                 text = f"{_span(clip.start, clip.end)}  {best}"
