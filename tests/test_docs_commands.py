@@ -36,6 +36,8 @@ PAGES = [
     ROOT / "benchmarks/README.md",
 ]
 
+SLOW = ("recipes.md", "data.md", "performance.md")  # many runs of mvit-train; the data sets' pages have some
+
 CONFIGURATION_ONLY = {  # what a command has -> why it is composed and checked, but not run
     "rtsp://": "needs a camera; streams are in test_live.py",
     "/dev/video0": "needs a camera",
@@ -122,7 +124,11 @@ def test_every_exception_is_needed() -> None:
         assert any(line.startswith(start) for line in lines), start
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=[pytest.mark.slow] if page.name in SLOW else []) for page in PAGES],
+    ids=lambda page: str(page.relative_to(ROOT)),
+)
 def test_every_block_runs(page: Path, world: Path, tmp_path: Path, run_line: Any, run_python: Any) -> None:
     """In the order of the page, from a folder that has what the page speaks of."""
     shutil.copytree(world, tmp_path, symlinks=True, dirs_exist_ok=True)

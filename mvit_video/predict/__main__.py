@@ -86,7 +86,7 @@ def predict_files(config: DictConfig, files: list[str]) -> None:
     if STDIN in arguments and config.window and "video" in config.save:
         raise ConfigError("save=[video] reads a video twice, which a pipe doesn't allow")
     videos = [STDIN] if arguments == [STDIN] and config.window else expand(arguments)
-    log.info("%d videos; %s", len(videos), recognizer.protocol)
+    log.info("%d video%s; %s", len(videos), "s"[: len(videos) != 1], recognizer.protocol)
     settings = {"weights": weights, "protocol": str(recognizer.protocol)}
     settings |= {key: config[key] for key in ("topk", "window", "stride", "smoothing", "min_score")}
     answers: Answers | None = None
