@@ -19,7 +19,9 @@ from conftest import Command
 from videos import write_numbered_video
 
 import mvit_video as mv
+from mvit_video.predict.answers import Answers
 from mvit_video.predict.inputs import expand
+from mvit_video.predict.prediction import Prediction
 
 
 @pytest.fixture
@@ -214,3 +216,13 @@ def test_names_of_all_kinds_are_found_told_and_skipped(
     told = {row["path"] for row in rows_in(tmp_path / f"a.{suffix}")}
     assert {Path(path).name for path in told} == {name.decode("utf-8", "backslashreplace") for name in NAMES}
     assert len(list((tmp_path / "saved").iterdir())) == 2 * len(NAMES)
+
+
+def test_parquet_keeps_what_a_minute_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["mvit_video.predict.answers"], "_SECONDS_PER_PART", 0.0)
+    answers = Answers(tmp_path / "a.parquet", format="parquet", settings={})
+    for number in range(3):
+        answers.add(Prediction(f"{number}.mp4", ("a",), (1.0,)))
+        assert [row["path"] for row in rows_in(tmp_path / "a.parquet")] == [
+            f"{n}.mp4" for n in range(number + 1)
+        ]
