@@ -59,3 +59,13 @@ def test_every_page_is_linked_from_the_front() -> None:
     front = (ROOT / "README.md").read_text(encoding="utf-8")
     for page in [*ROOT.glob("docs/*.md"), *ROOT.glob("notebooks/*.ipynb"), ROOT / "benchmarks/README.md"]:
         assert f"({page.relative_to(ROOT)})" in front, page
+
+
+def test_figures_are_those_of_the_benchmarks() -> None:
+    told = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
+    measured = (ROOT / "benchmarks/README.md").read_text(encoding="utf-8")
+    figures = re.findall(r"\d+\.\d+(?=,| s\b| GB\b)", told) + re.findall(
+        r"^\| (?:h264|vp9).*\| ([\d.]+) \|", told, re.M
+    )
+    assert len(figures) > 15
+    assert [figure for figure in figures if not re.search(rf"(?<![\d.]){figure}(?![\d.])", measured)] == []
