@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import warnings
 from collections.abc import Sequence
+from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -45,6 +46,8 @@ def plot_timeline(timeline: Timeline, segments: Sequence[Segment], path: Path) -
 
 
 def _draw_timeline(timeline: Timeline, segments: Sequence[Segment], figure: Figure) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     curves, bars = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
     shown = timeline.scores.amax(0).argsort(descending=True)[:MAX_CURVES].tolist()
     shown += [i for i, name in enumerate(timeline.class_names) if i not in shown and _has(segments, name)]
@@ -60,7 +63,12 @@ def _draw_timeline(timeline: Timeline, segments: Sequence[Segment], figure: Figu
     for segment in segments:
         extent = [(segment.start, segment.end - segment.start)]
         bars.broken_barh(extent, (0, 1), color=colours[segment.class_name], alpha=0.3 + 0.7 * segment.score)
-    bars.set(yticks=[], xlabel="seconds", ylim=(0, 1), xlim=(timeline.spans[0][0], timeline.spans[-1][1]))
+    begin, end = timeline.spans[0][0], timeline.spans[-1][1]
+    bars.set(yticks=[], xlabel="seconds", ylim=(0, 1), xlim=(begin, end))
+    if end - begin > 180:
+        bars.xaxis.set_major_locator(MaxNLocator(9, steps=[1, 1.5, 3, 6, 10]))  # 1, 5, 10 minutes
+        bars.xaxis.set_major_formatter(lambda second, _: str(timedelta(seconds=round(second))))
+        bars.set(xlabel="h:mm:ss")
 
 
 def _has(segments: Sequence[Segment], name: str) -> bool:
