@@ -36,7 +36,8 @@ PAGES = [
     ROOT / "benchmarks/README.md",
 ]
 
-SLOW = ("recipes.md", "data.md", "performance.md")  # many runs of mvit-train; the data sets' pages have some
+NAMED = {str(page.relative_to(ROOT)): page for page in PAGES}
+FAST = ("README.md", "docs/prediction.md", "docs/checkpoints.md", "docs/testing.md", "benchmarks/README.md")
 
 CONFIGURATION_ONLY = {  # what a command has -> why it is composed and checked, but not run
     "rtsp://": "needs a camera; streams are in test_live.py",
@@ -126,8 +127,8 @@ def test_every_exception_is_needed() -> None:
 
 @pytest.mark.parametrize(
     "page",
-    [pytest.param(page, marks=[pytest.mark.slow] if page.name in SLOW else []) for page in PAGES],
-    ids=lambda page: str(page.relative_to(ROOT)),
+    [pytest.param(page, marks=[] if name in FAST else [pytest.mark.slow]) for name, page in NAMED.items()],
+    ids=NAMED,
 )
 def test_every_block_runs(page: Path, world: Path, tmp_path: Path, run_line: Any, run_python: Any) -> None:
     """In the order of the page, from a folder that has what the page speaks of."""
