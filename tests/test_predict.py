@@ -98,6 +98,7 @@ def test_arguments_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     files, others = split_arguments(
         [
             "a.mp4",
+            "-b.mp4",
             "topk=3",
             "--config-dir",
             "my/conf",
@@ -109,7 +110,7 @@ def test_arguments_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             "job",
         ]
     )
-    assert files == ["a.mp4", "x=1.mp4", "folder"]
+    assert files == ["a.mp4", "-b.mp4", "x=1.mp4", "folder"]
     assert others == ["topk=3", "--config-dir", "my/conf", "-m", "weights=w.ckpt", "--cfg", "job"]
 
 

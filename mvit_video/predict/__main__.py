@@ -26,6 +26,7 @@ from rich.progress import (
 )
 
 from mvit_video import cli
+from mvit_video.data.files import VIDEO_EXTENSIONS
 from mvit_video.errors import ConfigError, DataError, VideoError
 from mvit_video.explain import Method, write_overlay_video, write_strip
 from mvit_video.export import SUFFIXES, ExportedModel, load_exported
@@ -62,7 +63,7 @@ def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
     files, others = [], []
     rest = iter(arguments)
     for argument in rest:
-        if argument.startswith("-") and argument != STDIN:
+        if argument.startswith("-") and argument != STDIN and not argument.lower().endswith(VIDEO_EXTENSIONS):
             others.append(argument)
             if argument in _HYDRA_VALUE_OPTIONS:
                 others.extend(value for value in [next(rest, None)] if value is not None)
