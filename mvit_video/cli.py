@@ -54,7 +54,10 @@ def run(job: Callable[[DictConfig], None], config_name: str) -> None:
             first = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) == 0
             with timing.profiled(folder) if first and config.get("profile") else nullcontext():
                 job(config)
-        except (MVitVideoError, InstantiationException, OmegaConfBaseException) as error:
+        except BrokenPipeError:  # whoever read the answers has had enough, such as head
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(128 + signal.SIGPIPE)
+        except (MVitVideoError, InstantiationException, OmegaConfBaseException, OSError) as error:
             if full_error:
                 raise
             _exit(config_name, _one_line(error))
@@ -144,7 +147,10 @@ def _one_line(error: BaseException) -> str:
         prefix = f"{where[1]}: " if where else ""
         cause = error.__cause__
         return _one_line(cause) if isinstance(cause, MissingMandatoryValue) else prefix + _one_line(cause)
-    text = str(error)
+    if isinstance(error, OSError) and error.strerror:  # a folder without permission, a full disk
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    else:
+        text = str(error)
     return " ".join(text.split())
 
 

@@ -21,6 +21,7 @@ from mvit_video.predict.render import annotate_video, plot_timeline
 log = logging.getLogger(__name__)
 
 NO_MAP = "none"
+_HEIGHT = 360  # pixels of a video on the page
 
 
 class Answer(NamedTuple):
@@ -102,26 +103,49 @@ def build_page(demo: Demo, *, title: str) -> Any:
             reason = getattr(error, "reason", str(error))  # without the path of an uploaded copy
             raise gradio.Error(reason, print_exception=False) from None
 
+    def show(explain: str) -> tuple[Any, ...]:
+        explained = gradio.update(visible=explain != NO_MAP)
+        return gradio.update(visible=True), explained, explained
+
     with gradio.Blocks(title=title, analytics_enabled=False) as page:
         gradio.Markdown(f"## {title}\nDrop a video; it stays on this machine.")
         with gradio.Row():
             with gradio.Column():
-                video = gradio.Video(label="video", sources=["upload"], include_audio=True, elem_id="video")
+                video = gradio.Video(
+                    label="video", sources=["upload"], include_audio=True, elem_id="video", height=_HEIGHT
+                )
                 num_clips = gradio.Slider(
                     1, 20, value=demo.model.protocol.num_clips, step=1, label="clips over the whole video"
                 )
-                explain = gradio.Radio([NO_MAP, "gradcam", "rollout"], value=NO_MAP, label="where it looks")
+                explain = gradio.Radio(
+                    [NO_MAP, "gradcam", "rollout"],
+                    value=NO_MAP,
+                    label="where it looks",
+                    info="gradcam: what speaks for the class; rollout: what attention reads",
+                )
                 button = gradio.Button("What happens?", variant="primary", elem_id="ask")
             with gradio.Column():
-                scores = gradio.Label(label="classes", elem_id="scores")
-                annotated = gradio.Video(label="with its classes over time", interactive=False)
-                timeline = gradio.Image(label="classes over time", interactive=False, type="filepath")
-        with gradio.Row():
-            strip = gradio.Image(label="where it looks", interactive=False, type="filepath")
-            overlay = gradio.Video(label="where it looks, moving", interactive=False)
-        json_file = gradio.File(label="JSON")
+                annotated = gradio.Video(
+                    label="with its classes over time", interactive=False, height=_HEIGHT
+                )
+                scores = gradio.Label(label="classes of the whole video", elem_id="scores")
+        with gradio.Column(visible=False) as more:  # wide pictures, once there are some
+            picture = {
+                "interactive": False,
+                "type": "filepath",
+                "show_label": False,
+                "buttons": ["download", "fullscreen"],
+            }
+            gradio.Markdown("### Classes over time")
+            timeline = gradio.Image(**picture)
+            strip = gradio.Image(visible=False, **picture)
+            overlay = gradio.Video(label="where it looks", interactive=False, visible=False, height=_HEIGHT)
+            json_file = gradio.File(label="all of it as JSON")
         outputs = [scores, annotated, timeline, strip, overlay, json_file]
-        button.click(answer, [video, num_clips, explain], outputs, api_name="answer", concurrency_limit=1)
+        answered = button.click(
+            answer, [video, num_clips, explain], outputs, api_name="answer", concurrency_limit=1
+        )
+        answered.success(show, explain, [more, strip, overlay], api_visibility="private")
     return page
 
 

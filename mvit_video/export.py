@@ -122,6 +122,8 @@ def load_exported(path: str | Path, device: str | torch.device = "cpu") -> Expor
 def _export_onnx(model: MViT, clips: Tensor, shapes: Any, metadata: str, path: Path) -> None:
     onnx = _imported("onnx")
     _imported("onnxscript")
+    for name in ("onnxscript", "onnx_ir"):  # hundreds of lines about their own steps
+        logging.getLogger(name).setLevel(logging.WARNING)
     program = torch.onnx.export(
         model,
         (clips,),

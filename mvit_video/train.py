@@ -154,6 +154,13 @@ def train(config: DictConfig) -> None:
                 "(trainer.accumulate_grad_batches makes up for that), or set model.checkpoint_blocks=true "
                 "or trainer.precision=bf16-mixed"
             ) from None
+        except ValueError as error:
+            if "loaded state dict" not in str(error):
+                raise
+            raise ConfigError(
+                f"{resume_from} can't go on with these settings: its optimizer has other groups of "
+                "parameters; use those that it was started with, or start anew with weights=FILE"
+            ) from None
 
     if bad_videos.found:
         log.warning("%d bad videos, listed in %s", len(bad_videos.found), bad_videos.file)

@@ -19,7 +19,9 @@ from conftest import Command
 from videos import write_numbered_video
 
 import mvit_video as mv
+from mvit_video.predict.answers import Answers
 from mvit_video.predict.inputs import expand
+from mvit_video.predict.prediction import Prediction
 
 
 @pytest.fixture
@@ -176,3 +178,51 @@ def test_a_killed_run_is_taken_up(checkpoint: Path, tmp_path: Path) -> None:
     lines = output.read_text().splitlines()
     assert lines[: len(before) - 1] == before[:-1]
     assert [Path(json.loads(line)["path"]).stem for line in lines] == [f"{n:03}" for n in range(300)]
+
+
+NAMES = [
+    b"[x]*?.mp4",
+    b"new\nline.mp4",
+    b"-dash.mp4",
+    b"a=b.mp4",
+    b"pri$e_{$.mp4",
+    b"no utf-8 \xff.mp4",
+    "視頻.mp4".encode(),
+]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_names_of_all_kinds_are_found_told_and_skipped(
+    command: Command, checkpoint: Path, tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")  # of the terminal
+    video = write_numbered_video(tmp_path / "v.mp4", 3, height=48, width=64).read_bytes()
+    (tmp_path / "in").mkdir()
+    files = [os.fsencode(tmp_path / "in") + b"/" + name for name in NAMES]
+    for file in files:
+        Path(os.fsdecode(file)).write_bytes(video)
+    (tmp_path / "list.txt").write_bytes(b"\0".join(files))  # as of find -print0
+    arguments = [f"weights={checkpoint}", "window=1", "save=[png,srt]", f"output=a.{suffix}", "num_workers=0"]
+    for given in ("in", "@list.txt"):
+        result = command("predict", given, *arguments, "resume=false")
+        assert result.code == 0, result.err
+        assert "7 predictions, 0 errors" in result.err
+        assert "[x]*?.mp4" in result.out
+        assert "Glyph" not in result.err
+    result = command("predict", "@list.txt", *arguments)
+    assert (
+        f"{suffix == 'csv':d} predictions" in result.err
+    )  # a csv's last video may lack rows: it is done again
+    told = {row["path"] for row in rows_in(tmp_path / f"a.{suffix}")}
+    assert {Path(path).name for path in told} == {name.decode("utf-8", "backslashreplace") for name in NAMES}
+    assert len(list((tmp_path / "saved").iterdir())) == 2 * len(NAMES)
+
+
+def test_parquet_keeps_what_a_minute_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["mvit_video.predict.answers"], "_SECONDS_PER_PART", 0.0)
+    answers = Answers(tmp_path / "a.parquet", format="parquet", settings={})
+    for number in range(3):
+        answers.add(Prediction(f"{number}.mp4", ("a",), (1.0,)))
+        assert [row["path"] for row in rows_in(tmp_path / "a.parquet")] == [
+            f"{n}.mp4" for n in range(number + 1)
+        ]

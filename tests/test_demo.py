@@ -87,6 +87,7 @@ def test_a_browser_shows_the_answer(browser, address: str, tmp_path: Path) -> No
     page.goto(address)
     page.set_input_files("#video input[type=file]", str(path))
     page.wait_for_selector("#video video")
+    assert page.is_hidden("a[download$='.json']")
     page.click("label:has-text('gradcam')")
     page.click("#ask")
     page.wait_for_selector("#scores :text('%')", timeout=60_000)

@@ -279,3 +279,14 @@ def test_prediction_gives_a_bad_file_a_row(
 
     result = command("predict", "broken.mp4", f"weights={checkpoint}")
     assert "no video could be read" in error_line(result, "predict")
+
+
+def test_a_run_that_goes_on_with_another_optimizer_is_refused(command: Command, two_classes: Path) -> None:
+    arguments = [f"data.root={two_classes}", "model=mvitv2_nano_8x4", "model.crop_size=32", "num_workers=0"]
+    arguments += ["hydra.run.dir=run", "trainer.limit_train_batches=1", "trainer.limit_val_batches=1"]
+    done = command("train", *arguments, "trainer.max_epochs=1")
+    assert done.code == 0, done.err
+    again = command("train", *arguments, "trainer.max_epochs=2", "ckpt_path=last", "optim.layer_decay=0.5")
+    line = error_line(again, "train")
+    assert "last.ckpt" in line
+    assert "groups of parameters" in line

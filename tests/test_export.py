@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -36,6 +37,7 @@ def check(command: Command, small: Path, two_classes: Path, tmp_path: Path, name
     result = command("export", f"weights={small}", f"output={name}", "runs=1", "batch_size=3", *options)
     assert result.code == 0, result.err
     assert "largest difference" in result.out
+    assert not re.search(r"The value|No unused|Skipping", result.out + result.err)  # of the exporters
     assert [path.name for path in tmp_path.iterdir()] == [name]
     exported, model = load_exported(name), mv.load_model(small)
     assert exported.class_names == ("cats", "dogs and birds")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -96,6 +98,7 @@ def test_arguments_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     files, others = split_arguments(
         [
             "a.mp4",
+            "-b.mp4",
             "topk=3",
             "--config-dir",
             "my/conf",
@@ -107,5 +110,38 @@ def test_arguments_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             "job",
         ]
     )
-    assert files == ["a.mp4", "x=1.mp4", "folder"]
+    assert files == ["a.mp4", "-b.mp4", "x=1.mp4", "folder"]
     assert others == ["topk=3", "--config-dir", "my/conf", "-m", "weights=w.ckpt", "--cfg", "job"]
+
+
+def test_a_place_that_can_not_be_written_is_said(
+    command: Command, two_classes: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    arguments = [two_classes / "cats" / "0.mp4", f"weights={checkpoint}", "num_workers=0"]
+    for options in (
+        ["window=1", "save=[srt]", "save_dir=file/saved"],
+        ["explain=gradcam", "save_dir=file/saved"],
+        ["window=1", "live=true", "output=file/live"],
+        ["window=1", "output=file/a.csv"],
+    ):
+        result = command("predict", *arguments, *options)
+        assert result.code == 1
+        assert "mvit-predict: error: " in result.err
+        assert "file/" in result.err
+        assert "Traceback" not in result.err
+
+
+def test_a_reader_that_has_had_enough_ends_it(two_classes: Path, checkpoint: Path) -> None:
+    program = [sys.executable, "-m", "mvit_video.predict", str(two_classes), f"weights={checkpoint}"]
+    with subprocess.Popen(
+        [*program, "format=jsonl"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline().startswith("{")
+        process.stdout.close()
+        told = process.stderr.read()
+    assert process.returncode == 141, told
+    assert "Error" not in told
+    assert "Traceback" not in told

@@ -9,7 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -26,6 +26,7 @@ from rich.progress import (
 )
 
 from mvit_video import cli
+from mvit_video.data.files import VIDEO_EXTENSIONS
 from mvit_video.errors import ConfigError, DataError, VideoError
 from mvit_video.explain import Method, write_overlay_video, write_strip
 from mvit_video.export import SUFFIXES, ExportedModel, load_exported
@@ -34,9 +35,10 @@ from mvit_video.model import VideoModel
 from mvit_video.predict.answers import COLUMNS, Answers, as_text, format_of
 from mvit_video.predict.at_scale import Predict, predict_with_ray
 from mvit_video.predict.inputs import STDIN, expand
-from mvit_video.predict.prediction import ClipPrediction, Prediction, best_classes
+from mvit_video.predict.prediction import ClipPrediction, Prediction, best_classes, printable
 from mvit_video.predict.recognizer import Recognizer
 from mvit_video.predict.render import annotate_video, plot_timeline
+from mvit_video.predict.stream import public_name
 from mvit_video.predict.timeline import write_srt, write_vtt
 from mvit_video.report import print_table
 
@@ -61,7 +63,7 @@ def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
     files, others = [], []
     rest = iter(arguments)
     for argument in rest:
-        if argument.startswith("-") and argument != STDIN:
+        if argument.startswith("-") and argument != STDIN and not argument.lower().endswith(VIDEO_EXTENSIONS):
             others.append(argument)
             if argument in _HYDRA_VALUE_OPTIONS:
                 others.extend(value for value in [next(rest, None)] if value is not None)
@@ -85,7 +87,7 @@ def predict_files(config: DictConfig, files: list[str]) -> None:
     if STDIN in arguments and config.window and "video" in config.save:
         raise ConfigError("save=[video] reads a video twice, which a pipe doesn't allow")
     videos = [STDIN] if arguments == [STDIN] and config.window else expand(arguments)
-    log.info("%d videos; %s", len(videos), recognizer.protocol)
+    log.info("%d video%s; %s", len(videos), "s"[: len(videos) != 1], recognizer.protocol)
     settings = {"weights": weights, "protocol": str(recognizer.protocol)}
     settings |= {key: config[key] for key in ("topk", "window", "stride", "smoothing", "min_score")}
     answers: Answers | None = None
@@ -98,7 +100,7 @@ def predict_files(config: DictConfig, files: list[str]) -> None:
             per_clip=config.per_clip,
             resume=config.resume,
         )
-        todo = [video for video in videos if video not in answers.finished]
+        todo = [video for video in videos if printable(video) not in answers.finished]
         if len(todo) < len(videos):
             log.info("%d of them are in %s already", len(videos) - len(todo), config.output)
     to_stdout = answers is None and config.format in ("jsonl", "csv")
@@ -121,6 +123,7 @@ def predict_files(config: DictConfig, files: list[str]) -> None:
     with answers or nullcontext():
         for prediction in _tracked(found, len(videos), len(videos) - len(todo)):
             errors += prediction.error is not None
+            prediction = replace(prediction, path=printable(prediction.path))
             if answers is not None:
                 answers.add(prediction)
             if to_stdout:
@@ -146,10 +149,10 @@ def watch(config: DictConfig, recognizer: Recognizer, sources: list[str]) -> Non
             length=config.window,
             stride=config.stride or config.window / 2,
             follow=config.follow,
-            drop=sources[0].startswith(("rtsp://", "/dev/video")),
+            drop=sources[0].startswith(("rtsp://", "rtsps://", "/dev/video")),
         ):
             if lines == "jsonl":
-                text = json.dumps({"path": sources[0], **asdict(clip)})
+                text = json.dumps({"path": public_name(sources[0]), **asdict(clip)})
             else:
                 best = ", ".join(f"{n} {s:.3f}" for n, s in zip(clip.classes, clip.scores, strict=True))
                 text = f"{_span(clip.start, clip.end)}  {best}"

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +18,7 @@ from mvit_video.predict.prediction import Prediction
 
 Format = Literal["json", "jsonl", "csv", "parquet"]
 COLUMNS = ("path", "part", "start", "end", "rank", "class", "score", "error")
-_ROWS_PER_PART = 20_000  # of a Parquet file, about
+_ROWS_PER_PART, _SECONDS_PER_PART = 20_000, 60.0  # of a Parquet file, about; what comes first
 
 
 def format_of(path: str | Path, given: str | None = None) -> Format:
@@ -79,6 +80,7 @@ class Answers:
         self.path, self.format, self.settings, self.per_clip = Path(path), format, settings, per_clip
         self.finished: set[str] = set()
         self._kept: list[Prediction] = []  # json: all; parquet: those of the next part
+        self._part_begun = time.monotonic()
         self._file: TextIO | None = None
         self._run_file = self.path.with_name(self.path.name + ".run.json")
         try:
@@ -119,14 +121,15 @@ class Answers:
             _write_whole(self.path, json.dumps(content, indent=2))
 
     def add(self, prediction: Prediction) -> None:
-        """Append one video's answer; when this returns, it survives a kill (Parquet: by parts)."""
+        """Append one video's answer; when this returns, it survives a kill (Parquet: a minute later)."""
         if self._file is not None:
             self._file.write(as_text(prediction, self.format, per_clip=self.per_clip))
             self._file.flush()
             return
         self._kept.append(prediction)
         rows = sum(1 + (len(p.clips) if self.per_clip else 0) for p in self._kept) * 5
-        if self.format == "parquet" and rows >= _ROWS_PER_PART:
+        late = time.monotonic() - self._part_begun > _SECONDS_PER_PART
+        if self.format == "parquet" and (late or rows >= _ROWS_PER_PART):
             self._write_part()
 
     def _check_settings(self) -> None:
@@ -167,7 +170,7 @@ class Answers:
         import pyarrow.parquet as pq
 
         rows = [row for prediction in self._kept for row in rows_of(prediction, per_clip=self.per_clip)]
-        self._kept = []
+        self._kept, self._part_begun = [], time.monotonic()
         number = len(list(self.path.glob("*.parquet")))
         if not rows and number:
             return

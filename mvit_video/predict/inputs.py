@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import io
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from mvit_video.data.index import find_videos
 from mvit_video.errors import DataError
 
 STDIN = "-"
+_BYTES = "surrogateescape"  # names on disk need not be UTF-8
 
 
 def expand(arguments: str | Path | Iterable[str | Path]) -> list[str]:
@@ -18,8 +20,9 @@ def expand(arguments: str | Path | Iterable[str | Path]) -> list[str]:
 
     Args:
         arguments: files; folders, searched at any depth; globs, in which ``**`` is any depth; lists
-            (``@FILE`` or a ``.txt`` file) with one of these a line; ``-`` for a list on standard input.
-            Relative paths in a list start in the current folder. Addresses are left as they are.
+            (``@FILE`` or a ``.txt`` file) with one of these a line, or with null bytes between them, as
+            ``find -print0`` writes; ``-`` for a list on standard input. Relative paths in a list start in the
+            current folder. Addresses are left as they are.
 
     Raises:
         DataError: an argument that is missing or finds nothing. What a list names isn't looked for: a file
@@ -32,6 +35,8 @@ def expand(arguments: str | Path | Iterable[str | Path]) -> list[str]:
 def _expand_one(argument: str | Path) -> Iterator[str]:
     name = str(argument)
     if name == STDIN:
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(encoding="utf-8", errors=_BYTES)
         yield from _expand_list(sys.stdin.read(), "standard input")
     elif "://" in name:  # for whoever reads streams; a file it isn't
         yield name
@@ -40,8 +45,8 @@ def _expand_one(argument: str | Path) -> Iterator[str]:
     elif name.startswith("@") or name.lower().endswith(".txt"):
         path = Path(name.removeprefix("@")).expanduser()
         try:
-            text = path.read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
+            text = path.read_text(encoding="utf-8-sig", errors=_BYTES)
+        except OSError as error:
             raise DataError(f"the list {path} can't be read: {error}") from None
         yield from _expand_list(text, str(path))
     elif glob.has_magic(name):
@@ -51,7 +56,8 @@ def _expand_one(argument: str | Path) -> Iterator[str]:
 
 
 def _expand_list(text: str, source: str) -> Iterator[str]:
-    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    found = text.split("\0" if "\0" in text else "\n")  # no splitlines: names may hold what else ends lines
+    lines = [line.strip("\r\n ") for line in found if line.strip() and not line.startswith("#")]
     if not lines:
         raise DataError(f"{source} lists no videos; expected one file, folder or glob a line")
     for line in lines:

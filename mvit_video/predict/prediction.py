@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -42,6 +43,11 @@ class Prediction:
     clips: tuple[ClipPrediction, ...] = ()
     error: str | None = None
     segments: tuple[Segment, ...] = ()
+
+
+def printable(path: str) -> str:
+    """A path as text for files and terminals: bytes that aren't UTF-8 become ``\\xff``."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def best_classes(

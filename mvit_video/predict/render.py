@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import bisect
+import warnings
 from collections.abc import Sequence
+from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import av
 import numpy as np
@@ -18,9 +20,12 @@ from PIL import Image, ImageDraw, ImageFont
 
 from mvit_video.data.decode.pictures import Look
 from mvit_video.errors import VideoError
-from mvit_video.predict.prediction import Segment
+from mvit_video.predict.prediction import Segment, printable
 from mvit_video.predict.stream import open_stream
 from mvit_video.predict.timeline import Timeline
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Picture = npt.NDArray[np.uint8]
 
@@ -30,9 +35,19 @@ _MP4_AUDIO = {"aac", "mp3", "mp2", "opus", "ac3", "eac3", "flac", "alac", "vorbi
 
 def plot_timeline(timeline: Timeline, segments: Sequence[Segment], path: Path) -> None:
     """The likeliest classes' scores against time, and the segments as bars below."""
+    import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 5), layout="constrained")
+    with mpl.rc_context({"text.parse_math": False}), warnings.catch_warnings():  # names may hold a "$"
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        figure = Figure(figsize=(12, 5), layout="constrained")
+        _draw_timeline(timeline, segments, figure)
+        figure.savefig(path, dpi=120)
+
+
+def _draw_timeline(timeline: Timeline, segments: Sequence[Segment], figure: Figure) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     curves, bars = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
     shown = timeline.scores.amax(0).argsort(descending=True)[:MAX_CURVES].tolist()
     shown += [i for i, name in enumerate(timeline.class_names) if i not in shown and _has(segments, name)]
@@ -42,14 +57,18 @@ def plot_timeline(timeline: Timeline, segments: Sequence[Segment], path: Path) -
     for index in shown:
         name = timeline.class_names[index]
         curves.plot(centres, timeline.scores[:, index].numpy(), color=colours[name], label=name, **style)
-    curves.set(ylabel="score", ylim=(0, 1.02), title=Path(timeline.path).name)
+    curves.set(ylabel="score", ylim=(0, 1.02), title=printable(Path(timeline.path).name))
     curves.grid(alpha=0.3)
     figure.legend(*curves.get_legend_handles_labels(), loc="outside right upper")
     for segment in segments:
         extent = [(segment.start, segment.end - segment.start)]
         bars.broken_barh(extent, (0, 1), color=colours[segment.class_name], alpha=0.3 + 0.7 * segment.score)
-    bars.set(yticks=[], xlabel="seconds", ylim=(0, 1), xlim=(timeline.spans[0][0], timeline.spans[-1][1]))
-    figure.savefig(path, dpi=120)
+    begin, end = timeline.spans[0][0], timeline.spans[-1][1]
+    bars.set(yticks=[], xlabel="seconds", ylim=(0, 1), xlim=(begin, end))
+    if end - begin > 180:
+        bars.xaxis.set_major_locator(MaxNLocator(9, steps=[1, 1.5, 3, 6, 10]))  # 1, 5, 10 minutes
+        bars.xaxis.set_major_formatter(lambda second, _: str(timedelta(seconds=round(second))))
+        bars.set(xlabel="h:mm:ss")
 
 
 def _has(segments: Sequence[Segment], name: str) -> bool:

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, TypeAlias
+from typing import IO, Any, NamedTuple, TypeAlias
 
 import av
 import torch
 from av.container import InputContainer
-from av.error import FFmpegError
+from av.error import ExitError, FFmpegError
 from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
@@ -33,7 +34,10 @@ log = logging.getLogger(__name__)
 
 Source: TypeAlias = "str | Path | IO[bytes]"
 
-_OPEN_TIMEOUT, _READ_TIMEOUT = 10.0, 30.0  # seconds without an answer, of streams
+_TIMEOUT = 10.0  # seconds without an answer, of streams (FFmpeg's RTSP reader waits twice)
+_SILENCE = f"there was no answer for {_TIMEOUT:g} seconds"
+_PAUSE = 1.0  # seconds between two attempts to reach a stream again
+_RECONNECTED = ("rtsp://", "rtsps://", "rtmp://", "tcp://", "udp://", "srt://")  # http: by FFmpeg itself
 _SLACK = 1e-6  # seconds: a frame that is this early belongs to the next window
 
 
@@ -105,7 +109,9 @@ def iter_windows(
     Args:
         source: a file; a stream's address (``rtsp://...``, ``http://...``); a camera (``/dev/video0``);
             ``-``, standard input; or an open binary file.
-        follow: seconds to wait for a file to grow, each time its end is reached; None: it is complete.
+        follow: seconds to wait for more, each time that an end is reached: for a file to grow, or for a
+            stream that broke off to be there again. The time that passes without pictures counts. None: the
+            first end is the end.
         device: where the frames end up; None: the CPU.
 
     Raises:
@@ -113,45 +119,80 @@ def iter_windows(
     """
     if not (0 < length < math.inf and 0 < stride < math.inf):
         raise ConfigError(f"windows need a positive length and stride, got {length:g} and {stride:g} s")
-    with open_stream(source, follow=follow) as (container, stream, name):
-        rate = float(stream.average_rate or stream.guessed_rate or 25)
-        reformatter = VideoReformatter()
-        held: deque[tuple[float, VideoFrame]] = deque()
-        look: Look | None = None
-        codec = stream.codec_context.name
-        number, seen = 0, 0.0  # seen: seconds that earlier windows reached to
+    reformatter = VideoReformatter()
+    held: deque[tuple[float, VideoFrame]] = deque()
+    look: Look | None = None
+    about: _About | None = None
+    number, seen = 0, 0.0  # seen: seconds that earlier windows reached to
 
-        def window(end: float) -> Window:
-            assert look is not None
-            frames = [frame for frame in held if frame[0] < end - _SLACK]
-            span = (number * stride, end)
-            return Window(
-                name,
-                frames,
-                span=span,
-                rate=rate,
-                codec=codec,
-                look=look,
-                reformatter=reformatter,
-                device=device or torch.device("cpu"),
-            )
+    def window(end: float) -> Window:
+        assert look is not None
+        assert about is not None
+        frames = [frame for frame in held if frame[0] < end - _SLACK]
+        return Window(
+            about.name,
+            frames,
+            span=(number * stride, end),
+            rate=about.rate,
+            codec=about.codec,
+            look=look,
+            reformatter=reformatter,
+            device=device or torch.device("cpu"),
+        )
 
-        for second, frame in timed_frames(container, stream, name):
-            look = look or Look.of(frame)
-            while second >= number * stride + length - _SLACK:
-                if held:
-                    yield window(seen := number * stride + length)
-                    number += 1
-                else:  # nothing was shown for long
-                    number = max(number + 1, math.ceil((second - length) / stride))
-                while held and held[0][0] < number * stride - _SLACK:
-                    held.popleft()
-            if second >= number * stride - _SLACK:
-                held.append((second, frame))
-        if look is None:
-            raise VideoError(name, "no frame can be decoded")
-        if held and (number == 0 or held[-1][0] >= seen - _SLACK):
-            yield window(held[-1][0] + 1 / rate)
+    for second, frame, told in _shown(source, follow):
+        about = told
+        look = look or Look.of(frame)
+        while second >= number * stride + length - _SLACK:
+            if held:
+                yield window(seen := number * stride + length)
+                number += 1
+            else:  # nothing was shown for long
+                number = max(number + 1, math.ceil((second - length) / stride))
+            while held and held[0][0] < number * stride - _SLACK:
+                held.popleft()
+        if second >= number * stride - _SLACK:
+            held.append((second, frame))
+    if about is None:
+        raise VideoError(public_name(source), "no frame can be decoded")
+    if held and (number == 0 or held[-1][0] >= seen - _SLACK):
+        yield window(held[-1][0] + 1 / about.rate)
+
+
+class _About(NamedTuple):
+    """What is known of a source besides its frames."""
+
+    name: str
+    rate: float
+    codec: str
+
+
+def _shown(source: Source, follow: float | None) -> Iterator[tuple[float, VideoFrame, _About]]:
+    """The frames with seconds since the first; a stream that broke off is opened again."""
+    again = follow is not None and str(source).startswith(_RECONNECTED)
+    started, last, step = math.nan, -math.inf, 0.0  # by the clock of the wall; by that of the stream
+    alive = time.monotonic()
+    while True:
+        try:
+            with open_stream(source, follow=follow) as (container, stream, name):
+                rate = float(stream.average_rate or stream.guessed_rate or 25)
+                about = _About(name, rate, stream.codec_context.name)
+                offset: float | None = None
+                for second, frame in timed_frames(container, stream, name):
+                    alive = time.monotonic()
+                    if offset is None:  # the first frame of all is second 0
+                        started = alive if math.isnan(started) else started
+                        offset = max(last + step, alive - started) - second if last >= 0 else 0.0
+                    last, step = second + offset, 1 / rate
+                    yield last, frame, about
+        except VideoError as error:
+            if not again or last < 0:
+                raise
+            log.info("%s", error)
+        if not again or last < 0 or time.monotonic() - alive > (follow or 0):
+            return
+        log.warning("%s: no more pictures; trying to reach it again", public_name(source))
+        time.sleep(_PAUSE)
 
 
 def timed_frames(
@@ -187,9 +228,11 @@ def _decoded(container: InputContainer, stream: VideoStream, name: str) -> Itera
         try:
             packet = next(demuxer, None)
         except (FFmpegError, OSError) as error:
-            log.warning("%s: reading ended early (%s)", name, error)
-            return
-        if packet is None:
+            log.warning("%s: reading ended early (%s)", name, _reason(error))
+            packet = None
+        if packet is None:  # what the decoder still holds
+            with suppress(FFmpegError, OSError):
+                yield from stream.decode(None)
             return
         try:
             yield from packet.decode()
@@ -202,18 +245,19 @@ def open_stream(
     source: Source, *, follow: float | None = None
 ) -> Iterator[tuple[InputContainer, VideoStream, str]]:
     """A container to be read from front to back, its video stream and a name for errors."""
-    name = source if isinstance(source, str) else str(getattr(source, "name", source))
+    name = public_name(source)
     place: Any = source
     options: dict[str, Any] = {}
     file: IO[bytes] | None = None
     if isinstance(source, str | Path):
-        name = str(source)
-        if name == "-":
+        if str(source) == "-":
             name, place = "standard input", "pipe:0"
         elif "://" in name:
-            options["timeout"] = (_OPEN_TIMEOUT, _READ_TIMEOUT)
+            options["timeout"] = _TIMEOUT
             if name.startswith("rtsp"):
                 options["options"] = {"rtsp_transport": "tcp"}  # UDP loses packets
+            elif name.startswith("http") and follow is not None:
+                options["options"] = {"reconnect": "1", "reconnect_delay_max": str(math.ceil(follow))}
         elif name.startswith("/dev/video"):
             options["format"] = "v4l2"
         else:
@@ -225,15 +269,18 @@ def open_stream(
                 place, options = _Growing(file, follow), {}
     elif not source.seekable():
         place = _OnlyRead(source)
+    asked = time.monotonic()
     try:
         container = av.open(place, "r", metadata_errors="replace", **options)
     except (FFmpegError, OSError, ValueError) as error:
         if file is not None:
             file.close()
         plain = isinstance(source, str | Path) and Path(name).is_file()
-        raise VideoError(
-            name, why_not_opened(name, error) if plain else f"can't be opened ({error})"
-        ) from None
+        if plain:
+            raise VideoError(name, why_not_opened(name, error)) from None
+        silent = time.monotonic() - asked > _TIMEOUT - 1  # RTSP's reader then calls it invalid data
+        hint = "; is the address right, and is something sent there?" if "://" in name else ""
+        raise VideoError(name, f"can't be opened: {_SILENCE if silent else _reason(error)}{hint}") from None
     try:
         stream = container.streams.best("video")
         if not isinstance(stream, VideoStream) or stream.codec_context is None:
@@ -244,6 +291,18 @@ def open_stream(
         container.close()
         if file is not None:
             file.close()
+
+
+def public_name(source: Source) -> str:
+    """What a source is called in messages: an address without the user's name and password."""
+    name = source if isinstance(source, str | Path) else getattr(source, "name", source)
+    return re.sub(r"(?<=://)[^/@]*@", "", str(name))
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, ExitError):  # PyAV's timeout
+        return _SILENCE
+    return str(getattr(error, "strerror", None) or error)
 
 
 class _OnlyRead:
