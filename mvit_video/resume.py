@@ -217,8 +217,7 @@ def restore_loader(loader: ClipLoader[Any], path: Path) -> None:
 
     Lightning would do so itself, had it not set the loader up before, to count the steps of the schedule.
     """
-    file = path / "meta.pt" if path.is_dir() else path
-    progress = torch.load(file, map_location="cpu", mmap=True, weights_only=True)["loops"]["fit_loop"]
+    progress = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["loops"]["fit_loop"]
     if not progress["epoch_loop.batch_progress"]["is_last_batch"]:  # else the next epoch is due
         for state in progress["state_dict"].get("combined_loader", []):
             loader.load_state_dict(state)
@@ -231,8 +230,6 @@ def _left_in(run: Path) -> list[Path]:
 
 def _problem(path: Path) -> str | None:
     """Why nothing can be resumed from a checkpoint; None if it can."""
-    if path.is_dir():
-        return None  # in shards
     if not path.is_file():
         return "no such file; ckpt_path takes a checkpoint or 'last'"
     try:

@@ -17,7 +17,6 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import (
     Callback,
     EarlyStopping,
-    EMAWeightAveraging,
     LearningRateMonitor,
     ModelCheckpoint,
     RichProgressBar,
@@ -44,6 +43,7 @@ from mvit_video.resume import (
     find_checkpoint,
     restore_loader,
 )
+from mvit_video.sharding import AveragedWeights, FullySharded
 
 log = logging.getLogger(__name__)
 
@@ -183,7 +183,7 @@ def _build_trainer(config: DictConfig, output: Path, callbacks: list[Callback]) 
     if config.ema is not None:
         if not 0 < config.ema < 1:
             raise ConfigError(f"ema must be between 0 and 1, such as 0.9999, got {config.ema}")
-        callbacks.append(EMAWeightAveraging(decay=config.ema))
+        callbacks.append(AveragedWeights(decay=config.ema))
     if config.early_stopping is not None:
         callbacks.append(EarlyStopping("val/top1", mode="max", patience=config.early_stopping))
     callbacks.append(Forecast())
@@ -196,8 +196,10 @@ def _build_trainer(config: DictConfig, output: Path, callbacks: list[Callback]) 
         if profiler not in PROFILERS:
             raise ConfigError(f"trainer.profiler must be one of {', '.join(PROFILERS)}, got {profiler!r}")
         profiler = PROFILERS[profiler](dirpath=output, filename="profile")
+    sharding = {"strategy": FullySharded()} if config.trainer.strategy == "fsdp" else {}
     return cli.build(
         config.trainer,
+        **sharding,
         callbacks=callbacks,
         logger=loggers,
         profiler=profiler,
