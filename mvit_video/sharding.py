@@ -103,7 +103,13 @@ def sharded(state: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]
 
 
 class AveragedWeights(EMAWeightAveraging):
-    """Lightning's moving average, in shards where the model is."""
+    """Lightning's moving average, in shards where the model is; it can be saved while it is validated."""
+
+    _swapped = False  # the model has the averages, in validation
+
+    def _swap_models(self, pl_module: pl.LightningModule) -> None:
+        super()._swap_models(pl_module)
+        self._swapped = not self._swapped
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._average_model = AveragedModel(
@@ -117,6 +123,9 @@ class AveragedWeights(EMAWeightAveraging):
     ) -> None:
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
         checkpoint["state_dict"] = gathered(checkpoint["state_dict"])
+        if self._swapped:  # in the middle of a validation
+            average, current = checkpoint["current_model_state"], checkpoint["state_dict"]
+            checkpoint["state_dict"], checkpoint["current_model_state"] = average, current
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

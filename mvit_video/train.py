@@ -166,7 +166,7 @@ def train(config: DictConfig) -> None:
 
 
 def _build_trainer(config: DictConfig, output: Path, callbacks: list[Callback]) -> pl.Trainer:
-    callbacks += [StepSeeds(config.seed), EpochAverages()]
+    callbacks = [EpochAverages(), *callbacks, StepSeeds(config.seed)]
     if config.trainer.enable_checkpointing:
         callbacks.append(
             ModelCheckpoint(

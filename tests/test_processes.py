@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import pytest
 import torch
 from conftest import Command
 from test_errors import error_line
-from test_resume import SMALL, losses
+from test_resume import SMALL, losses, validations
 
 from mvit_video import processes
 
@@ -64,9 +66,11 @@ def test_one_process_is_left_alone() -> None:
     assert processes.choose_devices(2, 1) == (2, 1)
 
 
-def torchrun(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+def torchrun(
+    *arguments: str, cwd: Path, program: Sequence[str] = ("-m", "mvit_video.train")
+) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += ["-m", "mvit_video.train", *arguments]
+    command += [*program, *arguments]
     path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
@@ -156,6 +160,43 @@ def test_a_run_in_shards_averages_its_weights_and_goes_on_exactly(
     assert_close(whole["current_model_state"], state_of(tmp_path / "two")["current_model_state"], 0)
     expected = float(losses(tmp_path / "two")[5])
     assert float(losses(tmp_path / "one")[5]) == pytest.approx(expected, abs=1e-5)
+
+
+STOPPED = """
+import os, signal
+from mvit_video import train
+from mvit_video.recipe import Classifier
+
+step, batches = Classifier.validation_step, iter(range(100))
+
+def stopping_step(self, *args):
+    if next(batches) == 1 and self.global_rank == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return step(self, *args)
+
+Classifier.validation_step = stopping_step
+train.main()
+"""
+
+
+@pytest.mark.slow
+def test_processes_that_are_stopped_while_they_validate_save_and_validate_again(
+    two_classes: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "data").symlink_to(two_classes)
+    (tmp_path / "stopped.py").write_text(STOPPED)
+    arguments = [*ALIKE[:-1], "batch_size=2", "trainer.strategy=fsdp", "ema=0.9", "ckpt_path=last"]
+    arguments += ["data.val_fraction=0.4", "trainer.val_check_interval=1"]
+    assert torchrun(*arguments, "hydra.run.dir=whole", cwd=tmp_path).returncode == 0
+    stopped = torchrun(*arguments, "hydra.run.dir=run", cwd=tmp_path, program=("stopped.py",))
+    assert f"exitcode  : {128 + signal.SIGTERM}" in stopped.stderr
+    assert state_of(tmp_path / "run")["global_step"] == 2  # after one validation of one batch a step
+    done = torchrun(*arguments, "hydra.run.dir=run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    assert losses(run) == {step: loss for step, loss in losses(whole).items() if step >= 2}
+    assert validations(run) == validations(whole)[1:]
+    assert_close(state_of(run)["state_dict"], state_of(whole)["state_dict"], 0)
 
 
 def test_one_process_may_shard_too(command: Command, two_classes: Path, tmp_path: Path) -> None:

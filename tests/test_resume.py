@@ -57,6 +57,13 @@ def averages(run: Path) -> list[tuple[str, str]]:
     return [(row["train/loss_epoch"], row["train/top1_epoch"]) for row in rows if row["train/loss_epoch"]]
 
 
+def validations(run: Path) -> list[tuple[str, str]]:
+    """Step and loss of each validation in the newest csv log, as written."""
+    logs = sorted(run.glob("csv/version_*/metrics.csv"), key=lambda path: int(path.parent.name.split("_")[1]))
+    with logs[-1].open() as file:
+        return [(row["step"], row["val/loss"]) for row in csv.DictReader(file) if row["val/loss"]]
+
+
 def weights(run: Path) -> dict[str, torch.Tensor]:
     return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
 
@@ -82,18 +89,20 @@ def train_in_child(arguments: list[str], prepare: Callable[[], Any]) -> int:
     return child.exitcode
 
 
-def signal_in_batch(number: int, which: signal.Signals) -> Callable[[], None]:
-    """Makes the process send itself a signal in its so-manieth training batch, from 0."""
+def signal_in_batch(
+    number: int, which: signal.Signals, step_name: str = "training_step"
+) -> Callable[[], None]:
+    """Makes the process send itself a signal in its so-manieth batch of training or validation, from 0."""
 
     def prepare() -> None:
-        step, batches = Classifier.training_step, iter(range(1000))
+        step, batches = getattr(Classifier, step_name), iter(range(1000))
 
-        def training_step(self: Classifier, *args: Any) -> Any:
+        def signalling_step(self: Classifier, *args: Any) -> Any:
             if next(batches) == number:
                 os.kill(os.getpid(), which)
             return step(self, *args)
 
-        Classifier.training_step = training_step
+        setattr(Classifier, step_name, signalling_step)
 
     return prepare
 
@@ -193,7 +202,7 @@ def test_gradients_that_are_being_gathered_are_gathered_again(
         assert_equal_weights(tmp_path / f"run{batch}", tmp_path / "whole")
 
 
-@pytest.mark.parametrize(("batch", "saved"), [(3, 4), (4, 3)])  # in an epoch, and before its validation
+@pytest.mark.parametrize(("batch", "saved"), [(3, 4), (4, 5)])  # in an epoch, and before its validation
 def test_sigterm_saves_and_ends(
     command: Command, arguments: list[str], whole: Path, tmp_path: Path, batch: int, saved: int
 ) -> None:
@@ -205,6 +214,60 @@ def test_sigterm_saves_and_ends(
     assert command("train", *arguments).code == 0
     assert losses(tmp_path / "run") == {s: loss for s, loss in losses(whole).items() if s >= saved}
     assert_equal_weights(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize(
+    ("added", "batch", "saved", "which"),
+    [
+        ([], 1, 4, signal.SIGTERM),
+        ([], (1, 2), 8, signal.SIGTERM),  # again, after the resume
+        (["ema=0.9"], 2, 8, signal.SIGTERM),
+        (["trainer.val_check_interval=2"], 1, 2, signal.SIGTERM),
+        (["trainer.val_check_interval=2", "ema=0.9"], 4, 6, signal.SIGTERM),
+        (["trainer.val_check_interval=3"], 1, 3, signal.SIGKILL),  # written as the validation began
+        (["trainer.max_steps=8"], 2, 6, signal.SIGTERM),
+        (["trainer.val_check_interval=3", "trainer.accumulate_grad_batches=2"], 0, None, signal.SIGTERM),
+    ],
+    ids=[
+        "epoch's",
+        "twice",
+        "averages",
+        "mid-epoch",
+        "mid-epoch averages",
+        "killed",
+        "the last",
+        "gathering",
+    ],
+)
+def test_a_validation_that_is_stopped_is_made_again(
+    command: Command,
+    arguments: list[str],
+    tmp_path: Path,
+    added: list[str],
+    batch: int | tuple[int, ...],
+    saved: int | None,
+    which: signal.Signals,
+) -> None:
+    four_and_two = "data.val_fraction=0.4"  # batches an epoch, of training and of validation
+    arguments = [*arguments, "num_workers=0", four_and_two, *added]
+    assert train_in_child([*arguments, "hydra.run.dir=whole"], lambda: None) == 0
+    for number in batch if isinstance(batch, tuple) else (batch,):
+        stop = signal_in_batch(number, which, "validation_step")
+        code = train_in_child([*arguments, "hydra.run.dir=run"], stop)
+        assert code == (128 + which if which == signal.SIGTERM else -which)
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    if saved is None:
+        assert not last.exists()
+    else:
+        assert torch.load(last, weights_only=True)["global_step"] == saved
+    assert command("train", *arguments, "hydra.run.dir=run").code == 0
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert losses(run) == {step: loss for step, loss in losses(whole).items() if step >= (saved or 0)}
+    done = validations(run)
+    assert done
+    assert done == validations(whole)[-len(done) :]
+    assert averages(run) == averages(whole)[-len(averages(run)) :]
+    assert_equal_weights(run, whole)
 
 
 def die_while_writing(count: int) -> Callable[[], None]:
