@@ -25,6 +25,7 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from torchmetrics import Metric
 
+from mvit_video import processes
 from mvit_video.data.loader import ClipLoader
 from mvit_video.errors import CheckpointError, ConfigError
 
@@ -135,7 +136,9 @@ class AtomicCheckpoints(TorchCheckpointIO):
 
 
 class LastCheckpoint(Checkpoint):
-    """Keeps ``last.ckpt`` in a folder: after every epoch, every so many steps, and on SIGTERM.
+    """Keeps ``last.ckpt`` in a folder: after every epoch, every so many steps, and when asked to end.
+
+    SIGTERM asks, and in a Slurm job SIGUSR1 too, upon which the job is queued again.
 
     A checkpoint of a step that validation follows is written in the validation, and leads to it.
 
@@ -147,21 +150,27 @@ class LastCheckpoint(Checkpoint):
         self.path, self.every_n_steps = folder / LAST, every_n_steps
         self._step = 0  # of the optimizer, after the batch before
         self._gathering = False  # gradients of several batches, which aren't saved
-        self._asked_to_end = False
+        self._terminated = self._requeues = False  # asked to end by SIGTERM, by SIGUSR1
         self._leads_to_validation = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._step = trainer.global_step
-        # In the place of Lightning's handler, after which processes may wait for one another in vain.
+        # In the place of Lightning's handlers, which save in the middle of a step, and after which processes
+        # may wait for one another in vain.
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._ask_to_end)
+            signal.signal(signal.SIGTERM, self._terminate)
+            if processes.in_slurm():
+                signal.signal(signal.SIGUSR1, self._requeue)
 
-    def _ask_to_end(self, number: int, frame: Any) -> None:
+    def _terminate(self, number: int, frame: Any) -> None:
         """After this batch; asked a second time, at once."""
-        if self._asked_to_end:
+        if self._terminated:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGTERM)
-        self._asked_to_end = True
+        self._terminated = True
+
+    def _requeue(self, number: int, frame: Any) -> None:
+        self._requeues = True
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -177,7 +186,7 @@ class LastCheckpoint(Checkpoint):
         if end or self._is_due():
             self._save(trainer)
         if end:
-            raise SIGTERMException
+            self._end(trainer)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         end = self._ends(trainer)
@@ -185,17 +194,17 @@ class LastCheckpoint(Checkpoint):
         if end or (in_epoch and self._is_due()):
             self._save_in_validation(trainer)
         if end:
-            raise SIGTERMException
+            self._end(trainer)
 
     def on_validation_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         if self._ends(trainer):
             self._save_in_validation(trainer)
-            raise SIGTERMException
+            self._end(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._save(trainer)
         if self._ends(trainer):
-            raise SIGTERMException
+            self._end(trainer)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -211,7 +220,12 @@ class LastCheckpoint(Checkpoint):
 
     def _ends(self, trainer: pl.Trainer) -> bool:
         """Whether any process was asked to end."""
-        return trainer.strategy.reduce_boolean_decision(self._asked_to_end, all=False)
+        return trainer.strategy.reduce_boolean_decision(self._terminated or self._requeues, all=False)
+
+    def _end(self, trainer: pl.Trainer) -> None:
+        if self._requeues and trainer.is_global_zero:
+            processes.requeue()
+        raise SIGTERMException
 
     def _save_in_validation(self, trainer: pl.Trainer) -> None:
         if self._gathering or trainer.global_step == trainer.max_steps:

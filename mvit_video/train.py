@@ -13,6 +13,7 @@ from typing import Any, cast
 import pytorch_lightning as pl
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import (
     Callback,
@@ -72,7 +73,9 @@ def train(config: DictConfig) -> None:
     open_file = cli.build_decoder(config)
     if config.save_every_n_steps is not None and config.save_every_n_steps < 1:
         raise ConfigError(f"save_every_n_steps must be null or at least 1, got {config.save_every_n_steps}")
-    own_only = any(override.startswith("hydra.run.dir=") for override in HydraConfig.get().overrides.hydra)
+    own_only = HydraConfig.get().mode == RunMode.MULTIRUN or any(
+        override.startswith("hydra.run.dir=") for override in HydraConfig.get().overrides.hydra
+    )
     resume_from = find_checkpoint(config.ckpt_path, output, own_only=own_only)
     history, policy = History(), BadVideoPolicy()
     config.trainer.devices, config.trainer.num_nodes = processes.choose_devices(
@@ -144,7 +147,7 @@ def train(config: DictConfig) -> None:
         try:
             trainer.fit(classifier, training, validation, ckpt_path=resume_from, weights_only=True)
         except SIGTERMException:
-            log.warning("stopped by SIGTERM; ckpt_path=last goes on from the last checkpoint")
+            log.warning("stopped by a signal; ckpt_path=last goes on from the last checkpoint")
             sys.exit(128 + signal.SIGTERM)
         except RuntimeError as error:
             if not is_out_of_memory(error):

@@ -206,3 +206,28 @@ def test_one_process_may_shard_too(command: Command, two_classes: Path, tmp_path
         assert result.code == 0, result.err
     torch.distributed.destroy_process_group()
     assert losses(tmp_path / "plain") == losses(tmp_path / "fsdp")
+
+
+@pytest.mark.slow
+def test_a_sweep_runs_as_jobs_that_go_on_by_themselves(two_classes: Path, tmp_path: Path) -> None:
+    """By Hydra's submitit launcher; its local jobs stand for those of Slurm."""
+    (tmp_path / "data").symlink_to(two_classes)
+    arguments = [argument for argument in ALIKE if not argument.startswith(("data.root", "optim.lr="))]
+    arguments += [f"data.root={tmp_path / 'data'}", "hydra/launcher=submitit_local", "hydra.sweep.dir=sweep"]
+    arguments += ["ckpt_path=last", "optim.lr=1e-2,1e-3"]
+    command = [sys.executable, "-m", "mvit_video.train", "--multirun", *arguments]
+    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+
+    def sweep() -> tuple[dict[int, str], dict[int, str]]:
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return losses(tmp_path / "sweep" / "0"), losses(tmp_path / "sweep" / "1")
+
+    first, second = sweep()
+    assert sorted(first) == sorted(second) == list(range(15))
+    assert first[0] == second[0]
+    assert first[14] != second[14]
+    (tmp_path / "sweep" / "1" / "checkpoints" / "last.ckpt").unlink()
+    shutil.rmtree(tmp_path / "sweep" / "0" / "checkpoints")  # which then starts at the front
+    assert sweep() == (first, {14: second[14]})

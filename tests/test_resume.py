@@ -216,6 +216,41 @@ def test_sigterm_saves_and_ends(
     assert_equal_weights(tmp_path / "run", whole)
 
 
+@pytest.mark.parametrize("scontrol", ["there", "refuses", "missing"])
+def test_sigusr1_in_a_slurm_job_saves_and_queues_it_again(
+    command: Command,
+    arguments: list[str],
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    scontrol: str,
+) -> None:
+    for name, value in {"NTASKS": "1", "PROCID": "0", "LOCALID": "0", "NODEID": "0", "JOB_ID": "123"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("SLURM_JOB_NAME", "train")
+    if scontrol != "missing":
+        program = tmp_path / "bin" / "scontrol"
+        program.parent.mkdir()
+        ending = "echo nope >&2; exit 1" if scontrol == "refuses" else ""
+        program.write_text(f"#!/bin/sh\necho $* > {tmp_path}/called\n{ending}")
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
+    arguments = [*arguments, "num_workers=0", "hydra.run.dir=run"]
+    assert train_in_child(arguments, signal_in_batch(3, signal.SIGUSR1)) == 128 + signal.SIGTERM
+    said = (tmp_path / "run" / "train.log").read_text()
+    if scontrol == "there":
+        assert "job 123 is queued again" in said
+    else:
+        reason = "nope" if scontrol == "refuses" else "scontrol can't be run (No such file or directory)"
+        assert f"the job isn't queued again: {reason}" in said
+    if scontrol != "missing":
+        assert (tmp_path / "called").read_text() == "requeue 123\n"
+    assert {path.name for path in (tmp_path / "run").iterdir() if "ckpt" in path.name} == set()
+    assert command("train", *arguments).code == 0
+    assert losses(tmp_path / "run") == {s: loss for s, loss in losses(whole).items() if s >= 4}
+    assert_equal_weights(tmp_path / "run", whole)
+
+
 @pytest.mark.parametrize(
     ("added", "batch", "saved", "which"),
     [
