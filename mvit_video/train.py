@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import sys
+import warnings
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.accelerators import CPUAccelerator
 from pytorch_lightning.callbacks import (
     Callback,
     EarlyStopping,
@@ -194,21 +196,28 @@ def _build_trainer(config: DictConfig, output: Path, callbacks: list[Callback]) 
     if loggers:
         callbacks.append(LearningRateMonitor("step"))
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", ".*AMP with fp16 is not supported on CPU.*")  # an error of our own
     profiler = config.trainer.profiler
     if profiler is not None:
         if profiler not in PROFILERS:
             raise ConfigError(f"trainer.profiler must be one of {', '.join(PROFILERS)}, got {profiler!r}")
         profiler = PROFILERS[profiler](dirpath=output, filename="profile")
-    sharding = {"strategy": FullySharded()} if config.trainer.strategy == "fsdp" else {}
-    return cli.build(
+    sharded = config.trainer.strategy == "fsdp"
+    precision = str(config.trainer.precision)
+    if sharded and precision in ("16", "16-mixed"):  # Lightning scales no gradients in shards
+        raise ConfigError(f"trainer.precision={precision} isn't possible with fsdp; bf16-mixed is")
+    trainer: pl.Trainer = cli.build(
         config.trainer,
-        **sharding,
+        **({"strategy": FullySharded()} if sharded else {}),
         callbacks=callbacks,
         logger=loggers,
         profiler=profiler,
         plugins=[AtomicCheckpoints()],
         default_root_dir=str(output),
     )
+    if isinstance(trainer.accelerator, CPUAccelerator) and precision in ("16", "16-mixed", "16-true"):
+        raise ConfigError(f"trainer.precision={precision} (float16) is for GPUs; on a CPU give bf16-mixed")
+    return trainer
 
 
 if __name__ == "__main__":

@@ -208,6 +208,12 @@ def test_one_process_may_shard_too(command: Command, two_classes: Path, tmp_path
     assert losses(tmp_path / "plain") == losses(tmp_path / "fsdp")
 
 
+def test_shards_and_scaled_gradients_are_refused(command: Command, two_classes: Path) -> None:
+    arguments = (f"data.root={two_classes}", "trainer.strategy=fsdp", "trainer.precision=16-mixed")
+    line = error_line(command("train", *arguments), "train")
+    assert "trainer.precision=16-mixed isn't possible with fsdp; bf16-mixed is" in line
+
+
 @pytest.mark.slow
 def test_a_sweep_runs_as_jobs_that_go_on_by_themselves(two_classes: Path, tmp_path: Path) -> None:
     """By Hydra's submitit launcher; its local jobs stand for those of Slurm."""

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Command
+from test_errors import error_line
 
 import mvit_video as mv
 
@@ -269,6 +270,7 @@ def test_a_profile_is_left(command: Command, two_classes: Path, tmp_path: Path, 
     ("override", "message"),
     [
         ("trainer.profiler=fast", "trainer.profiler must be one of simple, advanced, pytorch, got 'fast'"),
+        ("trainer.strategy=fdsp", "invalid strategy name: `strategy='fdsp'`"),
         ("ema=1.5", "ema must be between 0 and 1, such as 0.9999, got 1.5"),
         ("freeze=3", "freeze: the model has no '3'; it has: backbone, patch_embed"),
         ("augment.rand_augment=m7", "augment: rand_augment is 'm7'; "),
@@ -284,6 +286,13 @@ def test_settings_that_can_not_work_are_named(
     assert result.code == 1
     assert message in result.err
     assert "Traceback" not in result.err
+
+
+@pytest.mark.parametrize("precision", ["16-mixed", "16-true"])
+def test_float16_is_refused_on_a_cpu(command: Command, two_classes: Path, precision: str) -> None:
+    arguments = [f"data.root={two_classes}", "trainer.accelerator=cpu", f"trainer.precision={precision}"]
+    line = error_line(command("train", *BASE, *arguments), "train")
+    assert f"trainer.precision={precision} (float16) is for GPUs; on a CPU give bf16-mixed" in line
 
 
 def test_classes_of_the_weights_must_be_those_of_the_data(
