@@ -93,6 +93,8 @@ def train(config: DictConfig) -> None:
         cli.build(config.optim, model=sketch)
 
     splits: VideoSplits = cli.build(config.data)
+    if splits.num_classes < 2:
+        raise ConfigError(f"the data set has one class ({splits.class_names[0]}); training needs two or more")
     head: dict[str, Any] = {"head": config.head} if config.model.get("weights") else {}
     if config.weights:
         head = {"weights": None}  # a file takes the place of published weights

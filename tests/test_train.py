@@ -288,6 +288,13 @@ def test_settings_that_can_not_work_are_named(
     assert "Traceback" not in result.err
 
 
+def test_one_class_is_nothing_to_learn(command: Command, two_classes: Path, tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "cats").symlink_to(two_classes / "cats")
+    line = error_line(command("train", *BASE, "data.root=one"), "train")
+    assert "the data set has one class (cats); training needs two or more" in line
+
+
 @pytest.mark.parametrize("precision", ["16-mixed", "16-true"])
 def test_float16_is_refused_on_a_cpu(command: Command, two_classes: Path, precision: str) -> None:
     arguments = [f"data.root={two_classes}", "trainer.accelerator=cpu", f"trainer.precision={precision}"]
