@@ -113,7 +113,7 @@ class AveragedWeights(EMAWeightAveraging):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._average_model = AveragedModel(
-            pl_module, device=pl_module.device, use_buffers=self._use_buffers, **self._kwargs
+            pl_module, device=trainer.strategy.root_device, use_buffers=self._use_buffers, **self._kwargs
         )
         if isinstance(trainer.strategy, FullySharded):
             shard(cast(Any, self._average_model.module).model, trainer.strategy.device_mesh)
