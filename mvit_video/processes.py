@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import shlex
+import subprocess
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Any
@@ -27,9 +28,28 @@ def rank_and_size() -> tuple[int, int]:
     """Number of this process and how many there are, as torchrun or Slurm say; (0, 1) without them."""
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    if SLURMEnvironment.detect():
+    if in_slurm():
         return int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
     return 0, 1
+
+
+def in_slurm() -> bool:
+    """Whether this is a Slurm job (and not an interactive one)."""
+    return SLURMEnvironment.detect()
+
+
+def requeue() -> None:
+    """Have Slurm queue this job again, under its number; it ends this one."""
+    job = os.environ["SLURM_JOB_ID"]
+    try:
+        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
+    except OSError as error:
+        log.warning("the job isn't queued again: scontrol can't be run (%s)", error.strerror)
+        return
+    if done.returncode:
+        log.warning("the job isn't queued again: %s", done.stderr.strip() or f"scontrol: {done.returncode}")
+    else:
+        log.info("job %s is queued again", job)
 
 
 def overrides(arguments: Sequence[str]) -> list[str]:

@@ -14,6 +14,7 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.classification import MulticlassAccuracy
@@ -24,6 +25,7 @@ from mvit_video.mixing import Mixing, soft_targets
 from mvit_video.model import MViT, VideoModel, layer_groups
 from mvit_video.model.checkpoint import METADATA_KEY, model_metadata
 from mvit_video.report import plot_batch
+from mvit_video.sharding import FullySharded, shard
 
 log = logging.getLogger(__name__)
 
@@ -162,6 +164,11 @@ class Classifier(pl.LightningModule):
         self.val_top5 = MulticlassAccuracy(num_classes, average="micro", top_k=min(5, num_classes))
         self._step_end = time.perf_counter()
         self._pictured = False
+
+    def configure_model(self) -> None:
+        strategy = self.trainer.strategy
+        if isinstance(strategy, FullySharded) and not isinstance(self.model, FSDPModule):
+            shard(self.model, strategy.device_mesh)
 
     def forward(self, clips: Tensor) -> Tensor:
         return self.model(clips)

@@ -25,13 +25,14 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from torchmetrics import Metric
 
+from mvit_video import processes
 from mvit_video.data.loader import ClipLoader
 from mvit_video.errors import CheckpointError, ConfigError
 
 log = logging.getLogger(__name__)
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
-_AVERAGES = "epoch_averages"
+_AVERAGES, _MEANS = "epoch_averages", "epoch_means"
 _ASK_EVERY = 10  # steps, where several processes have to agree
 
 
@@ -56,6 +57,7 @@ class EpochAverages(pl.Callback):
 
     def __init__(self) -> None:
         self._before: dict[str, dict[str, Tensor]] = {}
+        self._means: dict[str, float] = {}
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -68,12 +70,26 @@ class EpochAverages(pl.Callback):
                 }
                 for key, metric in _running_averages(trainer)
             }
+        elif trainer.validating:  # all that is left of the epoch
+            checkpoint[_MEANS] = {
+                result.meta.forked_name(on_step=False): float(
+                    result.compute() if result.is_tensor else result.value.compute()
+                )
+                for result in trainer.fit_loop.epoch_loop._results.values()
+                if result.meta.on_epoch and not result.has_reset
+            }
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
+        self._means = checkpoint.get(_MEANS, {})
         if trainer.is_global_zero:
             self._before = checkpoint.get(_AVERAGES, {})
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for name, mean in self._means.items():
+            pl_module.log(name, mean)
+        self._means = {}
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Lightning knows what is averaged once it was logged: after the first batch."""
@@ -120,7 +136,11 @@ class AtomicCheckpoints(TorchCheckpointIO):
 
 
 class LastCheckpoint(Checkpoint):
-    """Keeps ``last.ckpt`` in a folder: after every epoch, every so many steps, and on SIGTERM.
+    """Keeps ``last.ckpt`` in a folder: after every epoch, every so many steps, and when asked to end.
+
+    SIGTERM asks, and in a Slurm job SIGUSR1 too, upon which the job is queued again.
+
+    A checkpoint of a step that validation follows is written in the validation, and leads to it.
 
     Args:
         every_n_steps: None: after epochs alone.
@@ -129,48 +149,90 @@ class LastCheckpoint(Checkpoint):
     def __init__(self, folder: Path, every_n_steps: int | None) -> None:
         self.path, self.every_n_steps = folder / LAST, every_n_steps
         self._step = 0  # of the optimizer, after the batch before
-        self._asked_to_end = False
+        self._gathering = False  # gradients of several batches, which aren't saved
+        self._terminated = self._requeues = False  # asked to end by SIGTERM, by SIGUSR1
+        self._leads_to_validation = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._step = trainer.global_step
-        # In the place of Lightning's handler, after which processes may wait for one another in vain.
+        # In the place of Lightning's handlers, which save in the middle of a step, and after which processes
+        # may wait for one another in vain.
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._ask_to_end)
+            signal.signal(signal.SIGTERM, self._terminate)
+            if processes.in_slurm():
+                signal.signal(signal.SIGUSR1, self._requeue)
 
-    def _ask_to_end(self, number: int, frame: Any) -> None:
+    def _terminate(self, number: int, frame: Any) -> None:
         """After this batch; asked a second time, at once."""
-        if self._asked_to_end:
+        if self._terminated:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGTERM)
-        self._asked_to_end = True
+        self._terminated = True
+
+    def _requeue(self, number: int, frame: Any) -> None:
+        self._requeues = True
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        gathering = step == self._step  # gradients of several batches, which aren't saved
+        self._gathering = step == self._step
         self._step = step
-        # After an epoch's last batch comes validation, which a run that is resumed from here would leave out.
-        if gathering or batch_idx + 1 == trainer.num_training_batches:
+        loop = trainer.fit_loop
+        validates = loop.epoch_loop._should_check_val_fx(cast(Any, loop._data_fetcher))
+        if self._gathering or validates or batch_idx + 1 == trainer.num_training_batches:
             return
         end = (trainer.world_size == 1 or step % _ASK_EVERY == 0) and self._ends(trainer)
-        if end or (self.every_n_steps is not None and step % self.every_n_steps == 0):
+        if end or self._is_due():
             self._save(trainer)
         if end:
-            raise SIGTERMException
+            self._end(trainer)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        end = self._ends(trainer)
+        in_epoch = trainer.fit_loop.batch_idx + 1 < trainer.num_training_batches
+        if end or (in_epoch and self._is_due()):
+            self._save_in_validation(trainer)
+        if end:
+            self._end(trainer)
 
     def on_validation_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         if self._ends(trainer):
-            raise SIGTERMException  # without saving: the last checkpoint leads to the same validation
+            self._save_in_validation(trainer)
+            self._end(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._save(trainer)
         if self._ends(trainer):
-            raise SIGTERMException
+            self._end(trainer)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self._leads_to_validation:
+            # What Lightning takes for a validation that was left in its first batch.
+            begun = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+            progress = {"total": begun, "current": dict.fromkeys(begun, 0), "is_last_batch": False}
+            checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"] = progress
+
+    def _is_due(self) -> bool:
+        return self.every_n_steps is not None and self._step % self.every_n_steps == 0
 
     def _ends(self, trainer: pl.Trainer) -> bool:
         """Whether any process was asked to end."""
-        return trainer.strategy.reduce_boolean_decision(self._asked_to_end, all=False)
+        return trainer.strategy.reduce_boolean_decision(self._terminated or self._requeues, all=False)
+
+    def _end(self, trainer: pl.Trainer) -> None:
+        if self._requeues and trainer.is_global_zero:
+            processes.requeue()
+        raise SIGTERMException
+
+    def _save_in_validation(self, trainer: pl.Trainer) -> None:
+        if self._gathering or trainer.global_step == trainer.max_steps:
+            return  # nothing would lead to it; the checkpoint before does
+        self._leads_to_validation = True
+        self._save(trainer)
+        self._leads_to_validation = False
 
     def _save(self, trainer: pl.Trainer) -> None:
         if not cast(Any, trainer).fast_dev_run:
@@ -217,8 +279,7 @@ def restore_loader(loader: ClipLoader[Any], path: Path) -> None:
 
     Lightning would do so itself, had it not set the loader up before, to count the steps of the schedule.
     """
-    file = path / "meta.pt" if path.is_dir() else path
-    progress = torch.load(file, map_location="cpu", mmap=True, weights_only=True)["loops"]["fit_loop"]
+    progress = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["loops"]["fit_loop"]
     if not progress["epoch_loop.batch_progress"]["is_last_batch"]:  # else the next epoch is due
         for state in progress["state_dict"].get("combined_loader", []):
             loader.load_state_dict(state)
@@ -231,8 +292,6 @@ def _left_in(run: Path) -> list[Path]:
 
 def _problem(path: Path) -> str | None:
     """Why nothing can be resumed from a checkpoint; None if it can."""
-    if path.is_dir():
-        return None  # in shards
     if not path.is_file():
         return "no such file; ckpt_path takes a checkpoint or 'last'"
     try:

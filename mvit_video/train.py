@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import sys
+import warnings
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +14,12 @@ from typing import Any, cast
 import pytorch_lightning as pl
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.accelerators import CPUAccelerator
 from pytorch_lightning.callbacks import (
     Callback,
     EarlyStopping,
-    EMAWeightAveraging,
     LearningRateMonitor,
     ModelCheckpoint,
     RichProgressBar,
@@ -44,6 +46,7 @@ from mvit_video.resume import (
     find_checkpoint,
     restore_loader,
 )
+from mvit_video.sharding import AveragedWeights, FullySharded
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +75,9 @@ def train(config: DictConfig) -> None:
     open_file = cli.build_decoder(config)
     if config.save_every_n_steps is not None and config.save_every_n_steps < 1:
         raise ConfigError(f"save_every_n_steps must be null or at least 1, got {config.save_every_n_steps}")
-    own_only = any(override.startswith("hydra.run.dir=") for override in HydraConfig.get().overrides.hydra)
+    own_only = HydraConfig.get().mode == RunMode.MULTIRUN or any(
+        override.startswith("hydra.run.dir=") for override in HydraConfig.get().overrides.hydra
+    )
     resume_from = find_checkpoint(config.ckpt_path, output, own_only=own_only)
     history, policy = History(), BadVideoPolicy()
     config.trainer.devices, config.trainer.num_nodes = processes.choose_devices(
@@ -88,6 +93,8 @@ def train(config: DictConfig) -> None:
         cli.build(config.optim, model=sketch)
 
     splits: VideoSplits = cli.build(config.data)
+    if splits.num_classes < 2:
+        raise ConfigError(f"the data set has one class ({splits.class_names[0]}); training needs two or more")
     head: dict[str, Any] = {"head": config.head} if config.model.get("weights") else {}
     if config.weights:
         head = {"weights": None}  # a file takes the place of published weights
@@ -144,7 +151,7 @@ def train(config: DictConfig) -> None:
         try:
             trainer.fit(classifier, training, validation, ckpt_path=resume_from, weights_only=True)
         except SIGTERMException:
-            log.warning("stopped by SIGTERM; ckpt_path=last goes on from the last checkpoint")
+            log.warning("stopped by a signal; ckpt_path=last goes on from the last checkpoint")
             sys.exit(128 + signal.SIGTERM)
         except RuntimeError as error:
             if not is_out_of_memory(error):
@@ -173,7 +180,7 @@ def train(config: DictConfig) -> None:
 
 
 def _build_trainer(config: DictConfig, output: Path, callbacks: list[Callback]) -> pl.Trainer:
-    callbacks += [StepSeeds(config.seed), EpochAverages()]
+    callbacks = [EpochAverages(), *callbacks, StepSeeds(config.seed)]
     if config.trainer.enable_checkpointing:
         callbacks.append(
             ModelCheckpoint(
@@ -190,7 +197,7 @@ def _build_trainer(config: DictConfig, output: Path, callbacks: list[Callback]) 
     if config.ema is not None:
         if not 0 < config.ema < 1:
             raise ConfigError(f"ema must be between 0 and 1, such as 0.9999, got {config.ema}")
-        callbacks.append(EMAWeightAveraging(decay=config.ema))
+        callbacks.append(AveragedWeights(decay=config.ema))
     if config.early_stopping is not None:
         callbacks.append(EarlyStopping("val/top1", mode="max", patience=config.early_stopping))
     callbacks.append(Forecast())
@@ -198,19 +205,28 @@ def _build_trainer(config: DictConfig, output: Path, callbacks: list[Callback]) 
     if loggers:
         callbacks.append(LearningRateMonitor("step"))
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", ".*AMP with fp16 is not supported on CPU.*")  # an error of our own
     profiler = config.trainer.profiler
     if profiler is not None:
         if profiler not in PROFILERS:
             raise ConfigError(f"trainer.profiler must be one of {', '.join(PROFILERS)}, got {profiler!r}")
         profiler = PROFILERS[profiler](dirpath=output, filename="profile")
-    return cli.build(
+    sharded = config.trainer.strategy == "fsdp"
+    precision = str(config.trainer.precision)
+    if sharded and precision in ("16", "16-mixed"):  # Lightning scales no gradients in shards
+        raise ConfigError(f"trainer.precision={precision} isn't possible with fsdp; bf16-mixed is")
+    trainer: pl.Trainer = cli.build(
         config.trainer,
+        **({"strategy": FullySharded()} if sharded else {}),
         callbacks=callbacks,
         logger=loggers,
         profiler=profiler,
         plugins=[AtomicCheckpoints()],
         default_root_dir=str(output),
     )
+    if isinstance(trainer.accelerator, CPUAccelerator) and precision in ("16", "16-mixed", "16-true"):
+        raise ConfigError(f"trainer.precision={precision} (float16) is for GPUs; on a CPU give bf16-mixed")
+    return trainer
 
 
 if __name__ == "__main__":

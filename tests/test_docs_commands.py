@@ -46,6 +46,7 @@ CONFIGURATION_ONLY = {  # what a command has -> why it is composed and checked, 
     "compiled=true": "takes a C++ compiler and minutes; in test_export.py",
     "compile=true": "takes minutes; in test_recipe.py and test_inference.py",
     "model.weights=kinetics400": "needs the network and published weights",
+    "submitit_slurm": "needs Slurm; sweeps by submitit are in test_processes.py",
 }
 NOT_RUN = {  # other programs: what a line starts with -> why it isn't run
     "make ": "sets up an environment of its own; the target must exist",
@@ -182,13 +183,16 @@ def run_line(command: Command, monkeypatch: pytest.MonkeyPatch) -> Any:
             assert Path(words[1]).name == "generate.py"
             motion.generate(words[3], train_per_class=2, val_per_class=1, size=48)
             return command("info", "system")
+        if words[0] == "sbatch":
+            words = shlex.split(words[words.index("--wrap") + 1])[1:]  # behind srun
         if words[0] == "torchrun":
             module = words.index("-m") + 1
             words = [words[module].replace("mvit_video.", "mvit-"), *words[module + 1 :]]
         name = words[0].removeprefix("mvit-")
         arguments = [re.sub("^follow=.*", "follow=0.5", word) for word in words[1:]]
         if any(part in argument for part in CONFIGURATION_ONLY for argument in arguments):
-            return command(name, *arguments, "--cfg", "job")
+            single = [word for word in arguments if word != "--multirun" and "," not in word]
+            return command(name, *single, "--cfg", "job")
         if "--cfg" in arguments:
             return command(name, *arguments)
         if "resume=last" in arguments:  # as if one had been killed at its start

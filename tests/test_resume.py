@@ -57,6 +57,13 @@ def averages(run: Path) -> list[tuple[str, str]]:
     return [(row["train/loss_epoch"], row["train/top1_epoch"]) for row in rows if row["train/loss_epoch"]]
 
 
+def validations(run: Path) -> list[tuple[str, str]]:
+    """Step and loss of each validation in the newest csv log, as written."""
+    logs = sorted(run.glob("csv/version_*/metrics.csv"), key=lambda path: int(path.parent.name.split("_")[1]))
+    with logs[-1].open() as file:
+        return [(row["step"], row["val/loss"]) for row in csv.DictReader(file) if row["val/loss"]]
+
+
 def weights(run: Path) -> dict[str, torch.Tensor]:
     return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
 
@@ -82,18 +89,20 @@ def train_in_child(arguments: list[str], prepare: Callable[[], Any]) -> int:
     return child.exitcode
 
 
-def signal_in_batch(number: int, which: signal.Signals) -> Callable[[], None]:
-    """Makes the process send itself a signal in its so-manieth training batch, from 0."""
+def signal_in_batch(
+    number: int, which: signal.Signals, step_name: str = "training_step"
+) -> Callable[[], None]:
+    """Makes the process send itself a signal in its so-manieth batch of training or validation, from 0."""
 
     def prepare() -> None:
-        step, batches = Classifier.training_step, iter(range(1000))
+        step, batches = getattr(Classifier, step_name), iter(range(1000))
 
-        def training_step(self: Classifier, *args: Any) -> Any:
+        def signalling_step(self: Classifier, *args: Any) -> Any:
             if next(batches) == number:
                 os.kill(os.getpid(), which)
             return step(self, *args)
 
-        Classifier.training_step = training_step
+        setattr(Classifier, step_name, signalling_step)
 
     return prepare
 
@@ -193,7 +202,7 @@ def test_gradients_that_are_being_gathered_are_gathered_again(
         assert_equal_weights(tmp_path / f"run{batch}", tmp_path / "whole")
 
 
-@pytest.mark.parametrize(("batch", "saved"), [(3, 4), (4, 3)])  # in an epoch, and before its validation
+@pytest.mark.parametrize(("batch", "saved"), [(3, 4), (4, 5)])  # in an epoch, and before its validation
 def test_sigterm_saves_and_ends(
     command: Command, arguments: list[str], whole: Path, tmp_path: Path, batch: int, saved: int
 ) -> None:
@@ -205,6 +214,95 @@ def test_sigterm_saves_and_ends(
     assert command("train", *arguments).code == 0
     assert losses(tmp_path / "run") == {s: loss for s, loss in losses(whole).items() if s >= saved}
     assert_equal_weights(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize("scontrol", ["there", "refuses", "missing"])
+def test_sigusr1_in_a_slurm_job_saves_and_queues_it_again(
+    command: Command,
+    arguments: list[str],
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    scontrol: str,
+) -> None:
+    for name, value in {"NTASKS": "1", "PROCID": "0", "LOCALID": "0", "NODEID": "0", "JOB_ID": "123"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("SLURM_JOB_NAME", "train")
+    if scontrol != "missing":
+        program = tmp_path / "bin" / "scontrol"
+        program.parent.mkdir()
+        ending = "echo nope >&2; exit 1" if scontrol == "refuses" else ""
+        program.write_text(f"#!/bin/sh\necho $* > {tmp_path}/called\n{ending}")
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
+    arguments = [*arguments, "num_workers=0", "hydra.run.dir=run"]
+    assert train_in_child(arguments, signal_in_batch(3, signal.SIGUSR1)) == 128 + signal.SIGTERM
+    said = (tmp_path / "run" / "train.log").read_text()
+    if scontrol == "there":
+        assert "job 123 is queued again" in said
+    else:
+        reason = "nope" if scontrol == "refuses" else "scontrol can't be run (No such file or directory)"
+        assert f"the job isn't queued again: {reason}" in said
+    if scontrol != "missing":
+        assert (tmp_path / "called").read_text() == "requeue 123\n"
+    assert {path.name for path in (tmp_path / "run").iterdir() if "ckpt" in path.name} == set()
+    assert command("train", *arguments).code == 0
+    assert losses(tmp_path / "run") == {s: loss for s, loss in losses(whole).items() if s >= 4}
+    assert_equal_weights(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize(
+    ("added", "batch", "saved", "which"),
+    [
+        ([], 1, 4, signal.SIGTERM),
+        ([], (1, 2), 8, signal.SIGTERM),  # again, after the resume
+        (["ema=0.9"], 2, 8, signal.SIGTERM),
+        (["trainer.val_check_interval=2"], 1, 2, signal.SIGTERM),
+        (["trainer.val_check_interval=2", "ema=0.9"], 4, 6, signal.SIGTERM),
+        (["trainer.val_check_interval=3"], 1, 3, signal.SIGKILL),  # written as the validation began
+        (["trainer.max_steps=8"], 2, 6, signal.SIGTERM),
+        (["trainer.val_check_interval=3", "trainer.accumulate_grad_batches=2"], 0, None, signal.SIGTERM),
+    ],
+    ids=[
+        "epoch's",
+        "twice",
+        "averages",
+        "mid-epoch",
+        "mid-epoch averages",
+        "killed",
+        "the last",
+        "gathering",
+    ],
+)
+def test_a_validation_that_is_stopped_is_made_again(
+    command: Command,
+    arguments: list[str],
+    tmp_path: Path,
+    added: list[str],
+    batch: int | tuple[int, ...],
+    saved: int | None,
+    which: signal.Signals,
+) -> None:
+    four_and_two = "data.val_fraction=0.4"  # batches an epoch, of training and of validation
+    arguments = [*arguments, "num_workers=0", four_and_two, *added]
+    assert train_in_child([*arguments, "hydra.run.dir=whole"], lambda: None) == 0
+    for number in batch if isinstance(batch, tuple) else (batch,):
+        stop = signal_in_batch(number, which, "validation_step")
+        code = train_in_child([*arguments, "hydra.run.dir=run"], stop)
+        assert code == (128 + which if which == signal.SIGTERM else -which)
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    if saved is None:
+        assert not last.exists()
+    else:
+        assert torch.load(last, weights_only=True)["global_step"] == saved
+    assert command("train", *arguments, "hydra.run.dir=run").code == 0
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert losses(run) == {step: loss for step, loss in losses(whole).items() if step >= (saved or 0)}
+    done = validations(run)
+    assert done
+    assert done == validations(whole)[-len(done) :]
+    assert averages(run) == averages(whole)[-len(averages(run)) :]
+    assert_equal_weights(run, whole)
 
 
 def die_while_writing(count: int) -> Callable[[], None]:

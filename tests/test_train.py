@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Command
+from test_errors import error_line
 from videos import write_numbered_video
 
 import mvit_video as mv
@@ -290,6 +291,7 @@ def test_a_profile_is_left(command: Command, two_classes: Path, tmp_path: Path, 
     ("override", "message"),
     [
         ("trainer.profiler=fast", "trainer.profiler must be one of simple, advanced, pytorch, got 'fast'"),
+        ("trainer.strategy=fdsp", "invalid strategy name: `strategy='fdsp'`"),
         ("ema=1.5", "ema must be between 0 and 1, such as 0.9999, got 1.5"),
         ("freeze=3", "freeze: the model has no '3'; it has: backbone, patch_embed"),
         ("augment.rand_augment=m7", "augment: rand_augment is 'm7'; "),
@@ -305,6 +307,20 @@ def test_settings_that_can_not_work_are_named(
     assert result.code == 1
     assert message in result.err
     assert "Traceback" not in result.err
+
+
+def test_one_class_is_nothing_to_learn(command: Command, two_classes: Path, tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "cats").symlink_to(two_classes / "cats")
+    line = error_line(command("train", *BASE, "data.root=one"), "train")
+    assert "the data set has one class (cats); training needs two or more" in line
+
+
+@pytest.mark.parametrize("precision", ["16-mixed", "16-true"])
+def test_float16_is_refused_on_a_cpu(command: Command, two_classes: Path, precision: str) -> None:
+    arguments = [f"data.root={two_classes}", "trainer.accelerator=cpu", f"trainer.precision={precision}"]
+    line = error_line(command("train", *BASE, *arguments), "train")
+    assert f"trainer.precision={precision} (float16) is for GPUs; on a CPU give bf16-mixed" in line
 
 
 def test_classes_of_the_weights_must_be_those_of_the_data(

@@ -33,11 +33,16 @@ def existing_folder(path: str | Path) -> Path:
 
 
 def read_text(file: Path) -> str:
-    """Raises `DataError` for what isn't UTF-8 text."""
+    """Raises `DataError`, with the line, for what isn't UTF-8 text."""
     try:
         return file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise DataError(f"{file} can't be read as text: {error}") from None
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise DataError(
+            f"{file}, line {line}: this isn't UTF-8 text (it has the byte {error.object[error.start]:#x})"
+        ) from None
 
 
 def parse_json(file: Path) -> object:

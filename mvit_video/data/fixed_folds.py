@@ -55,7 +55,10 @@ def hmdb51_splits(root: str | Path, *, fold: int = 1, max_missing: float = 0.2) 
     videos = find_first(root, ["hmdb51_org", "videos", "hmdb51"]) or root
     rows: dict[str, list[Row]] = {"train": [], "val": []}
     for label, file in enumerate(files):
-        for number, line in enumerate(read_text(file).splitlines(), start=1):
+        lines = read_text(file).splitlines()
+        if not any(line.strip() for line in lines):
+            raise DataError(f"{file} is empty; expected lines of a file name and 0, 1 or 2")
+        for number, line in enumerate(lines, start=1):
             name, _, mark = line.strip().rpartition(" ")
             if not line.strip():
                 continue

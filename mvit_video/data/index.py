@@ -48,7 +48,7 @@ class VideoIndex:
     `left_out` are further videos of the split that are known to be unusable: reported, never read.
 
     Raises:
-        DataError: a label is out of range, or two videos share an id.
+        DataError: a label is out of range, a path isn't UTF-8, or two videos share an id.
     """
 
     videos: tuple[LabelledVideo, ...]
@@ -61,6 +61,8 @@ class VideoIndex:
         for row, video in enumerate(self.videos, start=1):
             if video.label is not None and not 0 <= video.label < num_classes:
                 raise DataError(f"row {row} ({video.path}): {out_of_range(video.label, num_classes)}")
+            if not video.path.isascii() and not _is_utf8(video.path):
+                raise DataError(f"{os.fsencode(video.path)!r}: its name isn't UTF-8 text; rename it")
             if rows.setdefault(video.id, row) != row:
                 raise DataError(f"rows {rows[video.id]} and {row} have the same id, {video.id}")
 
@@ -249,6 +251,14 @@ def _index_of_test_folder(
     files = files_below(folder, extensions)
     videos = tuple(LabelledVideo(path, None, relative(path, str(root))) for path in files)
     return VideoIndex(videos, class_names) if videos else None
+
+
+def _is_utf8(path: str) -> bool:
+    try:
+        path.encode()
+    except UnicodeEncodeError:  # bytes that Python could only put by
+        return False
+    return True
 
 
 def _hidden(name: str) -> bool:

@@ -163,7 +163,7 @@ def _official(
     lines = csv.reader(read_text(file).splitlines())
     next(lines)  # the header
     for fields in lines:
-        if not fields:
+        if not "".join(fields).strip():
             continue
         number = lines.line_num
         if len(fields) != len(columns):

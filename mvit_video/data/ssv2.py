@@ -170,13 +170,15 @@ def _runs(file: Path, folders: list[Path]) -> dict[str, str]:
 
 
 def _frames(file: Path) -> Iterator[tuple[int, str, str]]:
-    with file.open(encoding="utf-8") as lines:  # gigabytes: never read as a whole
+    with file.open(encoding="utf-8-sig") as lines:  # gigabytes: never read as a whole
         if not next(lines, "").startswith("original_vido_id"):
             raise DataError(
                 f"{file}: expected PySlowFast's `original_vido_id video_id frame_id path labels` in line 1"
             )
         for number, line in enumerate(lines, start=2):
             fields = line.split()
+            if not fields:
+                continue
             if len(fields) not in (4, 5):
                 raise DataError(
                     f"{file}, line {number}: expected original_vido_id, video_id, frame_id, path and labels, "

@@ -8,7 +8,9 @@ import logging
 import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -697,6 +699,30 @@ def test_hmdb51(tmp_path: Path, a_video: PutVideo) -> None:
     write(tmp_path / "testTrainMulti_7030_splits" / "wave_test_split1.txt", "wave_0.avi 3\n")
     with fails("wave_test_split1.txt, line 1: expected a file name and 0, 1 or 2"):
         hmdb51_splits(tmp_path)
+    write(tmp_path / "testTrainMulti_7030_splits" / "wave_test_split1.txt", "\n \n")
+    with fails("wave_test_split1.txt is empty"):
+        hmdb51_splits(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("make", "index"),
+    [
+        (official_kinetics, partial(kinetics_splits, class_names="kinetics400", max_missing=0.3)),
+        (lambda root, _: ssv2_frames(root), partial(ssv2_splits, frame_lists=("train.csv", "val.csv"))),
+        (ucf101, ucf101_splits),
+        (hmdb51, hmdb51_splits),
+    ],
+    ids=["kinetics", "frames", "ucf101", "hmdb51"],
+)
+def test_lists_as_windows_leaves_them(
+    tmp_path: Path, a_video: PutVideo, make: Any, index: Callable[[Path], VideoSplits]
+) -> None:
+    make(tmp_path, a_video)
+    before = index(tmp_path)
+    for file in [*tmp_path.rglob("*.csv"), *tmp_path.rglob("*.txt")]:
+        text = file.read_text().replace("\n", "\r\n") + "\r\n\r\n \r\n"
+        file.write_bytes(b"\xef\xbb\xbf" + text.encode())  # a byte-order mark
+    assert index(tmp_path) == before
 
 
 @pytest.mark.parametrize(("data", "make"), [("ucf101", ucf101), ("hmdb51", hmdb51)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 from collections.abc import Callable
@@ -255,6 +256,18 @@ def test_missing_and_unreadable_lists(tmp_path: Path, read: Callable[[Path, Path
         read(tmp_path / "train.csv", tmp_path / "train.csv")
     with fails("can't be read as text"):
         read(tmp_path, tmp_path)
+
+
+def test_text_and_names_that_are_not_utf8_are_named(videos: Path, tmp_path: Path) -> None:
+    (videos / "train.csv").write_bytes(b"v/a.mp4 0\nv/\xff.mp4 0\n")
+    with fails("train.csv, line 2: this isn't UTF-8 text (it has the byte 0xff)"):
+        csv_splits(videos / "train.csv", videos / "train.csv")
+    folder = tmp_path / "folder" / "a"
+    folder.mkdir(parents=True)
+    (folder / "b.mp4").touch()
+    Path(os.fsdecode(os.fsencode(folder) + b"/\xff.mp4")).touch()
+    with fails(r"\xff.mp4': its name isn't UTF-8 text; rename it"):
+        folder_splits(folder.parent)
 
 
 def test_a_list_of_kinetics_size_is_read_in_seconds(videos: Path) -> None:
