@@ -94,12 +94,14 @@ def blocks(page: Path) -> Iterator[Block]:
 
 def command_lines(page: Path) -> list[tuple[int, str]]:
     """Line numbers and commands: all lines of shell blocks, and commands with arguments amid the text."""
-    found = [
-        (block.line + number, line)
-        for block in blocks(page)
-        if block.language == "sh"
-        for number, line in enumerate(block.text.splitlines())
-    ]
+    found = []
+    for block in blocks(page):
+        begun = ""  # a line that ends with a backslash goes on in the next
+        for number, line in enumerate(block.text.splitlines() if block.language == "sh" else []):
+            begun += line.removesuffix("\\")
+            if not line.endswith("\\"):
+                found.append((block.line + number, begun))
+                begun = ""
     for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), start=1):
         found += [
             (number, text) for text in re.findall(r"`(mvit-\w+ [^`]*=[^`]*|(?:make|python) [^`]+)`", line)
