@@ -46,6 +46,7 @@ bench: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test,lint,torchcodec,decord]"
 	$(BIN)/python benchmarks/positions.py
 	$(BIN)/python benchmarks/decode.py --write
+	$(BIN)/python benchmarks/loader.py --write
 	$(BIN)/python benchmarks/model.py --write
 	$(BIN)/python benchmarks/learning.py --write
 
