@@ -263,8 +263,8 @@ def measure(part: str, rounds: int, clock: Callable[[], float]) -> Any:
     found = {}
     for kind, dtype in SETTINGS:
         row = compare(kind, dtype, part == "compiled", rounds, clock)
-        flop = 2e9 * GMACS * (3 if kind == "training" else 1)
-        row["share"] = flop / row["ours"] / matrix_speed(DTYPES[dtype], clock)
+        gflop = 2 * GMACS * (3 if kind == "training" else 1)
+        row["share"] = gflop / row["ours"] / matrix_speed(DTYPES[dtype], clock)
         found[f"{kind} {dtype}"] = {name: round(value, 3) for name, value in row.items()}
         print(part, kind, dtype, found[f"{kind} {dtype}"], flush=True)
     return found
