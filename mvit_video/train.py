@@ -70,6 +70,8 @@ def train(config: DictConfig) -> None:
     if config.head not in ("strict", "new"):
         raise ConfigError(f"head must be strict or new, got {config.head!r}")
     augment, mixing = cli.build(config.augment), cli.build(config.mixing)
+    if mixing is not None and mixing.probability and config.batch_size * augment.repeats < 2:
+        raise ConfigError("mixing pairs the clips of a batch; batch_size=2 or more is needed, or mixing=none")
     allowed_bad_videos(config.max_bad_videos, 0)
     processes.use_own_gpu()
     open_file = cli.build_decoder(config)

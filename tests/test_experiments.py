@@ -47,6 +47,7 @@ KINETICS_S = ADAMW | {
     "repeats": 2,
     "mix_probability": 1.0,
     "rand_augment": "rand-m7-n4-mstd0.5-inc1",
+    "fill": (128, 128, 128),
     "bgr": False,
     "crop_first": False,
     "short_side": 256,
@@ -114,6 +115,7 @@ IMAGE_T = KINETICS_S | {
     "head_dropout": 0.0,
     "repeats": 1,
     "rand_augment": "rand-m9-n6-mstd0.5-inc1",
+    "fill": (124, 116, 104),
     "crop_first": True,
     "short_side": None,
     "normalised": (IMAGENET_MEAN, IMAGENET_STD),
@@ -186,7 +188,7 @@ def test_a_recipe_has_the_published_values(name: str) -> None:
     assert (mixing.mixup, mixing.cutmix, mixing.switch_probability) == expected["mixup"]
 
     augment = instantiate(config.augment, _convert_="all")
-    for field in ("repeats", "rand_augment", "bgr", "crop_first", "short_side", "short_side_range"):
+    for field in ("repeats", "rand_augment", "fill", "bgr", "crop_first", "short_side", "short_side_range"):
         assert getattr(augment, field) == expected[field]
     assert augment.flip_probability == expected["flip"]
     assert augment.area == expected["area"]

@@ -364,3 +364,10 @@ def test_a_compiled_model_trains_and_is_saved_as_usual(
     assert result.code == 0, result.err
     assert len(compiled) == 1
     mv.load_model(tmp_path / "run" / "checkpoints" / "last.ckpt")
+
+
+def test_mixing_needs_two_clips(command: Command, two_classes: Path) -> None:
+    result = command(
+        "train", "data=folder", f"data.root={two_classes}", "mixing=mixup_cutmix", "batch_size=1"
+    )
+    assert "mixing pairs the clips of a batch" in error_line(result)

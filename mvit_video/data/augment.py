@@ -21,8 +21,6 @@ from torch import Tensor
 from mvit_video.data.transform import RGB, training_clip
 from mvit_video.data.views import CropBox, SpatialView, random_resized_crop, random_short_side_crop
 
-_GREY = (128, 128, 128)  # what geometric operations show beyond the border
-
 
 class RandAugment(NamedTuple):
     """Draws ``operations`` and applies each with ``probability``, at a normally distributed magnitude."""
@@ -33,6 +31,9 @@ class RandAugment(NamedTuple):
     probability: float = 0.5
 
 
+Colour = tuple[int, int, int]  # red, green, blue, 0 to 255
+
+
 @dataclass(frozen=True)
 class Augment:
     """How training clips are varied.
@@ -40,6 +41,7 @@ class Augment:
     Attributes:
         short_side: frames are first resized to this short side (pixels); None: they stay as decoded.
         rand_augment: in timm's notation, for example "rand-m7-n4-mstd0.5-inc1"; None: off.
+        fill: red, green and blue (0 to 255) that RandAugment's geometric operations show beyond the border.
         bgr: RandAugment sees red and blue swapped, as with the official loader for Something-Something.
         colour_jitter: brightness, contrast and saturation change by factors of at most 1 +- this.
         crop_first: cut the box out and resize it before RandAugment, on bytes, bicubic, as image recipes do.
@@ -56,6 +58,7 @@ class Augment:
 
     short_side: int | None = None
     rand_augment: str | None = None
+    fill: Colour = (128, 128, 128)
     bgr: bool = False
     colour_jitter: float = 0.0
     crop_first: bool = False
@@ -68,7 +71,7 @@ class Augment:
     repeats: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("area", "aspect", "short_side_range"):
+        for name in ("area", "aspect", "short_side_range", "fill"):
             value = getattr(self, name)
             object.__setattr__(self, name, None if value is None else tuple(value))
         if self.rand_augment is not None:
@@ -113,7 +116,7 @@ def augmented_clips(
             pixels, view = _cut(frames, view, size), CropBox(0, 0, size, size, view.flip)
         if augment.rand_augment is not None:
             settings = parse_rand_augment(augment.rand_augment)
-            pixels = rand_augment(pixels.flip(1) if augment.bgr else pixels, settings, rng)
+            pixels = rand_augment(pixels.flip(1) if augment.bgr else pixels, settings, rng, augment.fill)
             pixels = pixels.flip(1) if augment.bgr else pixels
         if augment.colour_jitter:
             pixels = jitter_colours(pixels, augment.colour_jitter, rng)
@@ -186,11 +189,14 @@ def parse_rand_augment(notation: str) -> RandAugment:
     return RandAugment(values["m"], int(values["n"]), values["mstd"], values["p"])
 
 
-def rand_augment(frames: Tensor, settings: RandAugment, rng: random.Random) -> Tensor:
+def rand_augment(
+    frames: Tensor, settings: RandAugment, rng: random.Random, fill: Colour = (128, 128, 128)
+) -> Tensor:
     """Apply random operations, drawn with replacement, one strength and direction for the whole clip.
 
     Args:
         frames: uint8 (T, 3, H, W).
+        fill: what geometric operations show beyond the border.
     """
     plan = []
     for name in rng.choices(list(OPERATIONS), k=settings.operations):
@@ -203,23 +209,23 @@ def rand_augment(frames: Tensor, settings: RandAugment, rng: random.Random) -> T
         return frames
     images = [Image.fromarray(frame) for frame in frames.permute(0, 2, 3, 1).contiguous().cpu().numpy()]
     for operation, level, sign in plan:
-        images = [operation(image, level, sign) for image in images]
+        images = [operation(image, level, sign, fill) for image in images]
     changed = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
     return changed.permute(0, 3, 1, 2).to(frames.device)
 
 
-def _rotate(image: Image.Image, level: float, sign: float) -> Image.Image:
-    return image.rotate(sign * level * 30.0, Image.Resampling.BICUBIC, fillcolor=_GREY)
+def _rotate(image: Image.Image, level: float, sign: float, fill: Colour) -> Image.Image:
+    return image.rotate(sign * level * 30.0, Image.Resampling.BICUBIC, fillcolor=fill)
 
 
-def _affine(image: Image.Image, *matrix: float) -> Image.Image:
+def _affine(image: Image.Image, fill: Colour, *matrix: float) -> Image.Image:
     """Pixel (x, y) becomes the one at (a x + b y + c, d x + e y + f) of ``image``."""
     return image.transform(
-        image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor=_GREY
+        image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor=fill
     )
 
 
-def _solarize_add(image: Image.Image, level: float, sign: float) -> Image.Image:
+def _solarize_add(image: Image.Image, level: float, sign: float, fill: Colour) -> Image.Image:
     added = min(128, int(level * 110))
     return image.point([min(255, i + added) if i < 128 else i for i in range(256)] * 3)
 
@@ -228,32 +234,35 @@ def _factor(level: float, sign: float) -> float:
     return max(0.1, 1.0 + sign * (level * 0.9))
 
 
-Operation = Callable[[Image.Image, float, float], Image.Image]  # picture, level in [0, 1], sign -> picture
+# Picture, level in [0, 1], sign, what to show beyond the border -> picture.
+Operation = Callable[[Image.Image, float, float, Colour], Image.Image]
 OPERATIONS: dict[str, Operation] = {
-    "AutoContrast": lambda image, level, sign: ImageOps.autocontrast(image),
-    "Equalize": lambda image, level, sign: ImageOps.equalize(image),
-    "Invert": lambda image, level, sign: ImageOps.invert(image),
+    "AutoContrast": lambda image, level, sign, fill: ImageOps.autocontrast(image),
+    "Equalize": lambda image, level, sign, fill: ImageOps.equalize(image),
+    "Invert": lambda image, level, sign, fill: ImageOps.invert(image),
     "Rotate": _rotate,
-    "PosterizeIncreasing": lambda image, level, sign: ImageOps.posterize(image, 4 - int(level * 4)),
-    "SolarizeIncreasing": lambda image, level, sign: ImageOps.solarize(image, 256 - int(level * 256)),
+    "PosterizeIncreasing": lambda image, level, sign, fill: ImageOps.posterize(image, 4 - int(level * 4)),
+    "SolarizeIncreasing": lambda image, level, sign, fill: ImageOps.solarize(image, 256 - int(level * 256)),
     "SolarizeAdd": _solarize_add,
-    "ColorIncreasing": lambda image, level, sign: ImageEnhance.Color(image).enhance(_factor(level, sign)),
-    "ContrastIncreasing": lambda image, level, sign: ImageEnhance.Contrast(image).enhance(
+    "ColorIncreasing": lambda image, level, sign, fill: ImageEnhance.Color(image).enhance(
         _factor(level, sign)
     ),
-    "BrightnessIncreasing": lambda image, level, sign: ImageEnhance.Brightness(image).enhance(
+    "ContrastIncreasing": lambda image, level, sign, fill: ImageEnhance.Contrast(image).enhance(
         _factor(level, sign)
     ),
-    "SharpnessIncreasing": lambda image, level, sign: ImageEnhance.Sharpness(image).enhance(
+    "BrightnessIncreasing": lambda image, level, sign, fill: ImageEnhance.Brightness(image).enhance(
         _factor(level, sign)
     ),
-    "ShearX": lambda image, level, sign: _affine(image, 1, sign * level * 0.3, 0, 0, 1, 0),
-    "ShearY": lambda image, level, sign: _affine(image, 1, 0, 0, sign * level * 0.3, 1, 0),
-    "TranslateXRel": lambda image, level, sign: _affine(
-        image, 1, 0, sign * level * 0.45 * image.width, 0, 1, 0
+    "SharpnessIncreasing": lambda image, level, sign, fill: ImageEnhance.Sharpness(image).enhance(
+        _factor(level, sign)
     ),
-    "TranslateYRel": lambda image, level, sign: _affine(
-        image, 1, 0, 0, 0, 1, sign * level * 0.45 * image.height
+    "ShearX": lambda image, level, sign, fill: _affine(image, fill, 1, sign * level * 0.3, 0, 0, 1, 0),
+    "ShearY": lambda image, level, sign, fill: _affine(image, fill, 1, 0, 0, sign * level * 0.3, 1, 0),
+    "TranslateXRel": lambda image, level, sign, fill: _affine(
+        image, fill, 1, 0, sign * level * 0.45 * image.width, 0, 1, 0
+    ),
+    "TranslateYRel": lambda image, level, sign, fill: _affine(
+        image, fill, 1, 0, 0, 0, 1, sign * level * 0.45 * image.height
     ),
 }
 

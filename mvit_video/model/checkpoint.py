@@ -333,14 +333,19 @@ def _load(
 
 
 def _built_from_slowfast(checkpoint: Mapping[str, Any], name: str) -> MViT:
-    cfg, weights = checkpoint["cfg"], checkpoint.get("model_state")
-    if isinstance(cfg, str):
-        cfg = _parse_yaml(cfg, name)
-    config, protocol = translate_config(cfg, name, weights or ())
-    model = MViT(config, protocol)
+    weights = checkpoint.get("model_state")
+    model = MViT(*described_by(checkpoint, name))
     if weights is not None:
         _load(model, _state_dict({"model_state": weights}, name), name, adapt=False)
     return model.eval()
+
+
+def described_by(checkpoint: Mapping[str, Any], name: str) -> tuple[MViTConfig, Protocol]:
+    """The model and protocol that the cfg of a PySlowFast checkpoint describes; ``name`` is for errors."""
+    cfg = checkpoint["cfg"]
+    if isinstance(cfg, str):
+        cfg = _parse_yaml(cfg, name)
+    return translate_config(cfg, name, checkpoint.get("model_state") or ())
 
 
 def _parse_yaml(text: str, name: str) -> Any:

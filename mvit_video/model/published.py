@@ -12,10 +12,16 @@ from typing import Any, Literal
 import torch
 
 from mvit_video.errors import CheckpointError, ConfigError
-from mvit_video.model.checkpoint import checkpoint_names, from_slowfast, load_weights, read_checkpoint
+from mvit_video.model.checkpoint import (
+    checkpoint_names,
+    described_by,
+    from_slowfast,
+    load_weights,
+    read_checkpoint,
+)
 from mvit_video.model.mvit import MViT
 from mvit_video.model.slowfast import believe_weights
-from mvit_video.model.variants import create_model
+from mvit_video.model.variants import VARIANTS, Variant, build
 
 _SLOWFAST = "https://dl.fbaipublicfiles.com/pyslowfast/model_zoo"
 _TORCHVISION = "https://download.pytorch.org/models"
@@ -140,13 +146,16 @@ def create_published(
     checkpoint = fetch(entry)
     changed = head == "new" or num_classes not in (None, entry.num_classes)
     if "cfg" in checkpoint and not changed and all(value is None for value in overrides.values()):
-        return from_slowfast(checkpoint)  # the file knows its layout and protocol best
-    built = create_model(model, num_classes or entry.num_classes, **overrides)
+        return from_slowfast(checkpoint)
+    variant = VARIANTS[model]
+    if "cfg" in checkpoint:  # the file knows its layout and protocol best
+        variant = Variant(*described_by(checkpoint, entry.file_name))
+    built = build(variant, num_classes=num_classes or entry.num_classes, **overrides)
     layout = believe_weights(built.config, checkpoint_names(checkpoint, entry.file_name))
     if layout != built.config:  # the published L is another model than its configuration gives
         built = MViT(layout, built.protocol)
     load_weights(built, checkpoint, head=head)
-    if name == "ssv2":
+    if name == "ssv2" and "cfg" not in checkpoint:
         crop = built.protocol.crop
         built.protocol = replace(
             built.protocol,

@@ -173,6 +173,9 @@ def slowfast_config(config: MViTConfig, protocol: Protocol) -> dict[str, Any]:
 
 def _other_sections(config: MViTConfig, protocol: Protocol) -> dict[str, Any]:
     segments = protocol.sampling == "segment"
+    # Officially, frames for these are BGR until channels are swapped, behind the normalisation.
+    order = -1 if segments else 1
+    jitter = protocol.short_side if protocol.num_crops == 1 else config.crop_size * 256 // 224
     return {
         "MODEL": {
             "MODEL_NAME": "MViT",
@@ -187,8 +190,12 @@ def _other_sections(config: MViTConfig, protocol: Protocol) -> dict[str, Any]:
             "TARGET_FPS": protocol.target_fps,
             "TRAIN_CROP_SIZE": config.crop_size,
             "TEST_CROP_SIZE": protocol.crop,
-            "MEAN": list(protocol.mean),
-            "STD": list(protocol.std),
+            "TRAIN_JITTER_SCALES": [jitter, jitter * 5 // 4],
+            "MEAN": list(protocol.mean[::order]),
+            "STD": list(protocol.std[::order]),
+            **({"REVERSE_INPUT_CHANNEL": True, "INV_UNIFORM_SAMPLE": True} if segments else {}),
+            **({"RANDOM_FLIP": False} if segments else {}),
+            **({"USE_OFFSET_SAMPLING": True} if protocol.sampling == "uniform" else {}),
         },
         "TEST": {
             **({"DATASET": "ssv2"} if segments else {}),
@@ -325,7 +332,7 @@ def _protocol(cfg: Mapping[str, Any], data: dict[str, Any]) -> Protocol:
     segments = test.get("DATASET") == "ssv2"
     image = data["NUM_FRAMES"] == 1
     # Videos tested by one crop keep the margin that they are trained with.
-    margin = 256 if crop == 224 else crop
+    margin = crop * 256 // 224 if image else max(data["TRAIN_JITTER_SCALES"][0], crop)
     mean, std = tuple(data["MEAN"]), tuple(data["STD"])
     if data["REVERSE_INPUT_CHANNEL"]:  # channels are swapped behind the normalisation
         mean, std = mean[::-1], std[::-1]

@@ -141,13 +141,16 @@ def create_model(
         raise ConfigError(
             f"unknown model {name!r}{did_you_mean(name, VARIANTS)}; known: {', '.join(list_models())}"
         )
-    variant = VARIANTS[name]
-    overrides["num_classes"] = num_classes
+    return build(VARIANTS[name], num_classes=num_classes, **overrides)
+
+
+def build(variant: Variant, **overrides: Any) -> MViT:
+    """A model with fresh weights from a variant and the fields of ``MViTConfig`` that differ from it."""
     values = {k: getattr(variant.config, k, None) if v is None else v for k, v in overrides.items()}
     config = replace_fields(variant.config, values)
     protocol = variant.protocol
     if config.num_frames != variant.config.num_frames or config.crop_size != variant.config.crop_size:
-        short_side = round(protocol.short_side * config.crop_size / protocol.crop)
+        short_side = protocol.short_side * config.crop_size // protocol.crop  # rounded down, as officially
         protocol = replace(
             protocol, clip_frames=config.num_frames, crop=config.crop_size, short_side=short_side
         )

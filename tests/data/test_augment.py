@@ -46,11 +46,11 @@ def as_frames(*pictures: np.ndarray) -> torch.Tensor:
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_operations_are_timms(name: str, magnitude: float) -> None:
     image = Image.fromarray(picture(1))
-    settings = {"interpolation": Image.Resampling.BICUBIC, "img_mean": (128, 128, 128)}
+    settings = {"interpolation": Image.Resampling.BICUBIC, "img_mean": (124, 116, 104)}
     operation = AugmentOp(name, prob=1.0, magnitude=magnitude, hparams=settings)
     random.seed(0)
     theirs = {operation(image).tobytes() for _ in range(12)}  # of both signs
-    ours = {OPERATIONS[name](image, magnitude / 10, sign).tobytes() for sign in (-1.0, 1.0)}
+    ours = {OPERATIONS[name](image, magnitude / 10, sign, (124, 116, 104)).tobytes() for sign in (-1.0, 1.0)}
     assert ours == theirs
 
 
@@ -92,7 +92,9 @@ def test_operations_are_applied_half_of_the_time_at_the_right_strength(
     applied: list[tuple[str, float, float]] = []
     for name in OPERATIONS:
 
-        def noted(image: Image.Image, level: float, sign: float, name: str = name) -> Image.Image:
+        def noted(
+            image: Image.Image, level: float, sign: float, fill: tuple[int, int, int], name: str = name
+        ) -> Image.Image:
             applied.append((name, level, sign))
             return image
 

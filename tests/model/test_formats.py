@@ -299,6 +299,36 @@ def test_named_models_have_official_configurations(name: str) -> None:
     assert protocol == variant.protocol
 
 
+def test_an_exported_configuration_reads_frames_as_ours_does() -> None:
+    variant = VARIANTS["mvitv2_l_40x3"]
+    segments = replace(
+        variant.protocol,
+        sampling="segment",
+        num_clips=1,
+        mean=variant.protocol.mean[::-1],
+        std=(0.1, 0.2, 0.3),
+    )
+    exported = slowfast_config(variant.config, segments)
+    assert exported["DATA"]["REVERSE_INPUT_CHANNEL"] is True
+    assert exported["DATA"]["MEAN"] == list(variant.protocol.mean)
+    assert translate_config(exported, "cfg")[1] == segments
+    assert slowfast_config(variant.config, variant.protocol)["DATA"]["USE_OFFSET_SAMPLING"] is True
+
+
+@pytest.mark.parametrize(
+    ("data", "short_side"),
+    [
+        ({"TRAIN_CROP_SIZE": 312, "TRAIN_JITTER_SCALES": [356, 446]}, 356),
+        ({"TRAIN_CROP_SIZE": 224}, 256),
+        ({"TRAIN_CROP_SIZE": 288, "NUM_FRAMES": 1}, 329),
+    ],
+)
+def test_one_crop_is_cut_out_of_the_short_side_of_the_training(data: dict, short_side: int) -> None:
+    cfg = slowfast_config(VARIANTS["mvitv2_s_16x4"].config, VARIANTS["mvitv2_s_16x4"].protocol)
+    cfg["DATA"] = data
+    assert translate_config(cfg, "cfg")[1].short_side == short_side
+
+
 @pytest.mark.parametrize(
     "options",
     [

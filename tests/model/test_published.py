@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import Command
 
 import mvit_video as mv
 from mvit_video.model import published
 from mvit_video.model.published import PUBLISHED, PublishedWeights
+from mvit_video.model.slowfast import slowfast_config
 
 NANO = "mvitv2_nano_8x4"
 
@@ -220,3 +222,18 @@ def test_training_on_other_classes_needs_a_new_head(
     assert "its head has 6 classes, the model has 2" in refused.err
     taken = command("train", *arguments, "head=new")
     assert taken.code == 0, taken.err
+
+
+def test_a_file_that_describes_another_layout_is_believed(monkeypatch, server: Server) -> None:
+    """The published MViTv1 of 32 frames is deeper than the paper's."""
+    torch.manual_seed(0)
+    deeper = mv.create_model(NANO, num_classes=6, stages=(1, 2, 1))
+    buffer = io.BytesIO()
+    cfg = slowfast_config(deeper.config, deeper.protocol)
+    torch.save({"model_state": deeper.state_dict(), "cfg": yaml.safe_dump(cfg)}, buffer)
+    publish(monkeypatch, server, "deeper.pyth", buffer.getvalue())
+    other = mv.create_model(NANO, num_classes=9, weights="kinetics400", head="new", drop_path=0.1)
+    assert len(other.blocks) == 4
+    assert other.config.num_classes == 9
+    assert other.config.drop_path == 0.1
+    assert torch.equal(other.norm.weight, deeper.norm.weight)
