@@ -370,4 +370,4 @@ def test_mixing_needs_two_clips(command: Command, two_classes: Path) -> None:
     result = command(
         "train", "data=folder", f"data.root={two_classes}", "mixing=mixup_cutmix", "batch_size=1"
     )
-    assert "mixing pairs the clips of a batch" in error_line(result)
+    assert "mixing pairs the clips of a batch" in error_line(result, "train")

@@ -59,7 +59,7 @@ _DATA_DEFAULTS: dict[str, Any] = {
     "TRAIN_CROP_SIZE": 224,
     "TEST_CROP_SIZE": None,  # the official model takes no other size than the training crop
     "TARGET_FPS": 30,
-    "TRAIN_JITTER_SCALES": [256, 320],
+    "TRAIN_JITTER_SCALES": None,  # officially [256, 320], whatever the crop
     "INPUT_CHANNEL_NUM": [3],
     "REVERSE_INPUT_CHANNEL": False,
     "MEAN": [0.45, 0.45, 0.45],
@@ -331,8 +331,14 @@ def _protocol(cfg: Mapping[str, Any], data: dict[str, Any]) -> Protocol:
     num_crops = test.get("NUM_SPATIAL_CROPS", 1)
     segments = test.get("DATASET") == "ssv2"
     image = data["NUM_FRAMES"] == 1
-    # Videos tested by one crop keep the margin that they are trained with.
-    margin = crop * 256 // 224 if image else max(data["TRAIN_JITTER_SCALES"][0], crop)
+    # What one crop is cut out of: for videos the least short side of the training, where that is told.
+    jitter = data["TRAIN_JITTER_SCALES"]
+    if image:
+        margin = crop * 256 // 224
+    elif jitter is not None:
+        margin = max(jitter[0], crop)
+    else:
+        margin = 256 if crop == 224 else crop
     mean, std = tuple(data["MEAN"]), tuple(data["STD"])
     if data["REVERSE_INPUT_CHANNEL"]:  # channels are swapped behind the normalisation
         mean, std = mean[::-1], std[::-1]
