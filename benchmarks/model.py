@@ -345,7 +345,7 @@ def render(record: Record) -> str:
         ]
     lines += [
         "",
-        "In float32 much of the lead comes from oneDNN's products, which on AMD's processors are twice as fast as",
+        "In float32 much of the lead comes from oneDNN's products, on AMD's processors twice as fast as",
         "MKL's. In bfloat16 torchvision's products are oneDNN's already, so the lead is attention's and the",
         "poolings', and it is the smaller the slower a processor's bfloat16 products are beside the rest.",
     ]
