@@ -30,6 +30,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)  # small models gain nothing from more
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # Lightning sets their number for several processes, else
 
 
 class Result(NamedTuple):

@@ -124,7 +124,7 @@ def _outer(a: Tensor, b: Tensor) -> Tensor:
     """a (N, o), b (N, i) -> aᵀ b (o, i). oneDNN copies the left factor if it is transposed: the narrower."""
     if a.dtype == torch.bfloat16:
         return a.t() @ b  # copies neither
-    return _product(a.t(), b.t()) if a.shape[1] < b.shape[1] else _product(b.t(), a.t()).t()
+    return _product(a.t(), b.t()) if a.shape[1] < b.shape[1] else _product(b.t(), a.t()).t().contiguous()
 
 
 @functools.cache

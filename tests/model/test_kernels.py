@@ -233,6 +233,24 @@ def test_memory_of_attention_grows_with_n_plus_m() -> None:
     assert used[1] < 2.5 * used[0] + 10
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("of_gelu", [False, True])
+@pytest.mark.parametrize("width", [4, 40])  # of the output, against 12 of the input
+def test_compilers_are_told_the_layouts_of_linear_layers(width: int, of_gelu: bool, dtype) -> None:
+    x, weight, grad = (t.to(dtype) for t in random((2, 70, 12), (width, 12), (2, 70, width)))
+    torch.library.opcheck(kernels._linear, (x, weight, None, of_gelu), test_utils="test_faketensor")
+    torch.library.opcheck(kernels._linear_backward, (grad, x, weight, of_gelu), test_utils="test_faketensor")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_compilers_are_told_the_layouts_of_attention(dtype) -> None:
+    q, k, v, q_positions = (t.to(dtype) for t in PAIRS["attention with positions"][2])
+    inputs = (q, k, v, q_positions, K_POSITIONS.to(dtype), 0.3, 1)
+    torch.library.opcheck(kernels._attention, inputs, test_utils="test_faketensor")
+    grad = torch.ones(2, 50, 3, 20, dtype=dtype)
+    torch.library.opcheck(kernels._attention_backward, (grad, *inputs), test_utils="test_faketensor")
+
+
 def test_compiled_kernels_are_the_eager_ones(pair) -> None:
     torch.compiler.reset()
     fast, _, inputs = pair
