@@ -41,6 +41,8 @@ def in_slurm() -> bool:
 def requeue() -> None:
     """Have Slurm queue this job again, under its number; it ends this one."""
     job = os.environ["SLURM_JOB_ID"]
+    if "SLURM_ARRAY_JOB_ID" in os.environ:  # a bare number may mean the whole array
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     try:
         done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
     except OSError as error:
@@ -59,7 +61,8 @@ def overrides(arguments: Sequence[str]) -> list[str]:
     """
     rank, size = rank_and_size()
     added: list[str] = []
-    if size > 1 and not any(argument.startswith("hydra.run.dir=") for argument in arguments):
+    shared = size > 1 or ("RANK" not in os.environ and in_slurm() and "--multirun" not in arguments)
+    if shared and not any(argument.startswith("hydra.run.dir=") for argument in arguments):
         added.append(f"hydra.run.dir={_common_folder(rank)}")
     if rank > 0:
         added += [

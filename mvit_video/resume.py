@@ -189,6 +189,8 @@ class LastCheckpoint(Checkpoint):
             self._end(trainer)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.sanity_checking:  # there is nothing to save yet
+            return
         end = self._ends(trainer)
         in_epoch = trainer.fit_loop.batch_idx + 1 < trainer.num_training_batches
         if end or (in_epoch and self._is_due()):
@@ -197,7 +199,7 @@ class LastCheckpoint(Checkpoint):
             self._end(trainer)
 
     def on_validation_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        if self._ends(trainer):
+        if not trainer.sanity_checking and self._ends(trainer):
             self._save_in_validation(trainer)
             self._end(trainer)
 

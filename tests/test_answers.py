@@ -191,6 +191,12 @@ NAMES = [
 ]
 
 
+def test_names_between_nulls_are_taken_as_they_are(tmp_path: Path) -> None:
+    names = ["#1.mp4", "[1].mp4", "t.mp4 ", "~.mp4"]
+    (tmp_path / "list.txt").write_bytes("\0".join(names).encode())
+    assert list(expand([f"@{tmp_path / 'list.txt'}"])) == names
+
+
 @pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
 def test_names_of_all_kinds_are_found_told_and_skipped(
     command: Command, checkpoint: Path, tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch

@@ -19,7 +19,7 @@ from videos import read_number, write_numbered_video
 
 import mvit_video as mv
 from mvit_video.predict import stream
-from mvit_video.predict.stream import iter_windows
+from mvit_video.predict.stream import iter_windows, public_name
 
 SDP = "v=0\r\no=- 0 0 IN IP4 127.0.0.1\r\ns=test\r\nt=0 0\r\nm=video 0 RTP/AVP 33\r\na=control:track\r\n"
 ANSWERS = {  # to the requests of RTSP
@@ -176,3 +176,8 @@ def test_nothing_answers(
         result = command("predict", address, f"weights={checkpoint}", "window=1", "live=true")
         assert result.code == 1
         assert f"error: {address}: can't be opened: Connection refused; is the address right" in result.err
+
+
+@pytest.mark.parametrize("login", ["user:secret", "user:p@ss", "user"])
+def test_a_name_tells_no_password(login: str) -> None:
+    assert public_name(f"rtsp://{login}@camera/stream") == "rtsp://camera/stream"

@@ -139,7 +139,6 @@ def test_a_reader_that_has_had_enough_ends_it(two_classes: Path, checkpoint: Pat
     ) as process:
         assert process.stdout is not None
         assert process.stderr is not None
-        assert process.stdout.readline().startswith("{")
         process.stdout.close()
         told = process.stderr.read()
     assert process.returncode == 141, told

@@ -237,3 +237,14 @@ def test_a_sweep_runs_as_jobs_that_go_on_by_themselves(two_classes: Path, tmp_pa
     (tmp_path / "sweep" / "1" / "checkpoints" / "last.ckpt").unlink()
     shutil.rmtree(tmp_path / "sweep" / "0" / "checkpoints")  # which then starts at the front
     assert sweep() == (first, {14: second[14]})
+
+
+def test_a_slurm_job_of_one_task_has_its_own_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a requeued job never takes up another one's run."""
+    for name, value in {"SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_JOB_ID": "7"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("SLURM_JOB_NAME", "training")
+    monkeypatch.delenv("RANK", raising=False)
+    assert processes.overrides([]) == ["hydra.run.dir=outputs/train/slurm/7"]
+    assert processes.overrides(["hydra.run.dir=run"]) == []
+    assert processes.overrides(["--multirun"]) == []

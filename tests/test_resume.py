@@ -461,6 +461,7 @@ def test_a_killed_process_of_the_loader_ends_a_run_with_the_name_of_its_video(
         return open_video(path, **options)
 
     monkeypatch.setattr("mvit_video.data.decode.open_video", deadly)
-    line = error_line(command("train", *arguments, "num_workers=2", "hydra.run.dir=run"), "train")
+    options = ["num_workers=2", "loader=workers", "hydra.run.dir=run"]
+    line = error_line(command("train", *arguments, *options), "train")
     assert "was killed by SIGKILL while it read" in line
     assert "cats/3.mp4 (out of memory?" in line

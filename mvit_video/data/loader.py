@@ -205,7 +205,8 @@ class _Pool:
     def memory(self) -> int:
         """Bytes of the memory that samples lie in, this process's share."""
         machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return machine // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or 1
+        return machine // int(here)
 
     def why_broken(self) -> str:
         return "a process of the loader died"

@@ -80,6 +80,7 @@ class Answers:
         self.path, self.format, self.settings, self.per_clip = Path(path), format, settings, per_clip
         self.finished: set[str] = set()
         self._kept: list[Prediction] = []  # json: all; parquet: those of the next part
+        self._rows = 0  # of the next part, about
         self._part_begun = time.monotonic()
         self._file: TextIO | None = None
         self._run_file = self.path.with_name(self.path.name + ".run.json")
@@ -127,9 +128,9 @@ class Answers:
             self._file.flush()
             return
         self._kept.append(prediction)
-        rows = sum(1 + (len(p.clips) if self.per_clip else 0) for p in self._kept) * 5
+        self._rows += 5 * (1 + (len(prediction.clips) if self.per_clip else 0))
         late = time.monotonic() - self._part_begun > _SECONDS_PER_PART
-        if self.format == "parquet" and (late or rows >= _ROWS_PER_PART):
+        if self.format == "parquet" and (late or self._rows >= _ROWS_PER_PART):
             self._write_part()
 
     def _check_settings(self) -> None:
@@ -170,7 +171,7 @@ class Answers:
         import pyarrow.parquet as pq
 
         rows = [row for prediction in self._kept for row in rows_of(prediction, per_clip=self.per_clip)]
-        self._kept, self._part_begun = [], time.monotonic()
+        self._kept, self._rows, self._part_begun = [], 0, time.monotonic()
         number = len(list(self.path.glob("*.parquet")))
         if not rows and number:
             return

@@ -56,7 +56,11 @@ def _expand_one(argument: str | Path) -> Iterator[str]:
 
 
 def _expand_list(text: str, source: str) -> Iterator[str]:
-    found = text.split("\0" if "\0" in text else "\n")  # no splitlines: names may hold what else ends lines
+    if "\0" in text:  # names as they are, such as find -print0 writes them
+        for name in filter(None, text.split("\0")):
+            yield from find_videos(name) if Path(name).is_dir() else (name,)
+        return
+    found = text.split("\n")  # no splitlines: names may hold what else ends lines
     lines = [line.strip("\r\n ") for line in found if line.strip() and not line.startswith("#")]
     if not lines:
         raise DataError(f"{source} lists no videos; expected one file, folder or glob a line")

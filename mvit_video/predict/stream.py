@@ -257,7 +257,8 @@ def open_stream(
             if name.startswith("rtsp"):
                 options["options"] = {"rtsp_transport": "tcp"}  # UDP loses packets
             elif name.startswith("http") and follow is not None:
-                options["options"] = {"reconnect": "1", "reconnect_delay_max": str(math.ceil(follow))}
+                again = dict.fromkeys(("reconnect", "reconnect_streamed"), "1")
+                options["options"] = again | {"reconnect_delay_max": str(math.ceil(follow))}
         elif name.startswith("/dev/video"):
             options["format"] = "v4l2"
         else:
@@ -296,7 +297,7 @@ def open_stream(
 def public_name(source: Source) -> str:
     """What a source is called in messages: an address without the user's name and password."""
     name = source if isinstance(source, str | Path) else getattr(source, "name", source)
-    return re.sub(r"(?<=://)[^/@]*@", "", str(name))
+    return re.sub(r"(?<=://)[^/]*@", "", str(name))
 
 
 def _reason(error: Exception) -> str:

@@ -472,7 +472,7 @@ def test_override_out_of_range_names_the_field():
     [
         ({}, (16, 256, 224)),
         ({"num_frames": 32}, (32, 256, 224)),
-        ({"crop_size": 312}, (16, 357, 312)),
+        ({"crop_size": 312}, (16, 356, 312)),
         ({"crop_size": 112, "num_frames": 8}, (8, 128, 112)),
         ({"num_classes": 10}, (16, 256, 224)),
     ],
