@@ -254,16 +254,17 @@ def read_test_views(video: Video, protocol: Protocol) -> tuple[Tensor, list[tupl
             num_clips=protocol.num_clips,
             target_fps=protocol.target_fps,
         )
-    sizes = {"short_side": protocol.short_side, "crop": protocol.crop}
-    round_pixels = protocol.pixels != "slowfast"
-    if round_pixels:
-        crops = [torchvision_spatial_view(video.height, video.width, **sizes)]
-    else:
-        crops = spatial_views(video.height, video.width, num_crops=protocol.num_crops, **sizes)
     needed = sorted({index for clip in clips for index in clip})
     position = {index: i for i, index in enumerate(needed)}
     positions = [[position[index] for index in clip] for clip in clips]
     frames = video.get_frames(needed)  # one decode, however many views
+    height, width = frames.shape[-2:]
+    sizes = {"short_side": protocol.short_side, "crop": protocol.crop}
+    round_pixels = protocol.pixels != "slowfast"
+    if round_pixels:
+        crops = [torchvision_spatial_view(height, width, **sizes)]
+    else:
+        crops = spatial_views(height, width, num_crops=protocol.num_crops, **sizes)
     spans = [(video.frame_time(clip[0]), video.frame_time(clip[-1])) for clip in clips for _ in crops]
     clip_pixels = test_clips(
         frames,

@@ -37,9 +37,13 @@ class Video(Protocol):
     num_frames: int
     fps: float
     duration: float
-    height: int
-    width: int
     codec: str
+
+    @property
+    def height(self) -> int: ...
+
+    @property
+    def width(self) -> int: ...
 
     def __enter__(self) -> Video: ...
 

@@ -43,6 +43,7 @@ class EngineVideo:
         self.path, self.num_frames = facts.path, facts.num_frames
         self.fps, self.duration = facts.fps, facts.duration
         self.height, self.width, self.codec = facts.height, facts.width, facts.codec
+        self._is_order_doubtful = facts.is_order_doubtful
 
     def __enter__(self) -> EngineVideo:
         return self
@@ -82,7 +83,7 @@ class EngineVideo:
         # Since it was opened, as later pictures build on those that were patched up. NVDEC tells nothing.
         silent = self.codec not in _TELLING and self._device.type == "cpu"
         complained = self._quiet_since != complaints.number_heard()
-        return silent or complained or self._facts.is_order_doubtful
+        return silent or complained or self._is_order_doubtful
 
 
 def open_with_torchcodec(path: str | Path, device: torch.device) -> EngineVideo:

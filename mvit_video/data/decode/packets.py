@@ -9,6 +9,7 @@ import bisect
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -93,7 +94,7 @@ class Index:
         """Whether some pictures are decoded but not shown, as an edit list says."""
         return len(self._sorted) > len(self.pts)
 
-    @property
+    @cached_property
     def reorders(self) -> bool:
         """Whether frames are stored in another order than they are shown."""
         return bool((np.diff(np.frombuffer(self._stored, np.int64)) < 0).any())

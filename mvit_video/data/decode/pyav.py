@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import bisect
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -50,10 +50,16 @@ _SHORT_GAP = 32
 # As many packets as a decoder may hold back to put frames in order.
 _LONGEST_DELAY = 16
 
-# Probing a file decodes its first picture to learn the pixel format, which the first frame tells here anyway.
+_NOTHING = "no frame can be decoded, the file is damaged"
+
+# Probing a file decodes its first picture to learn the pixel format, which frames tell here anyway.
 _PROBE = {"skip_frame": "all"}
 
+# Containers whose header gives the size of the first picture; of others it is guessed from some packets.
+_SIZED = ("mp4", "matroska", "avi")
+
 _Slots: TypeAlias = dict[int, int]  # frame index, rising -> place among the pictures asked for
+_Put: TypeAlias = Callable[[int, VideoFrame], None]  # takes a picture for its place
 
 
 class PyAVVideo:
@@ -72,23 +78,20 @@ class PyAVVideo:
         self._position = 0  # of the packet that `_demuxer` gives next, in decoding order
         self.holes: list[int] = []
         self._sound = 0  # frames before the first damage; only of files without an index
-        self.is_order_doubtful = False  # the decoder reorders frames, but their times say that none is to be
+        self._look: Look | None = None  # until a picture is decoded
         check_file(self.path)
         self._open()
         try:
-            self.index, first = self._read_index()
+            self.index = self._read_index()
             if self.index is not None:
-                self.is_order_doubtful = bool(self._codec.has_b_frames) and not self.index.reorders
                 self._set_times(self.index.pts)
             else:
                 self._count_frames()
-            if first is None or not self.num_frames:
-                raise VideoError(self.path, "no frame can be decoded, the file is damaged")
+            if not self.num_frames:
+                raise VideoError(self.path, _NOTHING)
         except BaseException:
             self.close()
             raise
-        self._look = Look.of(first)
-        self.height, self.width = self._look.upright_size
 
     def __enter__(self) -> PyAVVideo:
         return self
@@ -102,6 +105,30 @@ class PyAVVideo:
         """Release the file and the decoder."""
         self._demuxer = iter(())
         self._container.close()
+
+    @property
+    def height(self) -> int:
+        """Pixels of the upright picture; asked before any frame was decoded, it decodes the first."""
+        return self.look().upright_size[0]
+
+    @property
+    def width(self) -> int:
+        """See `height`."""
+        return self.look().upright_size[1]
+
+    def look(self) -> Look:
+        """What the first picture looks like, as all frames are made to. Raises `VideoError` without any."""
+        if self._look is None:
+            first = next((frame for frame in self._shown() if frame is not None), None)
+            if first is None:
+                raise VideoError(self.path, _NOTHING)
+            self._look = Look.of(first)
+        return self._look
+
+    @property
+    def is_order_doubtful(self) -> bool:
+        """Whether the decoder, which has decoded a picture, reorders them though their times don't say so."""
+        return self.index is not None and self._codec.has_b_frames and not self.index.reorders
 
     def frame_time(self, index: int) -> float:
         """Seconds from the first frame to frame `index`."""
@@ -130,21 +157,40 @@ class PyAVVideo:
                 self._nvdec = False
                 cuda.fall_back(self.path, str(reason))
         self._hardware = None
-        pictures = gather(len(slots), self._look, self._reformatter, self.device)
+        pictures: Pictures | None = None
+
+        def put(slot: int, frame: VideoFrame) -> None:
+            nonlocal pictures
+            if pictures is None:
+                pictures = gather(len(slots), self._look_by(frame), self._reformatter, self.device)
+            pictures.put(slot, frame)
+
         if self.index is not None:
-            missing = self._decode_indexed(self.index, slots, pictures)
+            missing = self._decode_indexed(self.index, slots, put)
             if missing:
                 self._distrust_index(self.index, missing[0])
         if self.index is None:
-            self._decode_from_front(slots, pictures)
+            self._decode_from_front(slots, put)
+        pictures = pictures or gather(0, self.look(), self._reformatter, self.device)  # none was asked for
         return pictures.finish().to(self.device)
+
+    def _look_by(self, frame: VideoFrame) -> Look:
+        """See `look`; any frame will do if it has the size of the first one."""
+        if self._look is None:
+            if (frame.width, frame.height) == self._first_size:
+                self._look = Look.of(frame)
+            else:
+                with PyAVVideo(self.path) as other:  # this one is being decoded
+                    self._look = other.look()
+        return self._look
 
     def _decode_on_gpu(self, slots: _Slots) -> Tensor:
         if self.index is None:
             raise NotOnHardware("its timestamps are no index of its frames")
-        self._hardware = cuda.decoder_for(self._stream, self._look.pix_fmt, self.device)
-        pictures = PlanePictures(len(slots), self._look, self._reformatter, self.device)
-        if self._decode_indexed(self.index, slots, pictures):
+        look = self.look()
+        self._hardware = cuda.decoder_for(self._stream, look.pix_fmt, self.device)
+        pictures = PlanePictures(len(slots), look, self._reformatter, self.device)
+        if self._decode_indexed(self.index, slots, pictures.put):
             raise NotOnHardware("NVDEC did not give all frames")  # the CPU decoder says what is wrong
         return pictures.finish()
 
@@ -181,6 +227,8 @@ class PyAVVideo:
         self.codec = self._codec.codec.canonical_name  # "av1", whichever decoder is at work
         self._codec.thread_type = "NONE"  # clips are decoded in parallel instead: same speed, less CPU time
         self._codec.thread_count = 1
+        sized = self.container_format in _SIZED
+        self._first_size = (self._codec.width, self._codec.height) if sized else None
         self._codec.options = {"err_detect": "explode"}  # fail where FFmpeg would paint over damage
         self._demuxer = self._container.demux(self._stream)
         self._position = 0
@@ -193,15 +241,12 @@ class PyAVVideo:
         return stream
 
     @timed("demux")
-    def _read_index(self) -> tuple[Index | None, VideoFrame | None]:
-        """The index, None where it would mislead, and some early frame for the size and orientation."""
+    def _read_index(self) -> Index | None:
+        """None where it would mislead."""
         packets = PacketList()
-        first = None
         try:
             for packet in filled(self._demuxer):
                 packets.add(packet)
-                if first is None:
-                    first = self._try_decode(packet)
         except FFmpegError as error:
             raise VideoError(self.path, "the file can't be read to its end, it is damaged") from error
         # A table of all packets (MP4, AVI) tells when some are missing; others list key frames or nothing.
@@ -215,19 +260,7 @@ class PyAVVideo:
         self.holes = find_holes(packets)
         # AVI has no presentation times: with B-frames FFmpeg guesses them, often wrongly (UCF101's XviD).
         guessed = self.container_format == "avi" and self._codec.has_b_frames
-        return None if guessed else build_index(packets), first
-
-    @timed("decode")
-    def _try_decode(self, packet: Packet[VideoStream]) -> VideoFrame | None:
-        try:
-            frames = self._codec.decode(packet)
-            if not frames and not packet.is_discard:  # the decoder holds it back to reorder: force it out
-                frames = self._codec.decode(None)
-                self._codec.flush_buffers()
-        except FFmpegError:
-            self._codec.flush_buffers()
-            return None
-        return frames[0] if frames else None
+        return None if guessed else build_index(packets)
 
     def _set_times(self, pts: Sequence[int | None]) -> None:
         self.num_frames = len(pts)
@@ -247,31 +280,30 @@ class PyAVVideo:
 
     # Decoding by the index
 
-    def _decode_indexed(self, index: Index, slots: _Slots, pictures: Pictures) -> list[int]:
+    def _decode_indexed(self, index: Index, slots: _Slots, put: _Put) -> list[int]:
         """Gather the frames; returns those that did not come."""
         missing: list[int] = []
         for stretch in plan(index, list(slots)):
-            late = self._decode_stretch(index, stretch, slots, pictures)
+            late = self._decode_stretch(index, stretch, slots, put)
             if late and stretch.key > 0:  # a decoder may need a longer run-up, as with periodic intra refresh
                 longer = Stretch(stretch.key - 1, stretch.last, late)
-                late = self._decode_stretch(index, longer, slots, pictures)
+                late = self._decode_stretch(index, longer, slots, put)
             missing += late
         return missing
 
-    def _decode_stretch(self, index: Index, stretch: Stretch, slots: _Slots, pictures: Pictures) -> list[int]:
+    def _decode_stretch(self, index: Index, stretch: Stretch, slots: _Slots, put: _Put) -> list[int]:
         key = index.keys[stretch.key]
         wanted = {index.pts[i]: i for i in stretch.frames}
         came: set[int] = set()
         damage = list(self.holes)  # positions of packets that are lost or don't decode well
         newest = key.pts
         (self._hardware or self._codec).flush_buffers()
-        # In a doubtful order all frames around are decoded, and have to come in the order of their times.
-        last = stretch.last + (_LONGEST_DELAY if self.is_order_doubtful else 0)
-        for packet in self._packets(index, key, last):
+        for packet in self._packets(index, key, stretch.last):
             pts = None if packet is None else packet.pts  # decoding may empty the packet
             decoder = self._hardware or self._codec  # the latter may have been opened anew
             try:
-                # Pictures that nobody wants and nobody refers to are dropped undecoded: lossless.
+                # Pictures that nobody wants or refers to are dropped undecoded, which is lossless. In a doubtful
+                # order all frames around are decoded, and have to come in the order of their times.
                 needed = packet is None or pts in wanted or self.is_order_doubtful
                 decoder.skip_frame = "DEFAULT" if needed else "NONREF"
                 frames = decoder.decode(packet)
@@ -292,7 +324,7 @@ class PyAVVideo:
                     damage.append(position)
                 elif frame.pts in wanted:
                     came.add(wanted[frame.pts])
-                    pictures.put(slots[wanted[frame.pts]], frame)
+                    put(slots[wanted[frame.pts]], frame)
         return [i for i in stretch.frames if i not in came or index.is_spoilt(i, damage)]
 
     def _packets(self, index: Index, key: Key, last: int) -> Iterator[Packet[VideoStream] | None]:
@@ -300,7 +332,8 @@ class PyAVVideo:
         packet = self._go_to(index, key)
         while packet is not None:
             yield packet
-            packet = self._next_packet() if self._position <= last else None
+            delay = _LONGEST_DELAY if self.is_order_doubtful else 0
+            packet = self._next_packet() if self._position <= last + delay else None
             self._position += packet is not None
         yield None
 
@@ -357,6 +390,8 @@ class PyAVVideo:
         for frame in self._shown():
             if frame is not None and frame.key_frame:
                 last_key = len(pts)
+            if frame is not None and self._look is None:
+                self._look = Look.of(frame)
             lost = frame is None or frame.is_corrupt or not (pts or frame.key_frame)
             if lost and sound is None:
                 sound = last_key  # pictures in between may refer to the damaged one
@@ -365,7 +400,7 @@ class PyAVVideo:
         self._sound = len(pts) if sound is None else sound
         self._set_times(pts)
 
-    def _decode_from_front(self, slots: _Slots, pictures: Pictures) -> None:
+    def _decode_from_front(self, slots: _Slots, put: _Put) -> None:
         for index in slots:
             if index >= self._sound:
                 which = f"frame {index} of {max(self.num_frames, index + 1)}"
@@ -377,7 +412,7 @@ class PyAVVideo:
             if frame is None:
                 raise VideoError(self.path, "the file changed while it was read")
             if number in slots:
-                pictures.put(slots[number], frame)
+                put(slots[number], frame)
 
     def _shown(self) -> Iterator[VideoFrame | None]:
         """All pictures in the order shown, with None for each damaged packet."""
@@ -385,6 +420,7 @@ class PyAVVideo:
         self._open()
         try:
             for position, packet in enumerate(filled(self._demuxer)):
+                self._position = position + 1
                 if position in self.holes:
                     yield None
                 yield from self._decode_or_none(packet)
