@@ -302,7 +302,7 @@ class PyAVVideo:
             pts = None if packet is None else packet.pts  # decoding may empty the packet
             decoder = self._hardware or self._codec  # the latter may have been opened anew
             try:
-                # Pictures that nobody wants or refers to are dropped undecoded, which is lossless. In a doubtful
+                # Pictures that nobody wants or refers to are dropped undecoded: it is lossless. In a doubtful
                 # order all frames around are decoded, and have to come in the order of their times.
                 needed = packet is None or pts in wanted or self.is_order_doubtful
                 decoder.skip_frame = "DEFAULT" if needed else "NONREF"
