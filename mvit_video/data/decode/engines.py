@@ -161,7 +161,7 @@ def _decord_problem(facts: PyAVVideo) -> str | None:
 
 
 def _refuse_uncounted(facts: PyAVVideo, engine: str) -> None:
-    if facts.index is None:
+    if facts.index is None or facts.has_guessed_times:
         raise _refusal(facts, engine, "relies on its timestamps, which are wrong or missing")
 
 

@@ -22,9 +22,13 @@ _KEY, _DISCARD, _HIDDEN, _CORRUPT = 1, 2, 4, 8
 
 
 class PacketList:
-    """What the packets of a stream say of themselves, in 17 bytes each: long files have very many."""
+    """What the packets of a stream say of themselves, in 17 bytes each: long files have very many.
 
-    def __init__(self) -> None:
+    `may_hide`: as VP8 does, which stores pictures that are only referred to as packets of their own.
+    """
+
+    def __init__(self, *, may_hide: bool = False) -> None:
+        self._may_hide = may_hide
         self.pts, self.dts, self.marks = array("q"), array("q"), bytearray()
 
     def __len__(self) -> int:
@@ -36,18 +40,13 @@ class PacketList:
         self.marks.append(
             _KEY * packet.is_keyframe
             | _DISCARD * packet.is_discard  # decoded but not shown: an edit list cuts it off
-            | _HIDDEN * _is_hidden(packet)
+            | _HIDDEN * (self._may_hide and not memoryview(packet)[0] & 16)  # bit 4 says "show"
             | _CORRUPT * packet.is_corrupt  # something is missing at or after it
         )
 
     def positions(self, mark: int) -> list[int]:
         """Where the packets with a mark are."""
         return np.flatnonzero(np.frombuffer(self.marks, np.uint8) & mark).tolist()
-
-
-def _is_hidden(packet: Packet[VideoStream]) -> bool:
-    # VP8 stores pictures that are only referred to as packets of their own; bit 4 says "show".
-    return packet.stream.codec_context.name == "vp8" and not memoryview(packet)[0] & 16
 
 
 class Key(NamedTuple):

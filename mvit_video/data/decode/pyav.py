@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import bisect
 import operator
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -28,7 +29,7 @@ from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 from torch import Tensor
 
-from mvit_video.data.decode import cuda
+from mvit_video.data.decode import cuda, mpeg4
 from mvit_video.data.decode.files import check_file, why_not_opened
 from mvit_video.data.decode.packets import (
     Index,
@@ -76,6 +77,8 @@ class PyAVVideo:
         self._reformatter = VideoReformatter()  # kept: setting it up costs more than converting a frame
         self._demuxer: Iterator[Packet[VideoStream]] = iter(())
         self._position = 0  # of the packet that `_demuxer` gives next, in decoding order
+        self._times_shown: dict[int, int] | None = None  # by time stored, where the file does not tell them
+        self.has_guessed_times = False  # FFmpeg guesses when frames are shown, and may be wrong
         self.holes: list[int] = []
         self._sound = 0  # frames before the first damage; only of files without an index
         self._look: Look | None = None  # until a picture is decoded
@@ -230,8 +233,14 @@ class PyAVVideo:
         sized = self.container_format in _SIZED
         self._first_size = (self._codec.width, self._codec.height) if sized else None
         self._codec.options = {"err_detect": "explode"}  # fail where FFmpeg would paint over damage
-        self._demuxer = self._container.demux(self._stream)
+        self._demuxer = self._demux()
         self._position = 0
+
+    def _demux(self) -> Iterator[Packet[VideoStream]]:
+        packets = filled(self._container.demux(self._stream))
+        if self._times_shown is not None:
+            packets = mpeg4.unpacked(self._stream, packets, self._times_shown)
+        return packets
 
     def _usable(self, stream: VideoStream | None) -> VideoStream:
         if stream is None or stream.disposition & Disposition.attached_pic:
@@ -243,10 +252,17 @@ class PyAVVideo:
     @timed("demux")
     def _read_index(self) -> Index | None:
         """None where it would mislead."""
-        packets = PacketList()
+        packets = PacketList(may_hide=self.codec == "vp8")
+        kinds: list[int | None] = []  # of pictures whose time depends on it
+        self.has_guessed_times = self.container_format == "avi" and bool(self._codec.has_b_frames)
+        if self.has_guessed_times and self.codec == "mpeg4":
+            self._times_shown = {}
+            self._demuxer = self._demux()
         try:
-            for packet in filled(self._demuxer):
+            for packet in self._demuxer:
                 packets.add(packet)
+                if self._times_shown is not None:
+                    kinds.append(mpeg4.kind_of(packet))
         except FFmpegError as error:
             raise VideoError(self.path, "the file can't be read to its end, it is damaged") from error
         # A table of all packets (MP4, AVI) tells when some are missing; others list key frames or nothing.
@@ -258,9 +274,12 @@ class PyAVVideo:
             )
         self._position = len(packets)
         self.holes = find_holes(packets)
-        # AVI has no presentation times: with B-frames FFmpeg guesses them, often wrongly (UCF101's XviD).
-        guessed = self.container_format == "avi" and self._codec.has_b_frames
-        return None if guessed else build_index(packets)
+        if self.has_guessed_times:
+            self._times_shown = mpeg4.times_shown(packets.dts, kinds)
+            if self._times_shown is None:
+                return None
+            packets.pts = array("q", [self._times_shown[time] for time in packets.dts])
+        return build_index(packets)
 
     def _set_times(self, pts: Sequence[int | None]) -> None:
         self.num_frames = len(pts)
@@ -339,7 +358,7 @@ class PyAVVideo:
 
     @timed("demux")
     def _next_packet(self) -> Packet[VideoStream] | None:
-        return next(filled(self._demuxer), None)
+        return next(self._demuxer, None)
 
     @timed("demux")
     def _go_to(self, index: Index, key: Key) -> Packet[VideoStream] | None:
@@ -350,7 +369,7 @@ class PyAVVideo:
                 return packet
         try:
             self._container.seek(key.seek_time, stream=self._stream)
-            self._demuxer = self._container.demux(self._stream)
+            self._demuxer = self._demux()
             packet = self._read_until(index, key)
         except FFmpegError:
             packet = None
@@ -361,7 +380,7 @@ class PyAVVideo:
         return packet
 
     def _read_until(self, index: Index, key: Key) -> Packet[VideoStream] | None:
-        for packet in filled(self._demuxer):
+        for packet in self._demuxer:
             position = None if packet.pts is None else index.position(packet.pts)
             if position is not None and position > key.position:
                 return None
@@ -419,7 +438,7 @@ class PyAVVideo:
         self._container.close()
         self._open()
         try:
-            for position, packet in enumerate(filled(self._demuxer)):
+            for position, packet in enumerate(self._demuxer):
                 self._position = position + 1
                 if position in self.holes:
                     yield None

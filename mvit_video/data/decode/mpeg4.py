@@ -1,0 +1,63 @@
+"""When the pictures of an AVI file with B-frames are shown, which only their kinds tell.
+
+AVI stores no times of presentation, and FFmpeg's guesses are often wrong. UCF101's and HMDB51's files are of
+this kind: MPEG-4 Visual by XviD, "packed", with a B-frame in the packet of the picture that it comes before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import chain
+
+from av.bitstream import BitStreamFilterContext
+from av.packet import Packet
+from av.video.stream import VideoStream
+
+_PICTURE = (
+    b"\x00\x00\x01\xb6"  # start code of a VOP, which two bits of its kind follow (ISO/IEC 14496-2, 6.2.5)
+)
+_INTRA, _BIDIRECTIONAL = 0, 2
+_TINY = (
+    19  # bytes; a P-picture this small may be one that stands for no picture (FFmpeg's unpacker: 19 as well)
+)
+
+
+def unpacked(
+    stream: VideoStream, packets: Iterator[Packet[VideoStream]], times: dict[int, int]
+) -> Iterator[Packet[VideoStream]]:
+    """One picture in each packet, with its time: by the time at which it is stored, None where not given."""
+    split = BitStreamFilterContext("mpeg4_unpack_bframes", stream)
+    for packed in chain(packets, [None]):
+        for packet in split.filter(packed):
+            packet.pts = None if packet.dts is None else times.get(packet.dts)
+            yield packet
+
+
+def kind_of(packet: Packet[VideoStream]) -> int | None:
+    """0 for I, 1 for P, 2 for B, 3 for S; None for what may not be a picture."""
+    content = bytes(packet)
+    start = content.find(_PICTURE) + len(_PICTURE)
+    if not len(_PICTURE) <= start < len(content):
+        return None
+    kind = content[start] >> 6
+    return None if kind != _BIDIRECTIONAL and len(content) <= _TINY else kind
+
+
+def times_shown(stored: Sequence[int], kinds: Sequence[int | None]) -> dict[int, int] | None:
+    """When each picture is shown, by the time at which it is stored.
+
+    A picture that others may refer to is shown after the B-frames that follow it in the file.
+
+    Returns None where this doesn't tell.
+    """
+    if None in kinds or kinds[:1] != [_INTRA] or kinds[1:2] == [_BIDIRECTIONAL]:
+        return None
+    order: list[int] = []  # times stored, as their pictures are shown
+    held: list[int] = []  # of the last picture that is no B-frame
+    for time, kind in zip(stored, kinds, strict=True):
+        if kind == _BIDIRECTIONAL:
+            order.append(time)
+        else:
+            order += held
+            held = [time]
+    return dict(zip(order + held, sorted(stored), strict=True))
