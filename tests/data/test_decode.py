@@ -63,6 +63,7 @@ FILES: dict[str, dict[str, Any]] = {
 
 
 _PICTURE = b"\x00\x00\x01\xb6"  # of MPEG-4
+_NOT_CODED = _PICTURE + b"\x51\x4f"
 
 
 def requests(num_frames: int) -> dict[str, list[int]]:
@@ -224,18 +225,39 @@ def test_packed_b_frames_of_xvid_in_avi(folder: Path, between: int) -> None:
 def _pack(packets: list[tuple[bytes, bool]]) -> Iterator[tuple[bytes, bool]]:
     """Each B-frame in the packet before its own."""
     signature = b"\x00\x00\x01\xb2DivX503b1393p"
-    not_coded = b"\x00\x00\x01\xb6\x51\x7f"
     first = packets[0][0]
     start = first.index(_PICTURE)
     packets[0] = (first[:start] + signature + first[start:], True)
     following = [data if _is_b_frame(data) else b"" for data, _ in packets[1:]] + [b""]
     for (data, is_key), after in zip(packets, following, strict=True):
         own = b"" if _is_b_frame(data) else data
-        yield (own + after or not_coded, is_key)
+        yield (own + after or _NOT_CODED, is_key)
 
 
 def _is_b_frame(data: bytes) -> bool:
     return data[data.index(_PICTURE) + len(_PICTURE)] >> 6 == 2
+
+
+@pytest.mark.parametrize("suffix", [".avi", ".mp4", ".mkv"])
+def test_mpeg4_packets_without_a_picture_are_no_frames(folder: Path, suffix: str) -> None:
+    """XviD leaves out pictures in which nothing changes."""
+    source = write_numbered_video(folder / "mpeg4_all.avi", 30, codec="mpeg4", options={"g": "100"})
+    path = folder / f"mpeg4_left_out{suffix}"
+    with av.open(str(source)) as old, av.open(str(path), "w") as new:
+        packets = [(bytes(packet), packet.is_keyframe) for packet in old.demux(video=0) if packet.size]
+        packets[9:9] = packets[20:20] = [(_NOT_CODED, False)]
+        stream = new.add_stream_from_template(old.streams.video[0])
+        for number, (data, is_key) in enumerate(packets):
+            packet = av.Packet(data)
+            packet.stream, packet.pts, packet.dts, packet.time_base = stream, number, number, Fraction(1, 25)
+            packet.is_keyframe = is_key
+            new.mux(packet)
+    shown = [read_number(picture) for picture in plain_decode(path)]
+    assert shown == list(range(30))
+    with open_video(path) as video:
+        assert video.num_frames == 30
+        for indices in requests(30).values():
+            assert numbers(video.get_frames(indices)) == indices
 
 
 def test_hidden_vp8_pictures_are_no_frames(folder: Path) -> None:

@@ -13,13 +13,9 @@ from av.bitstream import BitStreamFilterContext
 from av.packet import Packet
 from av.video.stream import VideoStream
 
-_PICTURE = (
-    b"\x00\x00\x01\xb6"  # start code of a VOP, which two bits of its kind follow (ISO/IEC 14496-2, 6.2.5)
-)
+_PICTURE = b"\x00\x00\x01\xb6"  # starts a VOP; two bits follow, its kind (ISO/IEC 14496-2, 6.2.5)
 _INTRA, _BIDIRECTIONAL = 0, 2
-_TINY = (
-    19  # bytes; a P-picture this small may be one that stands for no picture (FFmpeg's unpacker: 19 as well)
-)
+_TINY = 19  # bytes, as FFmpeg's unpacker has it
 
 
 def unpacked(
@@ -34,13 +30,15 @@ def unpacked(
 
 
 def kind_of(packet: Packet[VideoStream]) -> int | None:
-    """0 for I, 1 for P, 2 for B, 3 for S; None for what may not be a picture."""
+    """0 for I, 1 for P, 2 for B, 3 for S; None where there is no picture."""
     content = bytes(packet)
     start = content.find(_PICTURE) + len(_PICTURE)
-    if not len(_PICTURE) <= start < len(content):
-        return None
-    kind = content[start] >> 6
-    return None if kind != _BIDIRECTIONAL and len(content) <= _TINY else kind
+    return content[start] >> 6 if len(_PICTURE) <= start < len(content) else None
+
+
+def may_show_nothing(packet: Packet[VideoStream]) -> bool:
+    """Whether a packet is as small as those that stand for a picture which is left out."""
+    return packet.size <= _TINY and kind_of(packet) != _BIDIRECTIONAL and not packet.is_corrupt
 
 
 def times_shown(stored: Sequence[int], kinds: Sequence[int | None]) -> dict[int, int] | None:

@@ -17,18 +17,17 @@ import numpy as np
 from av.packet import Packet
 from av.video.stream import VideoStream
 
+from mvit_video.data.decode.mpeg4 import may_show_nothing
+
 _NO_TIME = -(1 << 63)  # as FFmpeg has it
 _KEY, _DISCARD, _HIDDEN, _CORRUPT = 1, 2, 4, 8
 
 
 class PacketList:
-    """What the packets of a stream say of themselves, in 17 bytes each: long files have very many.
+    """What the packets of a stream say of themselves, in 17 bytes each: long files have very many."""
 
-    `may_hide`: as VP8 does, which stores pictures that are only referred to as packets of their own.
-    """
-
-    def __init__(self, *, may_hide: bool = False) -> None:
-        self._may_hide = may_hide
+    def __init__(self, codec: str) -> None:
+        self._is_hidden = _HIDING.get(codec, _shows)
         self.pts, self.dts, self.marks = array("q"), array("q"), bytearray()
 
     def __len__(self) -> int:
@@ -40,13 +39,26 @@ class PacketList:
         self.marks.append(
             _KEY * packet.is_keyframe
             | _DISCARD * packet.is_discard  # decoded but not shown: an edit list cuts it off
-            | _HIDDEN * (self._may_hide and not memoryview(packet)[0] & 16)  # bit 4 says "show"
+            | _HIDDEN * self._is_hidden(packet)
             | _CORRUPT * packet.is_corrupt  # something is missing at or after it
         )
 
     def positions(self, mark: int) -> list[int]:
         """Where the packets with a mark are."""
         return np.flatnonzero(np.frombuffer(self.marks, np.uint8) & mark).tolist()
+
+
+def _shows(packet: Packet[VideoStream]) -> bool:
+    return False
+
+
+def _hides_vp8(packet: Packet[VideoStream]) -> bool:
+    # Pictures that are only referred to are packets of their own; bit 4 says "show".
+    return not memoryview(packet)[0] & 16
+
+
+# Codecs some of whose packets show no picture.
+_HIDING = {"vp8": _hides_vp8, "mpeg4": may_show_nothing}
 
 
 class Key(NamedTuple):

@@ -252,7 +252,7 @@ class PyAVVideo:
     @timed("demux")
     def _read_index(self) -> Index | None:
         """None where it would mislead."""
-        packets = PacketList(may_hide=self.codec == "vp8")
+        packets = PacketList(self.codec)
         kinds: list[int | None] = []  # of pictures whose time depends on it
         self.has_guessed_times = self.container_format == "avi" and bool(self._codec.has_b_frames)
         if self.has_guessed_times and self.codec == "mpeg4":
@@ -279,7 +279,10 @@ class PyAVVideo:
             if self._times_shown is None:
                 return None
             packets.pts = array("q", [self._times_shown[time] for time in packets.dts])
-        return build_index(packets)
+        index = build_index(packets)
+        if index is None:
+            self._times_shown = None
+        return index
 
     def _set_times(self, pts: Sequence[int | None]) -> None:
         self.num_frames = len(pts)
@@ -394,8 +397,10 @@ class PyAVVideo:
     def _distrust_index(self, index: Index, missing: int) -> None:
         """A promised frame did not come: either the file is damaged or its packets are no index of it."""
         promised = self.num_frames
+        times, self._times_shown = self._times_shown, None
         self._count_frames()
         if self._sound < self.num_frames:
+            self._times_shown = times
             self._set_times(index.pts)
             raise VideoError(
                 self.path, f"frame {missing} of {promised} can't be decoded, the file is damaged"
