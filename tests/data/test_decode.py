@@ -51,6 +51,7 @@ FILES: dict[str, dict[str, Any]] = {
     "hevc_10bit_open_gop.mp4": {"codec": "libx265", "pix_fmt": "yuv420p10le", "options": X265},
     "vp9_12fps_audio.webm": {"codec": "libvpx-vp9", "options": VP9, "fps": 12, "audio_seconds": 1.0},
     "vp9_odd_size.webm": {"codec": "libvpx-vp9", "options": VP9, "height": 121, "width": 161},
+    "av1.mp4": {"codec": "libsvtav1", "options": {"preset": "12", "svtav1-params": "keyint=16"}},
     "vp8.webm": {"codec": "libvpx", "options": VP9},
     "mpeg4.avi": {"codec": "mpeg4", "options": {"g": "10"}},
     "mpeg4_bframes.avi": {"codec": "mpeg4", "options": {"bf": "2", "g": "10"}},
@@ -135,6 +136,33 @@ def test_times_that_hide_the_order_are_not_trusted(folder: Path, suffix: str) ->
     for index in range(40):
         with open_video(path) as video:
             assert numbers(video.get_frames([index])) == [index]
+
+
+@pytest.mark.parametrize(
+    ("codec", "suffix"), [("mpeg4", ".mp4"), ("mpeg4", ".avi"), ("mpeg4", ".mkv"), ("h263p", ".avi")]
+)
+def test_marks_of_key_frames_are_not_trusted(folder: Path, codec: str, suffix: str) -> None:
+    source = write_numbered_video(folder / f"few_keys.{codec}.avi", 30, codec=codec, options={"g": "12"})
+    path = folder / f"all_keys.{codec}{suffix}"
+    with av.open(str(source)) as old, av.open(str(path), "w") as new:
+        stream = new.add_stream_from_template(old.streams.video[0])
+        for packet in old.demux(video=0):
+            if packet.size:
+                packet.stream, packet.is_keyframe = stream, True
+                new.mux(packet)
+    for index in (29, 14, 7):
+        with open_video(path) as video:
+            assert numbers(video.get_frames([index])) == [index]
+            assert numbers(video.get_frames([index, 3])) == [index, 3]
+
+
+@pytest.mark.parametrize("wanted", [11, 39])
+def test_the_first_frame_asked_of_an_av1_file_may_be_any(folder: Path, wanted: int) -> None:
+    path = write_numbered_video(folder / "fresh.mp4", 40, codec="libsvtav1", options={"preset": "12"})
+    with open_video(path) as video:
+        assert isinstance(video, PyAVVideo)
+        assert numbers(video.get_frames([wanted])) == [wanted]
+        assert video.index is not None  # it was not decoded from the front
 
 
 def test_times_and_rate_are_measured(folder: Path) -> None:

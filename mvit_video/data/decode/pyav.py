@@ -325,8 +325,9 @@ class PyAVVideo:
             decoder = self._hardware or self._codec  # the latter may have been opened anew
             try:
                 # Pictures that nobody wants or refers to are dropped undecoded: it is lossless. In a doubtful
-                # order all frames around are decoded, and have to come in the order of their times.
-                needed = packet is None or pts in wanted or self.is_order_doubtful
+                # order all are decoded, and have to come in the order of their times. The key frame is asked
+                # for in any case: dav1d goes by what it is opened with.
+                needed = packet is None or pts in wanted or pts == key.pts or self.is_order_doubtful
                 decoder.skip_frame = "DEFAULT" if needed else "NONREF"
                 frames = decoder.decode(packet)
             except FFmpegError:
@@ -339,8 +340,9 @@ class PyAVVideo:
                 if frame.pts is None or frame.pts < key.pts:
                     continue
                 position = index.position(frame.pts)
-                if frame.pts < newest or position is None:
-                    return stretch.frames  # not the order of the timestamps: the index is wrong
+                # Not the order of the timestamps, or no key frame where one is marked: the index is wrong.
+                if frame.pts < newest or position is None or (frame.pts == key.pts and not frame.key_frame):
+                    return stretch.frames
                 newest = frame.pts
                 if frame.is_corrupt:
                     damage.append(position)
