@@ -240,7 +240,7 @@ def gather(count: int, look: Look, reformatter: VideoReformatter, device: torch.
 
 
 def _space_for(*shape: int) -> Tensor:
-    """A uint8 tensor; a large one in huge pages, since fetching small ones takes a sixth of decoding 1080p."""
+    """A uint8 tensor; a large one in huge pages, since fetching small ones is a sixth of decoding 1080p."""
     size = math.prod(shape)
     if size < _LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(shape, dtype=torch.uint8)
