@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -339,23 +339,53 @@ class _DepthwiseConv3d(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        x, weight = ctx.saved_tensors
-        grad = grad.contiguous(memory_format=torch.channels_last_3d)
-        if max(ctx.stride) > 2:  # few outputs: tap by tap is least work
-            return *_gradients_by_taps(ctx, grad, x, weight), None, None
-        grad_x = grad_weight = None
-        if ctx.needs_input_grad[0]:
-            grad_x = _input_gradient(grad, x.shape, weight, ctx.stride, ctx.padding)
-        if ctx.needs_input_grad[1]:
-            grad_weight = _weight_gradient(grad, x, weight, ctx.stride, ctx.padding)
+        needed = ctx.needs_input_grad[:2]
+        grads = _depthwise_backward(grad, *ctx.saved_tensors, ctx.stride, ctx.padding, needed)
+        grad_x, grad_weight = (x if is_needed else None for x, is_needed in zip(grads, needed, strict=True))
         return grad_x, grad_weight, None, None
 
 
-def _input_gradient(grad: Tensor, shape: torch.Size, weight: Tensor, stride: Size, padding: Size) -> Tensor:
+@torch.library.custom_op("mvit_video::depthwise_backward", mutates_args=(), device_types="cpu")
+def _depthwise_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    needed: Sequence[bool],
+) -> tuple[Tensor, Tensor]:
+    grad = grad.contiguous(memory_format=torch.channels_last_3d)
+    if max(stride) > 2:  # few outputs: tap by tap is least work
+        return _gradients_by_taps(grad, x, weight, stride, padding)
+    return (
+        _input_gradient(grad, x.shape, weight, stride, padding) if needed[0] else x.new_empty(0),
+        _weight_gradient(grad, x, weight, stride, padding) if needed[1] else weight.new_empty(0),
+    )
+
+
+@_depthwise_backward.register_fake
+def _(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    needed: Sequence[bool],
+) -> tuple[Tensor, Tensor]:
+    of_x = torch.empty_like(x, memory_format=torch.channels_last_3d)
+    of_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    if max(stride) > 2:
+        return of_x, of_weight
+    return of_x if needed[0] else x.new_empty(0), of_weight if needed[1] else weight.new_empty(0)
+
+
+def _input_gradient(
+    grad: Tensor, shape: torch.Size, weight: Tensor, stride: Sequence[int], padding: Sequence[int]
+) -> Tensor:
     """Correlate the gradient, spread out by the stride, with the mirrored kernel."""
     kernel = weight.shape[2:]
     before = [k - 1 - p for k, p in zip(kernel, padding, strict=True)]
-    if stride == (1, 1, 1):
+    if max(stride) == 1:
         spread = grad
     else:
         size = [n + k - 1 for n, k in zip(shape[2:], kernel, strict=True)]
@@ -365,10 +395,13 @@ def _input_gradient(grad: Tensor, shape: torch.Size, weight: Tensor, stride: Siz
         t, h, w = (slice(b, b + s * n, s) for b, s, n in zip(before, stride, grad.shape[2:], strict=True))
         spread[:, :, t, h, w] = grad
         before = [0, 0, 0]
-    return F.conv3d(spread, weight.flip(2, 3, 4), None, 1, before, groups=grad.shape[1])
+    grad_x = F.conv3d(spread, weight.flip(2, 3, 4), None, 1, before, groups=grad.shape[1])
+    return grad_x.contiguous(memory_format=torch.channels_last_3d)
 
 
-def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, stride: Size, padding: Size) -> Tensor:
+def _weight_gradient(
+    grad: Tensor, x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int]
+) -> Tensor:
     """The taps in time one by one: each is the weight gradient of a 2D convolution over all frames."""
     taps = []
     for tap in range(weight.shape[2]):
@@ -377,14 +410,15 @@ def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, stride: Size, padd
     return torch.stack(taps, 2)
 
 
-def _gradients_by_taps(ctx: Any, grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def _gradients_by_taps(
+    grad: Tensor, x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int]
+) -> tuple[Tensor, Tensor]:
     """Both gradients as sums over the cells that each tap of the kernel connects."""
-    grad_x = torch.zeros_like(x)
+    grad_x = torch.zeros_like(x, memory_format=torch.channels_last_3d)
     grad_weight = weight.new_zeros(weight.shape, dtype=torch.float32 if x.itemsize < 4 else x.dtype)
     for tap in itertools.product(*map(range, weight.shape[2:])):
         meetings = [
-            _meeting(*sizes)
-            for sizes in zip(tap, x.shape[2:], grad.shape[2:], ctx.stride, ctx.padding, strict=True)
+            _meeting(*sizes) for sizes in zip(tap, x.shape[2:], grad.shape[2:], stride, padding, strict=True)
         ]
         outputs, inputs = ((slice(None), slice(None), *cells) for cells in zip(*meetings, strict=True))
         t, h, w = tap
@@ -404,7 +438,9 @@ def _meeting(tap: int, n_inputs: int, n_outputs: int, stride: int, padding: int)
     return slice(first, last + 1), slice(first * stride + shift, last * stride + shift + 1, stride)
 
 
-def _weight_gradient_2d(grad: Tensor, x: Tensor, weight: Tensor, stride: Size, padding: Size) -> Tensor:
+def _weight_gradient_2d(
+    grad: Tensor, x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int]
+) -> Tensor:
     """(C, 1, kh, kw) from (B, C, T, H', W') and (B, C, T, H, W), frames taken as a batch."""
     _, gradient, _ = torch.ops.aten.convolution_backward(
         grad.transpose(1, 2).flatten(0, 1),

@@ -259,3 +259,26 @@ def test_compiled_kernels_are_the_eager_ones(pair) -> None:
         gradients(compiled, inputs, torch.float32), gradients(fast, inputs, torch.float32), strict=True
     ):
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("needed", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("stride", [(1, 1, 1), (1, 2, 2), (1, 8, 8)])
+@pytest.mark.parametrize("layout", [torch.channels_last_3d, torch.contiguous_format])
+def test_compilers_are_told_the_layouts_of_pooling(stride: tuple, needed: tuple, layout) -> None:
+    x, weight = random((2, 8, 3, 16, 16), (8, 1, 3, 3, 3))
+    x = x.contiguous(memory_format=layout)
+    grad = torch.ones_like(F.conv3d(x, weight, None, stride, (1, 1, 1), groups=8))
+    inputs = (grad, x, weight, stride, (1, 1, 1), needed)
+    torch.library.opcheck(kernels._depthwise_backward, inputs, test_utils="test_faketensor")
+
+
+def test_compiled_pooling_has_the_eager_gradients() -> None:
+    torch.compiler.reset()
+    x, weight = (t.requires_grad_() for t in random((1, 8, 2, 8, 8), (8, 1, 3, 3, 3)))
+
+    def pool(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return depthwise_conv3d(x * 2, weight, (1, 2, 2), (1, 1, 1)).square().sum()
+
+    found = torch.autograd.grad(torch.compile(pool, fullgraph=True)(x, weight), (x, weight))
+    for ours, expected in zip(found, torch.autograd.grad(pool(x, weight), (x, weight)), strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-5)
