@@ -58,6 +58,9 @@ FILES: dict[str, dict[str, Any]] = {
     "mpeg4.mp4": {"codec": "mpeg4", "options": {"bf": "2", "g": "10"}},
     "mpeg2.mpg": {"codec": "mpeg2video", "options": {"bf": "2", "g": "10"}},
     "mjpeg.avi": {"codec": "mjpeg", "pix_fmt": "yuvj420p"},
+    "svq1.asf": {"codec": "svq1", "pix_fmt": "yuv410p", "height": 144, "width": 176},
+    "animation.mov": {"codec": "qtrle", "pix_fmt": "rgb24"},
+    "h264_one.flv": {"num_frames": 1},
     "prores.mov": {"codec": "prores_ks", "pix_fmt": "yuv422p10le"},
     "animation.gif": {"codec": "gif", "pix_fmt": "rgb8", "fps": 10},
 }

@@ -24,7 +24,7 @@ import torch
 from av.error import FFmpegError
 from av.packet import Packet
 from av.stream import Disposition
-from av.video.frame import VideoFrame
+from av.video.frame import PictureType, VideoFrame
 from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 from torch import Tensor
@@ -55,6 +55,9 @@ _NOTHING = "no frame can be decoded, the file is damaged"
 
 # Probing a file decodes its first picture to learn the pixel format, which frames tell here anyway.
 _PROBE = {"skip_frame": "all"}
+
+# Containers with a table of all packets, which tells when some are missing.
+_LISTED = ("mp4", "avi")
 
 # Containers whose header gives the size of the first picture; of others it is guessed from some packets.
 _SIZED = ("mp4", "matroska", "avi")
@@ -265,8 +268,7 @@ class PyAVVideo:
                     kinds.append(mpeg4.kind_of(packet))
         except FFmpegError as error:
             raise VideoError(self.path, "the file can't be read to its end, it is damaged") from error
-        # A table of all packets (MP4, AVI) tells when some are missing; others list key frames or nothing.
-        entries = self._stream.index_entries
+        entries = self._stream.index_entries if self.container_format in _LISTED else ()
         listed = len(packets) if len(entries) <= len(packets) else sum(entry.size > 0 for entry in entries)
         if listed > len(packets):
             raise VideoError(
@@ -341,7 +343,7 @@ class PyAVVideo:
                     continue
                 position = index.position(frame.pts)
                 # Not the order of the timestamps, or no key frame where one is marked: the index is wrong.
-                if frame.pts < newest or position is None or (frame.pts == key.pts and not frame.key_frame):
+                if frame.pts < newest or position is None or (frame.pts == key.pts and _is_predicted(frame)):
                     return stretch.frames
                 newest = frame.pts
                 if frame.is_corrupt:
@@ -418,7 +420,7 @@ class PyAVVideo:
                 last_key = len(pts)
             if frame is not None and self._look is None:
                 self._look = Look.of(frame)
-            lost = frame is None or frame.is_corrupt or not (pts or frame.key_frame)
+            lost = frame is None or frame.is_corrupt or (not pts and _is_predicted(frame))
             if lost and sound is None:
                 sound = last_key  # pictures in between may refer to the damaged one
             if frame is not None:
@@ -460,6 +462,11 @@ class PyAVVideo:
             return self._codec.decode(packet)
         except FFmpegError:
             return [None]
+
+
+def _is_predicted(frame: VideoFrame) -> bool:
+    """Whether it was decoded from other pictures. Some decoders, as QuickTime Animation's, don't tell."""
+    return not frame.key_frame and frame.pict_type not in (PictureType.NONE, PictureType.I)
 
 
 def _short_name(format_name: str) -> str:
