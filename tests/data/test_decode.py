@@ -57,6 +57,7 @@ FILES: dict[str, dict[str, Any]] = {
     "mpeg4_bframes.avi": {"codec": "mpeg4", "options": {"bf": "2", "g": "10"}},
     "mpeg4.mp4": {"codec": "mpeg4", "options": {"bf": "2", "g": "10"}},
     "mpeg2.mpg": {"codec": "mpeg2video", "options": {"bf": "2", "g": "10"}},
+    "hevc.mpg": {"codec": "libx265", "options": {"x265-params": "log-level=none:keyint=1"}},
     "mjpeg.avi": {"codec": "mjpeg", "pix_fmt": "yuvj420p"},
     "svq1.asf": {"codec": "svq1", "pix_fmt": "yuv410p", "height": 144, "width": 176},
     "animation.mov": {"codec": "qtrle", "pix_fmt": "rgb24"},

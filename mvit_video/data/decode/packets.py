@@ -29,6 +29,7 @@ class PacketList:
     def __init__(self, codec: str) -> None:
         self._is_hidden = _HIDING.get(codec, _shows)
         self.pts, self.dts, self.marks = array("q"), array("q"), bytearray()
+        self.key_sizes = array("q")
 
     def __len__(self) -> int:
         return len(self.marks)
@@ -36,6 +37,8 @@ class PacketList:
     def add(self, packet: Packet[VideoStream]) -> None:
         self.pts.append(_NO_TIME if packet.pts is None else packet.pts)
         self.dts.append(_NO_TIME if packet.dts is None else packet.dts)
+        if packet.is_keyframe:
+            self.key_sizes.append(packet.size)
         self.marks.append(
             _KEY * packet.is_keyframe
             | _DISCARD * packet.is_discard  # decoded but not shown: an edit list cuts it off
@@ -65,6 +68,8 @@ class Key(NamedTuple):
     position: int
     pts: int
     seek_time: int
+    size: int  # of its packet, in bytes
+    is_shown: bool
 
 
 class Index:
@@ -84,8 +89,14 @@ class Index:
         self._sorted = array("q", stored[order].tobytes())
         self.pts = self._sorted if shown.all() else array("q", stored[order][shown].tobytes())
         self.keys = [
-            Key(i, packets.pts[i], packets.pts[i] if packets.dts[i] == _NO_TIME else packets.dts[i])
-            for i in packets.positions(_KEY)
+            Key(
+                i,
+                packets.pts[i],
+                packets.pts[i] if packets.dts[i] == _NO_TIME else packets.dts[i],
+                size,
+                is_shown=not packets.marks[i] & _DISCARD,
+            )
+            for i, size in zip(packets.positions(_KEY), packets.key_sizes, strict=True)
         ]
 
     def position(self, pts: int) -> int | None:

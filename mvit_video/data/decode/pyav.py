@@ -320,7 +320,7 @@ class PyAVVideo:
         wanted = {index.pts[i]: i for i in stretch.frames}
         came: set[int] = set()
         damage = list(self.holes)  # positions of packets that are lost or don't decode well
-        newest = key.pts
+        newest, is_first = key.pts, key.is_shown
         (self._hardware or self._codec).flush_buffers()
         for packet in self._packets(index, key, stretch.last):
             pts = None if packet is None else packet.pts  # decoding may empty the packet
@@ -343,9 +343,9 @@ class PyAVVideo:
                     continue
                 position = index.position(frame.pts)
                 # Not the order of the timestamps, or no key frame where one is marked: the index is wrong.
-                if frame.pts < newest or position is None or (frame.pts == key.pts and _is_predicted(frame)):
+                if position is None or frame.pts < newest or (is_first and _is_predicted(frame)):
                     return stretch.frames
-                newest = frame.pts
+                newest, is_first = frame.pts, False
                 if frame.is_corrupt:
                     damage.append(position)
                 elif frame.pts in wanted:
@@ -392,6 +392,8 @@ class PyAVVideo:
             if position is not None and position > key.position:
                 return None
             if position == key.position:
+                if packet.size != key.size:  # after a seek, MPEG-PS gives times to halves of packets
+                    return None
                 self._position = position + 1
                 return packet
         return None
