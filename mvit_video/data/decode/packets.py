@@ -26,7 +26,8 @@ _KEY, _DISCARD, _HIDDEN, _CORRUPT = 1, 2, 4, 8
 class PacketList:
     """What the packets of a stream say of themselves, in 17 bytes each: long files have very many."""
 
-    def __init__(self, codec: str) -> None:
+    def __init__(self, codec: str, container_format: str) -> None:
+        self._stores_dts = container_format != "matroska"  # there FFmpeg guesses it, and may go back in time
         self._is_hidden = _HIDING.get(codec, _shows)
         self.pts, self.dts, self.marks = array("q"), array("q"), bytearray()
         self.key_sizes = array("q")
@@ -36,7 +37,7 @@ class PacketList:
 
     def add(self, packet: Packet[VideoStream]) -> None:
         self.pts.append(_NO_TIME if packet.pts is None else packet.pts)
-        self.dts.append(_NO_TIME if packet.dts is None else packet.dts)
+        self.dts.append(packet.dts if self._stores_dts and packet.dts is not None else _NO_TIME)
         if packet.is_keyframe:
             self.key_sizes.append(packet.size)
         self.marks.append(

@@ -255,7 +255,7 @@ class PyAVVideo:
     @timed("demux")
     def _read_index(self) -> Index | None:
         """None where it would mislead."""
-        packets = PacketList(self.codec)
+        packets = PacketList(self.codec, self.container_format)
         kinds: list[int | None] = []  # of pictures whose time depends on it
         self.has_guessed_times = self.container_format == "avi" and bool(self._codec.has_b_frames)
         if self.has_guessed_times and self.codec == "mpeg4":
