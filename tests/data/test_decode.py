@@ -71,7 +71,14 @@ _PICTURE = b"\x00\x00\x01\xb6"  # of MPEG-4
 _NOT_CODED = _PICTURE + b"\x51\x4f"
 
 # Files whose time stamps or marks of key frames mislead: they are decoded from the front.
-COUNTED = ("h264_bframes.avi", "h264_bframes.asf", "h264_intra_refresh.mp4", "hevc.mpg")
+COUNTED = (
+    "h264_bframes.avi",
+    "h264_bframes.asf",
+    "h264_intra_refresh.mp4",
+    "hevc.mpg",
+    "svq1.asf",
+    "animation.mov",
+)
 
 
 def requests(num_frames: int) -> dict[str, list[int]]:

@@ -150,6 +150,16 @@ def test_sound_files_are_decoded_once(tmp_path: Path, backend: str, monkeypatch:
         assert [read_number(frame) for frame in video.get_frames([3, 29])] == [3, 29]
 
 
+def test_decord_is_refused_where_marks_of_key_frames_are_false(tmp_path: Path) -> None:
+    path = write_numbered_video(tmp_path / "no_marks.mp4", 30, options={"g": "250", "bf": "0"})
+    path.write_bytes(path.read_bytes().replace(b"stss", b"free"))  # every packet counts as a key frame then
+    with pytest.raises(VideoError, match="wrongly marked as key frames; decode it with decoder=pyav"):
+        open_video(path, backend="decord")
+    for backend in ("pyav", "torchcodec"):
+        with open_video(path, backend=backend) as video:
+            assert [read_number(frame) for frame in video.get_frames([22, 26])] == [22, 26]
+
+
 @pytest.mark.parametrize("backend", ["torchcodec", "decord"])
 def test_pyav_looks_again_where_ffmpeg_can_not_be_heard(
     tmp_path: Path, backend: str, monkeypatch: pytest.MonkeyPatch

@@ -155,6 +155,8 @@ def _decord_problem(facts: PyAVVideo) -> str | None:
         return "loses frames of a clock that doesn't start at 0"
     if facts.container_format not in ("mp4", "matroska"):
         return f"seeks badly in this container ({facts.container_format})"
+    if facts.has_false_keys:
+        return "seeks to pictures that are wrongly marked as key frames"
     if facts.holes:
         return "repeats pictures where packets are lost"
     return None

@@ -136,6 +136,13 @@ class PyAVVideo:
         """Whether the decoder, which has decoded a picture, reorders them though their times don't say so."""
         return self.index is not None and self._codec.has_b_frames and not self.index.reorders
 
+    @property
+    def has_false_keys(self) -> bool:
+        """Whether the container's table marks other packets as key frames than are."""
+        if self.index is None or self.container_format not in _LISTED:
+            return False
+        return sum(entry.is_keyframe for entry in self._stream.index_entries) > len(self.index.keys)
+
     def frame_time(self, index: int) -> float:
         """Seconds from the first frame to frame `index`."""
         self.check_range([index])
@@ -343,7 +350,7 @@ class PyAVVideo:
                     continue
                 position = index.position(frame.pts)
                 # Not the order of the timestamps, or no key frame where one is marked: the index is wrong.
-                if position is None or frame.pts < newest or (is_first and _is_predicted(frame)):
+                if position is None or frame.pts < newest or (is_first and not frame.key_frame):
                     return stretch.frames
                 newest, is_first = frame.pts, False
                 if frame.is_corrupt:
