@@ -23,8 +23,10 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from functools import partial
 from multiprocessing import connection
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
@@ -179,6 +181,20 @@ class ClipLoader(Generic[Collated]):
         return _Processes(self._dataset, self._num_workers)
 
 
+def memory_limit(system: Path = Path("/")) -> int:
+    """Bytes of memory that the processes of this container or job may take together."""
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    folder = system / "sys/fs/cgroup"
+    files = [folder / "memory/memory.limit_in_bytes"]  # of version 1
+    with suppress(OSError, IndexError):
+        own = folder / (system / "proc/self/cgroup").read_text().split("0::/")[1].split("\n")[0]
+        files += [group / "memory.max" for group in (own, *own.parents) if group.is_relative_to(folder)]
+    for file in files:
+        with suppress(OSError, ValueError):  # "max" where there is no limit
+            limits.append(int(file.read_text()))
+    return min(limits)
+
+
 class _Pool:
     """Workers of either kind."""
 
@@ -204,9 +220,8 @@ class _Pool:
 
     def memory(self) -> int:
         """Bytes of the memory that samples lie in, this process's share."""
-        machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or 1
-        return machine // int(here)
+        return memory_limit() // int(here)
 
     def why_broken(self) -> str:
         return "a process of the loader died"

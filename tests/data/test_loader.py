@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
@@ -114,6 +115,12 @@ class Counted:
         return torch.tensor(key)
 
 
+def wait_until(is_done: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not is_done() and time.monotonic() < end:
+        time.sleep(0.01)
+
+
 def test_few_samples_are_made_ahead() -> None:
     dataset = Counted()
     with closing(
@@ -121,11 +128,39 @@ def test_few_samples_are_made_ahead() -> None:
     ) as loader:
         batches = iter(loader)
         assert next(batches).tolist() == [0, 1, 2, 3]
-        time.sleep(0.2)
-        assert 4 <= dataset.made[0] <= 4 + 2 * 4 + 3
+        most = 3 + 2 * 4 + 3  # three were taken when so many were under way
+        wait_until(lambda: dataset.made[0] == most)
+        time.sleep(0.1)
+        assert dataset.made[0] == most
         batches.close()
         time.sleep(0.1)
-        assert dataset.made[0] <= 4 + 2 * 4 + 3
+        assert dataset.made[0] == most
+
+
+@pytest.mark.parametrize(
+    ("files", "limit"),
+    [
+        ({}, None),
+        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/memory.max": "3000000\n"}, 3_000_000),
+        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/memory.max": "max\n"}, None),
+        (
+            {
+                "proc/self/cgroup": "0::/job_7/step_0\n",
+                "sys/fs/cgroup/job_7/step_0/memory.max": "max\n",
+                "sys/fs/cgroup/job_7/memory.max": "5000000\n",
+            },
+            5_000_000,
+        ),
+        ({"sys/fs/cgroup/memory/memory.limit_in_bytes": "4000000\n"}, 4_000_000),
+        ({"sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n"}, None),
+    ],
+)
+def test_memory_is_that_of_the_container(tmp_path: Path, files: dict[str, str], limit: int | None) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert loader_module.memory_limit(tmp_path) == (limit or machine)
 
 
 class Large(Counted):
@@ -148,7 +183,8 @@ def test_large_samples_are_made_ahead_by_their_bytes(
     ) as loader:
         batches = iter(loader)
         next(batches)  # four samples; the last was taken when so many were under way
-        time.sleep(0.2)
+        wait_until(lambda: dataset.made[0] == 3 + ahead)
+        time.sleep(0.1)
         assert dataset.made[0] == 3 + ahead
         batches.close()
 
