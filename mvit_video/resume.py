@@ -63,7 +63,7 @@ class EpochAverages(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         if trainer.fit_loop.batch_idx + 1 < trainer.num_training_batches:
-            checkpoint[_AVERAGES] = {
+            checkpoint[_AVERAGES] = self._before | {
                 key: {
                     name: trainer.strategy.reduce(getattr(metric, name).clone(), reduce_op="sum")
                     for name in metric._defaults
@@ -71,7 +71,7 @@ class EpochAverages(pl.Callback):
                 for key, metric in _running_averages(trainer)
             }
         elif trainer.validating:  # all that is left of the epoch
-            checkpoint[_MEANS] = {
+            checkpoint[_MEANS] = self._means | {
                 result.meta.forked_name(on_step=False): float(
                     result.compute() if result.is_tensor else result.value.compute()
                 )

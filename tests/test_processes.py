@@ -226,7 +226,9 @@ def test_a_sweep_runs_as_jobs_that_go_on_by_themselves(two_classes: Path, tmp_pa
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
 
     def sweep() -> tuple[dict[int, str], dict[int, str]]:
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+        )
         assert done.returncode == 0, done.stderr
         return losses(tmp_path / "sweep" / "0"), losses(tmp_path / "sweep" / "1")
 

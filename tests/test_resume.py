@@ -256,6 +256,8 @@ def test_sigusr1_in_a_slurm_job_saves_and_queues_it_again(
     [
         ([], 1, 4, signal.SIGTERM),
         ([], (1, 2), 8, signal.SIGTERM),  # again, after the resume
+        ([], (1, 1), 4, signal.SIGTERM),  # again, in the same validation
+        (["trainer.num_sanity_val_steps=2"], 0, None, signal.SIGTERM),
         (["ema=0.9"], 2, 8, signal.SIGTERM),
         (["trainer.val_check_interval=2"], 1, 2, signal.SIGTERM),
         (["trainer.val_check_interval=2", "ema=0.9"], 4, 6, signal.SIGTERM),
@@ -266,6 +268,8 @@ def test_sigusr1_in_a_slurm_job_saves_and_queues_it_again(
     ids=[
         "epoch's",
         "twice",
+        "the same twice",
+        "sanity check",
         "averages",
         "mid-epoch",
         "mid-epoch averages",
