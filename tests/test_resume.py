@@ -305,7 +305,7 @@ def test_a_validation_that_is_stopped_is_made_again(
     done = validations(run)
     assert done
     assert done == validations(whole)[-len(done) :]
-    assert averages(run) == averages(whole)[-len(averages(run)) :]
+    assert averages(run) == averages(whole)[max((saved or 0) - 1, 0) // 4 :]
     assert_equal_weights(run, whole)
 
 
