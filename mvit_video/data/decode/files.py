@@ -22,6 +22,16 @@ def check_file(path: str) -> None:
         raise VideoError(path, f"the file can't be read ({error})") from error
 
 
+def has_telling_header(path: str) -> bool:
+    """Whether it is an MP4 or Matroska file, whose header describes the streams."""
+    try:
+        with Path(path).open("rb") as file:
+            start = file.read(8)
+    except OSError:
+        return False
+    return start[4:] == b"ftyp" or start.startswith(b"\x1a\x45\xdf\xa3")
+
+
 def why_not_opened(path: str, error: Exception) -> str:
     if isinstance(error, PermissionError):
         return "no permission to read the file"

@@ -30,7 +30,7 @@ from av.video.stream import VideoStream
 from torch import Tensor
 
 from mvit_video.data.decode import cuda, mpeg4
-from mvit_video.data.decode.files import check_file, why_not_opened
+from mvit_video.data.decode.files import check_file, has_telling_header, why_not_opened
 from mvit_video.data.decode.packets import (
     Index,
     Key,
@@ -55,6 +55,9 @@ _NOTHING = "no frame can be decoded, the file is damaged"
 
 # Probing a file decodes its first picture to learn the pixel format, which frames tell here anyway.
 _PROBE = {"skip_frame": "all"}
+
+# Of files whose header says all that is asked here, FFmpeg need not read packets.
+_NO_PROBING = {"probesize": "32"}  # bytes, the least that FFmpeg takes
 
 # Containers with a table of all packets, which tells when some are missing.
 _LISTED = ("mp4", "avi")
@@ -86,6 +89,7 @@ class PyAVVideo:
         self._sound = 0  # frames before the first damage; only of files without an index
         self._look: Look | None = None  # until a picture is decoded
         check_file(self.path)
+        self._probing = _NO_PROBING if has_telling_header(self.path) else {}
         self._open()
         try:
             self.index = self._read_index()
@@ -223,7 +227,7 @@ class PyAVVideo:
             self._container = av.open(
                 f"file:{self.path}",
                 "r",
-                container_options={"protocol_whitelist": "file"},
+                container_options={"protocol_whitelist": "file", **self._probing},
                 options=_PROBE,
                 metadata_errors="replace",
             )
