@@ -57,7 +57,8 @@ def csv_splits(
 
     The label follows the last space, so a path may contain spaces; a tab in place of the space lets labels
     have them too; in the comma form, quotes protect commas.
-    Blank lines and a first line `path label` are passed over. A path may also name a folder of pictures.
+    Blank lines and a first line `path label` (or `video,class`, ...) are passed over. A path may also name a
+    folder of pictures.
 
     Args:
         train, val, test: the list files; the lines of `test` may have no label.
@@ -161,13 +162,18 @@ def _mmaction_frames(path: str) -> str:
 def _parse_lines(file: Path) -> Iterator[Row]:
     for number, line in enumerate(read_text(file).splitlines(), start=1):
         fields = _split_line(line)
-        is_header = number == 1 and fields and fields[0].lower() == "path"
+        is_header = number == 1 and fields and (fields[0].lower() == "path" or _names_columns(fields))
         if not fields or is_header:
             continue
         if len(fields) > 2 or not all(fields):
             raise DataError(f"{file}, line {number}: expected `path label` or `path,label`, got {line!r}")
         label = fields[1] if len(fields) == 2 else None
         yield Row(number, fields[0], int(label) if label is not None and _is_integer(label) else label)
+
+
+def _names_columns(fields: list[str]) -> bool:
+    """Whether this is `video,label` or the like: as a row it would make a class of the word label."""
+    return len(fields) == 2 and fields[0].isidentifier() and fields[1].lower() in ("label", "class")
 
 
 def _split_line(line: str) -> list[str]:

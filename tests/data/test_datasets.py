@@ -784,9 +784,11 @@ def test_each_data_set_can_be_prepared(
         ("a b.mp4\tplay, guitar\nc.mp4\tdance\n", ["play, guitar", "dance"]),
         ("a b.mp4\t1\nc.mp4\t0\n", ["1", "0"]),
         ('"a b.mp4" 1\nc.mp4 0\n', ["1", "0"]),
+        ("video,label\na b.mp4,sit\nc.mp4,run\n", ["sit", "run"]),
+        ("file_name\tclass\na b.mp4\tsit\nc.mp4\trun\n", ["sit", "run"]),
     ],
 )
-def test_tabs_and_quotes_in_lists(tmp_path: Path, text: str, labels: list[str]) -> None:
+def test_tabs_quotes_and_headers_in_lists(tmp_path: Path, text: str, labels: list[str]) -> None:
     for name in ("a b.mp4", "c.mp4"):
         (tmp_path / name).touch()
     file = tmp_path / "list.csv"
