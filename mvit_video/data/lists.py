@@ -25,6 +25,7 @@ from mvit_video.errors import DataError
 NO_FILE = "no such file"
 # mmaction2's lists of frames: `folder frames label`
 _FOLDER_AND_COUNT = re.compile(r"[^.]*\S \d+")
+_MAX_CLASSES = 100_000  # of lists that come without class names
 _FILE_ENDINGS = VIDEO_EXTENSIONS + IMAGE_EXTENSIONS
 
 
@@ -54,8 +55,10 @@ def csv_splits(
 ) -> VideoSplits:
     """Index lists with one `path label` or `path,label` a line, as PySlowFast's and mmaction2's are.
 
-    The label follows the last space, so a path may contain spaces; in the comma form, quotes protect commas.
-    Blank lines and a first line `path label` are passed over. A path may also name a folder of pictures.
+    The label follows the last space, so a path may contain spaces; a tab in place of the space lets labels
+    have them too; in the comma form, quotes protect commas.
+    Blank lines and a first line `path label` (or `video,class`, ...) are passed over. A path may also name a
+    folder of pictures.
 
     Args:
         train, val, test: the list files; the lines of `test` may have no label.
@@ -159,7 +162,7 @@ def _mmaction_frames(path: str) -> str:
 def _parse_lines(file: Path) -> Iterator[Row]:
     for number, line in enumerate(read_text(file).splitlines(), start=1):
         fields = _split_line(line)
-        is_header = number == 1 and fields and fields[0].lower() == "path"
+        is_header = number == 1 and fields and (fields[0].lower() == "path" or _names_columns(fields))
         if not fields or is_header:
             continue
         if len(fields) > 2 or not all(fields):
@@ -168,11 +171,20 @@ def _parse_lines(file: Path) -> Iterator[Row]:
         yield Row(number, fields[0], int(label) if label is not None and _is_integer(label) else label)
 
 
+def _names_columns(fields: list[str]) -> bool:
+    """Whether this is `video,label` or the like: as a row it would make a class of the word label."""
+    return len(fields) == 2 and fields[0].isidentifier() and fields[1].lower() in ("label", "class")
+
+
 def _split_line(line: str) -> list[str]:
     fields = line.rsplit(maxsplit=1)
     plain = len(fields) == 2 and _is_integer(fields[1]) and not fields[0].endswith(",")
     if plain:
-        return fields
+        path, label = fields
+        quoted = len(path) > 2 and path[0] == path[-1] == '"'
+        return [path[1:-1] if quoted else path, label]
+    if "\t" in line.strip():  # a label may have spaces and commas
+        return [field.strip() for field in line.strip().rsplit("\t", 1)]
     if line.strip().lower().endswith(_FILE_ENDINGS):  # a path alone, maybe with spaces
         return [line.strip()]
     if "," not in line:
@@ -181,7 +193,7 @@ def _split_line(line: str) -> list[str]:
 
 
 def _is_integer(text: str) -> bool:
-    return text.removeprefix("-").isdecimal()
+    return len(text) < 20 and text.removeprefix("-").isdecimal()  # int() refuses thousands of digits
 
 
 def _read_json(file: Path) -> VideoList:
@@ -232,6 +244,13 @@ def names_in_rows(video_list: VideoList) -> tuple[str, ...]:
     labels = {row.label for row in video_list.rows}
     numbers = [label for label in labels if isinstance(label, int)]
     words = [label for label in labels if isinstance(label, str)]
+    for row in video_list.rows:
+        # A number that isn't a label, such as a time, would make names until memory is full.
+        if isinstance(row.label, int) and not 0 <= row.label < _MAX_CLASSES:
+            raise DataError(
+                f"{video_list.file}, {video_list.unit} {row.number} ({row.path}): label {row.label} is out "
+                f"of range; labels are 0 to {_MAX_CLASSES - 1:,}, or names"
+            )
     if numbers and words:
         raise DataError(
             f"{video_list.file}: labels are numbers and names ({numbers[0]}, {words[0]!r}); "
