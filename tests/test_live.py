@@ -107,6 +107,81 @@ def test_http(broadcast: bytes, tmp_path: Path) -> None:
         server.shutdown()
 
 
+class HttpServer:
+    """Answers the first requests with the given bytes each, the others with 404; counts them.
+
+    Args:
+        kind: how an answer ends: "chunked" and "closed" tell no length, "length" does; "broken" leaves a
+            chunk unfinished.
+    """
+
+    def __init__(self, data: bytes, kind: str, answers: int = 1) -> None:
+        self.requests: list[str] = []
+        outer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                outer.requests.append(self.path)
+                self.close_connection = True
+                if len(outer.requests) > answers:
+                    self.send_error(404)
+                    return
+                self.send_response(200)
+                sent = data
+                if kind == "length":
+                    self.send_header("Content-Length", str(len(data)))
+                elif kind in ("chunked", "broken"):
+                    self.send_header("Transfer-Encoding", "chunked")
+                self.end_headers()
+                if kind in ("chunked", "broken"):
+                    length = len(sent) + (1000 if kind == "broken" else 0)
+                    sent = (
+                        f"{length:x}\r\n".encode() + sent + (b"\r\n0\r\n\r\n" if kind == "chunked" else b"")
+                    )
+                self.wfile.write(sent)
+
+            def log_message(self, *_: object) -> None: ...
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.address = f"http://127.0.0.1:{self.server.server_port}/live"
+
+    def __enter__(self) -> HttpServer:
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+@pytest.mark.parametrize("kind", ["chunked", "closed", "broken"])
+def test_a_stream_over_http_is_asked_for_again(
+    broadcast: bytes, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(stream, "_PAUSE", 0.05)
+    with HttpServer(broadcast, kind, answers=2) as server:
+        found = shown(iter_windows(server.address, length=1, stride=1, follow=1.5))
+        numbers = [number for _, window in found for number in window]
+        assert numbers == [*range(75), *range(75)]
+        assert len(server.requests) > 2  # asked for until that much time had passed
+        asked = len(server.requests)
+        with pytest.raises(mv.VideoError, match="404"):
+            next(iter_windows(server.address, length=1, stride=1, follow=1.5))
+        assert len(server.requests) == asked + 1
+    with HttpServer(broadcast, kind, answers=2) as server:
+        assert shown(iter_windows(server.address, length=1, stride=1)) == WHOLE
+        assert len(server.requests) == 1
+
+
+def test_a_file_over_http_is_read_once(broadcast: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "_PAUSE", 0.05)
+    with HttpServer(broadcast, "length", answers=9) as server:
+        assert shown(iter_windows(server.address, length=1, stride=1, follow=1.5)) == WHOLE
+        assert len(server.requests) == 1
+
+
 def test_udp(broadcast: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream, "_TIMEOUT", 4.0)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:

@@ -37,7 +37,7 @@ Source: TypeAlias = "str | Path | IO[bytes]"
 _TIMEOUT = 10.0  # seconds without an answer, of streams (FFmpeg's RTSP reader waits twice)
 _SILENCE = f"there was no answer for {_TIMEOUT:g} seconds"
 _PAUSE = 1.0  # seconds between two attempts to reach a stream again
-_RECONNECTED = ("rtsp://", "rtsps://", "rtmp://", "tcp://", "udp://", "srt://")  # http: by FFmpeg itself
+_RECONNECTED = ("rtsp://", "rtsps://", "rtmp://", "tcp://", "udp://", "srt://", "http://", "https://")
 _SLACK = 1e-6  # seconds: a frame that is this early belongs to the next window
 
 
@@ -110,8 +110,8 @@ def iter_windows(
         source: a file; a stream's address (``rtsp://...``, ``http://...``); a camera (``/dev/video0``);
             ``-``, standard input; or an open binary file.
         follow: seconds to wait for more, each time that an end is reached: for a file to grow, or for a
-            stream that broke off to be there again. The time that passes without pictures counts. None: the
-            first end is the end.
+            stream that broke off or ended to be there again; over HTTP a stream is what doesn't say how long
+            it is. The time that passes without pictures counts. None: the first end is the end.
         device: where the frames end up; None: the CPU.
 
     Raises:
@@ -177,6 +177,7 @@ def _shown(source: Source, follow: float | None) -> Iterator[tuple[float, VideoF
             with open_stream(source, follow=follow) as (container, stream, name):
                 rate = float(stream.average_rate or stream.guessed_rate or 25)
                 about = _About(name, rate, stream.codec_context.name)
+                again = again and not (name.startswith("http") and _has_an_end(container))
                 offset: float | None = None
                 for second, frame in timed_frames(container, stream, name):
                     alive = time.monotonic()
@@ -193,6 +194,11 @@ def _shown(source: Source, follow: float | None) -> Iterator[tuple[float, VideoF
             return
         log.warning("%s: no more pictures; trying to reach it again", public_name(source))
         time.sleep(_PAUSE)
+
+
+def _has_an_end(container: InputContainer) -> bool:
+    """Whether it is known how long a source is: asked again, it would begin at its front, unlike a camera."""
+    return container.size > 0 or container.duration is not None
 
 
 def timed_frames(
@@ -257,8 +263,8 @@ def open_stream(
             if name.startswith("rtsp"):
                 options["options"] = {"rtsp_transport": "tcp"}  # UDP loses packets
             elif name.startswith("http") and follow is not None:
-                again = dict.fromkeys(("reconnect", "reconnect_streamed"), "1")
-                options["options"] = again | {"reconnect_delay_max": str(math.ceil(follow))}
+                # A file goes on where it broke off; what has no end is opened again, see ``_shown``.
+                options["options"] = {"reconnect": "1", "reconnect_delay_max": str(math.ceil(follow))}
         elif name.startswith("/dev/video"):
             options["format"] = "v4l2"
         else:
