@@ -55,10 +55,6 @@ def run(job: Callable[[DictConfig], None], config_name: str) -> None:
             with timing.profiled(folder) if first and config.get("profile") else nullcontext():
                 job(config)
         except (MVitVideoError, InstantiationException, OmegaConfBaseException, OSError) as error:
-            if isinstance(error, BrokenPipeError) and config_name == "predict":
-                # Whoever read the answers has had enough, such as head.
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-                sys.exit(128 + signal.SIGPIPE)
             if full_error:
                 raise
             _exit(config_name, _one_line(error))

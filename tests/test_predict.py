@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import subprocess
@@ -13,6 +14,7 @@ from conftest import Command
 from videos import write_numbered_video
 
 import mvit_video as mv
+from mvit_video.predict import __main__ as predict_module
 from mvit_video.predict.__main__ import split_arguments
 
 
@@ -144,3 +146,15 @@ def test_a_reader_that_has_had_enough_ends_it(two_classes: Path, checkpoint: Pat
     assert process.returncode == 141, told
     assert "Error" not in told
     assert "Traceback" not in told
+
+
+def test_a_pipe_that_breaks_elsewhere_is_an_error(
+    command: Command, two_classes: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(predict_module, "_predictions", broken)
+    result = command("predict", two_classes, f"weights={checkpoint}", "format=jsonl")
+    assert result.code == 1
+    assert "mvit-predict: error: " in result.err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -105,7 +106,7 @@ def predict_files(config: DictConfig, files: list[str]) -> None:
             log.info("%d of them are in %s already", len(videos) - len(todo), config.output)
     to_stdout = answers is None and config.format in ("jsonl", "csv")
     if to_stdout and config.format == "csv":
-        print(",".join(COLUMNS))
+        _say(",".join(COLUMNS) + "\n")
     names = output_names(videos)
     if config.engine == "ray":
         found = predict_with_ray(
@@ -127,7 +128,7 @@ def predict_files(config: DictConfig, files: list[str]) -> None:
             if answers is not None:
                 answers.add(prediction)
             if to_stdout:
-                print(as_text(prediction, config.format, per_clip=config.per_clip), end="", flush=True)
+                _say(as_text(prediction, config.format, per_clip=config.per_clip))
             elif len(shown) < MAX_TABLE or answers is None:
                 shown.append(prediction)
     _show(shown, random=weights == "random", per_clip=config.per_clip)
@@ -143,7 +144,7 @@ def watch(config: DictConfig, recognizer: Recognizer, sources: list[str]) -> Non
     if len(sources) != 1 or not config.window:
         raise ConfigError("live=true watches one stream, camera, file or pipe (-), and needs window=SECONDS")
     lines = "jsonl" if config.output else config.format
-    with Path(config.output).open("a", encoding="utf-8") if config.output else nullcontext(sys.stdout) as out:
+    with Path(config.output).open("a", encoding="utf-8") if config.output else nullcontext() as out:
         for clip in recognizer.watch(
             sources[0],
             length=config.window,
@@ -156,7 +157,18 @@ def watch(config: DictConfig, recognizer: Recognizer, sources: list[str]) -> Non
             else:
                 best = ", ".join(f"{n} {s:.3f}" for n, s in zip(clip.classes, clip.scores, strict=True))
                 text = f"{_span(clip.start, clip.end)}  {best}"
-            print(text, file=out, flush=True)
+            if out is None:
+                _say(text + "\n")
+            else:
+                print(text, file=out, flush=True)
+
+
+def _say(text: str) -> None:
+    try:
+        print(text, end="", flush=True)
+    except BrokenPipeError:  # whoever read the answers has had enough, such as head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
 
 
 def output_names(videos: list[str]) -> dict[str, Path]:
