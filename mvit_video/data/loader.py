@@ -278,7 +278,8 @@ class _Threads(_Pool):
             current = torch.cuda.current_stream(self._device)
             current.wait_event(made)  # the GPU waits, not this thread
             for tensor in _tensors(sample):
-                tensor.record_stream(current)  # its memory is free again after this stream's work on it
+                if tensor.is_cuda:  # all but the placeholder for a bad video
+                    tensor.record_stream(current)  # its memory is free again after this stream's work on it
         return sample
 
     def held(self) -> list[str]:

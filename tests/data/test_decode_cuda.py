@@ -7,6 +7,7 @@ import os
 import re
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def test_the_packaged_clip_can_be_measured() -> None:
 
 @pytest.fixture
 def software(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "_acceleration", lambda device: None)
+    monkeypatch.setattr(cuda, "_acceleration", lambda device: nullcontext())
     monkeypatch.setattr(cuda, "_kept", cuda._KeptDecoders())
     monkeypatch.setattr(cuda, "fallbacks", type(cuda.fallbacks)())
 
@@ -87,12 +88,40 @@ def test_software_frames_are_noticed_and_the_file_is_decoded_on_the_cpu(
     assert "a.mp4: NVDEC can't decode this kind of h264, so the CPU decodes it" in caplog.text
 
 
+def test_a_kept_decoder_that_fails_gives_way_to_a_new_one(
+    tmp_path: Path, software: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one does that was made for a file of fewer references. Frames need not be on a GPU here."""
+    monkeypatch.setattr(
+        cuda.HardwareDecoder,
+        "decode",
+        lambda self, packet: self._decode(packet) if self.is_new else [],
+    )
+    path = write_numbered_video(tmp_path / "a.mp4", 40, options=X264)
+    for _ in range(3):
+        with PyAVVideo(path, device=CPU, nvdec=True) as video:
+            assert [read_number(frame) for frame in video.get_frames([30, 2])] == [30, 2]
+    assert not cuda.fallbacks
+
+
+def test_a_decoder_is_told_how_far_pictures_are_out_of_order(tmp_path: Path, software: None) -> None:
+    path = write_numbered_video(tmp_path / "a.mp4", 40, options=X264)
+    with av.open(str(path)) as container:
+        decoder = cuda.decoder_for(container.streams.video[0], "yuv420p", CPU)
+        assert decoder._context.reorder_depth == container.streams.video[0].codec_context.reorder_depth > 0
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "reason"),
     [
         ("mpeg4.mp4", {"codec": "mpeg4"}, "NVDEC doesn't decode mpeg4"),
         ("h264.avi", {"options": X264}, "its timestamps are no index of its frames"),
         ("high.mp4", {"pix_fmt": "yuv420p10le"}, "NVDEC doesn't decode h264 in yuv420p10le"),
+        (
+            "odd.webm",
+            {"codec": "libvpx-vp9", "height": 121, "width": 161, "options": {"deadline": "realtime"}},
+            "NVDEC doesn't decode odd sizes",
+        ),
         ("dense.mp4", {"pix_fmt": "yuv444p"}, "NVDEC doesn't decode h264 in yuv444p"),
     ],
 )
@@ -156,23 +185,24 @@ def packets_start(path: Path, start: int) -> int:
 
 def test_few_decoders_are_kept_and_none_is_shared_between_threads() -> None:
     kept = cuda._KeptDecoders()
-    first: Any = kept.get(0, object)  # type: ignore[arg-type]
+    first: Any = kept.get(0, object)[0]  # type: ignore[arg-type]
     for key in range(1, 8):
         kept.get(key, object)  # type: ignore[arg-type]
-    assert kept.get(0, object) is first  # type: ignore[arg-type]
+    assert kept.get(0, object) == (first, False)  # type: ignore[arg-type]
     kept.get(8, object)  # type: ignore[arg-type]
     assert list(kept._contexts) == [2, 3, 4, 5, 6, 7, 0, 8]
     other: list[Any] = []
     thread = threading.Thread(target=lambda: other.append(kept.get(0, object)))  # type: ignore[arg-type]
     thread.start()
     thread.join()
-    assert other[0] is not first
+    assert other[0][0] is not first
+    assert kept.get(0, object, anew=True)[0] is not first  # type: ignore[arg-type]
 
 
 @no_gpu_here
 def test_a_decoder_that_can_not_be_made_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     accelerate = av.codec.hwaccel.HWAccel("cuda", device="0", is_hw_owned=True)
-    monkeypatch.setattr(cuda, "_acceleration", lambda device: accelerate)
+    monkeypatch.setattr(cuda, "_acceleration", lambda device: nullcontext(accelerate))
     with (
         av.open(str(cuda.SAMPLE)) as container,
         pytest.raises(NotOnHardware, match="no NVDEC decoder for h264 could be made"),
@@ -194,6 +224,7 @@ GPU_FILES: dict[str, dict[str, Any]] = {
     },
     "vp9.webm": {"codec": "libvpx-vp9", "options": {"deadline": "realtime", "cpu-used": "8"}},
     "av1.mp4": {"codec": "libsvtav1", "options": {"preset": "12"}},
+    "interlaced.mp4": {"options": X264 | {"x264-params": "tff=1"}},
     "turned.mp4": {"options": X264, "rotation": 90},
     "odd.webm": {
         "codec": "libvpx-vp9",

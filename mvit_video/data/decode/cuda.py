@@ -9,6 +9,8 @@ import functools
 import logging
 import threading
 from collections import Counter, OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -42,8 +44,10 @@ _lock = threading.Lock()
 class HardwareDecoder:
     """A kept decoder, set up for the packets of one file. Used like a PyAV codec context."""
 
-    def __init__(self, context: VideoCodecContext, stream: VideoStream) -> None:
-        self._context = context
+    def __init__(self, context: VideoCodecContext, stream: VideoStream, *, is_new: bool) -> None:
+        self._context, self.is_new = context, is_new
+        # The container may know better than the decoder how far pictures are out of order.
+        context.reorder_depth = max(context.reorder_depth, stream.codec_context.reorder_depth)
         self._filter: BitStreamFilterContext | None = None
         if context.name in ("h264", "hevc"):
             # The parameter sets go before every key frame, or the decoder would use a former file's.
@@ -78,8 +82,10 @@ class HardwareDecoder:
         self._context.flush_buffers()
 
 
-def decoder_for(stream: VideoStream, pix_fmt: str, device: torch.device) -> HardwareDecoder:
-    """This thread's kept decoder for a stream, or a new one.
+def decoder_for(
+    stream: VideoStream, pix_fmt: str, device: torch.device, *, anew: bool = False
+) -> HardwareDecoder:
+    """This thread's kept decoder for a stream, or a new one; with ``anew`` a new one in the place of it.
 
     Raises `NotOnHardware` for a codec or pixel format that NVDEC lacks, or when no decoder can be made.
     """
@@ -89,11 +95,15 @@ def decoder_for(stream: VideoStream, pix_fmt: str, device: torch.device) -> Hard
         raise NotOnHardware(f"NVDEC doesn't decode {codec.name}")
     if pix_fmt not in _PIX_FMTS.get(name, _PIX_FMTS_10_BIT):
         raise NotOnHardware(f"NVDEC doesn't decode {name} in {pix_fmt}")
+    if codec.width % 2 or codec.height % 2:
+        # FFmpeg would look for the chroma a row too early, and give a picture that is padded to even sizes.
+        raise NotOnHardware("NVDEC doesn't decode odd sizes")
     # H.264 and HEVC carry their headers in the packets; for others they are part of what a decoder is.
     headers = None if name in ("h264", "hevc") else codec.extradata
     key = (device.index, name, pix_fmt, codec.width, codec.height, codec.profile, headers)
     try:
-        return HardwareDecoder(_kept.get(key, functools.partial(_create, name, headers, device)), stream)
+        context, is_new = _kept.get(key, functools.partial(_create, name, headers, device), anew=anew)
+        return HardwareDecoder(context, stream, is_new=is_new)
     except FFmpegError as error:
         raise NotOnHardware(f"no NVDEC decoder for {name} could be made ({error.strerror})") from error
 
@@ -104,19 +114,26 @@ class _KeptDecoders(threading.local):
     def __init__(self) -> None:
         self._contexts: OrderedDict[object, VideoCodecContext] = OrderedDict()
 
-    def get(self, key: object, create: functools.partial[VideoCodecContext]) -> VideoCodecContext:
-        context = self._contexts.pop(key, None) or create()
+    def get(
+        self, key: object, create: functools.partial[VideoCodecContext], *, anew: bool = False
+    ) -> tuple[VideoCodecContext, bool]:
+        """The decoder, and whether it is a new one."""
+        kept = self._contexts.pop(key, None)
+        if anew:
+            kept = None  # freed before another is made
+        context = kept or create()
         self._contexts[key] = context
         if len(self._contexts) > _KEPT:
             self._contexts.popitem(last=False)
-        return context
+        return context, kept is None
 
 
 _kept = _KeptDecoders()
 
 
 def _create(name: str, headers: bytes | None, device: torch.device) -> VideoCodecContext:
-    context = cast(VideoCodecContext, av.CodecContext.create(name, "r", hwaccel=_acceleration(device)))
+    with _acceleration(device) as acceleration:
+        context = cast(VideoCodecContext, av.CodecContext.create(name, "r", hwaccel=acceleration))
     context.thread_count = 1
     if headers:
         context.extradata = headers
@@ -124,19 +141,20 @@ def _create(name: str, headers: bytes | None, device: torch.device) -> VideoCode
     return context
 
 
-def _acceleration(device: torch.device) -> HWAccel:
+@contextmanager
+def _acceleration(device: torch.device) -> Iterator[HWAccel]:
     # FFmpeg refuses the primary context once PyTorch has made it, for its other scheduling flags; but it
     # takes the one that is current on this thread. "Software fallback" makes odd pictures come as ordinary
     # frames, which are noticed, where an error would look like damage.
-    torch.cuda.set_device(device)
-    torch.cuda.current_stream(device).synchronize()  # makes the context current
-    return HWAccel(
-        "cuda",
-        device=str(device.index),
-        is_hw_owned=True,
-        allow_software_fallback=True,
-        options={"primary_ctx": "0", "current_ctx": "1"},
-    )
+    with torch.cuda.device(device):
+        torch.zeros(1, device=device)  # the first work of a thread on a device makes its context current
+        yield HWAccel(
+            "cuda",
+            device=str(device.index),
+            is_hw_owned=True,
+            allow_software_fallback=True,
+            options={"primary_ctx": "0", "current_ctx": "1"},
+        )
 
 
 def fall_back(path: str, reason: str) -> None:

@@ -205,11 +205,14 @@ class PyAVVideo:
         if self.index is None:
             raise NotOnHardware("its timestamps are no index of its frames")
         look = self.look()
-        self._hardware = cuda.decoder_for(self._stream, look.pix_fmt, self.device)
-        pictures = PlanePictures(len(slots), look, self._reformatter, self.device)
-        if self._decode_indexed(self.index, slots, pictures.put):
-            raise NotOnHardware("NVDEC did not give all frames")  # the CPU decoder says what is wrong
-        return pictures.finish()
+        for anew in (False, True):
+            self._hardware = cuda.decoder_for(self._stream, look.pix_fmt, self.device, anew=anew)
+            pictures = PlanePictures(len(slots), look, self._reformatter, self.device)
+            if not self._decode_indexed(self.index, slots, pictures.put):
+                return pictures.finish()
+            if self._hardware.is_new:  # a kept one may have too few surfaces for this file's references
+                break
+        raise NotOnHardware("NVDEC did not give all frames")  # the CPU decoder says what is wrong
 
     def check_range(self, indices: Sequence[int]) -> None:
         """Raises `ValueError` for an index that no frame has."""
