@@ -14,7 +14,8 @@ import torch
 from omegaconf import DictConfig
 
 from mvit_video import cli
-from mvit_video.data.decode.cuda import why_no_gpu, why_no_nvdec
+from mvit_video.data.decode.choice import why_no_nvdec
+from mvit_video.data.decode.cuda import why_no_gpu
 from mvit_video.data.decode.engines import import_decord, import_torchcodec
 from mvit_video.errors import ConfigError
 from mvit_video.model import MViT

@@ -65,6 +65,19 @@ def test_the_packaged_clip_can_be_measured() -> None:
     assert choice._clips_a_second(CPU, nvdec=False) > 1
 
 
+def test_pictures_are_looked_at_before_a_decoder_is_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choice._is_right(CPU, nvdec=False)
+    get_frames = PyAVVideo.get_frames
+    calls: list[Any] = []
+
+    def spoilt(video: PyAVVideo, indices: Any) -> torch.Tensor:
+        calls.append(indices)
+        return get_frames(video, indices).roll(0 if len(calls) < 3 else 1, 0)
+
+    monkeypatch.setattr(PyAVVideo, "get_frames", spoilt)
+    assert not choice._is_right(CPU, nvdec=False)
+
+
 # Kept decoders, with software contexts in the place of NVDEC's
 
 

@@ -11,13 +11,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from mvit_video.data.decode.cuda import SAMPLE, why_no_gpu, why_no_nvdec
+from mvit_video.data.decode import cuda
+from mvit_video.data.decode.cuda import SAMPLE, why_no_gpu
 from mvit_video.data.decode.pyav import PyAVVideo
 from mvit_video.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
 _lock = threading.Lock()  # so that threads that start together measure once
+_TOLERANCE = 3  # levels between swscale's colours and ours
 _MAX_THREADS = 7  # as many NVDEC units as an H100 has
 
 
@@ -34,6 +36,28 @@ def resolve(device: str, *, nvdec_possible: bool = True) -> tuple[torch.device, 
     if problem is not None:
         raise ConfigError(f"decoder device {device!r} is not possible here: {problem}; 'auto' or 'cpu' is")
     return target, nvdec_possible
+
+
+@functools.cache
+def why_no_nvdec(index: int = 0) -> str | None:
+    """Why frames can't be decoded on a GPU here, found by trying and looking at them; None if they can."""
+    problem = cuda.why_no_nvdec(index)
+    if problem is None and not _is_right(torch.device("cuda", index), nvdec=True):
+        problem = "NVDEC gives other pictures than the CPU decoder (is the driver up to date?)"
+    return problem
+
+
+def _is_right(device: torch.device, *, nvdec: bool) -> bool:
+    """Whether the packaged clip looks as it should, from a new decoder and from a kept one, out of order."""
+    with PyAVVideo(SAMPLE) as video:
+        expected = video.get_frames(range(video.num_frames)).int()
+    for _ in range(2):
+        with PyAVVideo(SAMPLE, device=device, nvdec=nvdec) as video:
+            for indices in (range(video.num_frames), [video.num_frames - 1, 0, video.num_frames // 2]):
+                frames = video.get_frames(indices).cpu().int()
+                if (frames - expected[list(indices)]).abs().max() > _TOLERANCE:
+                    return False
+    return True
 
 
 def _parse(device: str) -> torch.device:
