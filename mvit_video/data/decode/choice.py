@@ -42,9 +42,14 @@ def resolve(device: str, *, nvdec_possible: bool = True) -> tuple[torch.device, 
 def why_no_nvdec(index: int = 0) -> str | None:
     """Why frames can't be decoded on a GPU here, found by trying and looking at them; None if they can."""
     problem = cuda.why_no_nvdec(index)
-    if problem is None and not _is_right(torch.device("cuda", index), nvdec=True):
-        problem = "NVDEC gives other pictures than the CPU decoder (is the driver up to date?)"
-    return problem
+    if problem is not None:
+        return problem
+    try:
+        if _is_right(torch.device("cuda", index), nvdec=True):
+            return None
+    except RuntimeError as error:  # of CUDA
+        return f"decoding with NVDEC fails ({str(error).splitlines()[0]})"
+    return "NVDEC gives other pictures than the CPU decoder (is the driver up to date?)"
 
 
 def _is_right(device: torch.device, *, nvdec: bool) -> bool:
