@@ -225,6 +225,25 @@ def test_size_change_is_resized_to_the_first_size_and_equal_timestamps_are_count
             assert numbers(video.get_frames(indices)) == indices
 
 
+def test_the_video_and_not_a_few_pictures_before_it_are_decoded(folder: Path) -> None:
+    path = folder / "two_streams.mkv"
+    with av.open(str(path), "w") as container:
+        streams: list[Any] = [container.add_stream("libx264", rate=25) for _ in range(2)]
+        for stream in streams:
+            stream.width, stream.height = 160, 120
+        for number in range(30):
+            frame = av.VideoFrame.from_ndarray(numbered_frame(number))
+            frame.pts, frame.time_base = number, Fraction(1, 25)
+            container.mux(streams[1].encode(frame))
+            if number < 3:
+                container.mux(streams[0].encode(frame))
+        for stream in streams:
+            container.mux(stream.encode(None))
+    with open_video(path) as video:
+        assert video.num_frames == 30
+        assert numbers(video.get_frames([29, 3])) == [29, 3]
+
+
 def test_edit_list_hides_frames(folder: Path) -> None:
     with open_video(Path(__file__).parent / "files" / "edit_list.mp4") as video:
         shown = [*range(25, 76), 77]

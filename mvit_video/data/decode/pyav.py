@@ -236,6 +236,11 @@ class PyAVVideo:
             )
         except (FFmpegError, OSError, ValueError) as error:
             raise VideoError(self.path, why_not_opened(self.path, error)) from error
+        if self._probing and len(self._container.streams.video) > 1:  # which is best, FFmpeg sees by packets
+            self._probing = {}
+            self._container.close()
+            self._open()
+            return
         stream = self._container.streams.best("video")
         try:
             self._stream = self._usable(cast("VideoStream | None", stream))
