@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 NO_MAP = "none"
 _HEIGHT = 360  # pixels of a video on the page
+_DELETE_CACHE = (600, 3600)  # seconds: how often gradio looks, and how old its copies of files get
 
 
 class Answer(NamedTuple):
@@ -44,9 +45,12 @@ class Demo:
 
     def __init__(self, model: VideoModel, *, topk: int, max_seconds: float, **recognizing: Any) -> None:
         self.model, self.topk, self.max_seconds, self.recognizing = model, topk, max_seconds, recognizing
+        self._files = tempfile.TemporaryDirectory(prefix="mvit-demo-")  # of the newest answer
 
     def answer(self, path: str | None, num_clips: int, explain: str) -> Answer:
         """The classes of a video, as a whole and over time, and a map for ``explain`` other than "none".
+
+        The files of an answer stay until the next one, or the end of the process.
 
         Raises:
             DataError: there is no video, or it is too long. VideoError: it can't be read.
@@ -64,8 +68,9 @@ class Demo:
         (prediction,) = recognizer([path])
         if prediction.error is not None:
             raise DataError(prediction.error)
-        folder = Path(tempfile.mkdtemp(prefix="mvit-demo-"))  # gradio takes copies of what is in it
-        name = Path(path).stem
+        self._files.cleanup()
+        self._files = tempfile.TemporaryDirectory(prefix="mvit-demo-")
+        folder, name = Path(self._files.name), Path(path).stem
         protocol = self.model.protocol
         length = protocol.clip_frames * protocol.stride / protocol.target_fps
         windows = Recognizer(self.model, topk=self.topk, num_clips=1, **self.recognizing)
@@ -107,7 +112,7 @@ def build_page(demo: Demo, *, title: str) -> Any:
         explained = gradio.update(visible=explain != NO_MAP)
         return gradio.update(visible=True), explained, explained
 
-    with gradio.Blocks(title=title, analytics_enabled=False) as page:
+    with gradio.Blocks(title=title, analytics_enabled=False, delete_cache=_DELETE_CACHE) as page:
         gradio.Markdown(f"## {title}\nDrop a video; it stays on this machine.")
         with gradio.Row():
             with gradio.Column():

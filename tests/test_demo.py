@@ -51,6 +51,16 @@ def test_an_uploaded_video_is_answered(address: str, checkpoint: Path, tmp_path:
     assert (strip is None) == (overlay is None) == (explain == "none")
 
 
+def test_files_of_former_answers_are_removed(checkpoint: Path, tmp_path: Path) -> None:
+    demo = Demo(mv.load_model(checkpoint), topk=2, max_seconds=5, num_workers=0)
+    path = write_numbered_video(tmp_path / "a.mp4", 30, height=48, width=64)
+    first = demo.answer(str(path), 1, "none")
+    assert Path(first.annotated).is_file()
+    second = demo.answer(str(path), 1, "none")
+    assert Path(second.annotated).is_file()
+    assert not Path(first.annotated).parent.exists()
+
+
 def test_what_can_not_be_answered_gets_a_message(address: str, tmp_path: Path) -> None:
     (tmp_path / "broken.mp4").write_bytes(b"no video" * 100)
     long = write_numbered_video(tmp_path / "long.mp4", 60, height=48, width=64, fps=10)
