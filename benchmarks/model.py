@@ -3,7 +3,7 @@
 Parts (all, if none is named):
     eager       MViTv2-S 16x4 against torchvision's ``mvit_v2_s`` with the same weights (their logits are
                 compared first), in turns in one process, as median of the rounds' ratios
-    compiled    the same by torch.compile on both sides; compiling training steps takes half an hour
+    compiled    the same by torch.compile on both sides; compiling takes some minutes
     memory      peaks of a training step, in processes of their own
     operations  where our time goes
     curves      time and memory by number of frames, crop, batch and variant, beside torchvision, timm
