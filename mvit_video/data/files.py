@@ -50,7 +50,8 @@ def parse_json(file: Path) -> object:
     try:
         return json.loads(read_text(file))
     except json.JSONDecodeError as error:
-        raise DataError(f"{file}, line {error.lineno}: not JSON: {error.msg}") from None
+        hint = "; a value a line? Put them into one list" if error.msg == "Extra data" else ""
+        raise DataError(f"{file}, line {error.lineno}: not JSON: {error.msg}{hint}") from None
 
 
 def find_first(folder: Path, names: list[str]) -> Path | None:

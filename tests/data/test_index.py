@@ -220,6 +220,10 @@ def test_csv_mistakes_are_named(videos: Path, text: str, message: str) -> None:
     ("text", "message"),
     [
         ("[", "train.json, line 1: not JSON"),
+        (
+            '{"path": "a", "label": 0}\n{"path": "b", "label": 1}',
+            "line 2: not JSON: Extra data; a value a line?",
+        ),
         ("{}", "train.json: expected a list of"),
         ('[{"path": "v/a.mp4", "label": 0}, {"path": "v/b.mp4"}]', "entry 2 (v/b.mp4): it has no label"),
         ('[{"path": "v/a.mp4", "label": null}]', "train.json, entry 1: expected"),
