@@ -28,7 +28,7 @@ class PacketList:
 
     def __init__(self, codec: str, container_format: str) -> None:
         self._stores_dts = container_format != "matroska"  # there FFmpeg guesses it, and may go back in time
-        self._is_hidden = _HIDING.get(codec, _shows)
+        self._is_hidden = _HIDING.get(codec, _hides_nothing)
         self.pts, self.dts, self.marks = array("q"), array("q"), bytearray()
         self.key_sizes = array("q")
 
@@ -52,7 +52,7 @@ class PacketList:
         return np.flatnonzero(np.frombuffer(self.marks, np.uint8) & mark).tolist()
 
 
-def _shows(packet: Packet[VideoStream]) -> bool:
+def _hides_nothing(packet: Packet[VideoStream]) -> bool:
     return False
 
 

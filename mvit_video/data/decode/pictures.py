@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
 
@@ -242,11 +242,12 @@ def gather(count: int, look: Look, reformatter: VideoReformatter, device: torch.
 def _space_for(*shape: int) -> Tensor:
     """A uint8 tensor; a large one in huge pages, since fetching small ones is a sixth of decoding 1080p."""
     size = math.prod(shape)
-    if size < _LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(shape, dtype=torch.uint8)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8).view(shape)
+    if size >= _LARGE and hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # of kernels that have none
+            memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            memory.madvise(mmap.MADV_HUGEPAGE)
+            return torch.frombuffer(memory, dtype=torch.uint8).view(shape)
+    return torch.empty(shape, dtype=torch.uint8)
 
 
 def _as_first(frame: VideoFrame, look: Look, reformatter: VideoReformatter) -> VideoFrame:
