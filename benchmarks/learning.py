@@ -32,12 +32,12 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from mvit_video.cli import CONF_DIR
-from mvit_video.data.clips import TestViews, TrainingClips, training_loader, validation_loader
+from mvit_video.cli.app import CONF_DIR
+from mvit_video.data.datasets import TestViews, TrainingClips, training_loader, validation_loader
 from mvit_video.data.decode import open_video
 from mvit_video.data.index import VideoSplits
 from mvit_video.model import MViT
-from mvit_video.recipe import History
+from mvit_video.training.module import History
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

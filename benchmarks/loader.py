@@ -24,10 +24,10 @@ from decode import FILES, machine, write, write_file
 from torch.utils.data import DataLoader
 
 from mvit_video.data.augment import Augment
-from mvit_video.data.clips import Batch, TrainingClips, training_loader
+from mvit_video.data.datasets import Batch, TrainingClips, training_loader
 from mvit_video.data.index import LabelledVideo
 from mvit_video.data.loader import ClipLoader
-from mvit_video.model import Protocol
+from mvit_video.model import ClipSpec
 
 HEADING = "## Loader"
 WORKERS, BATCH, VIDEOS = 2, 4, 24
@@ -83,7 +83,7 @@ def processor_seconds() -> float:
 def measure(paths: list[Path], rounds: int) -> list[str]:
     """Rows of a table: medians of clips a second, by the clock and by the processors' time."""
     rows = []
-    protocol = Protocol(clip_frames=16, stride=4, target_fps=30, short_side=256, crop=224)
+    protocol = ClipSpec(clip_frames=16, stride=4, target_fps=30, short_side=256, crop=224)
     videos = [LabelledVideo(str(paths[i % len(paths)]), 0, str(i)) for i in range(VIDEOS)]
     for name, augment in AUGMENTATIONS.items():
         clips = TrainingClips(videos, protocol, augment, seed=0)

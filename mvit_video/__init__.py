@@ -15,22 +15,17 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 from mvit_video.data.decode import open_video
-from mvit_video.data.views import kinetics_frame_indices, segment_frame_indices, spatial_views
+from mvit_video.data.sampling import kinetics_frame_indices, segment_frame_indices, spatial_views
 from mvit_video.errors import CheckpointError, ConfigError, DataError, MVitVideoError, VideoError
-from mvit_video.model import (
-    MViT,
-    MViTConfig,
-    Protocol,
-    create_model,
-    from_slowfast,
-    list_models,
-    load_model,
-    load_weights,
-)
-from mvit_video.predict import Prediction, Recognizer, predict
+from mvit_video.model import ClipSpec, MViT, MViTConfig, list_models
+from mvit_video.prediction import Prediction, Recognizer, predict
+from mvit_video.weights import create_model, from_slowfast, load_model, load_weights
+
+Protocol = ClipSpec  # its name until version 0.2
 
 __all__ = [
     "CheckpointError",
+    "ClipSpec",
     "ConfigError",
     "DataError",
     "MViT",

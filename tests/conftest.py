@@ -13,16 +13,16 @@ import torch
 from videos import write_numbered_video
 
 import mvit_video as mv
-from mvit_video.model.checkpoint import METADATA_KEY, model_metadata
+from mvit_video.weights.checkpoint import METADATA_KEY, model_metadata
 
 MAINS = {
-    "train": "mvit_video.train",
-    "eval": "mvit_video.eval",
-    "predict": "mvit_video.predict.__main__",
-    "info": "mvit_video.info",
-    "data": "mvit_video.data.__main__",
-    "export": "mvit_video.export",
-    "demo": "mvit_video.demo",
+    "train": "mvit_video.cli.train",
+    "eval": "mvit_video.cli.eval",
+    "predict": "mvit_video.cli.predict",
+    "info": "mvit_video.cli.info",
+    "data": "mvit_video.cli.data",
+    "export": "mvit_video.cli.export",
+    "demo": "mvit_video.cli.demo",
 }
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -68,6 +68,15 @@ def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], 
         return Result(code, out, err)
 
     return run
+
+
+def error_line(result: Result, name: str) -> str:
+    """The one line that the command said on standard error; logs and progress go elsewhere or before it."""
+    assert result.code == 1
+    lines = [line for line in result.err.splitlines() if line.startswith(f"mvit-{name}: error: ")]
+    assert len(lines) == 1, result.err
+    assert "Traceback" not in result.err + result.out
+    return lines[0].removeprefix(f"mvit-{name}: error: ")
 
 
 @pytest.fixture(scope="session")

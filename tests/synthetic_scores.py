@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mvit_video.data.index import LabelledVideo
-from mvit_video.scores import ScoreTable
+from mvit_video.evaluation.tables import ScoreTable
 
 
 def score_table(views: Tensor, labels: Sequence[int]) -> ScoreTable:

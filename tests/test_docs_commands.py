@@ -25,8 +25,8 @@ from PIL import Image
 from videos import write_numbered_video
 
 import mvit_video as mv
-from mvit_video.model import save_weights
-from mvit_video.model.checkpoint import METADATA_KEY, model_metadata
+from mvit_video.weights import save_weights
+from mvit_video.weights.checkpoint import METADATA_KEY, model_metadata
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -160,7 +160,7 @@ def run_python() -> Any:
 @pytest.fixture
 def run_line(command: Command, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Runs a line of shell as far as it can be here; a command that ends with an error fails."""
-    monkeypatch.setattr("mvit_video.demo.launch", lambda *_, **__: None)  # it would serve for ever
+    monkeypatch.setattr("mvit_video.cli.demo.launch", lambda *_, **__: None)  # it would serve for ever
     monkeypatch.setenv("MPLBACKEND", "agg")
 
     def run(line: str) -> None:

@@ -19,7 +19,7 @@ import torch
 from conftest import Command
 
 import mvit_video as mv
-from mvit_video.data.clips import TestViews
+from mvit_video.data.datasets import TestViews
 from mvit_video.data.index import folder_splits
 
 OPPOSITE = {

@@ -18,8 +18,8 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
-from mvit_video.data.transform import RGB, training_clip
-from mvit_video.data.views import CropBox, SpatialView, random_resized_crop, random_short_side_crop
+from mvit_video.data.pixels import RGB, training_clip
+from mvit_video.data.sampling import CropBox, SpatialView, random_resized_crop, random_short_side_crop
 
 
 class RandAugment(NamedTuple):

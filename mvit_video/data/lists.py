@@ -12,14 +12,7 @@ from typing import NamedTuple
 from mvit_video.data.class_names import ClassNames, LabelOf, read_class_names
 from mvit_video.data.decode.stills import entry_on_disk
 from mvit_video.data.files import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, existing, parse_json, read_text
-from mvit_video.data.index import (
-    LabelledVideo,
-    VideoIndex,
-    VideoSplits,
-    leave_out,
-    out_of_range,
-    relative,
-)
+from mvit_video.data.index import LabelledVideo, VideoIndex, VideoSplits, leave_out, out_of_range, relative
 from mvit_video.errors import DataError
 
 NO_FILE = "no such file"

@@ -33,7 +33,7 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from mvit_video import timing
+from mvit_video.data import timing
 from mvit_video.data.decode.cuda import SAMPLE
 from mvit_video.errors import ConfigError, DataError
 

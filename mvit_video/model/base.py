@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from mvit_video.model.protocol import Protocol
+from mvit_video.model.clip_spec import ClipSpec
 
 
 class VideoModel(nn.Module):
@@ -20,6 +20,6 @@ class VideoModel(nn.Module):
     """
 
     config: Any
-    protocol: Protocol
+    protocol: ClipSpec
     class_names: tuple[str, ...] | None
     classifier: str

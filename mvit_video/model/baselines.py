@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mvit_video.errors import ConfigError, did_you_mean
 from mvit_video.model.base import VideoModel
-from mvit_video.model.protocol import Protocol
+from mvit_video.model.clip_spec import ClipSpec
 
 SLOWFAST_ALPHA = 4  # the fast pathway has so many times the frames of the slow one
 
@@ -48,7 +48,7 @@ class Baseline(VideoModel):
 
     config: BaselineConfig
 
-    def __init__(self, config: BaselineConfig, protocol: Protocol) -> None:
+    def __init__(self, config: BaselineConfig, protocol: ClipSpec) -> None:
         super().__init__()
         self.config, self.protocol, self.class_names = config, protocol, None
         with warnings.catch_warnings():
@@ -186,7 +186,7 @@ def _last_side(config: BaselineConfig) -> int:
 @dataclass(frozen=True)
 class _Entry:
     build: Callable[[BaselineConfig], nn.Module]
-    protocol: Protocol
+    protocol: ClipSpec
 
 
 _R2PLUS1D_MEAN, _R2PLUS1D_STD = (0.43216, 0.394666, 0.37645), (0.22803, 0.22145, 0.216989)
@@ -194,18 +194,18 @@ _R2PLUS1D_MEAN, _R2PLUS1D_STD = (0.43216, 0.394666, 0.37645), (0.22803, 0.22145,
 BASELINES: dict[str, _Entry] = {
     "x3d_s": _Entry(
         _x3d_s,
-        Protocol(clip_frames=13, stride=6, num_clips=10, num_crops=3, short_side=182, crop=160),
+        ClipSpec(clip_frames=13, stride=6, num_clips=10, num_crops=3, short_side=182, crop=160),
     ),
-    "slow_r50": _Entry(_slow_r50, Protocol(clip_frames=8, stride=8, num_clips=10, num_crops=3)),
-    "slowfast_r50": _Entry(_slowfast_r50, Protocol(clip_frames=32, stride=2, num_clips=10, num_crops=3)),
-    "mvit_base_16x4": _Entry(_mvit_base_16x4, Protocol(clip_frames=16, stride=4)),
+    "slow_r50": _Entry(_slow_r50, ClipSpec(clip_frames=8, stride=8, num_clips=10, num_crops=3)),
+    "slowfast_r50": _Entry(_slowfast_r50, ClipSpec(clip_frames=32, stride=2, num_clips=10, num_crops=3)),
+    "mvit_base_16x4": _Entry(_mvit_base_16x4, ClipSpec(clip_frames=16, stride=4)),
     "mvit_v2_s": _Entry(
         _mvit_v2_s,
-        Protocol(clip_frames=16, stride=4, sampling="torchvision", pixels="torchvision"),
+        ClipSpec(clip_frames=16, stride=4, sampling="torchvision", pixels="torchvision"),
     ),
     "r2plus1d_18": _Entry(
         _r2plus1d_18,
-        Protocol(
+        ClipSpec(
             clip_frames=16,
             stride=2,
             sampling="torchvision",

@@ -13,9 +13,9 @@ from torch.utils.checkpoint import checkpoint
 from mvit_video.model import kernels
 from mvit_video.model.attention import NORM_EPS, Grid, Linear, PoolingAttention, half, pool_kernel_for
 from mvit_video.model.base import VideoModel
+from mvit_video.model.clip_spec import ClipSpec
 from mvit_video.model.config import BlockPlan, MViTConfig, divide, plan_blocks
 from mvit_video.model.positions import joint_table, position_parameters, resize_table
-from mvit_video.model.protocol import Protocol
 
 
 class MViT(VideoModel):
@@ -32,10 +32,10 @@ class MViT(VideoModel):
     pos_embed_temporal: nn.Parameter | None
     pos_embed_class: nn.Parameter | None
 
-    def __init__(self, config: MViTConfig, protocol: Protocol | None = None) -> None:
+    def __init__(self, config: MViTConfig, protocol: ClipSpec | None = None) -> None:
         super().__init__()
         self.config = config
-        self.protocol = protocol or Protocol(
+        self.protocol = protocol or ClipSpec(
             clip_frames=config.num_frames, short_side=config.crop_size, crop=config.crop_size
         )
         self.class_names = None

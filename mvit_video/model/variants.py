@@ -5,18 +5,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from mvit_video.errors import ConfigError, did_you_mean
+from mvit_video.model.clip_spec import IMAGENET_MEAN, IMAGENET_STD, ClipSpec
 from mvit_video.model.config import MViTConfig
 from mvit_video.model.mvit import MViT
-from mvit_video.model.protocol import IMAGENET_MEAN, IMAGENET_STD, Protocol
 
 
 @dataclass(frozen=True)
 class Variant:
     config: MViTConfig
-    protocol: Protocol
+    protocol: ClipSpec
 
 
 # Kinetics-400. MViTv2 paper, table 1, and the official configurations.
@@ -50,7 +50,7 @@ _IMAGE = MViTConfig(
     rel_pos_temporal=False,
     head_dropout=0.0,
 )
-_IMAGE_PROTOCOL = Protocol(
+_IMAGE_PROTOCOL = ClipSpec(
     clip_frames=1, stride=1, num_clips=1, pixels="image", mean=IMAGENET_MEAN, std=IMAGENET_STD
 )
 
@@ -60,11 +60,11 @@ def _image(**layout: Any) -> Variant:
 
 
 VARIANTS = {
-    "mvitv2_s_16x4": Variant(_S, Protocol(clip_frames=16, stride=4)),
-    "mvitv2_b_32x3": Variant(_B, Protocol(clip_frames=32, stride=3)),
+    "mvitv2_s_16x4": Variant(_S, ClipSpec(clip_frames=16, stride=4)),
+    "mvitv2_b_32x3": Variant(_B, ClipSpec(clip_frames=32, stride=3)),
     "mvitv2_l_40x3": Variant(
         _L,
-        Protocol(
+        ClipSpec(
             clip_frames=40,
             stride=3,
             num_crops=3,
@@ -74,9 +74,9 @@ VARIANTS = {
             std=IMAGENET_STD,
         ),
     ),
-    "mvitv1_b_16x4": Variant(_V1_B, Protocol(clip_frames=16, stride=4)),
+    "mvitv1_b_16x4": Variant(_V1_B, ClipSpec(clip_frames=16, stride=4)),
     "mvitv1_b_32x3": Variant(
-        replace(_V1_B, num_frames=32, drop_path=0.3), Protocol(clip_frames=32, stride=3)
+        replace(_V1_B, num_frames=32, drop_path=0.3), ClipSpec(clip_frames=32, stride=3)
     ),
     "mvitv2_t_224": _image(stages=(1, 2, 5, 2), drop_path=0.1),
     "mvitv2_s_224": _image(stages=(1, 2, 11, 2), drop_path=0.1),
@@ -100,7 +100,7 @@ VARIANTS = {
             drop_path=0.0,
             head_dropout=0.0,
         ),
-        Protocol(clip_frames=8, stride=4, short_side=64, crop=64),
+        ClipSpec(clip_frames=8, stride=4, short_side=64, crop=64),
     ),
 }
 
@@ -108,40 +108,6 @@ VARIANTS = {
 def list_models() -> list[str]:
     """Names that ``create_model`` knows."""
     return sorted(VARIANTS)
-
-
-def create_model(
-    name: str,
-    num_classes: int | None = None,
-    *,
-    weights: str | None = None,
-    head: Literal["strict", "new"] = "strict",
-    **overrides: Any,
-) -> MViT:
-    """Build a model by name, with fresh or published weights.
-
-    Args:
-        name: one of ``list_models()``.
-        num_classes: outputs of the head; the variant's own, or that of the weights, where None.
-        weights: the name of published weights, see ``published.PUBLISHED``: "kinetics400", "ssv2", ...
-        head: "new" leaves the head out of the published weights, as for other classes.
-        overrides: fields of ``MViTConfig`` that differ from the variant's; None leaves the variant's. The
-            model's protocol follows ``num_frames`` and ``crop_size``.
-
-    Raises:
-        ConfigError: for an unknown name or field.
-        ValueError: for a value out of range.
-        CheckpointError: published weights can't be fetched, or know another number of classes.
-    """
-    if weights is not None:
-        from mvit_video.model.published import create_published  # which builds models itself
-
-        return create_published(name, weights, num_classes, head=head, **overrides)
-    if name not in VARIANTS:
-        raise ConfigError(
-            f"unknown model {name!r}{did_you_mean(name, VARIANTS)}; known: {', '.join(list_models())}"
-        )
-    return build(VARIANTS[name], num_classes=num_classes, **overrides)
 
 
 def build(variant: Variant, **overrides: Any) -> MViT:
@@ -157,7 +123,7 @@ def build(variant: Variant, **overrides: Any) -> MViT:
     return MViT(config, protocol)
 
 
-def change_views(protocol: Protocol, values: dict[str, Any]) -> Protocol:
+def change_views(protocol: ClipSpec, values: dict[str, Any]) -> ClipSpec:
     """A copy of a protocol with other values.
 
     As in the official code, three crops are cut out of a picture whose short side is the crop, unless

@@ -23,9 +23,9 @@ from mvit_video.data.augment import (
     rand_augment,
     random_erase_boxes,
 )
-from mvit_video.data.clips import EpochBatches, TrainingClips, training_loader
+from mvit_video.data.datasets import EpochBatches, TrainingClips, training_loader
 from mvit_video.data.index import LabelledVideo
-from mvit_video.model import Protocol
+from mvit_video.model import ClipSpec
 
 RECIPE = "rand-m7-n4-mstd0.5-inc1"
 MEAN, STD = (0.45, 0.45, 0.45), (0.225, 0.225, 0.225)
@@ -238,7 +238,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> TrainingClips:
     files = [write_numbered_video(root / f"{i}.mp4", 20 + i, height=64, width=80) for i in range(4)]
     augment = Augment(rand_augment=RECIPE, erase_probability=0.5, colour_jitter=0.2, repeats=2)
     videos = [LabelledVideo(str(file), i, file.stem) for i, file in enumerate(files)]
-    protocol = Protocol(clip_frames=4, stride=2, target_fps=25, short_side=32, crop=32)
+    protocol = ClipSpec(clip_frames=4, stride=2, target_fps=25, short_side=32, crop=32)
     return TrainingClips(videos, protocol, augment, seed=3)
 
 

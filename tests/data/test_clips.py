@@ -11,14 +11,14 @@ import pytest
 import torch
 from videos import read_number, write_numbered_video
 
-from mvit_video.data.clips import Augment, EpochBatches, TestViews, TrainingClips, training_loader
+from mvit_video.data.datasets import Augment, EpochBatches, TestViews, TrainingClips, training_loader
 from mvit_video.data.decode import open_video
 from mvit_video.data.index import LabelledVideo
-from mvit_video.data.views import kinetics_frame_indices, segment_frame_indices
+from mvit_video.data.sampling import kinetics_frame_indices, segment_frame_indices
 from mvit_video.errors import DataError
-from mvit_video.model import Protocol
+from mvit_video.model import ClipSpec
 
-PROTOCOL = Protocol(clip_frames=4, stride=2, target_fps=25, num_clips=3, short_side=96, crop=96)
+PROTOCOL = ClipSpec(clip_frames=4, stride=2, target_fps=25, num_clips=3, short_side=96, crop=96)
 WHOLE_PICTURE = Augment(area=(1, 1), aspect=(1, 1), flip_probability=0)
 
 

@@ -22,7 +22,7 @@ from videos import numbered_frame, read_number, write_numbered_video
 
 import mvit_video as mv
 from mvit_video.data.class_names import read_class_names
-from mvit_video.data.clips import read_test_views
+from mvit_video.data.datasets import read_test_views
 from mvit_video.data.fixed_folds import hmdb51_splits, ucf101_splits
 from mvit_video.data.index import VideoIndex, VideoSplits, folder_splits, image_folder_splits
 from mvit_video.data.kinetics import Clip, kinetics_splits, parse_clip_name
@@ -30,7 +30,7 @@ from mvit_video.data.lists import csv_splits
 from mvit_video.data.ssv2 import ssv2_splits
 from mvit_video.data.table import index_splits
 from mvit_video.errors import DataError, VideoError
-from mvit_video.model.protocol import IMAGENET_MEAN, IMAGENET_STD
+from mvit_video.model.clip_spec import IMAGENET_MEAN, IMAGENET_STD
 
 SMALL_MODEL = ("model.embed_dim=16", "model.stages=[1,1]", "model.crop_size=32", "model.num_frames=4")
 TRAINING = ("trainer.max_epochs=1", "batch_size=2", "num_workers=0", "hydra.run.dir=run")

@@ -11,13 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mvit_video.data.index import (
-    LabelledVideo,
-    VideoIndex,
-    VideoSplits,
-    find_videos,
-    folder_splits,
-)
+from mvit_video.data.index import LabelledVideo, VideoIndex, VideoSplits, find_videos, folder_splits
 from mvit_video.data.lists import csv_splits, json_splits
 from mvit_video.errors import ConfigError, DataError
 

@@ -20,7 +20,7 @@ import torch
 from videos import write_numbered_video
 
 from mvit_video.data import loader as loader_module
-from mvit_video.data.clips import (
+from mvit_video.data.datasets import (
     AllVideos,
     Augment,
     Batch,
@@ -34,9 +34,9 @@ from mvit_video.data.decode import open_video
 from mvit_video.data.index import LabelledVideo
 from mvit_video.data.loader import ClipLoader, Kind
 from mvit_video.errors import ConfigError, DataError
-from mvit_video.model import Protocol
+from mvit_video.model import ClipSpec
 
-PROTOCOL = Protocol(clip_frames=4, stride=2, target_fps=25, num_clips=2, short_side=48, crop=48)
+PROTOCOL = ClipSpec(clip_frames=4, stride=2, target_fps=25, num_clips=2, short_side=48, crop=48)
 BOTH = pytest.mark.parametrize("kind", ["threads", "workers"])
 
 

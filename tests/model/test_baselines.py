@@ -13,8 +13,8 @@ from torchvision.models import video as torchvision_models
 
 import mvit_video as mv
 from mvit_video.errors import CheckpointError, ConfigError
-from mvit_video.model import load_weights, save_weights
 from mvit_video.model.baselines import BASELINES, Baseline, create_baseline
+from mvit_video.weights import load_weights, save_weights
 
 SMALL = {"num_frames": 8, "crop_size": 64}
 ORIGINALS = {

@@ -15,17 +15,10 @@ from plain_attention import PlainAttention
 from torch import Tensor
 
 from mvit_video.errors import ConfigError
-from mvit_video.model import (
-    MViT,
-    MViTConfig,
-    Protocol,
-    create_model,
-    from_slowfast,
-    list_models,
-    load_weights,
-)
+from mvit_video.model import ClipSpec, MViT, MViTConfig, list_models
 from mvit_video.model import attention as attention_module
 from mvit_video.model.mvit import Block, plan_blocks
+from mvit_video.weights import create_model, from_slowfast, load_weights
 
 TOLERANCE = 5e-5  # float32 on both sides; the official code differs from its own float64 by 7e-6
 
@@ -413,13 +406,13 @@ def test_config_out_of_range_names_the_field_and_the_value(field, value):
 )
 def test_protocol_out_of_range_names_the_field_and_the_value(field, value):
     with pytest.raises(ValueError, match=rf"\b{field}\b") as caught:
-        Protocol(**{field: value})
+        ClipSpec(**{field: value})
     assert str(value) in str(caught.value)
 
 
 def test_protocol_reads_as_a_line():
-    assert str(Protocol()) == ("5 clips x 1 crop, 16 frames x stride 4 at 30 fps, short side 256, crop 224")
-    segments = Protocol(sampling="segment", num_crops=3)
+    assert str(ClipSpec()) == ("5 clips x 1 crop, 16 frames x stride 4 at 30 fps, short side 256, crop 224")
+    segments = ClipSpec(sampling="segment", num_crops=3)
     assert str(segments) == "1 clip over segments x 3 crops, 16 frames, short side 256, crop 224"
 
 
@@ -486,4 +479,4 @@ def test_protocol_follows_frames_and_crop(overrides, expected):
 
 def test_protocol_of_a_bare_config():
     model = MViT(MViTConfig(embed_dim=8, stages=(1,), num_frames=4, crop_size=16))
-    assert model.protocol == Protocol(clip_frames=4, short_side=16, crop=16)
+    assert model.protocol == ClipSpec(clip_frames=4, short_side=16, crop=16)

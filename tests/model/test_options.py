@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mvit_video.errors import ConfigError
-from mvit_video.model import MViT, MViTConfig, create_model, describe, layer_groups
+from mvit_video.model import MViT, MViTConfig, describe, layer_groups
 from mvit_video.model.attention import PoolingAttention, relative_index
 from mvit_video.model.config import plan_blocks, round_width
 from mvit_video.model.describe import _block_sizes, _window_pairs
+from mvit_video.weights import create_model
 
 Grid = tuple[int, int, int]
 

@@ -16,18 +16,11 @@ from hydra.utils import instantiate
 from peers import randomized, torchvision_twin
 from torch import Tensor
 
-from mvit_video.model import (
-    MViT,
-    MViTConfig,
-    create_model,
-    describe,
-    from_slowfast,
-    list_models,
-    load_weights,
-)
+from mvit_video.model import MViT, MViTConfig, describe, list_models
 from mvit_video.model.baselines import BASELINES
-from mvit_video.model.protocol import IMAGENET_MEAN, IMAGENET_STD
+from mvit_video.model.clip_spec import IMAGENET_MEAN, IMAGENET_STD
 from mvit_video.model.variants import VARIANTS
+from mvit_video.weights import create_model, from_slowfast, load_weights
 
 CONF = Path(__file__).parents[2] / "conf" / "model"
 TOLERANCE = 1e-4  # float32 against float32, on logits of a standard deviation of 3

@@ -23,8 +23,8 @@ from torch import Tensor
 from mvit_video.data.decode import complaints
 from mvit_video.data.decode.cuda import SAMPLE
 from mvit_video.data.decode.pyav import PyAVVideo
+from mvit_video.data.timing import timed
 from mvit_video.errors import ConfigError, VideoError
-from mvit_video.timing import timed
 
 _Read = Callable[[list[int]], Tensor]  # rising frame indices -> uint8 (T, 3, H, W)
 _SAME_TIME = 1e-3  # seconds

@@ -18,7 +18,7 @@ from av.video.reformatter import ColorRange, VideoReformatter
 from torch import Tensor
 
 from mvit_video.data.decode.colour import Colour, matrix_of, to_rgb
-from mvit_video.timing import timed
+from mvit_video.data.timing import timed
 
 # Layouts that are converted from planes, and the step of a sample that is one 8-bit level.
 _UNITS = {

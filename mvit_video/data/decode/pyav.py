@@ -42,8 +42,8 @@ from mvit_video.data.decode.packets import (
     plan,
 )
 from mvit_video.data.decode.pictures import Look, NotOnHardware, Pictures, PlanePictures, gather
+from mvit_video.data.timing import timed
 from mvit_video.errors import VideoError
-from mvit_video.timing import timed
 
 # Reading on is cheaper than a seek when the next key frame is at most this many packets away.
 _SHORT_GAP = 32

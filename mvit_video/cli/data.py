@@ -1,0 +1,147 @@
+"""mvit-data: prepare a data set's index, or check it against the disk."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from matplotlib.figure import Figure
+from omegaconf import DictConfig, OmegaConf
+
+from mvit_video.cli import app
+from mvit_video.data.index import VideoSplits
+from mvit_video.data.prepare import Problem, compare, find_problems, prepare, summary
+from mvit_video.data.table import INDEX_NAME, Table, index_file, read_table
+from mvit_video.errors import ConfigError, DataError
+from mvit_video.io.console import print_table
+
+log = logging.getLogger(__name__)
+
+_SHOWN = 10  # paths of a kind
+
+
+def main() -> None:
+    """The command ``mvit-data``."""
+    jobs: dict[str, Callable[[DictConfig], None]] = {"prepare": prepare_index, "check": check_index}
+    job = sys.argv.pop(1) if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else None
+    if job not in jobs and (job or len(sys.argv) == 1):
+        sys.stderr.write(f"mvit-data: error: say what to do: mvit-data {' or '.join(jobs)}, not {job!r}\n")
+        sys.exit(1)
+    app.run(jobs[job or "prepare"], "data")
+
+
+def prepare_index(config: DictConfig) -> None:
+    """Probe every video of ``config.data``, write its index; the report goes to the output folder."""
+    workers = os.cpu_count() or 1 if config.num_workers is None else config.num_workers
+    if workers < 0:
+        raise ConfigError(f"num_workers must be at least 0, got {workers}")
+    if "path" in config.data:
+        raise ConfigError("data=index is what prepare makes; give the data set itself: data=folder, ...")
+    file = _index_path(config)
+    # Everything may be missing: to say so is the point.
+    splits: VideoSplits = app.build(
+        config.data, **({"max_missing": 1.0} if "max_missing" in config.data else {})
+    )
+    root = OmegaConf.select(config, "data.root")
+    table = prepare(
+        splits,
+        file,
+        root=None if root is None else Path(root).expanduser(),
+        num_workers=workers,
+        frame_rate=config.frame_rate,
+    )
+    problems = find_problems(table)
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    found = summary(table, problems)
+    _write_report(table, problems, found, folder)
+    _print_summary(found)
+    for kind in ("missing", "corrupt", "duplicate", "label mismatch"):
+        _print_some(kind, [f"{p.path}: {p.detail}" for p in problems if p.kind == kind])
+    print(f"index: {file}\nreport: {folder}\nuse it: mvit-train data=index data.path={file}")
+
+
+def check_index(config: DictConfig) -> None:
+    """Compare an index with the disk; DataError where they differ."""
+    file = index_file(_index_path(config))
+    changes = compare(read_table(file))
+    for name, paths in changes._asdict().items():
+        _print_some(name, paths)
+    rows = [(name, path) for name, paths in changes._asdict().items() for path in paths]
+    _write_csv(Path(HydraConfig.get().runtime.output_dir) / "changes.csv", ("kind", "path"), rows)
+    counts = ", ".join(f"{len(paths)} {name}" for name, paths in changes._asdict().items())
+    if any(changes):
+        raise DataError(f"{file} differs from the disk: {counts}; mvit-data prepare brings it up to date")
+    print(f"{file} agrees with the disk: {counts}")
+
+
+def _index_path(config: DictConfig) -> Path:
+    if config.index is not None:
+        return Path(config.index).expanduser()
+    for key in ("path", "root"):
+        value = config.data[key] if key in list(config.data) else None  # raises where it is unset
+        if value is not None:
+            place = Path(value).expanduser()
+            return place if key == "path" and not place.is_dir() else place / INDEX_NAME
+    return Path(config.data.train).expanduser().parent / INDEX_NAME
+
+
+def _write_report(table: Table, problems: list[Problem], found: dict[str, Any], folder: Path) -> None:
+    try:
+        (folder / "summary.json").write_text(
+            json.dumps(found, indent=2, ensure_ascii=False), encoding="utf-8"
+        )
+        _write_csv(folder / "problems.csv", Problem._fields, problems)
+        seconds = [entry.facts.duration for entry in table.entries if entry.facts.error is None]
+        if seconds:
+            plot_durations(seconds, folder / "durations.png")
+    except OSError as error:
+        raise DataError(f"{folder} can't be written ({error})") from None
+
+
+def _write_csv(file: Path, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    with file.open("w", newline="", encoding="utf-8") as lines:
+        csv.writer(lines).writerows([header, *rows])
+
+
+def _print_summary(found: dict[str, Any]) -> None:
+    columns = ("split", "videos", "hours", "missing", "corrupt", "duplicate", "label mismatch")
+    rows = [(split, *counts.values()) for split, counts in found["splits"].items()]
+    empty = [name for name, counts in found["classes"].items() if not counts.get("train")]
+    seconds = found["seconds"]
+    print_table(f"{len(found['classes'])} classes, {found['videos']} videos", columns, rows)
+    if seconds:
+        codecs = ", ".join(f"{codec} {count}" for codec, count in found["codecs"].items())
+        durations = (
+            f"{seconds['shortest']:.1f} to {seconds['longest']:.1f} s, median {seconds['median']:.1f} s"
+        )
+        print(f"{durations}; codecs: {codecs}")
+    _print_some("without training videos", empty)
+    if found["unlisted_files"]:
+        print(f"{found['unlisted_files']} files on disk aren't in the data set")
+
+
+def _print_some(what: str, lines: list[str]) -> None:
+    if lines:
+        more = f"\n  ... and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
+        print(f"{what} ({len(lines)}):\n  " + "\n  ".join(lines[:_SHOWN]) + more)
+
+
+def plot_durations(seconds: Sequence[float], path: Path) -> None:
+    """Histogram of the durations of videos; the longest hundredth shares the last bar."""
+    ordered = sorted(seconds)
+    longest = ordered[int(0.99 * (len(ordered) - 1))]
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.hist([min(value, longest) for value in ordered], bins=50)
+    axes.set(
+        xlabel="seconds", ylabel="videos", title=f"{len(ordered)} videos, the longest {ordered[-1]:.1f} s"
+    )
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,71 @@
+"""mvit-export: a model as one file that runs without this package."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+
+from mvit_video.cli import app
+from mvit_video.errors import ConfigError
+from mvit_video.io.console import print_table
+from mvit_video.model import MViT
+from mvit_video.weights.export import SUFFIXES, ExportedModel, export_model, load_exported
+
+log = logging.getLogger(__name__)
+
+
+def main() -> None:
+    """The command ``mvit-export``."""
+    app.run(export_and_check, "export")
+
+
+def export_and_check(config: DictConfig) -> None:
+    """Write ``config.output``, compare it with the model that it was made of, and time both."""
+    if min(config.tolerance, config.runs) <= 0:
+        raise ConfigError("tolerance and runs must be positive")
+    model = app.build_model(config)
+    if not isinstance(model, MViT):
+        raise ConfigError(f"only MViT models can be exported, not {type(model).__name__}")
+    path = Path(config.output)
+    if path.suffix not in SUFFIXES:
+        raise ConfigError(f"output={path}: models are exported as {' or '.join(SUFFIXES)}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unchecked = path.with_name(f".unchecked-{path.name}")  # never take a wrong file for a good one
+    try:
+        export_model(model, unchecked, compiled=config.compiled)
+        exported = load_exported(unchecked)
+        rows = [_compare(model, exported, batch, config.runs) for batch in (1, config.batch_size)]
+        worst = max(difference for _, _, _, difference in rows)
+        if not worst <= config.tolerance:
+            raise ConfigError(
+                f"{path}: its logits differ by {worst:.2g}, more than tolerance={config.tolerance}"
+            )
+        unchecked.replace(path)
+    finally:
+        unchecked.unlink(missing_ok=True)
+    log.info("%s: %.1f MB; %s", path, path.stat().st_size / 1e6, model.protocol)
+    print_table(
+        "",
+        ("clips", "PyTorch, ms", f"{path.name}, ms", "largest difference of logits"),
+        [(batch, f"{ours:.1f}", f"{theirs:.1f}", f"{diff:.1e}") for batch, ours, theirs, diff in rows],
+    )
+
+
+@torch.inference_mode()
+def _compare(model: MViT, exported: ExportedModel, batch: int, runs: int) -> tuple[int, float, float, float]:
+    """Median milliseconds of both, taken in turn after a first run, and their largest difference."""
+    clips = torch.randn(batch, 3, *model.config.input_size, generator=torch.Generator().manual_seed(batch))
+    difference = (model(clips) - exported(clips)).abs().max().item()
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for _ in range(runs):
+        for run, times in zip((model, exported), seconds, strict=True):
+            start = time.perf_counter()
+            run(clips)
+            times.append(time.perf_counter() - start)
+    ours, theirs = (1000 * statistics.median(times) for times in seconds)
+    return batch, ours, theirs, difference

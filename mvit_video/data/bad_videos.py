@@ -1,0 +1,70 @@
+"""What a job does about videos that can't be used: say so, list them at once, stop at too many."""
+
+from __future__ import annotations
+
+import csv
+import logging
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+from mvit_video.data.datasets import BadVideo
+from mvit_video.errors import ConfigError, DataError
+
+log = logging.getLogger(__name__)
+
+
+class BadVideos:
+    """Every bad video of a job once, by path.
+
+    Each is logged and appended to a csv file (path, reason) as soon as it is found; the first one makes the
+    file.
+
+    Args:
+        file: the csv file.
+        allowed: how many the job bears.
+        total: how many videos the job has.
+        go_on: count what the file lists already, as a resumed job does; else it is removed.
+    """
+
+    def __init__(self, file: Path, *, allowed: int, total: int, go_on: bool = False) -> None:
+        self.file, self.allowed, self.total = file, allowed, total
+        self.found: dict[str, BadVideo] = {}
+        if not go_on:
+            file.unlink(missing_ok=True)
+        elif file.is_file():
+            with file.open(newline="") as rows:
+                self.found = {row[0]: BadVideo(*row) for row in list(csv.reader(rows))[1:] if len(row) == 2}
+
+    def note(self, videos: Iterable[BadVideo]) -> None:
+        """List those that are new."""
+        for video in videos:
+            if video.path not in self.found:
+                self.found[video.path] = video
+                log.warning("bad video %s: %s", video.path, video.reason)
+                self._append(video)
+
+    def check(self) -> None:
+        """Raise DataError when there are more than the job bears."""
+        if len(self.found) > self.allowed:
+            named = "; ".join(f"{path}: {reason}" for path, reason in list(self.found.values())[:3])
+            raise DataError(
+                f"{len(self.found)} of {self.total} videos can't be read, and max_bad_videos allows "
+                f"{self.allowed}; {self.file} lists them: {named}"
+            )
+
+    def _append(self, video: BadVideo) -> None:
+        with suppress(FileExistsError), self.file.open("x", newline="") as file:
+            csv.writer(file).writerow(BadVideo._fields)
+        with self.file.open("a", newline="") as file:  # whose rows come in one piece: processes share it
+            csv.writer(file).writerow(video)
+
+
+def allowed_bad_videos(max_bad_videos: float, total: int) -> int:
+    """How many of ``total`` videos may be bad: a number of them, or below 1 a share, rounded down.
+
+    Raises ConfigError for a negative or broken number.
+    """
+    if max_bad_videos < 0 or (max_bad_videos > 1 and max_bad_videos != int(max_bad_videos)):
+        raise ConfigError(f"max_bad_videos must be a share below 1 or a whole number, got {max_bad_videos}")
+    return int(max_bad_videos * total + 1e-9) if max_bad_videos < 1 else int(max_bad_videos)

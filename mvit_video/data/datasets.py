@@ -1,0 +1,347 @@
+"""From a video file to clips for the model: plan the views, decode once, transform.
+
+A dataset here never raises for a bad video: training replaces it, testing returns the reason in its place.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from mvit_video.data.augment import Augment, augmented_clips
+from mvit_video.data.decode import Video, open_video
+from mvit_video.data.index import LabelledVideo
+from mvit_video.data.loader import ClipLoader
+from mvit_video.data.pixels import test_clips
+from mvit_video.data.sampling import (
+    kinetics_frame_indices,
+    random_frame_indices,
+    random_segment_frame_indices,
+    segment_frame_indices,
+    spatial_views,
+    torchvision_frame_indices,
+    torchvision_spatial_view,
+)
+from mvit_video.errors import ConfigError, DataError, VideoError
+from mvit_video.model.clip_spec import ClipSpec
+
+OpenVideo = Callable[[str], Video]
+
+MAX_REPLACEMENTS = 20  # bad videos in a row before a training run gives up
+
+
+class BadVideo(NamedTuple):
+    path: str
+    reason: str
+
+
+class TrainingSample(NamedTuple):
+    clips: Tensor  # float (R, 3, T, H, W), R augmented versions of one clip
+    label: int
+    bad: list[BadVideo]  # videos that this one stands in for
+    path: str = ""
+
+    @property
+    def clip(self) -> Tensor:
+        """float (3, T, H, W), the first version."""
+        return self.clips[0]
+
+
+class Batch(NamedTuple):
+    """Labelled clips of several videos, and the videos that gave none."""
+
+    clips: Tensor  # float (B, 3, T, H, W)
+    labels: Tensor  # int64 (B,)
+    bad: list[BadVideo]
+    paths: Sequence[str] = ()  # of each clip, in training
+
+
+@dataclass(frozen=True)
+class VideoViews:
+    """All test views of one video, or why there are none.
+
+    Attributes:
+        clips: float (V, 3, T, H, W), crops of a clip next to each other; V = 0 for a bad video.
+        spans: for each view, its first and last frame in seconds from the start of the video.
+    """
+
+    video: LabelledVideo
+    clips: Tensor
+    spans: list[tuple[float, float]] = field(default_factory=list)
+    error: str | None = None
+
+
+class EpochBatches:
+    """Every video once an epoch, in an order that depends on the seed and the epoch alone.
+
+    A batch is a list of (epoch, index), so that a sample's random choices follow from its key, whoever makes
+    it. Of several processes, each takes every ``processes``-th video of the same order: the batches of a step
+    together are what one process would have as one batch, whatever their number. An incomplete last batch is
+    dropped, unless it is the only one.
+
+    Args:
+        shuffle: False gives the order of epoch 0 again and again.
+
+    Raises DataError where there are fewer videos than processes.
+    """
+
+    def __init__(
+        self,
+        num_videos: int,
+        batch_size: int,
+        *,
+        seed: int,
+        process: int = 0,
+        processes: int = 1,
+        shuffle: bool = True,
+    ) -> None:
+        if num_videos < processes:
+            raise DataError(f"{processes} processes can't share {num_videos} training videos")
+        self.num_videos, self.seed, self.epoch = num_videos, seed, 0
+        self.process, self.processes, self.shuffle = process, processes, shuffle
+        share = num_videos // processes
+        self.batch_size = min(batch_size, share)
+        self._length = share // self.batch_size
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch if self.shuffle else 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = list(range(self.num_videos))
+        random.Random(f"{self.seed} {self.epoch}").shuffle(order)
+        keys = [(self.epoch, index) for index in order[self.process :: self.processes]]
+        for start in range(0, self._length * self.batch_size, self.batch_size):
+            yield keys[start : start + self.batch_size]
+
+
+class AllVideos:
+    """Every video once, in order, a batch of ``batch_size`` at a time.
+
+    Of several processes, each takes every ``processes``-th video; all have equally many batches, so those of
+    some may be empty at the end. Raises DataError where there are fewer videos than processes.
+    """
+
+    def __init__(self, num_videos: int, batch_size: int, *, process: int = 0, processes: int = 1) -> None:
+        if 0 < num_videos < processes:
+            raise DataError(f"{processes} processes can't share {num_videos} validation videos")
+        self._share = list(range(process, num_videos, processes))
+        self._batch_size = batch_size
+        self._length = math.ceil(math.ceil(num_videos / processes) / batch_size)
+
+    def set_epoch(self, epoch: int) -> None:
+        """It is the same in all epochs."""
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in range(self._length):
+            yield self._share[batch * self._batch_size : (batch + 1) * self._batch_size]
+
+
+class TrainingClips(Dataset[TrainingSample]):
+    """One random clip of each video; keys are (epoch, index), or an index alone for epoch 0."""
+
+    def __init__(
+        self,
+        videos: Sequence[LabelledVideo],
+        protocol: ClipSpec,
+        augment: Augment,
+        *,
+        seed: int,
+        open_file: OpenVideo = open_video,
+    ) -> None:
+        if augment.short_side_range is not None and augment.short_side_range[0] < protocol.crop:
+            raise ConfigError(
+                f"short_side_range {augment.short_side_range} is too small for crops of {protocol.crop}"
+            )
+        self.videos, self.protocol, self.augment, self.seed = videos, protocol, augment, seed
+        self.open_file = open_file
+
+    def __len__(self) -> int:
+        return len(self.videos)
+
+    def __getitem__(self, key: tuple[int, int] | int) -> TrainingSample:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        rng = random.Random(f"{self.seed} {epoch} {index}")
+        bad: list[BadVideo] = []
+        for _ in range(MAX_REPLACEMENTS):
+            video = self.videos[index]
+            try:
+                with self.open_file(video.path) as file:
+                    clips = read_training_clips(file, self.protocol, self.augment, rng)
+            except VideoError as error:
+                bad.append(BadVideo(error.path, error.reason))
+                index = rng.randrange(len(self.videos))
+                continue
+            assert video.label is not None  # the index has checked it
+            return TrainingSample(clips, video.label, bad, video.path)
+        raise DataError(f"{MAX_REPLACEMENTS} videos in a row can't be read, the last: {': '.join(bad[-1])}")
+
+
+class TestViews(Dataset[VideoViews]):
+    """All test views of each video, from one decode."""
+
+    __test__ = False  # no test case, whatever pytest thinks of its name
+
+    def __init__(
+        self, videos: Sequence[LabelledVideo], protocol: ClipSpec, *, open_file: OpenVideo = open_video
+    ) -> None:
+        self.videos, self.protocol, self.open_file = videos, protocol, open_file
+
+    def __len__(self) -> int:
+        return len(self.videos)
+
+    def __getitem__(self, index: int) -> VideoViews:
+        video = self.videos[index]
+        try:
+            with self.open_file(video.path) as file:
+                clips, spans = read_test_views(file, self.protocol)
+        except VideoError as error:
+            return VideoViews(video, torch.empty(0), error=error.reason)
+        return VideoViews(video, clips, spans)
+
+
+def read_training_clips(video: Video, protocol: ClipSpec, augment: Augment, rng: random.Random) -> Tensor:
+    """One random clip of a video, augmented ``augment.repeats`` times, float (repeats, 3, T, H, W).
+
+    Raises VideoError for a bad file.
+    """
+    if protocol.sampling == "segment":
+        indices = random_segment_frame_indices(video.num_frames, clip_frames=protocol.clip_frames, rng=rng)
+    else:
+        indices = random_frame_indices(
+            video.num_frames,
+            video.fps,
+            clip_frames=protocol.clip_frames,
+            stride=protocol.stride,
+            target_fps=protocol.target_fps,
+            rng=rng,
+        )
+    frames = video.get_frames(indices)
+    return augmented_clips(frames, augment, protocol.crop, mean=protocol.mean, std=protocol.std, rng=rng)
+
+
+def read_test_views(video: Video, protocol: ClipSpec) -> tuple[Tensor, list[tuple[float, float]]]:
+    """All views of a video and their spans, as in ``VideoViews``. Raises VideoError for a bad file."""
+    if protocol.sampling == "segment":
+        clips = [segment_frame_indices(video.num_frames, clip_frames=protocol.clip_frames)]
+    elif protocol.sampling == "torchvision":
+        clips = torchvision_frame_indices(
+            video.num_frames,
+            video.fps,
+            clip_frames=protocol.clip_frames,
+            frame_rate=protocol.target_fps / protocol.stride,
+            num_clips=protocol.num_clips,
+        )
+    else:
+        clips = kinetics_frame_indices(
+            video.num_frames,
+            video.fps,
+            clip_frames=protocol.clip_frames,
+            stride=protocol.stride,
+            num_clips=protocol.num_clips,
+            target_fps=protocol.target_fps,
+        )
+    needed = sorted({index for clip in clips for index in clip})
+    position = {index: i for i, index in enumerate(needed)}
+    positions = [[position[index] for index in clip] for clip in clips]
+    frames = video.get_frames(needed)  # one decode, however many views
+    height, width = frames.shape[-2:]
+    sizes = {"short_side": protocol.short_side, "crop": protocol.crop}
+    round_pixels = protocol.pixels != "slowfast"
+    if round_pixels:
+        crops = [torchvision_spatial_view(height, width, **sizes)]
+    else:
+        crops = spatial_views(height, width, num_crops=protocol.num_crops, **sizes)
+    spans = [(video.frame_time(clip[0]), video.frame_time(clip[-1])) for clip in clips for _ in crops]
+    clip_pixels = test_clips(
+        frames,
+        positions,
+        crops,
+        mean=protocol.mean,
+        std=protocol.std,
+        round_pixels=round_pixels,
+        bicubic=protocol.pixels == "image",
+    )
+    return clip_pixels, spans
+
+
+def training_loader(
+    dataset: TrainingClips,
+    *,
+    batch_size: int,
+    process: int = 0,
+    processes: int = 1,
+    shuffle: bool = True,
+    pin_memory: bool = False,
+    **loading: Any,
+) -> ClipLoader[Batch]:
+    """Batches of random clips in the order of ``EpochBatches``; ``loading`` as of ``ClipLoader``."""
+    batches = EpochBatches(
+        len(dataset), batch_size, seed=dataset.seed, process=process, processes=processes, shuffle=shuffle
+    )
+    return ClipLoader(dataset, batches, partial(_collate_training, pin_memory=pin_memory), **loading)
+
+
+def validation_loader(
+    dataset: TestViews,
+    *,
+    batch_size: int,
+    process: int = 0,
+    processes: int = 1,
+    pin_memory: bool = False,
+    **loading: Any,
+) -> ClipLoader[Batch]:
+    """Batches of all views of ``batch_size`` labelled videos; ``loading`` as of ``ClipLoader``."""
+    batches = AllVideos(len(dataset), batch_size, process=process, processes=processes)
+    return ClipLoader(dataset, batches, partial(_collate_views, pin_memory=pin_memory), **loading)
+
+
+def views_loader(dataset: TestViews, *, pin_memory: bool = False, **loading: Any) -> ClipLoader[VideoViews]:
+    """The videos one by one; ``loading`` as of ``ClipLoader``."""
+    return ClipLoader(dataset, AllVideos(len(dataset), 1), partial(_only, pin_memory=pin_memory), **loading)
+
+
+def _collate_training(samples: list[TrainingSample], *, pin_memory: bool) -> Batch:
+    """Versions of one clip stay next to each other, as the official mixing expects them."""
+    return Batch(
+        _cat([sample.clips for sample in samples], pin_memory),
+        torch.tensor([sample.label for sample in samples for _ in sample.clips]),
+        [bad for sample in samples for bad in sample.bad],
+        [sample.path for sample in samples for _ in sample.clips],
+    )
+
+
+def _collate_views(videos: list[VideoViews], *, pin_memory: bool) -> Batch:
+    good = [views for views in videos if views.error is None]
+    labels = [views.video.label for views in good for _ in views.spans]
+    return Batch(
+        _cat([views.clips for views in good], pin_memory) if good else torch.empty(0),
+        torch.tensor(labels),
+        [BadVideo(views.video.path, views.error) for views in videos if views.error is not None],
+    )
+
+
+def _only(videos: list[VideoViews], *, pin_memory: bool) -> VideoViews:
+    (video,) = videos
+    return replace(video, clips=_cat([video.clips], pin_memory)) if pin_memory else video
+
+
+def _cat(parts: list[Tensor], pin_memory: bool) -> Tensor:
+    """``torch.cat``, straight into memory from where a GPU fetches fast."""
+    if not pin_memory or parts[0].device.type != "cpu":
+        return torch.cat(parts)
+    size = (sum(map(len, parts)), *parts[0].shape[1:])
+    return torch.cat(parts, out=torch.empty(size, dtype=parts[0].dtype, pin_memory=True))

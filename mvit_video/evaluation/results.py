@@ -1,0 +1,182 @@
+"""What an evaluation leaves: results.json, tables and the report, from tables of scores."""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+from collections.abc import Mapping
+from importlib.metadata import version
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import av
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from mvit_video.data.datasets import OpenVideo
+from mvit_video.evaluation.metrics import Metrics, compare, measure, worst_mistakes
+from mvit_video.evaluation.report import Mistake, frame_strip, write_comparison, write_report
+from mvit_video.evaluation.tables import Combination, ScoreTable
+from mvit_video.io.console import print_table
+
+log = logging.getLogger(__name__)
+
+PACKAGES = ("mvit-video", "torch", "torchvision", "torchmetrics", "av", "numpy")
+
+
+def report_table(
+    table: ScoreTable,
+    output: Path,
+    *,
+    how: Combination,
+    seed: int,
+    num_mistakes: int,
+    open_file: OpenVideo | None = None,
+) -> None:
+    """Write results.json, videos.parquet, report.html and its pictures, and print the accuracies.
+
+    Args:
+        how: see ``scores.combine``.
+        seed: see ``metrics.measure``.
+        num_mistakes: how many of the worst mistakes to show; with frames, where ``open_file`` is given.
+    """
+    metrics = measure(table, how, seed=seed)
+    results = _results(table, metrics, how, seed)
+    _write_videos(table, metrics, output / "videos.parquet")
+    (output / "results.json").write_text(json.dumps(results, indent=2))
+    names = table.class_names
+    mistakes = [
+        Mistake(
+            table.videos[row].id,
+            names[metrics.labels[row]],
+            names[metrics.scores[row].argmax()],
+            float(metrics.scores[row].max()),
+            float(metrics.scores[row, metrics.labels[row]]),
+            frame_strip(table.videos[row].path, open_file) if open_file else None,
+        )
+        for row in worst_mistakes(metrics.scores, metrics.labels, num_mistakes)
+    ]
+    write_report(output, metrics, names, results=results, mistakes=mistakes)
+    rows = [(level, results[f"{level}_top1"], results[f"{level}_top5"]) for level in ("video", "clip")]
+    print_table(f"{len(table)} videos; {results['protocol']}", ("level", "top-1", "top-5"), rows)
+    low, high = metrics.intervals["video_top1"]
+    log.info(
+        "top-1 %.4f, 95 %% interval %.4f to %.4f; results.json and report.html are in %s",
+        results["video_top1"],
+        low,
+        high,
+        output,
+    )
+
+
+def _results(table: ScoreTable, metrics: Metrics, how: Combination, seed: int) -> dict[str, Any]:
+    facts = table.facts
+    bad = facts.get("bad_videos", [])
+    named = zip(table.class_names, metrics.confusion.sum(1).tolist(), metrics.per_class.tolist(), strict=True)
+    return {
+        "weights": facts.get("weights", facts.get("scores", "")),
+        "weights_sha256": facts.get("weights_sha256"),
+        "model_sha256": facts.get("model_sha256"),
+        "protocol": facts.get("protocol_text", "scores of an unknown protocol"),
+        "views": facts.get("protocol"),
+        "precision": facts.get("precision"),
+        "combine": how,
+        "class_map": facts.get("class_map"),
+        "decoder": facts.get("decoder"),
+        "split": facts.get("split"),
+        "seed": seed,
+        "versions": facts.get("versions", versions()),
+        "videos": len(table),
+        "views_per_video": table.views.shape[1],
+        "bad_videos": bad,
+        "num_bad_videos": len(bad),
+        "left_out_videos": facts.get("left_out_videos", []),  # missing on disk, or unreadable by the index
+        "missing_videos": sum(not Path(video["path"]).exists() for video in bad),
+        **metrics.accuracy,
+        **{f"{name}_interval": list(interval) for name, interval in metrics.intervals.items()},
+        "mean_class_accuracy": metrics.mean_class_accuracy,
+        "calibration_error": metrics.calibration_error,
+        "top1_by_views": metrics.by_views,
+        "per_class": {name: {"videos": count, "top1": accuracy} for name, count, accuracy in named if count},
+    }
+
+
+def _write_videos(table: ScoreTable, metrics: Metrics, path: Path) -> None:
+    """A row per video: its class, the likeliest one and their scores, and all combined scores."""
+    top = metrics.scores.max(-1)
+    columns = {
+        "id": [video.id for video in table.videos],
+        "path": [video.path for video in table.videos],
+        "label": metrics.labels.numpy(),
+        "class": [table.class_names[label] for label in metrics.labels],
+        "predicted": top.indices.numpy(),
+        "predicted_class": [table.class_names[index] for index in top.indices],
+        "correct": metrics.correct.numpy(),
+        "confidence": top.values.numpy(),
+        "label_score": metrics.scores.gather(1, metrics.labels[:, None])[:, 0].numpy(),
+        "scores": pa.FixedSizeListArray.from_arrays(
+            pa.array(metrics.scores.flatten().numpy()), len(table.class_names)
+        ),
+    }
+    pq.write_table(pa.table(columns), path)
+
+
+def report_comparison(tables: Mapping[str, ScoreTable], output: Path, *, how: Combination, seed: int) -> None:
+    """Compare tables of the same videos, pair by pair: results.json, report.html, comparison.png, tables."""
+    measured = {name: measure(table, how, seed=seed) for name, table in tables.items()}
+    class_names = next(iter(tables.values())).class_names
+    compared = {
+        (first, second): compare(measured[first], measured[second], seed=seed)
+        for first, second in combinations(measured, 2)
+    }
+    results = {
+        "models": {name: _results(table, measured[name], how, seed) for name, table in tables.items()},
+        "comparisons": [
+            {
+                "first": first,
+                "second": second,
+                "difference": found.difference,
+                "interval": list(found.interval),
+                "only_first": found.only_first,
+                "only_second": found.only_second,
+                "p_value": found.p_value,
+                "per_class": {
+                    name: value
+                    for name, value in zip(class_names, found.per_class.tolist(), strict=True)
+                    if value == value  # no nan: the class has videos
+                },
+            }
+            for (first, second), found in compared.items()
+        ],
+        "videos": len(next(iter(tables.values()))),
+        "combine": how,
+        "seed": seed,
+        "versions": versions(),
+        "views": None,
+    }
+    (output / "results.json").write_text(json.dumps(results, indent=2))
+    write_comparison(output, class_names, measured, compared, results=results)
+    print_table(
+        f"{results['videos']} videos",
+        ("scores", "top-1", "top-5"),
+        [(name, m.accuracy["video_top1"], m.accuracy["video_top5"]) for name, m in measured.items()],
+    )
+    print_table(
+        "McNemar's exact test on the videos that one alone gets right",
+        ("first", "second", "difference", "only first", "only second", "p"),
+        [
+            (*pair, c.difference, c.only_first, c.only_second, f"{c.p_value:.3g}")
+            for pair, c in compared.items()
+        ],
+    )
+    log.info("results.json and report.html are in %s", output)
+
+
+def versions() -> dict[str, str]:
+    """Of Python, FFmpeg and the packages that numbers depend on."""
+    packages = {name: version(name) for name in PACKAGES}
+    packages["torch"] = torch.__version__  # tells the build too
+    return {"python": platform.python_version(), **packages, "ffmpeg": av.ffmpeg_version_info}

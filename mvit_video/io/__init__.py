@@ -1,0 +1,1 @@
+"""What every part writes and reads: files, tables on the terminal, fingerprints."""

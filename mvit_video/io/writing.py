@@ -1,0 +1,149 @@
+"""One way to write: what a file held stays until its successor is safely on the disk.
+
+A run owns what it writes (``sole_writer``), replaces whole files in one step (``replacing``), adds whole rows
+to growing ones (``append``), and takes up what a killed run has left: a torn end is set aside under a name of
+its own, never deleted (``keep_whole_lines``, ``set_aside``).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+from filelock import FileLock, Timeout
+
+from mvit_video.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def replacing(path: str | Path, mode: str = "wb", **options: Any) -> Iterator[IO[Any]]:
+    """A new file that takes the place of ``path`` when the block ends well, in one step, synced to the disk.
+
+    If the block raises, ``path`` is as it was and nothing else is left. Missing parent folders are made.
+
+    Args:
+        mode, options: as of ``open``; text is UTF-8 unless ``encoding`` is given.
+
+    Raises:
+        OSError: with ``path`` as its file name.
+    """
+    path = Path(path)
+    if "b" not in mode:
+        options.setdefault("encoding", "utf-8")
+    unfinished = path.with_name(f".unfinished-{secrets.token_hex(4)}{path.suffix}")
+    with naming(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with unfinished.open(mode.replace("w", "x"), **options) as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            unfinished.replace(path)
+            sync_folder(path.parent)
+        except BaseException:
+            with suppress(OSError):
+                unfinished.unlink()
+            raise
+
+
+def append(file: IO[Any], rows: str | bytes) -> None:
+    """Add whole rows to an open file; when this returns they survive a power loss."""
+    with naming(Path(file.name)):
+        file.write(rows)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def keep_whole_lines(path: Path) -> None:
+    """Cut a line without an end off a file of lines, which a killed run has left; it is set aside."""
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole == len(content):
+        return
+    torn = _free_name(path.with_name(f"{path.name}.torn"))
+    with replacing(torn) as file:
+        file.write(content[whole:])
+    with replacing(path) as file:
+        file.write(content[:whole])
+    log.warning("%s ended in the middle of a line, which is set aside as %s", path, torn)
+
+
+def set_aside(path: Path, why: str) -> Path:
+    """Give a damaged file another name in its folder, and say so; returns the name."""
+    aside = _free_name(path.with_name(f"{path.name}.damaged"))
+    path.rename(aside)
+    log.warning("%s: %s; it is set aside as %s", path, why, aside)
+    return aside
+
+
+def next_number(folder: Path, pattern: str) -> int:
+    """One more than the highest number in the names of a folder's files, 0 where there is none.
+
+    Args:
+        pattern: of the names, with one ``*`` in the place of the number, such as ``"part-*.parquet"``.
+    """
+    before, _, after = pattern.partition("*")
+    numbers = [path.name.removeprefix(before).removesuffix(after) for path in folder.glob(pattern)]
+    return max((int(number) for number in numbers if number.isdecimal()), default=-1) + 1
+
+
+@contextmanager
+def sole_writer(path: str | Path) -> Iterator[None]:
+    """Be the only run that writes to a file or folder; the lock ends with the process, however that ends.
+
+    Raises:
+        ConfigError: another run writes there.
+    """
+    path = Path(path)
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock_file = path.with_name(f".{path.name}.lock")
+        lock = FileLock(lock_file, timeout=0)
+        try:
+            lock.acquire()
+            if not lock_file.exists():  # its owner removed it between our opening and locking it
+                lock.release()
+                lock.acquire()
+        except Timeout:
+            raise ConfigError(
+                f"{path}: another run is writing there; wait for it to end, or choose another output"
+            ) from None
+    try:
+        yield
+    finally:
+        lock_file.unlink(missing_ok=True)
+        lock.release()
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder survive a power loss, where the file system can."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give an error of the operating system, such as of a full disk, the name of the file it is about."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None or ".unfinished-" in str(error.filename):
+            error.filename = str(path)
+        raise
+
+
+def _free_name(path: Path) -> Path:
+    """``path``, or with a number behind it where there is such a file already."""
+    candidates = (path if n == 0 else path.with_name(f"{path.name}.{n}") for n in range(10_000))
+    return next(candidate for candidate in candidates if not candidate.exists())

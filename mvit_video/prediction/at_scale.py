@@ -1,0 +1,93 @@
+"""The same predictions by Ray Data, on all machines of a cluster."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+
+from mvit_video.errors import ConfigError
+from mvit_video.prediction.prediction import Prediction
+
+log = logging.getLogger(__name__)
+
+FILES_AT_ONCE = 32  # of one actor: enough to fill batches, few enough to be done again after a crash
+
+Predict: TypeAlias = Callable[[Sequence[str]], Iterable[Prediction]]
+
+
+def predict_with_ray(
+    files: Sequence[str],
+    make: Callable[[], Predict],
+    *,
+    actors: int,
+    cpus: int,
+    gpus: float,
+    address: str | None = None,
+) -> Iterator[Prediction]:
+    """Predictions for video files, in order, made by actors; those of an actor that dies are made anew.
+
+    All machines must see the files and the weights under the same paths.
+
+    Args:
+        make: called once by each actor, gives what predicts.
+        actors: how many work, each with its own model.
+        cpus, gpus: what each of them takes.
+        address: of a running cluster; None: one on this machine, for this run.
+
+    Raises:
+        ConfigError: Ray isn't installed, the cluster isn't there, or it is too small for one actor.
+    """
+    # It reports its use to its makers otherwise.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray.data
+        import ray.exceptions
+    except ImportError as error:
+        raise ConfigError(f"engine=ray needs Ray ({error}): pip install 'mvit-video[ray]'") from None
+    started = not ray.is_initialized()
+    try:
+        if started:
+            ray.init(
+                address=address, log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR
+            )
+    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+        raise ConfigError(f"there is no Ray cluster at {address}: {' '.join(str(error).split())}") from None
+    try:
+        there: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        for kind, wanted in (("CPU", cpus), ("GPU", gpus)):
+            if wanted > there.get(kind, 0):
+                raise ConfigError(f"an actor takes {wanted:g} {kind}s, Ray has {there.get(kind, 0):g}")
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        context.execution_options.preserve_order = True
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        paths = ray.data.from_items([{"path": file} for file in files])
+        found = paths.repartition(max(1, -(-len(files) // FILES_AT_ONCE))).map_batches(
+            _Actor,
+            fn_constructor_args=(make, torch.get_num_threads()),
+            batch_size=FILES_AT_ONCE,
+            concurrency=(1, actors),
+            num_cpus=cpus,
+            num_gpus=gpus,
+        )
+        for row in found.iter_rows():
+            yield pickle.loads(row["prediction"])  # made by our own actors
+    finally:
+        if started:
+            ray.shutdown()
+
+
+class _Actor:
+    def __init__(self, make: Callable[[], Predict], num_threads: int) -> None:
+        torch.set_num_threads(num_threads)  # Ray sets OMP_NUM_THREADS to the CPUs of an actor
+        self._predict = make()
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        predictions = self._predict([str(path) for path in batch["path"]])
+        return {"prediction": np.array([pickle.dumps(p) for p in predictions], dtype=object)}

@@ -1,0 +1,247 @@
+"""Why a model says what it says: where and when in a clip it looks, as maps, pictures and videos."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import av
+import numpy as np
+import torch
+import torch.nn.functional as F
+from av.video.frame import VideoFrame
+from torch import Tensor
+
+from mvit_video.data.datasets import read_test_views
+from mvit_video.errors import ConfigError
+from mvit_video.model import ClipSpec, MViT
+from mvit_video.model.attention import Grid
+
+Method = Literal["gradcam", "rollout"]
+
+MAX_PICTURES = 8  # of a strip
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Where a model looks in one clip, and when it sees which class.
+
+    Attributes:
+        method: "gradcam", of the first of ``class_names``, or "rollout", of all classes alike.
+        class_names, scores: the likeliest classes, best first.
+        span: first and last second of the clip.
+        frames: uint8 (T, 3, H, W), what the model sees.
+        maps: (T, H, W), from 0 to 1, how much each pixel counts.
+        importance: (classes, T), how much each frame counts for each of ``class_names``; the largest value
+            of a class is 1.
+    """
+
+    method: Method
+    class_names: tuple[str, ...]
+    scores: tuple[float, ...]
+    span: tuple[float, float]
+    frames: Tensor
+    maps: Tensor
+    importance: Tensor
+
+
+def explain(
+    video: Any,
+    model: MViT,
+    *,
+    method: Method = "gradcam",
+    topk: int = 3,
+    protocol: ClipSpec | None = None,
+) -> Explanation:
+    """Explain the answer for the view of a video that is surest of the video's class.
+
+    Args:
+        video: from ``open_video``, or a window of a long one.
+        topk: classes whose ``importance`` is told.
+        protocol: the views; by default the model's.
+
+    Raises:
+        ConfigError: an unknown method, or rollout of a model with attention inside windows.
+        VideoError: the video can't be decoded.
+    """
+    if method not in get_args(Method):
+        raise ConfigError(f"explain={method} is not possible; it takes {', '.join(get_args(Method))}")
+    protocol = protocol or model.protocol
+    device = next(model.parameters()).device
+    clips, spans = read_test_views(video, protocol)
+    with torch.inference_mode():
+        scores = torch.cat([model(clip[None].to(device)).float().softmax(-1).cpu() for clip in clips])
+    best = scores.mean(0).topk(min(topk, scores.shape[1]))
+    view = int(scores[:, best.indices[0]].argmax())
+    clip = clips[view, None].to(device)
+    labels = best.indices.tolist()
+    cams = grad_cam(model, clip, labels)
+    size = clip.shape[2:]
+    importance = F.interpolate(cams.mean((2, 3))[:, None], size=size[0], mode="linear")[:, 0]
+    map_ = cams[0] if method == "gradcam" else attention_rollout(model, clip)
+    maps = F.interpolate(map_[None, None], size=tuple(size), mode="trilinear")[0, 0].cpu()
+    names = model.class_names or tuple(map(str, range(scores.shape[1])))
+    return Explanation(
+        method,
+        tuple(names[label] for label in labels),
+        tuple(best.values.tolist()),
+        spans[view],
+        _pictures(clips[view], protocol),
+        _unit(maps),
+        torch.stack([_unit(row) for row in importance.cpu()]),
+    )
+
+
+def grad_cam(model: MViT, clip: Tensor, labels: Sequence[int]) -> Tensor:
+    """Grad-CAM (Selvaraju et al., ICCV 2017, eq. 1 and 2) on the tokens that the last block attends to.
+
+    Args:
+        clip: float (1, 3, T, H, W).
+
+    Returns:
+        (labels, T', H', W') on the last block's grid of tokens, not negative.
+    """
+    seen: dict[str, Any] = {}
+    last: Any = model.blocks[-1]
+    with ExitStack() as hooks:
+        handle = last.register_forward_pre_hook(lambda _, inputs: seen.update(grid=inputs[1]))
+        hooks.callback(handle.remove)
+        handle = last.norm1.register_forward_hook(lambda *call: seen.update(tokens=call[2]))
+        hooks.callback(handle.remove)
+        with torch.enable_grad():
+            # The clip's gradient makes a graph even where all parameters are frozen.
+            logits = model(clip.detach().clone().requires_grad_())
+    maps = []
+    first = int(model.cls_token is not None)
+    for label in labels:
+        (gradient,) = torch.autograd.grad(logits[0, label], seen["tokens"], retain_graph=True)
+        weights = gradient[0, first:].mean(0)  # (C,)
+        maps.append((seen["tokens"][0, first:].detach() @ weights).relu().unflatten(0, seen["grid"]))
+    return torch.stack(maps).float()
+
+
+@torch.inference_mode()
+def attention_rollout(model: MViT, clip: Tensor) -> Tensor:
+    """Attention rollout (Abnar & Zuidema, ACL 2020) through pooled attention.
+
+    What the head reads is followed back block by block: half of it comes through the skip connection from
+    the tokens that were pooled into each query, half through the mean attention of the heads from the tokens
+    that were pooled into each key; a pooled token comes from the cells of its stride in equal parts.
+
+    Args:
+        clip: float (1, 3, T, H, W).
+
+    Returns:
+        (T', H', W') on the grid of patches; with the class token's part it sums to 1.
+
+    Raises:
+        ConfigError: the model has attention inside windows.
+    """
+    calls: list[tuple[Tensor, Grid]] = []
+    with ExitStack() as hooks:
+        for block in model.blocks:
+            attention: Any = block.attn
+            handle = attention.register_forward_pre_hook(lambda _, inputs: calls.append(inputs))
+            hooks.callback(handle.remove)
+        model(clip)
+    first = int(model.cls_token is not None)
+    shares: Tensor | None = None
+    for block, (tokens, grid) in zip(reversed(model.blocks), reversed(calls), strict=True):
+        attention = block.attn
+        try:
+            weights, q_grid, k_grid = attention.weights(tokens, grid)
+        except NotImplementedError:
+            raise ConfigError(
+                "attention rollout needs a model without windows; explain=gradcam has no such limit"
+            ) from None
+        if shares is None:
+            shares = torch.zeros(weights.shape[1], device=weights.device)
+            if first and not model.config.mean_pooling:
+                shares[0] = 1
+            else:
+                shares[first:] = 1 / len(shares[first:])
+        shares = (
+            _spread(shares, q_grid, grid, first) + _spread(shares @ weights[0], k_grid, grid, first)
+        ) / 2
+    assert shares is not None
+    return shares[first:].unflatten(0, calls[0][1]).float()
+
+
+def _spread(shares: Tensor, pooled: Grid, grid: Grid, first: int) -> Tensor:
+    """Hand the shares of pooled tokens down to the cells that they were pooled from."""
+    cells = shares[first:].unflatten(0, pooled)
+    for axis, (few, many) in enumerate(zip(pooled, grid, strict=True)):
+        source = torch.arange(many, device=cells.device) * few // many
+        counts = torch.bincount(source, minlength=few).clamp(min=1)
+        shape = [1, 1, 1]
+        shape[axis] = few
+        cells = (cells / counts.reshape(shape)).index_select(axis, source)
+    return torch.cat([shares[:first], cells.flatten()])
+
+
+def _pictures(clip: Tensor, protocol: ClipSpec) -> Tensor:
+    """A prepared clip (3, T, H, W) as uint8 frames (T, 3, H, W) again."""
+    mean, std = (torch.tensor(values)[:, None, None, None] for values in (protocol.mean, protocol.std))
+    return ((clip.cpu() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8).transpose(0, 1)
+
+
+def _unit(values: Tensor) -> Tensor:
+    return values / values.max().clamp(min=1e-12)
+
+
+def overlays(explanation: Explanation) -> Tensor:
+    """uint8 (T, 3, H, W): the frames with the maps over them, from clear to red and yellow."""
+    from matplotlib import colormaps
+
+    maps = explanation.maps
+    colours = torch.from_numpy(colormaps["inferno"](maps.numpy())[..., :3]).permute(0, 3, 1, 2)
+    share = 0.7 * maps.sqrt()[:, None]
+    return ((1 - share) * explanation.frames + share * 255 * colours).round().to(torch.uint8)
+
+
+def write_strip(explanation: Explanation, path: Path) -> None:
+    """A picture: frames of the clip, the same with the maps, and below how much each frame counts."""
+    from matplotlib.figure import Figure
+
+    num_frames = len(explanation.frames)
+    shown = np.linspace(0, num_frames - 1, min(MAX_PICTURES, num_frames)).round().astype(int)
+    figure = Figure(figsize=(1.8 * len(shown), 6), layout="constrained")
+    rows = figure.add_gridspec(3, len(shown))
+    pictures = (explanation.frames, overlays(explanation))
+    seconds = np.linspace(*explanation.span, num_frames)
+    for row, frames in enumerate(pictures):
+        for column, index in enumerate(shown):
+            axes = figure.add_subplot(rows[row, column])
+            axes.imshow(frames[index].permute(1, 2, 0).numpy())
+            axes.axis("off")
+            if row == 0:
+                axes.set_title(f"{seconds[index]:.2f} s", fontsize=9)
+    axes = figure.add_subplot(rows[2, :])
+    for name, score, values in zip(
+        explanation.class_names, explanation.scores, explanation.importance, strict=True
+    ):
+        axes.plot(seconds, values.numpy(), marker=".", label=f"{name} ({score:.0%})")
+    axes.set(xlabel="seconds", ylabel="frame importance", ylim=(0, 1.05))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.suptitle(f"{explanation.method}: {explanation.class_names[0]}")
+    figure.savefig(path, dpi=100)
+
+
+def write_overlay_video(explanation: Explanation, path: Path) -> None:
+    """The clip with the maps over it, as long as it was shown."""
+    start, end = explanation.span
+    num_frames = len(explanation.frames)
+    rate = (num_frames - 1) / (end - start) if end > start else 1.0
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=Fraction(rate).limit_denominator(1000))
+        height, width = explanation.frames.shape[-2:]
+        stream.height, stream.width, stream.pix_fmt = height // 2 * 2, width // 2 * 2, "yuv420p"
+        for picture in overlays(explanation)[:, :, : stream.height, : stream.width]:
+            pixels = np.ascontiguousarray(picture.permute(1, 2, 0).numpy())
+            container.mux(stream.encode(VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode(None))

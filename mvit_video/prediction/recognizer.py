@@ -1,0 +1,378 @@
+"""A model that is loaded once and asked often: decoding, batches and answers."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
+from queue import Empty, Full, Queue
+from typing import TYPE_CHECKING, Literal, TypeVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mvit_video.data.batches import in_full_batches
+from mvit_video.data.datasets import OpenVideo, TestViews, VideoViews, read_test_views
+from mvit_video.data.decode import open_video
+from mvit_video.data.decode.cuda import SAMPLE
+from mvit_video.data.index import LabelledVideo
+from mvit_video.data.pixels import test_clips
+from mvit_video.data.sampling import spatial_views
+from mvit_video.errors import ConfigError, VideoError
+from mvit_video.model import ClipSpec, MViT, VideoModel
+from mvit_video.model.variants import change_views
+from mvit_video.prediction.inputs import expand
+from mvit_video.prediction.prediction import ClipPrediction, Prediction, best_classes
+from mvit_video.prediction.stream import Source, iter_windows
+from mvit_video.prediction.timeline import Timeline
+from mvit_video.weights import load_model
+
+if TYPE_CHECKING:
+    from mvit_video.prediction.explain import Explanation
+    from mvit_video.weights.export import ExportedModel
+
+In = TypeVar("In")
+Out = TypeVar("Out")
+Files = str | Path | Iterable[str | Path]
+
+
+class Recognizer:
+    """Says what happens in videos; load it once, call it as often as you like, from any thread.
+
+    The clips of several videos fill each batch, and ``num_workers`` threads decode while the model works.
+
+    >>> recognizer = Recognizer(checkpoint, topk=2)
+    >>> cat, dog = recognizer([folder / "cats" / "0.mp4", folder / "dogs and birds" / "0.webm"])
+    >>> cat.classes
+    ('cats', 'dogs and birds')
+    >>> len(cat.clips), len(cat.clips[0].scores)
+    (5, 2)
+    >>> recognizer.embed(folder / "cats").shape  # for retrieval: six videos
+    torch.Size([6, 128])
+
+    Args:
+        model: a model, or a file of one: a checkpoint of ``mvit-train`` or PySlowFast, or an exported model.
+        topk: how many classes to tell.
+        num_clips, num_crops: views of each video; None: what the model's protocol says.
+        batch_size: clips that go through the model at once.
+        num_workers: threads that decode ahead; 0: the calling one.
+        device: where the model runs.
+        open_file: what decodes.
+
+    Raises:
+        CheckpointError: the file can't be read. ValueError: a number is out of range.
+    """
+
+    def __init__(
+        self,
+        model: VideoModel | ExportedModel | str | Path,
+        *,
+        topk: int = 5,
+        num_clips: int | None = None,
+        num_crops: int | None = None,
+        batch_size: int = 8,
+        num_workers: int = 2,
+        device: str | torch.device = "cpu",
+        open_file: OpenVideo = open_video,
+    ) -> None:
+        for name, value, least in (
+            ("topk", topk, 1),
+            ("batch_size", batch_size, 1),
+            ("num_workers", num_workers, 0),
+        ):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        model = model if isinstance(model, nn.Module) else load_any(model, device)
+        views = {"num_clips": num_clips, "num_crops": num_crops}
+        self.protocol: ClipSpec = change_views(
+            model.protocol, {name: value for name, value in views.items() if value is not None}
+        )
+        self.class_names: tuple[str, ...] = tuple(
+            model.class_names or map(str, range(model.config.num_classes))
+        )
+        self.topk, self.batch_size, self.num_workers = topk, batch_size, num_workers
+        self.device, self.open_file = device, open_file
+        self._model = model.to(device).eval()
+        self._lock = threading.Lock()  # threads share a device: one batch at a time is fastest
+
+    def __call__(self, videos: Files | Tensor) -> list[Prediction]:
+        """Classify video files or clips.
+
+        >>> clips = torch.randint(256, (3, 3, 8, 72, 96), dtype=torch.uint8)
+        >>> [prediction.path for prediction in recognizer(clips)]
+        ['clip 0', 'clip 1', 'clip 2']
+
+        Args:
+            videos: files, folders, globs and lists, see ``inputs.expand``; or clips (B, 3, T, H, W): uint8
+                frames of any size, RGB, or floats prepared as the model wants them.
+
+        Returns:
+            One prediction a file or clip, in order; one that can't be read has an ``error``.
+
+        Raises:
+            DataError: a path doesn't exist.
+        """
+        if isinstance(videos, Tensor):
+            scores = self.scores(videos)
+            return [
+                Prediction(f"clip {index}", *best_classes(row, self.class_names, self.topk))
+                for index, row in enumerate(scores)
+            ]
+        return list(self.iterate(expand(videos)))
+
+    def iterate(self, files: Iterable[str]) -> Iterator[Prediction]:
+        """Predictions for video files as they are made, in order."""
+        for views, scores in self.score_views(ahead(self._read, files, self.num_workers)):
+            yield self.describe(views, scores)
+
+    def watch(
+        self,
+        source: Source,
+        *,
+        length: float,
+        stride: float,
+        follow: float | None = None,
+        drop: bool = False,
+    ) -> Iterator[ClipPrediction]:
+        """What happens in each window of a video, a stream, a camera or a pipe, as soon as it was seen.
+
+        Windows of several seconds are seen through ``num_clips`` clips. Arguments and errors are those of
+        ``stream.iter_windows``; with ``batch_size=1`` no window waits for others. ``drop`` leaves windows out
+        where the model is slower than the source, as for cameras.
+
+        >>> video = folder / "cats" / "5.mp4"  # 17 frames at 12 a second
+        >>> [(round(w.start, 2), round(w.end, 2)) for w in recognizer.watch(video, length=1, stride=0.25)]
+        [(0.0, 1.0), (0.25, 1.25), (0.5, 1.42)]
+        """
+        for span, scores in self._watch(source, length, stride, follow, drop):
+            yield ClipPrediction(*span, *best_classes(scores, self.class_names, self.topk))
+
+    def timeline(self, path: str | Path, *, length: float, stride: float) -> Timeline:
+        """Scores of all windows of a video file, in bounded memory. Arguments and errors: see ``watch``."""
+        found = list(self._watch(path, length, stride, None, drop=False))
+        spans = [span for span, _ in found]
+        return Timeline(str(path), self.class_names, spans, torch.stack([row for _, row in found]), stride)
+
+    def _watch(
+        self, source: Source, length: float, stride: float, follow: float | None, drop: bool
+    ) -> Iterator[tuple[tuple[float, float], Tensor]]:
+        with self.open_file(str(SAMPLE)) as sample:
+            device = sample.get_frames([0]).device  # where decoded files end up
+
+        def views() -> Generator[VideoViews, None, None]:
+            for window in iter_windows(source, length=length, stride=stride, follow=follow, device=device):
+                clips, _ = read_test_views(window, self.protocol)
+                video = LabelledVideo(window.path, None, window.path)
+                yield VideoViews(video, clips, [(window.start, window.end)] * len(clips))
+
+        depth = 1 if drop else max(self.num_workers, 1)
+        for window, scores in self.score_views(prefetch(views(), depth, drop=drop)):
+            yield window.spans[0], scores.mean(0)
+
+    def scores(self, clips: Tensor) -> Tensor:
+        """Softmax scores (B, num_classes) of clips (B, 3, T, H, W), uint8 or prepared floats."""
+        return torch.cat([self._softmax(part) for part in self._prepare(clips).split(self.batch_size)])
+
+    def embed(self, videos: Files | Tensor) -> Tensor:
+        """Vectors (N, C) of length 1 for files or clips, similar where the content is: the head's input.
+
+        Raises:
+            VideoError: a file can't be read. ConfigError: the model is no MViT, or an exported one.
+        """
+        if not isinstance(self._model, MViT):
+            raise ConfigError("this model gives scores only; embeddings need the checkpoint of an MViT")
+        if isinstance(videos, Tensor):
+            parts = self._prepare(videos).split(self.batch_size)
+            return F.normalize(torch.cat([self._features(part) for part in parts]), dim=-1)
+        vectors = []
+        read = ahead(self._read, expand(videos), self.num_workers)
+        for views, features in self.score_views(read, self._features):
+            if views.error is not None:
+                raise VideoError(views.video.path, views.error)
+            vectors.append(features.mean(0))
+        return F.normalize(torch.stack(vectors), dim=-1)
+
+    def explain(self, path: str | Path, *, method: Literal["gradcam", "rollout"] = "gradcam") -> Explanation:
+        """Where and when in a video file the model finds its answer; see ``mvit_video.explain``.
+
+        >>> explanation = recognizer.explain(folder / "cats" / "0.mp4")
+        >>> explanation.maps.shape, explanation.importance.shape
+        (torch.Size([8, 64, 64]), torch.Size([2, 8]))
+
+        Raises:
+            VideoError: the file can't be read. ConfigError: the model is no MViT, or an exported one.
+        """
+        from mvit_video.prediction.explain import explain
+
+        if not isinstance(self._model, MViT):
+            raise ConfigError("this model gives scores only; explanations need the checkpoint of an MViT")
+        with self.open_file(str(path)) as video, self._lock:
+            return explain(video, self._model, method=method, topk=min(self.topk, 3), protocol=self.protocol)
+
+    def describe(self, views: VideoViews, scores: Tensor) -> Prediction:
+        """The answer for a video whose views have these scores (V, num_classes)."""
+        path = views.video.path
+        if views.error is not None:
+            return Prediction(path, error=views.error)
+        num_crops = self.protocol.num_crops
+        clips = tuple(
+            ClipPrediction(start, end, *best_classes(row, self.class_names, self.topk))
+            for row, (start, end) in zip(
+                scores.unflatten(0, (-1, num_crops)).mean(1), views.spans[::num_crops], strict=True
+            )
+        )
+        return Prediction(path, *best_classes(scores.mean(0), self.class_names, self.topk), clips)
+
+    def score_views(
+        self, videos: Iterable[VideoViews], run: Callable[[Tensor], Tensor] | None = None
+    ) -> Iterator[tuple[VideoViews, Tensor]]:
+        """Send the views of many videos through the model in full batches.
+
+        Yields each video, in order and as soon as it is done, without its clips but with a row for each of
+        them (V, ...): scores, or what ``run`` makes of a batch.
+        """
+        return in_full_batches(videos, run or self._softmax, self.batch_size)
+
+    def _read(self, path: str) -> VideoViews:
+        video = LabelledVideo(path, None, path)
+        return TestViews([video], self.protocol, open_file=self.open_file)[0]
+
+    def _prepare(self, clips: Tensor) -> Tensor:
+        if clips.ndim != 5 or clips.shape[1] != 3:
+            raise ValueError(f"expected clips of shape (B, 3, T, H, W), got {tuple(clips.shape)}")
+        if clips.is_floating_point():
+            return clips
+        protocol = self.protocol
+        views = spatial_views(
+            *clips.shape[-2:], short_side=protocol.short_side, crop=protocol.crop, num_crops=1
+        )
+        whole = [range(clips.shape[2])]
+        return torch.cat(
+            [
+                test_clips(clip.transpose(0, 1), whole, views, mean=protocol.mean, std=protocol.std)
+                for clip in clips
+            ]
+        )
+
+    @torch.inference_mode()
+    def _softmax(self, clips: Tensor) -> Tensor:
+        with self._lock:
+            return self._model(clips.to(self.device, non_blocking=True)).float().softmax(-1).cpu()
+
+    @torch.inference_mode()
+    def _features(self, clips: Tensor) -> Tensor:
+        with self._lock:
+            model = cast(MViT, self._model)  # ``embed`` has seen to it
+            return model.forward_features(clips.to(self.device, non_blocking=True)).float().cpu()
+
+
+def load_any(path: str | Path, device: str | torch.device = "cpu") -> VideoModel | ExportedModel:
+    """The model in a checkpoint or in a file of ``mvit-export``. Raises CheckpointError."""
+    if Path(path).suffix in (".onnx", ".pt2"):
+        from mvit_video.weights.export import load_exported
+
+        return load_exported(path, device)
+    return load_model(path)
+
+
+def ahead(function: Callable[[In], Out], items: Iterable[In], num_workers: int) -> Iterator[Out]:
+    """``map``, by threads that work a little ahead of the reader; results come in order.
+
+    FFmpeg and torch let go of the interpreter while they work, so threads do what processes would.
+    """
+    if num_workers == 0:
+        yield from map(function, items)
+        return
+    rest = iter(items)
+    futures: deque[Future[Out]] = deque()
+    pool = ThreadPoolExecutor(num_workers, thread_name_prefix="decode")
+    try:
+        while True:
+            wanted = 2 * num_workers - len(futures)
+            futures.extend(pool.submit(function, item) for item in islice(rest, wanted))
+            if not futures:
+                return
+            yield futures.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def prefetch(items: Generator[Out, None, None], depth: int, *, drop: bool = False) -> Iterator[Out]:
+    """The same items, made by a thread that is up to ``depth`` of them ahead of the reader.
+
+    With ``drop`` it never waits: the oldest item gives way to a new one.
+    """
+    made: Queue[tuple[bool, Out | BaseException | None]] = Queue(depth)
+    stopped = threading.Event()
+
+    def put(item: Out | BaseException | None, *, is_item: bool) -> None:
+        while not stopped.is_set():
+            if drop and is_item and made.full():
+                with suppress(Empty):
+                    made.get_nowait()
+            with suppress(Full):
+                made.put((is_item, item), timeout=0.1)
+                return
+
+    def work() -> None:
+        try:
+            for item in items:
+                put(item, is_item=True)
+                if stopped.is_set():
+                    return
+            put(None, is_item=False)
+        except BaseException as error:
+            put(error, is_item=False)
+        finally:
+            items.close()
+
+    worker = threading.Thread(target=work, name="read", daemon=True)
+    worker.start()
+    try:
+        while True:
+            is_item, item = made.get()
+            if isinstance(item, BaseException):
+                raise item
+            if not is_item:
+                return
+            yield cast(Out, item)
+    finally:
+        stopped.set()
+        worker.join(timeout=5)
+
+
+def predict(
+    paths: Files,
+    model: VideoModel | str | Path,
+    *,
+    topk: int = 5,
+    num_clips: int | None = None,
+    num_crops: int | None = None,
+    batch_size: int = 8,
+    num_workers: int = 0,
+    device: str = "cpu",
+) -> list[Prediction]:
+    """Classify video files: ``Recognizer`` for a single call; arguments and errors are its own.
+
+    >>> [prediction] = predict(folder / "cats" / "0.mp4", checkpoint, topk=1)
+    >>> prediction.classes
+    ('cats',)
+
+    Returns:
+        One prediction a file, in order; folders in alphabetical order.
+    """
+    recognizer = Recognizer(
+        model,
+        topk=topk,
+        num_clips=num_clips,
+        num_crops=num_crops,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        device=device,
+    )
+    return recognizer(paths)

@@ -1,0 +1,290 @@
+"""How a model is trained: parameter groups, learning-rate schedule, loss and what is logged."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics.classification import MulticlassAccuracy
+
+from mvit_video.data.datasets import Batch
+from mvit_video.errors import ConfigError, TrainingError
+from mvit_video.model import MViT, VideoModel, layer_groups
+from mvit_video.training.mixing import Mixing, soft_targets
+from mvit_video.training.plots import plot_batch
+from mvit_video.training.sharding import FullySharded, shard
+from mvit_video.weights.checkpoint import METADATA_KEY, model_metadata
+
+log = logging.getLogger(__name__)
+
+
+def learning_rate(
+    epoch: float, *, lr: float, epochs: float, warmup_epochs: float, warmup_start_lr: float, end_lr: float
+) -> float:
+    """Linear warm-up, then half a cosine, at a fractional epoch; the official schedule.
+
+    ``lr`` is reached at ``warmup_epochs`` and ``end_lr`` at ``epochs``.
+    """
+    if epoch < warmup_epochs:
+        return warmup_start_lr + (lr - warmup_start_lr) * epoch / warmup_epochs
+    progress = min((epoch - warmup_epochs) / max(epochs - warmup_epochs, 1e-12), 1.0)
+    return end_lr + (lr - end_lr) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
+    """Split the parameters that are trained by weight decay, and with layer decay by depth.
+
+    Biases and everything one-dimensional (norms) don't decay. As in the official recipe, the class token,
+    position tables and pooling kernels do. ``lr_scale`` of a group is ``layer_decay`` to the power of its
+    distance from the head. Raises ConfigError for layer decay of a model without known layers.
+    """
+    layers = [[name for name, _ in model.named_parameters()]]
+    if layer_decay != 1:
+        if not isinstance(model, MViT):
+            raise ConfigError(f"layer_decay needs an MViT, {type(model).__name__} has no known layers")
+        layers = layer_groups(model)
+    parameters = dict(model.named_parameters())
+    groups: list[dict[str, Any]] = []
+    for depth, names in enumerate(layers):
+        scale = layer_decay ** (len(layers) - 1 - depth)
+        trained = [name for name in names if parameters[name].requires_grad]
+        plain = [name for name in trained if parameters[name].ndim <= 1 or name.endswith(".bias")]
+        decayed = [name for name in trained if name not in plain]
+        groups += [
+            {"params": [parameters[name] for name in chosen], "weight_decay": decay, "lr_scale": scale}
+            for chosen, decay in ((decayed, weight_decay), (plain, 0.0))
+            if chosen
+        ]
+    return groups
+
+
+def freeze(model: VideoModel, parts: Sequence[str]) -> None:
+    """Keep parts of a model as they are, without dropout or drop path in them.
+
+    Args:
+        parts: names of modules or parameters, such as "blocks.0"; "backbone" is everything but the head.
+
+    Raises:
+        ConfigError: nothing has such a name, or nothing is left to train.
+    """
+    known = [name for name, _ in [*model.named_modules(), *model.named_parameters()] if name]
+    if list(parts) == ["backbone"]:
+        head = f"{model.classifier}."
+        around = [name for name in known if head.startswith(f"{name}.") or f"{name}.".startswith(head)]
+        parts = [name for name in known if name not in around]
+    for part in parts:
+        if part not in known:
+            modules = ", ".join(name for name, _ in model.named_children())
+            raise ConfigError(f"freeze: the model has no {part!r}; it has: backbone, {modules}")
+
+    def chosen(name: str) -> bool:
+        return any(f"{name}.".startswith(f"{part}.") for part in parts)
+
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and not chosen(name))
+    for name, module in model.named_modules():
+        if chosen(name):
+            module.eval()
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError("freeze: nothing is left to train")
+
+
+class Classifier(pl.LightningModule):
+    """Trains a model on labelled clips.
+
+    Args:
+        model: gives logits for clips (B, 3, T, H, W).
+        optimizer: makes the optimizer from parameter groups, for example a partial ``torch.optim.AdamW``.
+        lr, warmup_start_lr, end_lr: see ``learning_rate``.
+        warmup: share of the training steps that the warm-up takes, in [0, 1).
+        weight_decay: see ``parameter_groups``.
+        label_smoothing: share of the target that is spread over all classes, in [0, 1).
+        layer_decay: see ``parameter_groups``.
+        lr_batch_size: videos a step, over all devices, that the learning rates are meant for; they are scaled
+            linearly to those there are. None: they are taken as they are.
+        batch_size: videos a step and device, for ``lr_batch_size``.
+        mixing: how batches are mixed; its choices depend on ``seed``, epoch, batch and rank alone.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    def __init__(
+        self,
+        model: VideoModel,
+        *,
+        optimizer: Callable[[list[dict[str, Any]]], Optimizer],
+        lr: float,
+        warmup: float = 0.15,
+        warmup_start_lr: float = 1e-6,
+        end_lr: float = 1e-6,
+        weight_decay: float = 0.05,
+        label_smoothing: float = 0.1,
+        layer_decay: float = 1.0,
+        lr_batch_size: int | None = None,
+        batch_size: int = 1,
+        mixing: Mixing | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for name, value in {"lr": lr, "warmup_start_lr": warmup_start_lr, "end_lr": end_lr}.items():
+            if value < 0:
+                raise ValueError(f"{name} must not be negative, got {value}")
+        for name, value in {"warmup": warmup, "label_smoothing": label_smoothing}.items():
+            if not 0 <= value < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {value}")
+        if weight_decay < 0:
+            raise ValueError(f"weight_decay must not be negative, got {weight_decay}")
+        if not 0 < layer_decay <= 1:
+            raise ValueError(f"layer_decay must be in (0, 1], got {layer_decay}")
+        if lr_batch_size is not None and lr_batch_size < 1:
+            raise ValueError(f"lr_batch_size must be at least 1 or null, got {lr_batch_size}")
+        parameter_groups(model, weight_decay, layer_decay)  # finds early what it can't do
+        self.model = model
+        self.make_optimizer = optimizer
+        self.lr, self.warmup, self.warmup_start_lr, self.end_lr = lr, warmup, warmup_start_lr, end_lr
+        self.weight_decay, self.layer_decay, self.label_smoothing = weight_decay, layer_decay, label_smoothing
+        self.lr_batch_size, self.batch_size = lr_batch_size, batch_size
+        self.mixing, self.seed = mixing, seed
+        num_classes = model.config.num_classes
+        self.train_top1 = MulticlassAccuracy(num_classes, average="micro")
+        self.val_top1 = MulticlassAccuracy(num_classes, average="micro")
+        self.val_top5 = MulticlassAccuracy(num_classes, average="micro", top_k=min(5, num_classes))
+        self._step_end = time.perf_counter()
+        self._pictured = False
+
+    def configure_model(self) -> None:
+        strategy = self.trainer.strategy
+        if isinstance(strategy, FullySharded) and not isinstance(self.model, FSDPModule):
+            shard(self.model, strategy.device_mesh)
+
+    def forward(self, clips: Tensor) -> Tensor:
+        return self.model(clips)
+
+    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
+        clips, own = batch.clips, 1.0
+        if self.mixing is not None:
+            key = (self.seed, self.current_epoch, batch_index, self.global_rank)
+            clips, own = self.mixing(clips, np.random.RandomState(key))
+        targets = soft_targets(
+            batch.labels, self.model.config.num_classes, own=own, smoothing=self.label_smoothing
+        )
+        if not self._pictured and self.trainer.is_global_zero:
+            self._picture(clips, targets)
+        logits = self(clips)
+        loss = F.cross_entropy(logits, targets)
+        if not torch.isfinite(loss):
+            self._stop(batch, clips, targets, logits)
+        self.train_top1(logits.softmax(-1), targets.argmax(1))
+        now = time.perf_counter()
+        clips_per_second = len(batch.labels) / (now - self._step_end)
+        self._step_end = now
+        size = len(batch.labels)
+        self.log(
+            "train/loss", loss, prog_bar=True, on_step=True, on_epoch=True, batch_size=size, sync_dist=True
+        )
+        self.log("train/top1", self.train_top1, prog_bar=True, on_step=True, on_epoch=True)
+        self.log("clips/s", clips_per_second, prog_bar=True, on_step=True, on_epoch=True, batch_size=size)
+        return loss
+
+    def on_train_epoch_start(self) -> None:
+        self._step_end = time.perf_counter()
+
+    def validation_step(self, batch: Batch, batch_index: int) -> None:
+        if not len(batch.labels):
+            return
+        logits = self(batch.clips)
+        size = len(batch.labels)
+        self.log("val/loss", F.cross_entropy(logits, batch.labels), batch_size=size, sync_dist=True)
+        probabilities = logits.softmax(-1)
+        for name, metric in (("val/top1", self.val_top1), ("val/top5", self.val_top5)):
+            metric(probabilities, batch.labels)
+            self.log(name, metric, prog_bar=name == "val/top1", batch_size=size)
+
+    def configure_optimizers(self) -> Any:
+        groups = parameter_groups(self.model, self.weight_decay, self.layer_decay)
+        optimizer = self.make_optimizer(groups)
+        total = float(self.trainer.estimated_stepping_batches)
+
+        def factor(step: int) -> float:
+            return learning_rate(
+                step,
+                lr=self.lr,
+                epochs=total,
+                warmup_epochs=self.warmup * total,
+                warmup_start_lr=self.warmup_start_lr,
+                end_lr=self.end_lr,
+            ) / (self.lr or 1.0)
+
+        scale = self._lr_scale()
+        for group in optimizer.param_groups:
+            group["lr"] = self.lr * scale * group["lr_scale"]
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"},
+        }
+
+    def _lr_scale(self) -> float:
+        """Linear scaling with the videos of a step: start, peak and end are all multiplied."""
+        if self.lr_batch_size is None:
+            return 1.0
+        videos = self.batch_size * self.trainer.world_size * self.trainer.accumulate_grad_batches
+        scale = videos / self.lr_batch_size
+        log.info(
+            "learning rate %g: %g x %d / %d videos", self.lr * scale, self.lr, videos, self.lr_batch_size
+        )
+        return scale
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint[METADATA_KEY] = model_metadata(self.model)
+
+    def _picture(self, clips: Tensor, targets: Tensor) -> None:
+        self._pictured = True
+        path = Path(self.trainer.default_root_dir) / "batch.png"
+        protocol = self.model.protocol
+        plot_batch(clips, targets, self.model.class_names, path, mean=protocol.mean, std=protocol.std)
+        log.info("what the model sees: %s", path)
+
+    def _stop(self, batch: Batch, clips: Tensor, targets: Tensor, logits: Tensor) -> None:
+        """Save what gave a loss that isn't finite, and raise TrainingError."""
+        path = Path(self.trainer.default_root_dir) / f"nan_batch_rank{self.global_rank}.pt"
+        saved = {"clips": clips, "targets": targets, "logits": logits.detach(), "paths": list(batch.paths)}
+        torch.save(saved, path)
+        raise TrainingError(
+            f"the loss isn't finite in epoch {self.current_epoch + 1}, step {self.global_step}; the batch is "
+            f"saved in {path}. Lower optim.lr, lengthen optim.warmup, set trainer.gradient_clip_val=1 or "
+            f"another trainer.precision (now {self.trainer.precision})"
+        )
+
+
+class History(pl.Callback):
+    """Keeps the metrics of every epoch, through resumes, and says them in one line each."""
+
+    def __init__(self) -> None:
+        self.epochs: list[dict[str, float]] = []
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        names = ("train/loss_epoch", "train/top1_epoch", "val/loss", "val/top1", "val/top5", "clips/s_epoch")
+        metrics = {n.removesuffix("_epoch"): trainer.callback_metrics.get(n) for n in names}
+        row = {name: float(value) for name, value in metrics.items() if value is not None}
+        self.epochs.append({"epoch": trainer.current_epoch + 1, **row})
+        said = ", ".join(f"{name} {value:.3f}" for name, value in row.items())
+        log.info("epoch %d/%s: %s", trainer.current_epoch + 1, trainer.max_epochs, said)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epochs": self.epochs}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.epochs = list(state_dict["epochs"])

@@ -1,0 +1,80 @@
+"""Pictures and tables of results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+
+def plot_history(epochs: Sequence[dict[str, float]], path: Path) -> None:
+    """Learning curves: loss and accuracy against epochs, training and validation."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    for axes, metric, label in zip(
+        figure.subplots(1, 2), ("loss", "top1"), ("loss", "top-1 accuracy"), strict=True
+    ):
+        for split, style in (("train", "--"), ("val", "-")):
+            points = [
+                (row["epoch"], row[f"{split}/{metric}"]) for row in epochs if f"{split}/{metric}" in row
+            ]
+            if points:
+                axes.plot(*zip(*points, strict=True), style, marker=".", label=split)
+        axes.set(xlabel="epoch", ylabel=label)
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def plot_batch(
+    clips: Tensor,
+    targets: Tensor,
+    class_names: Sequence[str] | None,
+    path: Path,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> None:
+    """A row for each of the first six clips, as the model sees them: eight frames and the likeliest targets.
+
+    Args:
+        clips: normalised float (B, 3, T, H, W).
+        targets: float (B, num_classes).
+    """
+    shown = clips[:6].detach().float().cpu()
+    moments = (torch.tensor(values)[:, None, None, None] for values in (std, mean))
+    pixels = shown * next(moments) + next(moments)
+    frames = torch.linspace(0, clips.shape[2] - 1, min(8, clips.shape[2])).round().int().tolist()
+    figure = Figure(figsize=(1.6 * len(frames), 1.9 * len(shown)), layout="constrained")
+    grid = figure.subplots(len(shown), len(frames), squeeze=False)
+    for row, (clip, target) in enumerate(zip(pixels, targets[: len(shown)].cpu(), strict=True)):
+        for axes, frame in zip(grid[row], frames, strict=True):
+            axes.imshow(clip[:, frame].permute(1, 2, 0).clamp(0, 1).numpy())
+            axes.set_axis_off()
+        best = target.topk(min(2, len(target)))
+        pairs = zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        said = [f"{class_names[i] if class_names else i} {share:.2f}" for share, i in pairs if share > 0.05]
+        grid[row][0].set_title(", ".join(said), loc="left", fontsize=8)
+    figure.savefig(path, dpi=100)
+
+
+def describe_labels(labels: Sequence[int], class_names: Sequence[str]) -> str:
+    """How many videos each class has, a line each; of more than 20 classes the rarest and commonest."""
+    counts = [0] * len(class_names)
+    for label in labels:
+        counts[label] += 1
+    order = sorted(range(len(counts)), key=lambda index: counts[index])
+    lines = []
+    if len(order) > 20:
+        middle = counts[order[len(order) // 2]]
+        lines = [f"{len(order)} classes of {counts[order[0]]} to {counts[order[-1]]} videos, median {middle}"]
+        order = order[:5] + order[-5:]
+    most = max(counts) or 1
+    width = max(len(class_names[index]) for index in order)
+    for index in order:
+        bar = "#" * round(30 * counts[index] / most)
+        lines.append(f"{class_names[index]:{width}} {counts[index]:6d} {bar}".rstrip())
+    return "\n".join(lines)

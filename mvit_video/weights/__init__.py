@@ -1,0 +1,6 @@
+"""Weights from files and into files, and the models that they belong to."""
+
+from mvit_video.weights.checkpoint import LoadReport, from_slowfast, load_model, load_weights, save_weights
+from mvit_video.weights.create import create_model
+
+__all__ = ["LoadReport", "create_model", "from_slowfast", "load_model", "load_weights", "save_weights"]

@@ -1,0 +1,187 @@
+"""A model as one file that runs without this package: ONNX, or a program of PyTorch's.
+
+The file carries what a checkpoint does: its metadata ``mvit_video`` is JSON with ``config``, ``protocol``
+(frames, stride, crop, mean and std) and ``class_names``.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from mvit_video.errors import CheckpointError, ConfigError
+from mvit_video.model import ClipSpec, MViT, MViTConfig
+from mvit_video.model.variants import replace_fields
+from mvit_video.weights.checkpoint import METADATA_KEY, model_metadata
+
+SUFFIXES = (".onnx", ".pt2")
+MAX_BATCH = 1024  # of a program; ONNX has no limit
+
+Run = Callable[[Tensor], Tensor]
+
+
+class ExportedModel(nn.Module):
+    """A model from a file of ``export_model``: float clips (B, 3, T, H, W) -> logits (B, num_classes).
+
+    It takes the place of an ``MViT`` in ``Recognizer``. Clips must have the size it was exported for.
+    """
+
+    def __init__(self, run: Run, metadata: dict[str, Any], name: str) -> None:
+        super().__init__()
+        try:
+            self.config = replace_fields(MViTConfig(), metadata["config"])
+            self.protocol = replace_fields(ClipSpec(), metadata["protocol"])
+            names = metadata["class_names"]
+        except (ConfigError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{name}: its description of the model can't be used ({error!r})") from None
+        self.class_names: tuple[str, ...] | None = tuple(names) if names else None
+        self._run, self._name = run, name
+
+    def forward(self, clips: Tensor) -> Tensor:
+        """Raises ConfigError for clips of another size."""
+        size = (3, *self.config.input_size)
+        if tuple(clips.shape[1:]) != size:
+            raise ConfigError(
+                f"{self._name} was exported for clips of {size}, got {tuple(clips.shape[1:])}; "
+                "export it with these views"
+            )
+        return self._run(clips)
+
+
+def export_model(model: MViT, path: str | Path, *, compiled: bool = False) -> None:
+    """Write a model as ONNX (``.onnx``) or as a program of ``torch.export`` (``.pt2``), for any batch size.
+
+    Args:
+        compiled: of a ``.pt2``: machine code for this kind of processor (AOTInductor, needs a C++ compiler).
+
+    Raises:
+        ConfigError: another suffix, or a package that this needs is missing.
+    """
+    path = Path(path)
+    if path.suffix not in SUFFIXES:
+        raise ConfigError(f"{path}: models are exported as {' or '.join(SUFFIXES)}")
+    if compiled and path.suffix != ".pt2":
+        raise ConfigError(f"{path}: only a .pt2 can be compiled")
+    model = model.cpu().eval()
+    metadata = json.dumps(model_metadata(model))
+    # Two: a batch of one would be taken for a constant.
+    clips = torch.zeros(2, 3, *model.config.input_size)
+    shapes = {"clips": {0: torch.export.Dim("batch", min=1, max=MAX_BATCH)}}
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporters: about their own insides
+        if path.suffix == ".onnx":
+            _export_onnx(model, clips, shapes, metadata, path)
+            return
+        program = torch.export.export(model, (clips,), dynamic_shapes=shapes)
+        if compiled:
+            torch._inductor.aoti_compile_and_package(
+                program,
+                package_path=str(path),
+                inductor_configs={"aot_inductor.metadata": {METADATA_KEY: metadata}},
+            )
+        else:
+            torch.export.save(program, path, extra_files={METADATA_KEY: metadata})
+
+
+def load_exported(path: str | Path, device: str | torch.device = "cpu") -> ExportedModel:
+    """Read a file of ``export_model``. A compiled ``.pt2`` is machine code: run only files that you trust.
+
+    Raises:
+        CheckpointError: the file can't be read, or isn't one of this toolkit's.
+        ConfigError: onnxruntime isn't installed.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+    if path.suffix == ".onnx":
+        run, metadata = _load_onnx(path, device)
+    elif _is_compiled(path):
+        run, metadata = _load_compiled(path)
+    else:
+        run, metadata = _load_program(path, device)
+    if not metadata:
+        raise CheckpointError(f"{path}: holds no description of the model; was it made by mvit-export?")
+    return ExportedModel(run, json.loads(metadata), str(path))
+
+
+def _export_onnx(model: MViT, clips: Tensor, shapes: Any, metadata: str, path: Path) -> None:
+    onnx = _imported("onnx")
+    _imported("onnxscript")
+    for name in ("onnxscript", "onnx_ir"):  # hundreds of lines about their own steps
+        logging.getLogger(name).setLevel(logging.WARNING)
+    program = torch.onnx.export(
+        model,
+        (clips,),
+        dynamo=True,
+        dynamic_shapes=shapes,
+        input_names=["clips"],
+        output_names=["logits"],
+        verbose=False,
+    )
+    assert program is not None
+    proto = program.model_proto
+    onnx.helper.set_model_props(proto, {METADATA_KEY: metadata})
+    onnx.save(proto, str(path))
+
+
+def _load_onnx(path: Path, device: str | torch.device) -> tuple[Run, str | None]:
+    runtime = _imported("onnxruntime")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    wanted = ["CUDAExecutionProvider"] if torch.device(device).type == "cuda" else []
+    if missing := set(wanted) - set(runtime.get_available_providers()):
+        raise ConfigError(f"onnxruntime has no {missing.pop()} here; device=cpu, or install onnxruntime-gpu")
+    try:
+        session = runtime.InferenceSession(str(path), options, providers=[*wanted, "CPUExecutionProvider"])
+    except Exception as error:  # its own exceptions have no common base
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{path}: not an ONNX model, or damaged ({reason})") from None
+    name = session.get_inputs()[0].name
+
+    def run(clips: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(None, {name: clips.float().cpu().numpy()})[0])
+
+    return run, session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
+
+
+def _load_program(path: Path, device: str | torch.device) -> tuple[Run, str | None]:
+    extra = {METADATA_KEY: ""}
+    try:
+        program = torch.export.load(path, extra_files=extra)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{path}: not a program of torch.export, or damaged ({reason})") from None
+    if torch.device(device).type != "cpu":
+        from torch.export.passes import move_to_device_pass
+
+        program = move_to_device_pass(program, str(device))
+    module = program.module()
+    return lambda clips: module(clips), extra[METADATA_KEY]  # no part of another module: it has no modes
+
+
+def _load_compiled(path: Path) -> tuple[Run, str | None]:
+    package: Any = torch._inductor.aoti_load_package(str(path))
+    return cast(Run, package), package.get_metadata().get(METADATA_KEY)
+
+
+def _is_compiled(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any("aotinductor" in name for name in archive.namelist())
+    except (OSError, zipfile.BadZipFile):
+        return False
+
+
+def _imported(name: Literal["onnx", "onnxscript", "onnxruntime"]) -> Any:
+    try:
+        return __import__(name)
+    except ImportError as error:
+        raise ConfigError(f"ONNX needs {name} ({error}): pip install 'mvit-video[onnx]'") from None

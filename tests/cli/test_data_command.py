@@ -1,0 +1,339 @@
+"""mvit-data: every video is probed once, what is wrong is said, training and evaluation read the index."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import Command
+from videos import write_numbered_video
+
+from mvit_video.data import prepare as prepare_module
+from mvit_video.data.index import LabelledVideo
+from mvit_video.data.probe import probe
+from mvit_video.data.table import Entry, Facts, Table, index_splits, read_table, write_table
+from mvit_video.errors import DataError
+
+ONE_EPOCH = (
+    "experiment=motion",
+    "trainer.max_epochs=1",
+    "batch_size=2",
+    "num_workers=0",
+    "hydra.run.dir=run",
+)
+
+
+@pytest.fixture
+def data(two_classes: Path, tmp_path: Path) -> Path:
+    """Twelve good videos in two classes and two splits, five to mend, and a list that names one more."""
+    root = tmp_path / "data"
+    shutil.copytree(two_classes, root)
+    cats = sorted((root / "cats").iterdir())
+    shutil.copy(cats[0], root / "cats" / "copy.mp4")
+    shutil.copy(cats[1], root / "dogs and birds" / "cat.mp4")
+    (root / "cats" / "cut.mp4").write_bytes(cats[2].read_bytes()[:1000])
+    (root / "cats" / "empty.mp4").touch()
+    (root / "dogs and birds" / "text.webm").write_text("no video")
+    videos = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.*"))
+    names = {"cats": 0, "dogs and birds": 1}
+    rows = [f"{path},{names[path.split('/')[0]]}" for path in [*videos, "cats/gone.mp4"]]
+    (root / "train.csv").write_text("\n".join(rows[::2]))
+    (root / "val.csv").write_text("\n".join(rows[1::2]))
+    return root
+
+
+def arguments(root: Path) -> list[str]:
+    names = "data.class_names=[cats,dogs and birds]"
+    return ["data=csv", f"data.train={root}/train.csv", f"data.val={root}/val.csv", names]
+
+
+def prepare(command: Command, root: Path, *more: str) -> str:
+    result = command("data", "prepare", *arguments(root), "num_workers=0", "hydra.run.dir=report", *more)
+    assert result.code == 0, result.err
+    return result.out
+
+
+def problems(report: Path) -> set[tuple[str, str]]:
+    with (report / "problems.csv").open(newline="") as file:
+        return {(row["kind"], Path(row["path"]).name) for row in csv.DictReader(file)}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_report_names_everything_that_is_wrong(
+    command: Command, data: Path, tmp_path: Path, workers: int
+) -> None:
+    out = prepare(command, data, f"num_workers={workers}")
+    found = problems(tmp_path / "report")
+    bad = {name for kind, name in found if kind in ("missing", "corrupt")}
+    assert bad == {"gone.mp4", "cut.mp4", "empty.mp4", "text.webm"}
+    assert ("missing", "gone.mp4") in found
+    twins = [{name for kind, name in found if kind == wanted} for wanted in ("duplicate", "label mismatch")]
+    assert len(twins[0]) == 2
+    assert len(twins[0] & {"0.mp4", "copy.mp4"}) == 1
+    assert len(twins[0] & {"1.mp4", "cat.mp4"}) == 1
+    assert twins[1] == twins[0] & {"1.mp4", "cat.mp4"}
+    for reason in ("the file is empty", "no such file", "not a video file", "cut.mp4"):
+        assert reason in out
+    summary = json.loads((tmp_path / "report" / "summary.json").read_text())
+    counts = summary["splits"]
+    assert sum(split["videos"] for split in counts.values()) == 14
+    assert sum(split["corrupt"] for split in counts.values()) == 3
+    assert sum(sum(splits.values()) for splits in summary["classes"].values()) == 14
+    assert summary["codecs"] == {"h264": 8, "vp9": 6}
+    assert summary["seconds"]["shortest"] == pytest.approx(1)
+    assert (tmp_path / "report" / "durations.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_index_holds_the_facts_of_each_file(command: Command, data: Path) -> None:
+    prepare(command, data)
+    rows = {row["id"]: row for row in pq.read_table(data / "index.parquet").to_pylist()}
+    assert len(rows) == 18
+    row = rows["cats/5.mp4"]
+    assert (row["path"], row["label"], row["error"]) == ("cats/5.mp4", 0, None)
+    assert (row["frames"], row["height"], row["width"], row["codec"]) == (17, 48, 64, "h264")
+    assert (row["fps"], row["duration"]) == (pytest.approx(12), pytest.approx(17 / 12))
+    assert row["size"] == (data / "cats" / "5.mp4").stat().st_size
+    assert rows["cats/gone.mp4"]["error"] == "no such file"
+
+
+def test_damage_in_the_middle_is_found(tmp_path: Path) -> None:
+    file = write_numbered_video(tmp_path / "a.mp4", 60, options={"g": "30", "bf": "0"})
+    assert probe(str(file)).error is None
+    content = bytearray(file.read_bytes())
+    start = content.index(b"mdat") + 4
+    middle = start + (content.index(b"moov") - start) * 45 // 100
+    content[middle : middle + 400] = bytes(400)
+    file.write_bytes(content)
+    facts = probe(str(file))
+    assert facts.error is not None
+    assert "frame" in facts.error
+    assert facts.frames == 60
+
+
+def test_training_and_evaluation_read_the_index(command: Command, data: Path, tmp_path: Path) -> None:
+    prepare(command, data)
+    moved = tmp_path / "moved"
+    data.rename(moved)  # paths in it are relative
+    source = ["data=index", f"data.path={moved}", "data.max_missing=0.5"]
+    trained = command("train", *ONE_EPOCH, *source, "hydra.run.dir=run")
+    assert trained.code == 0, trained.err
+    assert "2 classes" in trained.out
+    assert not (tmp_path / "run" / "bad_videos.csv").exists()
+    weights = "weights=run/checkpoints/last.ckpt"
+    for place in (moved, moved / "index.parquet"):
+        result = command(
+            "eval", "data=index", f"data.path={place}", "data.max_missing=0.5", weights, "num_workers=0"
+        )
+        assert result.code == 0, result.err
+
+
+def test_too_many_unreadable_videos_stop_what_reads_the_index(command: Command, data: Path) -> None:
+    prepare(command, data)
+    result = command("train", *ONE_EPOCH, "data=index", f"data.path={data}", "data.max_missing=0.1")
+    assert result.code == 1
+    assert "videos can't be read" in result.err
+    assert "max_missing=0.1" in result.err
+
+
+def test_a_second_run_reads_only_what_changed(
+    command: Command, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+
+    def noted(path: str, frame_rate: float) -> Facts:
+        read.append(Path(path).name)
+        return probe(path, frame_rate)
+
+    monkeypatch.setattr(prepare_module, "probe", noted)
+    prepare(command, data)
+    assert len(read) == 17
+    first = pq.read_table(data / "index.parquet")
+    read.clear()
+    prepare(command, data)
+    assert read == []
+    assert pq.read_table(data / "index.parquet").equals(first)
+    write_numbered_video(data / "cats" / "0.mp4", 9, height=48, width=64)
+    shutil.copy(data / "cats" / "0.mp4", data / "cats" / "gone.mp4")
+    (data / "cats" / "3.mp4").unlink()
+    prepare(command, data)
+    assert sorted(read) == ["0.mp4", "gone.mp4"]
+    rows = {row["id"]: row for row in pq.read_table(data / "index.parquet").to_pylist()}
+    assert rows["cats/0.mp4"]["frames"] == rows["cats/gone.mp4"]["frames"] == 9
+    assert rows["cats/3.mp4"]["error"] == "no such file"
+
+
+def test_a_killed_run_goes_on_where_it_was(
+    command: Command, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = (
+        "import sys, time, mvit_video.data.prepare as p; from mvit_video.cli.data import main\n"
+        "probe = p.probe\n"
+        "def slow(path, rate): time.sleep(0.1); return probe(path, rate)\n"
+        "p.probe = slow; sys.argv[0] = 'mvit-data'; main()"
+    )
+    journal = data / "index.parquet.unfinished"
+    killed = subprocess.Popen(
+        [sys.executable, "-c", script, "prepare", *arguments(data), "num_workers=0"],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (journal.exists() and journal.read_text().count("\n") >= 3):
+        time.sleep(0.02)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.wait()
+    done = journal.read_text().count("\n")
+    assert 3 <= done < 17
+    assert not (data / "index.parquet").exists()
+    with journal.open("a") as file:
+        file.write('["/half/a/li')
+    read: list[str] = []
+
+    def noted(path: str, frame_rate: float) -> Facts:
+        read.append(path)
+        return probe(path, frame_rate)
+
+    monkeypatch.setattr(prepare_module, "probe", noted)
+    assert f"{done} videos are done" in prepare(command, data)
+    assert len(read) == 17 - done
+    assert not journal.exists()
+    assert len(pq.read_table(data / "index.parquet")) == 18
+
+
+def test_a_process_that_dies_is_told_and_nothing_is_lost(
+    command: Command, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crashing(path: str, frame_rate: float) -> Facts:
+        if path.endswith("text.webm"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return probe(path, frame_rate)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(prepare_module, "probe", crashing)
+        result = command("data", "prepare", *arguments(data), "num_workers=1")
+    assert result.code == 1
+    assert "a process that read videos died" in result.err
+    assert result.err.count("mvit-data: error") == 1
+    done = (data / "index.parquet.unfinished").read_text().count("\n")
+    assert done > 0
+    assert f"{done} videos are done" in prepare(command, data)
+
+
+def test_check_compares_with_the_disk(command: Command, two_classes: Path, tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    shutil.copytree(two_classes, root)
+    (root / "cats" / "notes.txt").touch()
+    assert command("data", "prepare", f"data.root={root}", "num_workers=0").code == 0
+    same = command("data", "check", f"data.root={root}")
+    assert same.code == 0, same.err
+    assert "agrees with the disk" in same.out
+    (root / "cats" / "0.mp4").unlink()
+    os.utime(root / "cats" / "1.mp4", (1, 1))
+    shutil.copy(root / "cats" / "2.mp4", root / "cats" / "9.mp4")
+    differs = command("data", "check", "data=index", f"data.path={root}", "hydra.run.dir=check")
+    assert differs.code == 1
+    assert "1 missing, 1 changed, 0 returned, 1 new" in differs.err
+    with (tmp_path / "check" / "changes.csv").open(newline="") as file:
+        rows = {(kind, Path(path).name) for kind, path in csv.reader(file)}
+    assert rows == {("kind", "path"), ("missing", "0.mp4"), ("changed", "1.mp4"), ("new", "9.mp4")}
+    assert command("data", "prepare", f"data.root={root}", "num_workers=0").code == 0
+    assert command("data", "check", f"data.root={root}").code == 0
+
+
+def test_files_that_no_list_names_are_counted_and_never_new(command: Command, tmp_path: Path) -> None:
+    root = tmp_path / "ucf"
+    for name in ("v_YoYo_g08_c01", "v_YoYo_g01_c01", "v_YoYo_g02_c01"):
+        (root / "UCF-101" / "YoYo").mkdir(parents=True, exist_ok=True)
+        write_numbered_video(root / "UCF-101" / "YoYo" / f"{name}.avi", 4, codec="mpeg4", height=48, width=64)
+    (root / "classInd.txt").write_text("1 YoYo\n")
+    (root / "trainlist01.txt").write_text("YoYo/v_YoYo_g08_c01.avi 1\n")
+    (root / "testlist01.txt").write_text("YoYo/v_YoYo_g01_c01.avi\n")
+    result = command("data", "prepare", "data=ucf101", f"data.root={root}", "num_workers=0")
+    assert result.code == 0, result.err
+    assert "1 files on disk aren't in the data set" in result.out
+    assert command("data", "check", f"data.root={root}").code == 0
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (["prepare"], "data.root isn't set; give data.root=..."),
+        (["prepare", "data=index", "data.path=x"], "data=index is what prepare makes"),
+        (["prepare", "data=csv"], "data.train isn't set"),
+        (["check", "data=index", "data.path=nowhere"], "nowhere does not exist"),
+        (["check", "index=two.csv"], "two.csv is no index of mvit-data prepare"),
+        (["prepair"], "say what to do: mvit-data prepare or check, not 'prepair'"),
+        (["prepare", "data.root=.", "num_workers=-1"], "num_workers must be at least 0"),
+    ],
+)
+def test_mistakes_end_with_one_line(command: Command, tmp_path: Path, line: list[str], message: str) -> None:
+    (tmp_path / "two.csv").write_text("no Parquet")
+    result = command("data", *line)
+    assert result.code == 1
+    assert message in result.err
+    assert result.err.count("\n") == 1
+
+
+def test_help(command: Command) -> None:
+    assert "mvit-data prepare data=kinetics400" in command("data", "--help").out
+
+
+def big_table(count: int) -> Table:
+    facts = Facts(1_000_000, 10**18, 300, 29.97, 10.01, 256, 340, "h264", "0" * 64)
+    entries = [
+        Entry(
+            "train" if i % 10 else "val", LabelledVideo(f"/data/train/{i:06}.mp4", i % 400, f"{i:06}"), facts
+        )
+        for i in range(count)
+    ]
+    return Table(entries, tuple(f"class {i}" for i in range(400)))
+
+
+def test_an_index_of_kinetics_size_is_read_in_two_seconds(tmp_path: Path) -> None:
+    write_table(tmp_path / "index.parquet", big_table(240_000))
+    started = time.process_time()
+    splits = index_splits(tmp_path)
+    seconds = time.process_time() - started
+    assert (len(splits.train), len(splits.val)) == (216_000, 24_000)
+    assert splits.train.videos[0] == LabelledVideo("/data/train/000001.mp4", 1, "000001")
+    assert seconds < 4  # 0.7 s where nothing else runs
+
+
+def test_a_table_is_read_as_it_was_written(tmp_path: Path) -> None:
+    entries = [
+        Entry(
+            "train",
+            LabelledVideo(str(tmp_path / "a.mp4"), 0, "a"),
+            Facts(1, 2, 3, 4.5, 6.5, 7, 8, "av1", "f"),
+        ),
+        Entry("val", LabelledVideo("/elsewhere/b.mp4", 1, "b"), Facts(error="no such file")),
+        Entry("test", LabelledVideo(str(tmp_path / "c" / "d.mp4"), None, "c"), Facts(5)),
+    ]
+    table = Table(entries, ("x", "y"), str(tmp_path), (str(tmp_path / "left.mp4"),))
+    write_table(tmp_path / "index.parquet", table)
+    assert read_table(tmp_path / "index.parquet") == table
+    with pytest.raises(DataError, match="none of its 1 videos can be read"):
+        index_splits(tmp_path)
+
+
+def test_a_damaged_index_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "index.parquet"
+    write_table(file, big_table(10))
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(DataError, match=r"index.parquet is no index of mvit-data prepare, or a damaged one"):
+        index_splits(file)
+    other: dict[str, Any] = {"split": ["train"], "id": ["a"]}
+    pq.write_table(pa.table(other), file)
+    with pytest.raises(DataError, match=r"index.parquet is no index of mvit-data prepare"):
+        index_splits(file)

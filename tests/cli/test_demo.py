@@ -1,0 +1,113 @@
+"""The web page: answers, messages and limits, over HTTP as a browser asks."""
+
+from __future__ import annotations
+
+import json
+import re
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from conftest import Command
+from gradio_client import Client, handle_file
+from videos import write_numbered_video
+
+import mvit_video as mv
+from mvit_video.cli.demo import Demo, build_page, launch
+
+
+@pytest.fixture(scope="module")
+def address(checkpoint: Path) -> Iterator[str]:
+    demo = Demo(mv.load_model(checkpoint), topk=2, max_seconds=5, num_workers=0)
+    page = build_page(demo, title="test")
+    _, address, _ = launch(page, host="127.0.0.1", port=None, max_megabytes=0.5, block=False)
+    yield address
+    page.close()
+
+
+def ask(address: str, path: Path, num_clips: int = 3, explain: str = "none") -> tuple:
+    client = Client(address, verbose=False)
+    try:
+        return client.predict(handle_file(path), num_clips, explain, api_name="/answer")
+    except httpx.RemoteProtocolError:  # on a busy machine a download was once cut off
+        return client.predict(handle_file(path), num_clips, explain, api_name="/answer")
+
+
+@pytest.mark.parametrize("explain", ["none", "gradcam", "rollout"])
+def test_an_uploaded_video_is_answered(address: str, checkpoint: Path, tmp_path: Path, explain: str) -> None:
+    path = write_numbered_video(tmp_path / "my video.mp4", 30, height=48, width=64, audio_seconds=1)
+    scores, annotated, timeline, strip, overlay, json_file = ask(address, path, explain=explain)
+    (expected,) = mv.predict(path, checkpoint, num_clips=3)
+    assert scores["label"] == expected.classes[0]
+    told = json.loads(Path(json_file).read_text())
+    assert told["path"] == "my_video.mp4" or told["path"] == "my video.mp4"
+    assert told["scores"] == pytest.approx(expected.scores, abs=1e-5)
+    assert len(told["clips"]) == 3
+    with mv.open_video(annotated["video"] if isinstance(annotated, dict) else annotated) as video:
+        assert video.num_frames == 30
+    assert Path(timeline).stat().st_size > 1000
+    assert (strip is None) == (overlay is None) == (explain == "none")
+
+
+def test_files_of_former_answers_are_removed(checkpoint: Path, tmp_path: Path) -> None:
+    demo = Demo(mv.load_model(checkpoint), topk=2, max_seconds=5, num_workers=0)
+    path = write_numbered_video(tmp_path / "a.mp4", 30, height=48, width=64)
+    first = demo.answer(str(path), 1, "none")
+    assert Path(first.annotated).is_file()
+    second = demo.answer(str(path), 1, "none")
+    assert Path(second.annotated).is_file()
+    assert not Path(first.annotated).parent.exists()
+
+
+def test_what_can_not_be_answered_gets_a_message(address: str, tmp_path: Path) -> None:
+    (tmp_path / "broken.mp4").write_bytes(b"no video" * 100)
+    long = write_numbered_video(tmp_path / "long.mp4", 60, height=48, width=64, fps=10)
+    for path, message in ((tmp_path / "broken.mp4", "not a video file"), (long, "6 s long")):
+        with pytest.raises(Exception, match=message):
+            ask(address, path)
+    (tmp_path / "huge.mp4").write_bytes(bytes(600_000))
+    with pytest.raises(Exception, match=r"(?i)size|413"):
+        ask(address, tmp_path / "huge.mp4")
+
+
+def test_the_page_asks_nothing_of_other_machines(address: str) -> None:
+    with urllib.request.urlopen(address) as answer:
+        text = answer.read().decode()
+    assert "What happens?" in text
+    fetched = re.findall(r"""(?:src|href)=["'](https?://[^"']+)|url\(["']?(https?://[^"')]+)""", text)
+    assert not [url for pair in fetched for url in pair if url and "127.0.0.1" not in url]
+
+
+def test_bad_settings_are_said(command: Command, checkpoint: Path) -> None:
+    result = command("demo", f"weights={checkpoint}", "max_megabytes=0")
+    assert result.code == 1
+    assert "must be positive" in result.err
+    shown = command("demo", "--cfg", "job").out
+    assert "host: 127.0.0.1" in shown
+
+
+@pytest.mark.browser
+def test_a_browser_shows_the_answer(browser, address: str, tmp_path: Path) -> None:
+    path = write_numbered_video(tmp_path / "mine.mp4", 30, height=48, width=64)
+    page = browser.new_page(viewport={"width": 1300, "height": 1100})
+    requests: list[str] = []
+    page.on("request", lambda asked: requests.append(asked.url))
+    page.goto(address)
+    page.set_input_files("#video input[type=file]", str(path))
+    page.wait_for_selector("#video video")
+    assert page.is_hidden("a[download$='.json']")
+    page.click("label:has-text('gradcam')")
+    page.click("#ask")
+    page.wait_for_selector("#scores :text('%')", timeout=60_000)
+    page.wait_for_selector("a[download$='.json']")
+    videos = "[...document.querySelectorAll('video')].map(v => v.error === null && v.duration > 0)"
+    page.wait_for_function(f"{videos}.filter(Boolean).length == 3")
+    assert not [url for url in requests if not url.startswith((address, "blob:", "data:"))]
+    (tmp_path / "broken.mp4").write_bytes(b"no video" * 100)
+    page.reload()
+    page.set_input_files("#video input[type=file]", str(tmp_path / "broken.mp4"))
+    page.wait_for_timeout(1000)
+    page.click("#ask")
+    page.wait_for_selector(":text('not a video file')")

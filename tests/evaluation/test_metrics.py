@@ -1,0 +1,129 @@
+"""Metrics of tables whose answers are known, and statistics against other ways to compute them."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import bootstrap
+from synthetic_scores import score_table, table_of_400_classes
+
+from mvit_video.errors import DataError
+from mvit_video.evaluation.metrics import (
+    accuracy_by_views,
+    bootstrap_interval,
+    compare,
+    measure,
+    most_confused,
+    reliability,
+    worst_mistakes,
+)
+from mvit_video.evaluation.tables import COMBINATIONS, combine
+
+
+@pytest.fixture(scope="module")
+def of_400():
+    table = table_of_400_classes()
+    return table, measure(table)
+
+
+def test_400_classes_with_known_answers(of_400) -> None:
+    table, metrics = of_400
+    assert metrics.accuracy == {
+        "video_top1": 0.866,
+        "video_top5": 1.0,
+        "clip_top1": pytest.approx(0.866 + 0.134 / 3, abs=1e-12),
+        "clip_top5": 1.0,
+    }
+    low, high = metrics.intervals["video_top1"]
+    deviation = 1.96 * math.sqrt(0.866 * 0.134 / 4000)
+    assert (low, high) == pytest.approx((0.866 - deviation, 0.866 + deviation), abs=1e-3)
+    assert metrics.intervals["video_top5"] == (1.0, 1.0)
+    assert metrics.per_class.tolist() == [0.6 if index % 3 == 0 else 1.0 for index in range(400)]
+    assert metrics.mean_class_accuracy == pytest.approx(0.866)
+    assert int(metrics.confusion.sum()) == 4000
+    assert metrics.confusion[3].nonzero()[:, 0].tolist() == [3, 4]
+    # Right ones say 0.8, wrong ones (0.75 + 0.75 + 0.35) / 3: all of a bin are right, or wrong.
+    expected = 0.866 * (1 - 0.8) + 0.134 * (0.75 + 0.75 + 0.35) / 3
+    assert metrics.calibration_error == pytest.approx(expected, abs=1e-4)
+    assert metrics.by_views[-1] == pytest.approx(0.866)
+    assert metrics.by_views[0] == pytest.approx(metrics.accuracy["clip_top1"], abs=0.01)
+    pairs = most_confused(metrics.confusion, table.class_names, 200)
+    assert len(pairs) == 134
+    assert pairs[0] == ("class 0", "class 1", 4, pytest.approx(0.4))
+    assert all(pair.videos == 4 for pair in pairs)
+    worst = worst_mistakes(metrics.scores, metrics.labels, 1000)
+    assert len(worst) == 536
+    assert not metrics.correct[worst].any()
+
+
+def test_classes_without_videos_do_not_count() -> None:
+    metrics = measure(score_table(torch.eye(4)[[0, 1, 0]][:, None], [0, 1, 1]))
+    assert metrics.per_class[:2].tolist() == [1.0, 0.5]
+    assert metrics.per_class[2:].isnan().all()
+    assert metrics.mean_class_accuracy == 0.75
+    assert metrics.accuracy["video_top5"] == 1.0  # four classes: all of them
+
+
+def test_one_class_is_nothing_to_measure() -> None:
+    with pytest.raises(DataError, match=r"only one class \(class 0\)"):
+        measure(score_table(torch.ones(2, 1, 1), [0, 0]))
+
+
+@pytest.mark.parametrize(("correct", "number"), [(3, 40), (700, 1000), (5, 5)])
+def test_the_interval_is_that_of_resampled_videos(correct: int, number: int) -> None:
+    values = np.repeat([1.0, 0.0], [correct, number - correct])
+    found = bootstrap_interval(correct, number, seed=0)
+    assert found == bootstrap_interval(correct, number, seed=0)
+    if correct == number:
+        assert found == (1.0, 1.0)
+        return
+    plain = bootstrap((values,), np.mean, method="percentile", rng=np.random.default_rng(1))
+    assert found == pytest.approx(tuple(plain.confidence_interval), abs=1.5 / number)
+
+
+def test_calibration_bins_give_the_calibration_error() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = (torch.randn(500, 6, generator=generator) * 2).softmax(-1)
+    labels = torch.randint(0, 6, (500,), generator=generator)
+    metrics = measure(score_table(scores[:, None], labels.tolist()))
+    bins = reliability(scores, labels)
+    error = sum(b.videos * abs(b.accuracy - b.confidence) for b in bins) / 500
+    assert sum(b.videos for b in bins) == 500
+    assert metrics.calibration_error == pytest.approx(error, abs=1e-5)
+
+
+@pytest.mark.parametrize("how", COMBINATIONS)
+def test_accuracy_against_views_ends_at_that_of_all_views(how: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    views = (torch.randn(200, 6, 8, generator=generator) * 2).softmax(-1)
+    views[:, :, 0] += 0.3
+    labels = torch.zeros(200, dtype=torch.int64)
+    before = views.clone()
+    found = accuracy_by_views(views, labels, how, seed=0)
+    assert torch.equal(views, before)
+    assert len(found) == 6
+    assert found[-1] == pytest.approx(float((combine(views, how).argmax(-1) == 0).double().mean()))
+    single = (views.argmax(-1) == 0).double().mean()
+    assert found[0] == pytest.approx(float(single), abs=0.05)
+    assert found[0] < found[-1]
+
+
+def test_two_models_are_compared_by_mcnemars_test() -> None:
+    labels = [0] * 20 + [1] * 20
+    right, wrong = torch.tensor([0.9, 0.1]), torch.tensor([0.1, 0.9])
+    first = torch.stack([right] * 15 + [wrong] * 5 + [wrong] * 20)  # 15 + 20 right
+    second = torch.stack([right] * 5 + [wrong] * 10 + [right] * 5 + [wrong] * 18 + [right] * 2)  # 10 + 18
+    a, b = (measure(score_table(scores[:, None], labels)) for scores in (first, second))
+    found = compare(a, b)
+    assert (found.only_first, found.only_second) == (12, 5)
+    assert found.difference == pytest.approx(28 / 40 - 35 / 40)
+    # Two-sided exact binomial test of 5 of 17.
+    expected = 2 * sum(math.comb(17, k) for k in range(6)) / 2**17
+    assert found.p_value == pytest.approx(expected)
+    assert found.interval.low < found.difference < found.interval.high
+    assert found.per_class.tolist() == pytest.approx([10 / 20 - 15 / 20, 18 / 20 - 1])
+    same = compare(a, a)
+    assert (same.p_value, same.difference, same.interval) == (1.0, 0.0, (0.0, 0.0))

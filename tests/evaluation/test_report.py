@@ -1,0 +1,183 @@
+"""The report of an evaluation: one file that says what the table says, readable with many classes."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from synthetic_scores import score_table, table_of_400_classes
+from videos import write_numbered_video
+
+from mvit_video.data.decode import open_video
+from mvit_video.evaluation.results import report_comparison, report_table
+
+VOID = {"meta", "link", "img", "br"}
+
+
+class Page(HTMLParser):
+    """A parsed page: its text, the text of each table's rows, its images; unbalanced tags are an error."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.text, self.images, self.addresses = "", {}, []
+        self.tables: dict[str, list[list[str]]] = {}
+        self._rows: list[list[str]] | None = None
+        self.feed(path.read_text())
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "img":
+            self.images[values["alt"]] = values["src"]
+        self.addresses += [values[name] for name in ("src", "href", "srcset", "data") if values.get(name)]
+        if tag == "table":
+            self._rows = self.tables.setdefault(values.get("id") or f"table {len(self.tables)}", [])
+        if tag == "tr":
+            self._rows.append([])
+        if tag in ("td", "th"):
+            self._rows[-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] in ("style", "script"):
+            assert "url(" not in data
+            assert "@import" not in data
+            return
+        self.text += data
+        if {"td", "th"} & set(self.open):
+            self._rows[-1][-1] += data.strip()
+
+
+def picture(uri: str) -> np.ndarray:
+    kind, content = uri.split(",", 1)
+    assert kind in ("data:image/png;base64", "data:image/jpeg;base64")
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(content))).convert("RGB"))
+
+
+@pytest.fixture(scope="module")
+def folder_of_400(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("of_400")
+    names = [f"class {index}" for index in range(400)]
+    names[0] = "counting $5 <b>&amp; $6"
+    facts = {"bad_videos": [{"id": "x", "path": "/nowhere/<x>.mp4", "reason": "no frames"}]}
+    table = replace(table_of_400_classes(), class_names=tuple(names), facts=facts)
+    report_table(table, folder, how="mean", seed=0, num_mistakes=5)
+    return folder
+
+
+def test_a_page_of_400_classes_says_what_the_table_says(folder_of_400: Path) -> None:
+    page = Page(folder_of_400 / "report.html")
+    assert page.tables["summary"][1][:2] == ["videos", "86.60 %"]
+    assert page.tables["summary"][2][1] == "91.07 %"
+    assert page.tables["pairs"][1] == ["1", "counting $5 <b>&amp; $6", "class 1", "4", "40.00 %"]
+    assert len(page.tables["pairs"]) == 21
+    classes = page.tables["classes"][1:]
+    assert len(classes) == 400
+    assert [row[2] for row in classes] == ["60.00 %"] * 134 + ["100.00 %"] * 266
+    assert "1 videos could not be read (1 of them are missing)" in page.text
+    assert page.tables["bad"] == [["/nowhere/<x>.mp4", "no frames"]]
+    assert page.text.count("taken for") == 5
+    assert "expected calibration error 0.2558" in page.text
+
+
+def test_a_page_needs_nothing_else(folder_of_400: Path) -> None:
+    page = Page(folder_of_400 / "report.html")
+    assert {urlsplit(address).scheme for address in page.addresses} == {"data"}
+    assert set(page.images) == {
+        "Confusion matrix",
+        "The classes that are most confused",
+        "Accuracy of each class",
+        "Calibration",
+        "Accuracy against the number of views",
+    }
+    for uri in page.images.values():
+        assert picture(uri).std() > 10  # something is drawn
+    for name in ("confusion", "confusion_part", "per_class", "calibration", "views"):
+        assert Image.open(folder_of_400 / f"{name}.png").size[0] > 400
+
+
+def test_mistakes_are_shown_with_frames(tmp_path: Path) -> None:
+    good = write_numbered_video(tmp_path / "a.mp4", 20, height=48, width=64)
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    table = score_table(torch.eye(3)[[1, 2, 2]][:, None], [0, 1, 2])
+    paths = (str(good), str(tmp_path / "broken.mp4"), str(good))
+    videos = tuple(replace(v, path=p) for v, p in zip(table.videos, paths, strict=True))
+    report_table(
+        replace(table, videos=videos), tmp_path, how="mean", seed=0, num_mistakes=9, open_file=open_video
+    )
+    page = Page(tmp_path / "report.html")
+    assert page.text.count("taken for") == 2
+    strips = [uri for alt, uri in page.images.items() if alt.startswith("frames of")]
+    assert len(strips) == 1
+    assert picture(strips[0]).shape[:2] == (96, 6 * (128 + 2))
+    assert (tmp_path / "worst_mistakes.png").exists()
+
+
+def test_a_perfect_model_has_a_page_too(tmp_path: Path) -> None:
+    report_table(score_table(torch.eye(2)[:, None], [0, 1]), tmp_path, how="mean", seed=0, num_mistakes=3)
+    page = Page(tmp_path / "report.html")
+    assert page.tables["summary"][1][1] == "100.00 %"
+    assert "no mistakes" in page.text
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("comparison")
+    table = table_of_400_classes()
+    first_views = replace(table, views=table.views[:, :1], spans=table.spans[:, :1])  # all are right
+    report_comparison({"a": table, "b": first_views}, folder, how="mean", seed=0)
+    return folder
+
+
+def test_a_comparison_has_a_page(comparison: Path) -> None:
+    page = Page(comparison / "report.html")
+    assert [row[:2] for row in page.tables["summary"][1:]] == [["a", "86.60 %"], ["b", "100.00 %"]]
+    row = page.tables["comparisons"][1]
+    assert row[:3] == ["a", "b", "13.40 %"]
+    assert row[4:6] == ["0", "536"]
+    found = json.loads((comparison / "results.json").read_text())["comparisons"][0]
+    assert found["p_value"] == pytest.approx(2.0**-535)
+    assert found["per_class"]["class 0"] == pytest.approx(0.4)
+    assert found["per_class"]["class 1"] == 0
+    assert Image.open(comparison / "comparison.png").size[0] > 400
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("name", ["folder_of_400", "comparison"])
+def test_a_browser_shows_the_page(browser, name: str, request: pytest.FixtureRequest) -> None:
+    page = browser.new_page(viewport={"width": 1200, "height": 900})
+    complaints: list[str] = []
+    requests: list[str] = []
+    page.on("console", lambda message: complaints.append(message.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("request", lambda asked: requests.append(asked.url))
+    address = (request.getfixturevalue(name) / "report.html").as_uri()
+    page.goto(address)
+    assert complaints == []
+    assert [url for url in requests if not url.startswith("data:")] == [address]
+    images = page.evaluate("[...document.images].map(i => [i.complete, i.naturalWidth, i.clientWidth])")
+    assert images
+    assert all(complete and natural > 400 and shown > 300 for complete, natural, shown in images)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 1200
+    rows = page.locator("#summary tr").all_inner_texts()
+    assert any("86.60 %" in row for row in rows)
+    if name == "folder_of_400":
+        assert page.locator("#pairs tr").count() == 21
+        assert not page.locator("#classes").is_visible()
+        page.locator("summary").click()
+        assert page.locator("#classes").is_visible()

@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import errno
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mvit_video.errors import ConfigError
+from mvit_video.io.fingerprint import differences, file_stamp, fingerprint, require_same
+from mvit_video.io.writing import append, keep_whole_lines, next_number, replacing, set_aside, sole_writer
+
+
+def test_a_block_that_raises_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "answers.json"
+    path.write_text("old")
+    with pytest.raises(TypeError), replacing(path, "w") as file:
+        file.write(b"new")
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["answers.json"]
+    with replacing(path, "w") as file:
+        file.write("é")
+    assert path.read_bytes() == "é".encode()
+    assert [p.name for p in tmp_path.iterdir()] == ["answers.json"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+def test_an_error_of_the_disk_names_the_file(tmp_path: Path, number: int) -> None:
+    path = tmp_path / "answers.json"
+    with pytest.raises(OSError, match=r"answers\.json") as caught, replacing(path):
+        raise OSError(number, os.strerror(number))
+    assert caught.value.filename == str(path)
+    assert [p.name for p in tmp_path.iterdir()] == []
+
+
+def test_a_missing_folder_is_made_and_a_file_in_its_place_is_named(tmp_path: Path) -> None:
+    with replacing(tmp_path / "a" / "b.txt", "w") as file:
+        file.write("text")
+    with pytest.raises(OSError, match=r"b\.txt"), replacing(tmp_path / "a" / "b.txt" / "c"):
+        pass
+
+
+def test_appended_rows_are_there_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    with path.open("a") as file:
+        append(file, "1\n")
+        assert path.read_text() == "1\n"
+
+
+def test_a_torn_line_is_set_aside(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    for number in range(2):
+        path.write_bytes(b"1\n2\n3")
+        keep_whole_lines(path)
+        assert path.read_bytes() == b"1\n2\n"
+        assert len(list(tmp_path.glob("rows.jsonl.torn*"))) == number + 1
+    keep_whole_lines(path)
+    assert sorted(p.read_bytes() for p in tmp_path.glob("*.torn*")) == [b"3", b"3"]
+
+
+def test_damaged_files_keep_their_content_under_other_names(tmp_path: Path) -> None:
+    names = set()
+    for content in ("a", "b"):
+        (tmp_path / "part-0.parquet").write_text(content)
+        names.add(set_aside(tmp_path / "part-0.parquet", "damaged"))
+    assert {name.read_text() for name in names} == {"a", "b"}
+
+
+def test_numbers_go_on_behind_the_highest(tmp_path: Path) -> None:
+    assert next_number(tmp_path, "part-*.parquet") == 0
+    for name in ("part-00003.parquet", "part-00001.parquet", "part-x.parquet", "other.parquet"):
+        (tmp_path / name).touch()
+    assert next_number(tmp_path, "part-*.parquet") == 4
+
+
+def _try(path: Path, answers: multiprocessing.Queue[str]) -> None:
+    try:
+        with sole_writer(path):
+            answers.put("locked")
+    except ConfigError:
+        answers.put("refused")
+
+
+def test_one_run_at_a_time_writes(tmp_path: Path) -> None:
+    path = tmp_path / "predictions"
+    context = multiprocessing.get_context("spawn")
+    answers: multiprocessing.Queue[str] = context.Queue()
+    with sole_writer(path):
+        other = context.Process(target=_try, args=(path, answers))
+        other.start()
+        assert answers.get(timeout=120) == "refused"
+        other.join()
+    assert [p.name for p in tmp_path.iterdir()] == []
+    with sole_writer(path):
+        pass
+
+
+def test_a_killed_run_leaves_no_lock(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from mvit_video.io.writing import sole_writer\n"
+        "with sole_writer(sys.argv[1]): print('locked', flush=True); time.sleep(600)"
+    )
+    path = tmp_path / "run"
+    with subprocess.Popen([sys.executable, "-c", code, path], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"locked\n"
+        process.send_signal(signal.SIGKILL)
+    with sole_writer(path):
+        pass
+
+
+def test_what_changed_is_named(tmp_path: Path) -> None:
+    before = fingerprint(weights={"sha256": "a" * 64}, views=(5, 1), precision="fp32")
+    now = fingerprint(weights={"sha256": "b" * 64}, views=[5, 1], precision="fp32", topk=5)
+    assert differences(before, now) == {"weights.sha256": "aaaaaa... -> bbbbbb...", "topk": "(none) -> 5"}
+    with pytest.raises(ConfigError, match=r"weights: sha256 aaaaaa\.\.\. -> bbbbbb\.\.\.; name another"):
+        require_same(before, now, what="out.csv", remedy="name another output", free=("topk",))
+    require_same(before, before, what="out.csv", remedy="name another output")
+
+
+def test_a_replaced_file_has_another_stamp(tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+    assert file_stamp(path) == {}
+    path.write_bytes(b"1")
+    first = file_stamp(path)
+    os.utime(path, ns=(1, 1))
+    assert first["size"] == 1
+    assert file_stamp(path) != first

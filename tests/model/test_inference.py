@@ -1,0 +1,94 @@
+"""Precision and compilation of the commands: the answers stay the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Command
+
+from mvit_video.errors import ConfigError
+from mvit_video.model.inference import multiplies_bf16, prepare
+from mvit_video.weights import create_model
+
+
+def evaluated(command: Command, data: Path, checkpoint: Path, *arguments: str) -> dict[str, object]:
+    result = command(
+        "eval",
+        f"data.root={data}",
+        f"weights={checkpoint}",
+        "num_workers=0",
+        "hydra.run.dir=run",
+        *arguments,
+    )
+    assert result.code == 0, result.err
+    return json.loads(Path("run/results.json").read_text())
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32", "auto"])
+def test_answers_of_predict_do_not_depend_on_precision(
+    command: Command, two_classes: Path, checkpoint: Path, precision: str
+) -> None:
+    answers = []
+    for value in ("fp32", precision):
+        output = Path(f"{value}.json")
+        result = command(
+            "predict", two_classes, f"weights={checkpoint}", f"precision={value}", f"output={output}"
+        )
+        assert result.code == 0, result.err
+        answers.append(json.loads(output.read_text()))
+    exact, found = (answer["videos"] for answer in answers)
+    assert len(exact) == len(found) > 1
+    for one, other in zip(exact, found, strict=True):
+        assert one["classes"][0] == other["classes"][0]
+        assert other["scores"][0] == pytest.approx(one["scores"][0], abs=0.02)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_eval_says_its_precision(
+    command: Command, two_classes: Path, checkpoint: Path, precision: str
+) -> None:
+    results = evaluated(command, two_classes, checkpoint, f"precision={precision}")
+    assert results["precision"] == {"bf16": "bfloat16", "fp32": "float32"}[precision]
+
+
+def test_unknown_precision_is_one_line(command: Command, two_classes: Path, checkpoint: Path) -> None:
+    result = command("predict", two_classes, f"weights={checkpoint}", "precision=fp8")
+    assert result.code == 1
+    assert "precision must be one of auto, bf16, fp32, got 'fp8'" in result.err
+
+
+def test_auto_is_bf16_where_there_are_instructions_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for supported, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr("mvit_video.model.inference.multiplies_bf16", lambda _, answer=supported: answer)
+        model = prepare(create_model("mvitv2_nano_8x4", 3), "cpu")
+        assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert multiplies_bf16(torch.device("meta")) is False
+    with pytest.raises(ConfigError, match="precision"):
+        prepare(create_model("mvitv2_nano_8x4", 3), "cpu", precision="half")
+
+
+@torch.inference_mode()
+def test_models_in_bf16_take_float_clips() -> None:
+    torch.manual_seed(0)
+    model = create_model("mvitv2_nano_8x4", 3).eval()
+    clips = torch.randn(2, 3, 8, 64, 64)
+    exact = model(clips)
+    found = prepare(model, "cpu", precision="bf16")(clips)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), exact, atol=0.02, rtol=0.02)
+
+
+@pytest.mark.slow
+@torch.inference_mode()
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_compiled_models_give_the_same(precision: str) -> None:
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    model = create_model("mvitv2_nano_8x4", 3).eval()
+    clips = torch.randn(2, 3, 8, 64, 64)
+    exact = prepare(model, "cpu", precision=precision)(clips).float()
+    found = prepare(model, "cpu", precision=precision, compiled=True)(clips).float()
+    torch.testing.assert_close(found, exact, atol=1e-5 if precision == "fp32" else 0.02, rtol=0.02)

@@ -1,0 +1,306 @@
+"""The learning rate and the parameter groups against the official ones."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from golden_weights import unit
+from torch.utils.data import DataLoader
+
+import mvit_video as mv
+from mvit_video.data.datasets import Batch
+from mvit_video.errors import ConfigError
+from mvit_video.training.forecast import Forecast, duration
+from mvit_video.training.mixing import Mixing, soft_targets
+from mvit_video.training.module import Classifier, freeze, learning_rate, parameter_groups
+from mvit_video.training.plots import describe_labels
+
+REFERENCE = Path(__file__).parents[1] / "reference"
+SCHEDULES = json.loads((REFERENCE / "protocol.json").read_text())["lr"]
+MIXUP = json.loads((REFERENCE / "protocol.json").read_text())["mixup"]
+GROUPS = json.loads((REFERENCE / "train_facts.json").read_text())["weight_decay_groups"][0]["groups"]
+
+
+@pytest.mark.parametrize("case", SCHEDULES, ids=lambda case: case["config"])
+def test_the_learning_rate_is_the_official_one(case: dict) -> None:
+    for epoch, expected in case["lr"]:
+        found = learning_rate(
+            epoch,
+            lr=case["base_lr"],
+            epochs=case["epochs"],
+            warmup_epochs=case["warmup"],
+            warmup_start_lr=case["start"],
+            end_lr=case["end"],
+        )
+        assert found == pytest.approx(expected, rel=1e-9)
+
+
+def test_no_warmup_and_one_step_work() -> None:
+    schedule = partial(learning_rate, lr=1.0, warmup_start_lr=0.1, end_lr=0.0)
+    assert schedule(0, epochs=10, warmup_epochs=0) == 1.0
+    assert schedule(1, epochs=1, warmup_epochs=0) == 0.0
+    assert schedule(12, epochs=10, warmup_epochs=2) == 0.0
+
+
+def test_weight_decay_groups_are_the_official_ones() -> None:
+    with torch.device("meta"):
+        model = mv.create_model("mvitv2_s_16x4")
+    groups = parameter_groups(model, 0.05)
+    assert [(len(g["params"]), g["weight_decay"]) for g in groups] == [
+        (g["tensors"], g["weight_decay"]) for g in GROUPS
+    ]
+    names = {id(p): name for name, p in model.named_parameters()}
+    kinds = {names[id(p)].split(".", 2)[2] for p in groups[1]["params"] if "blocks." in names[id(p)]}
+    assert kinds <= set(GROUPS[1]["kinds"])
+
+
+def test_frozen_parameters_are_left_out() -> None:
+    model = mv.create_model("mvitv2_nano_8x4")
+    model.patch_embed.requires_grad_(False)
+    held = sum(len(group["params"]) for group in parameter_groups(model, 0.05))
+    assert held == len(list(model.parameters())) - 2
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("lr", -1),
+        ("warmup", 1.0),
+        ("warmup", -0.1),
+        ("label_smoothing", 1.0),
+        ("weight_decay", -1),
+        ("layer_decay", 0),
+        ("layer_decay", 1.1),
+        ("lr_batch_size", 0),
+    ],
+)
+def test_values_out_of_range_are_named(name: str, value: float) -> None:
+    values = {"lr": 0.1, name: value}
+    with pytest.raises(ValueError, match=f"{name} must .*{value}"):
+        Classifier(mv.create_model("mvitv2_nano_8x4"), optimizer=torch.optim.SGD, **values)
+
+
+def test_targets_are_the_official_ones() -> None:
+    facts = MIXUP["target"]
+    labels = torch.tensor(facts["labels"])
+    found = soft_targets(labels, facts["num_classes"], own=facts["lam"], smoothing=facts["smoothing"])
+    torch.testing.assert_close(found, torch.tensor(facts["value"]), atol=1e-7, rtol=0)
+
+
+def test_mixed_batches_are_the_official_ones() -> None:
+    """Six batches in a row from the official code's random numbers: mixup and CutMix, pixels and targets."""
+    rng = np.random.RandomState(MIXUP["numpy_seed"])
+    cut = 0
+    for number, batch in enumerate(MIXUP["batches"]):
+        clips = torch.from_numpy(unit(f"mix{number}", 4 * 3 * 2 * 8 * 12)).reshape(4, 3, 2, 8, 12)
+        before = clips.clone()
+        mixed, own = Mixing()(clips, rng)
+        assert torch.equal(clips, before)
+        cut += bool((mixed == before).any())
+        shown = torch.tensor(batch["sample0_frame0_chan0"])
+        torch.testing.assert_close(mixed[0, 0, 0], shown, atol=1e-6, rtol=0)
+        torch.testing.assert_close(mixed.flatten()[: len(batch["first"])], torch.tensor(batch["first"]))
+        assert mixed.mean().item() == pytest.approx(batch["out_mean"], abs=1e-6)
+        assert mixed.abs().mean().item() == pytest.approx(batch["out_abs_mean"], abs=1e-6)
+        targets = soft_targets(torch.tensor([0, 1, 2, 3]), 6, own=own, smoothing=0.1)
+        torch.testing.assert_close(targets[0], torch.tensor(batch["target_row0"]), atol=1e-6, rtol=0)
+    assert 0 < cut < len(MIXUP["batches"])
+
+
+@pytest.mark.parametrize("settings", [{"probability": 0}, {"mixup": 0}, {"cutmix": 0}, {}])
+def test_mixing_mixes_what_it_says(settings: dict) -> None:
+    clips = torch.stack([torch.zeros(3, 2, 16, 16), torch.ones(3, 2, 16, 16)])
+    mixing, shares = Mixing(**settings), []
+    for seed in range(40):
+        mixed, own = mixing(clips, np.random.RandomState(seed))
+        assert mixed[1].mean().item() == pytest.approx(own, abs=1e-6)
+        assert mixed[0].mean().item() == pytest.approx(1 - own, abs=1e-6)
+        binary = ((mixed == 0) | (mixed == 1)).all().item()
+        if settings == {"probability": 0}:
+            assert own == 1
+        elif "mixup" in settings:
+            assert binary
+        elif "cutmix" in settings:
+            assert not binary
+        shares.append(own)
+    assert len(set(shares)) > 20 or settings == {"probability": 0}
+
+
+def test_a_batch_of_one_and_an_odd_one_work() -> None:
+    rng = np.random.RandomState(0)
+    assert Mixing()(torch.rand(1, 3, 1, 8, 8), rng)[1] == 1.0
+    mixed, own = Mixing(cutmix=0)(torch.rand(3, 3, 1, 8, 8), rng)
+    assert mixed.shape == (3, 3, 1, 8, 8)
+    assert 0 < own < 1
+
+
+def test_smoothed_targets_without_mixing_are_label_smoothing() -> None:
+    logits, labels = torch.randn(5, 7), torch.tensor([0, 6, 3, 3, 1])
+    soft = F.cross_entropy(logits, soft_targets(labels, 7, own=1.0, smoothing=0.1))
+    torch.testing.assert_close(soft, F.cross_entropy(logits, labels, label_smoothing=0.1))
+
+
+@pytest.mark.parametrize(("name", "value"), [("mixup", -1), ("probability", 2), ("switch_probability", -0.1)])
+def test_mixing_out_of_range_is_named(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{name} must .*{value}"):
+        Mixing(**{name: value})
+
+
+def test_layer_decay_is_the_official_one() -> None:
+    """PySlowFast: decay ** (depth + 1 - layer), where the embedding is layer 0 and block i layer i + 1."""
+    with torch.device("meta"):
+        model = mv.create_model("mvitv2_s_16x4")
+    names = {id(p): name for name, p in model.named_parameters()}
+    seen = set()
+    for group in parameter_groups(model, 0.05, 0.75):
+        for parameter in group["params"]:
+            name = names[id(parameter)]
+            parts = name.split(".")
+            depth = len(model.blocks)
+            if parts[0] in ("cls_token", "patch_embed"):
+                layer = 0
+            else:
+                layer = int(parts[1]) + 1 if parts[0] == "blocks" else depth + 1
+            assert group["lr_scale"] == pytest.approx(0.75 ** (depth + 1 - layer))
+            assert group["weight_decay"] == (0 if parameter.ndim == 1 else 0.05)
+            seen.add(name)
+    assert seen == set(names.values())
+
+
+def test_layer_decay_needs_layers() -> None:
+    with pytest.raises(ConfigError, match="layer_decay needs an MViT"):
+        parameter_groups(torch.nn.Linear(2, 2), 0.05, 0.5)
+
+
+def test_freezing_the_backbone_leaves_the_head() -> None:
+    model = mv.create_model("mvitv2_nano_8x4", drop_path=0.9)
+    freeze(model, ["backbone"])
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == [
+        "head.projection.weight",
+        "head.projection.bias",
+    ]
+    clips = torch.randn(1, 3, 8, 64, 64)
+    features = [model.forward_features(clips) for _ in range(4)]
+    assert all(torch.equal(features[0], other) for other in features)  # no drop path
+    assert model.head.training
+
+
+def test_parts_are_frozen_by_name() -> None:
+    model = mv.create_model("mvitv2_nano_8x4")
+    freeze(model, ["blocks.1", "cls_token"])
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert "cls_token" in frozen
+    assert {name.rsplit(".", 1)[0][:8] for name in frozen - {"cls_token"}} == {"blocks.1"}
+    assert not model.blocks[1].attn.training
+    assert model.blocks[0].attn.training
+    with pytest.raises(ConfigError, match=r"no 'blocks.9'; it has: backbone, patch_embed"):
+        freeze(model, ["blocks.9"])
+    with pytest.raises(ConfigError, match="nothing is left"):
+        freeze(model, ["patch_embed", "cls_token", "blocks", "norm", "head"])
+
+
+def fit(folder: Path, *, videos: int = 4, epochs: int = 1, accumulate: int = 1, **settings) -> Classifier:
+    """Train a tiny model on noise, all on one device."""
+    torch.manual_seed(0)
+    model = mv.create_model("mvitv2_nano_8x4", 3, embed_dim=8, stages=(1, 1), crop_size=16, num_frames=2)
+    clips = torch.randn(videos, 3, 2, 16, 16)
+    batches = [Batch(clips, torch.arange(videos) % 3, []) for _ in range(4)]
+    optimizer = partial(torch.optim.SGD, momentum=0.0)
+    classifier = Classifier(model, optimizer=optimizer, batch_size=videos, **settings)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_epochs=epochs,
+        accumulate_grad_batches=accumulate,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+        callbacks=[Forecast()],
+    )
+    trainer.fit(classifier, DataLoader(batches, batch_size=None))
+    return classifier
+
+
+@pytest.mark.parametrize(("lr_batch_size", "accumulate", "scale"), [(None, 1, 1), (8, 1, 0.5), (2, 2, 4)])
+def test_rates_are_scaled_with_the_videos_of_a_step(
+    tmp_path: Path, lr_batch_size: int | None, accumulate: int, scale: float
+) -> None:
+    rates: list[float] = []
+
+    class Noting(torch.optim.SGD):
+        def step(self, closure=None):
+            rates.append(self.param_groups[-1]["lr"])
+            return super().step(closure)
+
+    settings = {"lr": 0.1, "warmup": 0.25, "warmup_start_lr": 0.02, "end_lr": 0.01}
+    model = mv.create_model("mvitv2_nano_8x4", 3, embed_dim=8, stages=(1, 1), crop_size=16, num_frames=2)
+    classifier = Classifier(
+        model, optimizer=Noting, batch_size=4, lr_batch_size=lr_batch_size, layer_decay=0.5, **settings
+    )
+    batches = [Batch(torch.randn(4, 3, 2, 16, 16), torch.arange(4) % 3, []) for _ in range(8 * accumulate)]
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=1, max_epochs=1, accumulate_grad_batches=accumulate, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.fit(classifier, DataLoader(batches, batch_size=None))
+    plan = partial(learning_rate, lr=0.1, epochs=8, warmup_epochs=2, warmup_start_lr=0.02, end_lr=0.01)
+    assert rates == pytest.approx([scale * plan(step) for step in range(8)])
+    first, last = classifier.optimizers(False).param_groups[0], classifier.optimizers(False).param_groups[-1]
+    assert first["lr"] == pytest.approx(last["lr"] * 0.5 ** (len(model.blocks) + 1))
+
+
+def test_mixing_follows_from_seed_epoch_and_batch(tmp_path: Path) -> None:
+    seen: list[torch.Tensor] = []
+
+    class Watching(Mixing):
+        def __call__(self, clips, rng):
+            mixed, own = super().__call__(clips, rng)
+            seen.append(mixed)
+            return mixed, own
+
+    for seed in (1, 1, 2):
+        fit(tmp_path, lr=0.0, mixing=Watching(), seed=seed, epochs=2)
+        np.random.default_rng().random()
+    first, again, other = seen[:8], seen[8:16], seen[16:]
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+    assert len({tuple(clips.flatten().tolist()) for clips in first}) == 8  # each batch and epoch its own
+
+
+def test_what_the_model_sees_is_drawn_and_the_time_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", "mvit_video"):
+        fit(tmp_path, lr=0.1, epochs=3)
+    assert (tmp_path / "batch.png").stat().st_size > 5000
+    told = [message for message in caplog.messages if "one epoch will take about" in message]
+    assert len(told) == 1
+    assert "(3 epochs, validation not counted)" in told[0]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [
+        (0.2, "1 s"), (59.4, "59 s"), (80, "80 s"), (100, "2 min"), (600, "10 min"), (3600, "1 h 0 min"),
+        (86000, "23 h 53 min"), (86399, "1 d 0 h"), (200000, "2 d 8 h"),
+    ],
+)  # fmt: skip
+def test_durations_are_for_people(seconds: float, said: str) -> None:
+    assert duration(seconds) == said
+
+
+def test_labels_are_counted() -> None:
+    few = describe_labels([0, 0, 0, 1], ["cats", "dogs", "birds"]).splitlines()
+    assert [line.split()[:2] for line in few] == [["birds", "0"], ["dogs", "1"], ["cats", "3"]]
+    many = describe_labels([*range(30), 7, 7], [f"class {i}" for i in range(30)]).splitlines()
+    assert many[0] == "30 classes of 1 to 3 videos, median 1"
+    assert many[-1].startswith("class 7")
+    assert len(many) == 11

@@ -1,0 +1,470 @@
+"""Runs that are killed, in mid-epoch or while they write, go on exactly; damaged checkpoints are noticed."""
+
+from __future__ import annotations
+
+import csv
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Command, error_line
+
+from mvit_video.cli import eval as evaluate
+from mvit_video.cli import train
+from mvit_video.data.decode import open_video
+from mvit_video.model import MViT
+from mvit_video.training.module import Classifier
+from mvit_video.training.resume import find_checkpoint
+
+SMALL = [
+    "data=folder",
+    "batch_size=2",  # of ten training videos: five steps an epoch
+    "model.embed_dim=16",
+    "model.stages=[1,1]",
+    "model.crop_size=32",
+    "model.num_frames=4",
+    "model.drop_path=0.5",  # random numbers of the model count
+    "optim.lr=1e-2",
+    "optim.warmup=0",
+    "trainer.max_epochs=3",
+    "trainer.log_every_n_steps=1",
+    "logger=csv",
+]
+
+
+def losses(run: Path) -> dict[int, str]:
+    """The loss of each step in the newest csv log, as written: equal only if bitwise equal."""
+    logs = sorted(run.glob("csv/version_*/metrics.csv"), key=lambda path: int(path.parent.name.split("_")[1]))
+    with logs[-1].open() as file:
+        rows = list(csv.DictReader(file))
+    return {int(row["step"]): row["train/loss_step"] for row in rows if row.get("train/loss_step")}
+
+
+def averages(run: Path) -> list[tuple[str, str]]:
+    """Loss and accuracy of each epoch in the newest csv log, as written."""
+    logs = sorted(run.glob("csv/version_*/metrics.csv"), key=lambda path: int(path.parent.name.split("_")[1]))
+    with logs[-1].open() as file:
+        rows = list(csv.DictReader(file))
+    return [(row["train/loss_epoch"], row["train/top1_epoch"]) for row in rows if row["train/loss_epoch"]]
+
+
+def validations(run: Path) -> list[tuple[str, str]]:
+    """Step and loss of each validation in the newest csv log, as written."""
+    logs = sorted(run.glob("csv/version_*/metrics.csv"), key=lambda path: int(path.parent.name.split("_")[1]))
+    with logs[-1].open() as file:
+        return [(row["step"], row["val/loss"]) for row in csv.DictReader(file) if row["val/loss"]]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+
+
+def assert_equal_weights(run: Path, other: Path) -> None:
+    first, second = weights(run), weights(other)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def train_in_child(arguments: list[str], prepare: Callable[[], Any]) -> int:
+    """Run mvit-train in a process of its own, after ``prepare``; its exit code (-9: killed by SIGKILL)."""
+
+    def run() -> None:
+        prepare()
+        sys.argv = ["mvit-train", *arguments]
+        train.main()
+
+    child = multiprocessing.get_context("fork").Process(target=run)
+    child.start()
+    child.join(120)
+    assert child.exitcode is not None
+    return child.exitcode
+
+
+def signal_in_batch(
+    number: int, which: signal.Signals, step_name: str = "training_step"
+) -> Callable[[], None]:
+    """Makes the process send itself a signal in its so-manieth batch of training or validation, from 0."""
+
+    def prepare() -> None:
+        step, batches = getattr(Classifier, step_name), iter(range(1000))
+
+        def signalling_step(self: Classifier, *args: Any) -> Any:
+            if next(batches) == number:
+                os.kill(os.getpid(), which)
+            return step(self, *args)
+
+        setattr(Classifier, step_name, signalling_step)
+
+    return prepare
+
+
+@pytest.fixture(scope="module")
+def arguments(two_classes: Path) -> list[str]:
+    return [*SMALL, f"data.root={two_classes}", "save_every_n_steps=3", "ckpt_path=last"]
+
+
+@pytest.fixture(scope="module")
+def whole(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an uninterrupted run."""
+    run = tmp_path_factory.mktemp("whole")
+    assert train_in_child([*arguments, "num_workers=0", f"hydra.run.dir={run}"], lambda: None) == 0
+    assert "nothing to resume" in (run / "train.log").read_text()
+    assert sorted(losses(run)) == list(range(15))
+    return run
+
+
+@pytest.mark.parametrize(
+    ("loading", "killed_in", "resumed_at"),
+    [
+        (["num_workers=0"], 8, 6),
+        (["num_workers=2", "loader=workers"], 4, 3),
+        (["num_workers=2", "loader=threads"], 7, 6),
+        (["num_workers=2"], 11, 10),  # after the end of an epoch
+        (["num_workers=0", "trainer.max_steps=15"], 8, 6),
+    ],
+    ids=["alone", "workers", "threads", "epoch end", "max_steps"],
+)
+def test_a_killed_run_goes_on_with_the_batch_that_was_due(
+    command: Command,
+    arguments: list[str],
+    whole: Path,
+    tmp_path: Path,
+    loading: list[str],
+    killed_in: int,
+    resumed_at: int,
+) -> None:
+    arguments = [*arguments, *loading, "hydra.run.dir=run"]
+    assert train_in_child(arguments, signal_in_batch(killed_in, signal.SIGKILL)) == -signal.SIGKILL
+    result = command("train", *arguments)
+    assert result.code == 0, result.err
+    assert "resuming from" in result.out
+    expected = {step: loss for step, loss in losses(whole).items() if step >= resumed_at}
+    assert losses(tmp_path / "run") == expected
+    assert averages(tmp_path / "run") == averages(whole)[resumed_at // 5 :]
+    assert_equal_weights(tmp_path / "run", whole)
+
+
+def test_a_shortened_epoch_is_an_epoch(command: Command, arguments: list[str], tmp_path: Path) -> None:
+    arguments = [*arguments, "num_workers=0", "trainer.limit_train_batches=3", "trainer.max_epochs=2"]
+    assert command("train", *arguments, "hydra.run.dir=whole").code == 0
+    code = train_in_child([*arguments, "hydra.run.dir=run"], signal_in_batch(3, signal.SIGKILL))
+    assert code == -signal.SIGKILL
+    assert command("train", *arguments, "hydra.run.dir=run").code == 0
+    assert sorted(losses(tmp_path / "run")) == [3, 4, 5]
+    assert_equal_weights(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_the_published_recipe_goes_on_exactly(command: Command, arguments: list[str], tmp_path: Path) -> None:
+    """Averaged weights, mixing, random augmentations and several clips of a video are part of it."""
+    recipe = ["ema=0.9", "mixing=mixup_cutmix", "augment=kinetics", "augment.short_side=48", "num_workers=2"]
+    arguments = [*arguments, *recipe]
+    assert command("train", *arguments, "hydra.run.dir=whole").code == 0
+    code = train_in_child([*arguments, "hydra.run.dir=run"], signal_in_batch(8, signal.SIGKILL))
+    assert code == -signal.SIGKILL
+    assert command("train", *arguments, "hydra.run.dir=run").code == 0
+    expected = {step: loss for step, loss in losses(tmp_path / "whole").items() if step >= 6}
+    assert losses(tmp_path / "run") == expected
+    assert_equal_weights(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_run_is_killed_again_and_again(
+    command: Command, arguments: list[str], whole: Path, tmp_path: Path
+) -> None:
+    arguments = [*arguments, "num_workers=0", "hydra.run.dir=run"]
+    for batches in (1, 4, 4, 2):  # of the first run and of each resumed one
+        assert train_in_child(arguments, signal_in_batch(batches, signal.SIGKILL)) == -signal.SIGKILL
+    assert command("train", *arguments).code == 0
+    assert_equal_weights(tmp_path / "run", whole)
+
+
+@pytest.mark.slow
+def test_gradients_that_are_being_gathered_are_gathered_again(
+    command: Command, arguments: list[str], tmp_path: Path
+) -> None:
+    arguments = [*arguments, "num_workers=0", "trainer.accumulate_grad_batches=2"]
+    assert command("train", *arguments, "hydra.run.dir=whole").code == 0
+    for batch in (1, 2, 7, 8):  # the first and the second of two
+        run = f"hydra.run.dir=run{batch}"
+        code = train_in_child([*arguments, run], signal_in_batch(batch, signal.SIGTERM))
+        assert code == 128 + signal.SIGTERM
+        assert command("train", *arguments, run).code == 0
+        assert_equal_weights(tmp_path / f"run{batch}", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("batch", "saved"), [(3, 4), (4, 5)])  # in an epoch, and before its validation
+def test_sigterm_saves_and_ends(
+    command: Command, arguments: list[str], whole: Path, tmp_path: Path, batch: int, saved: int
+) -> None:
+    arguments = [*arguments, "num_workers=2", "hydra.run.dir=run"]
+    assert train_in_child(arguments, signal_in_batch(batch, signal.SIGTERM)) == 128 + signal.SIGTERM
+    assert "ckpt_path=last goes on from the last checkpoint" in (tmp_path / "run" / "train.log").read_text()
+    last = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert last["global_step"] == saved
+    assert command("train", *arguments).code == 0
+    assert losses(tmp_path / "run") == {s: loss for s, loss in losses(whole).items() if s >= saved}
+    assert_equal_weights(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize("scontrol", ["there", "refuses", "missing"])
+def test_sigusr1_in_a_slurm_job_saves_and_queues_it_again(
+    command: Command,
+    arguments: list[str],
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    scontrol: str,
+) -> None:
+    for name, value in {"NTASKS": "1", "PROCID": "0", "LOCALID": "0", "NODEID": "0", "JOB_ID": "123"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("SLURM_JOB_NAME", "train")
+    if scontrol != "missing":
+        program = tmp_path / "bin" / "scontrol"
+        program.parent.mkdir()
+        ending = "echo nope >&2; exit 1" if scontrol == "refuses" else ""
+        program.write_text(f"#!/bin/sh\necho $* > {tmp_path}/called\n{ending}")
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
+    arguments = [*arguments, "num_workers=0", "hydra.run.dir=run"]
+    assert train_in_child(arguments, signal_in_batch(3, signal.SIGUSR1)) == 128 + signal.SIGTERM
+    said = (tmp_path / "run" / "train.log").read_text()
+    if scontrol == "there":
+        assert "job 123 is queued again" in said
+    else:
+        reason = "nope" if scontrol == "refuses" else "scontrol can't be run (No such file or directory)"
+        assert f"the job isn't queued again: {reason}" in said
+    if scontrol != "missing":
+        assert (tmp_path / "called").read_text() == "requeue 123\n"
+    assert {path.name for path in (tmp_path / "run").iterdir() if "ckpt" in path.name} == set()
+    assert command("train", *arguments).code == 0
+    assert losses(tmp_path / "run") == {s: loss for s, loss in losses(whole).items() if s >= 4}
+    assert_equal_weights(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize(
+    ("added", "batch", "saved", "which"),
+    [
+        ([], 1, 4, signal.SIGTERM),
+        ([], (1, 2), 8, signal.SIGTERM),  # again, after the resume
+        ([], (1, 1), 4, signal.SIGTERM),  # again, in the same validation
+        (["trainer.num_sanity_val_steps=2"], 0, None, signal.SIGTERM),
+        (["ema=0.9"], 2, 8, signal.SIGTERM),
+        (["trainer.val_check_interval=2"], 1, 2, signal.SIGTERM),
+        (["trainer.val_check_interval=2", "ema=0.9"], 4, 6, signal.SIGTERM),
+        (["trainer.val_check_interval=3"], 1, 3, signal.SIGKILL),  # written as the validation began
+        (["trainer.max_steps=8"], 2, 6, signal.SIGTERM),
+        (["trainer.val_check_interval=3", "trainer.accumulate_grad_batches=2"], 0, None, signal.SIGTERM),
+    ],
+    ids=[
+        "epoch's",
+        "twice",
+        "the same twice",
+        "sanity check",
+        "averages",
+        "mid-epoch",
+        "mid-epoch averages",
+        "killed",
+        "the last",
+        "gathering",
+    ],
+)
+def test_a_validation_that_is_stopped_is_made_again(
+    command: Command,
+    arguments: list[str],
+    tmp_path: Path,
+    added: list[str],
+    batch: int | tuple[int, ...],
+    saved: int | None,
+    which: signal.Signals,
+) -> None:
+    four_and_two = "data.val_fraction=0.4"  # batches an epoch, of training and of validation
+    arguments = [*arguments, "num_workers=0", four_and_two, *added]
+    assert train_in_child([*arguments, "hydra.run.dir=whole"], lambda: None) == 0
+    for number in batch if isinstance(batch, tuple) else (batch,):
+        stop = signal_in_batch(number, which, "validation_step")
+        code = train_in_child([*arguments, "hydra.run.dir=run"], stop)
+        assert code == (128 + which if which == signal.SIGTERM else -which)
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    if saved is None:
+        assert not last.exists()
+    else:
+        assert torch.load(last, weights_only=True)["global_step"] == saved
+    assert command("train", *arguments, "hydra.run.dir=run").code == 0
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert losses(run) == {step: loss for step, loss in losses(whole).items() if step >= (saved or 0)}
+    done = validations(run)
+    assert done
+    assert done == validations(whole)[-len(done) :]
+    assert averages(run) == averages(whole)[max((saved or 0) - 1, 0) // 4 :]
+    assert_equal_weights(run, whole)
+
+
+def die_while_writing(count: int) -> Callable[[], None]:
+    """Makes the process die in the middle of its so-manieth checkpoint, from 0."""
+
+    def prepare() -> None:
+        save, saved = torch.save, iter(range(1000))
+
+        def dying(checkpoint: Any, file: Any) -> None:
+            if next(saved) == count:
+                file.write(b"half a checkpoint" * 1000)
+                file.flush()
+                os.kill(os.getpid(), signal.SIGKILL)
+            save(checkpoint, file)
+
+        torch.save = dying
+
+    return prepare
+
+
+def test_a_crash_while_writing_leaves_the_checkpoint_before(
+    command: Command, arguments: list[str], whole: Path, tmp_path: Path
+) -> None:
+    arguments = [*arguments, "num_workers=0", "hydra.run.dir=run"]
+    assert train_in_child(arguments, die_while_writing(2)) == -signal.SIGKILL
+    result = command("train", *arguments)
+    assert result.code == 0, result.err
+    assert "damaged" not in result.out
+    assert min(losses(tmp_path / "run")) == 3
+    assert_equal_weights(tmp_path / "run", whole)
+    names = {file.name for file in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert names == {"best.ckpt", "last.ckpt", "previous.ckpt"}
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "gone"])
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_taken(
+    command: Command, arguments: list[str], whole: Path, tmp_path: Path, damage: str
+) -> None:
+    run = Path(shutil.copytree(whole, tmp_path / "run"))
+    folder = run / "checkpoints"
+    content = bytearray((folder / "last.ckpt").read_bytes())
+    if damage == "cut":
+        content = content[: len(content) // 2]
+    elif damage == "flipped":
+        content[len(content) // 2] ^= 255
+    elif damage == "empty":
+        content.clear()
+    (folder / "last.ckpt").write_bytes(content)
+    if damage == "gone":
+        (folder / "last.ckpt").unlink()
+    if damage in ("flipped", "empty"):
+        assert find_checkpoint("last", run, own_only=True) == folder / "previous.ckpt"
+        return
+    arguments = [*arguments, "num_workers=0", "hydra.run.dir=run"]
+    result = command("train", *arguments)
+    assert result.code == 0, result.err
+    assert ("last.ckpt: the checkpoint is" in result.out) == (damage != "gone")
+    assert f"resuming from {folder / 'previous.ckpt'}" in result.out
+    assert losses(run) == {step: loss for step, loss in losses(whole).items() if step >= 12}
+
+    for name in ("last.ckpt", "previous.ckpt"):
+        (folder / name).write_bytes(bytes(content[:100]))
+    line = error_line(command("train", *arguments), "train")
+    assert "last.ckpt: the checkpoint is cut off or damaged" in line
+    assert "previous.ckpt: the checkpoint is cut off or damaged" in line
+
+
+def test_weights_alone_are_nothing_to_resume(command: Command, checkpoint: Path, two_classes: Path) -> None:
+    line = error_line(command("train", f"data.root={two_classes}", f"ckpt_path={checkpoint}"), "train")
+    assert "model.ckpt: no checkpoint of a run but weights alone; weights=FILE" in line
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="looks for processes in /proc")
+def test_the_loader_s_processes_end_with_a_killed_run(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def run() -> None:
+        signal_in_batch(8, signal.SIGSTOP)()
+        sys.argv = ["mvit-train", *arguments, "num_workers=2", "loader=workers", "hydra.run.dir=run"]
+        train.main()
+
+    child = multiprocessing.get_context("fork").Process(target=run)
+    child.start()
+    deadline = time.monotonic() + 60
+    while "T (stopped)" not in Path(f"/proc/{child.pid}/status").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    workers = children(child.pid)
+    assert len(workers) == 4  # two for training, two for validation
+    child.kill()
+    child.join()
+    while any(Path(f"/proc/{pid}").exists() for pid in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("loader", ["threads", "workers"])
+def test_ctrl_c_ends_a_run_promptly(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loader: str
+) -> None:
+    """It reaches the loader's processes too, as from a terminal."""
+    monkeypatch.chdir(tmp_path)
+    group = tmp_path / "group"
+
+    def prepare() -> None:
+        os.setsid()
+        group.write_text(str(os.getpgrp()))
+        step, batches = Classifier.training_step, iter(range(1000))
+
+        def training_step(self: Classifier, *args: Any) -> Any:
+            if next(batches) == 3:
+                os.killpg(os.getpgrp(), signal.SIGINT)
+            return step(self, *args)
+
+        Classifier.training_step = training_step
+
+    start = time.monotonic()
+    code = train_in_child([*arguments, "num_workers=2", f"loader={loader}", "hydra.run.dir=run"], prepare)
+    assert code == 1
+    assert time.monotonic() - start < 30
+    with pytest.raises(ProcessLookupError):
+        os.killpg(int(group.read_text()), 0)
+
+
+def test_ctrl_c_ends_an_evaluation_promptly(
+    two_classes: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def run() -> None:
+        os.setsid()
+        monkeypatch.setattr(MViT, "forward", lambda *_: os.killpg(os.getpgrp(), signal.SIGINT))
+        sys.argv = ["mvit-eval", f"data.root={two_classes}", f"weights={checkpoint}", "hydra.run.dir=run"]
+        evaluate.main()
+
+    child = multiprocessing.get_context("fork").Process(target=run)
+    child.start()
+    child.join(60)
+    assert child.exitcode == 128 + signal.SIGINT
+    with pytest.raises(ProcessLookupError):
+        os.killpg(child.pid, 0)
+
+
+def test_a_killed_process_of_the_loader_ends_a_run_with_the_name_of_its_video(
+    command: Command, arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def deadly(path: str, **options: Any) -> Any:
+        if str(path).endswith("cats/3.mp4") and multiprocessing.parent_process() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return open_video(path, **options)
+
+    monkeypatch.setattr("mvit_video.data.decode.open_video", deadly)
+    options = ["num_workers=2", "loader=workers", "hydra.run.dir=run"]
+    line = error_line(command("train", *arguments, *options), "train")
+    assert "was killed by SIGKILL while it read" in line
+    assert "cats/3.mp4 (out of memory?" in line
