@@ -5,9 +5,8 @@ A dataset here never raises for a bad video: training replaces it, testing retur
 
 from __future__ import annotations
 
-import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,20 +15,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mvit_video.data.augment import Augment, augmented_clips
+from mvit_video.data.augment import Augment
+from mvit_video.data.clips import read_test_views, read_training_clips
 from mvit_video.data.decode import Video, open_video
 from mvit_video.data.index import LabelledVideo
 from mvit_video.data.loader import ClipLoader
-from mvit_video.data.pixels import test_clips
-from mvit_video.data.sampling import (
-    kinetics_frame_indices,
-    random_frame_indices,
-    random_segment_frame_indices,
-    segment_frame_indices,
-    spatial_views,
-    torchvision_frame_indices,
-    torchvision_spatial_view,
-)
+from mvit_video.data.samplers import AllVideos, EpochBatches
 from mvit_video.errors import ConfigError, DataError, VideoError
 from mvit_video.model.clip_spec import ClipSpec
 
@@ -77,77 +68,6 @@ class VideoViews:
     clips: Tensor
     spans: list[tuple[float, float]] = field(default_factory=list)
     error: str | None = None
-
-
-class EpochBatches:
-    """Every video once an epoch, in an order that depends on the seed and the epoch alone.
-
-    A batch is a list of (epoch, index), so that a sample's random choices follow from its key, whoever makes
-    it. Of several processes, each takes every ``processes``-th video of the same order: the batches of a step
-    together are what one process would have as one batch, whatever their number. An incomplete last batch is
-    dropped, unless it is the only one.
-
-    Args:
-        shuffle: False gives the order of epoch 0 again and again.
-
-    Raises DataError where there are fewer videos than processes.
-    """
-
-    def __init__(
-        self,
-        num_videos: int,
-        batch_size: int,
-        *,
-        seed: int,
-        process: int = 0,
-        processes: int = 1,
-        shuffle: bool = True,
-    ) -> None:
-        if num_videos < processes:
-            raise DataError(f"{processes} processes can't share {num_videos} training videos")
-        self.num_videos, self.seed, self.epoch = num_videos, seed, 0
-        self.process, self.processes, self.shuffle = process, processes, shuffle
-        share = num_videos // processes
-        self.batch_size = min(batch_size, share)
-        self._length = share // self.batch_size
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch if self.shuffle else 0
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = list(range(self.num_videos))
-        random.Random(f"{self.seed} {self.epoch}").shuffle(order)
-        keys = [(self.epoch, index) for index in order[self.process :: self.processes]]
-        for start in range(0, self._length * self.batch_size, self.batch_size):
-            yield keys[start : start + self.batch_size]
-
-
-class AllVideos:
-    """Every video once, in order, a batch of ``batch_size`` at a time.
-
-    Of several processes, each takes every ``processes``-th video; all have equally many batches, so those of
-    some may be empty at the end. Raises DataError where there are fewer videos than processes.
-    """
-
-    def __init__(self, num_videos: int, batch_size: int, *, process: int = 0, processes: int = 1) -> None:
-        if 0 < num_videos < processes:
-            raise DataError(f"{processes} processes can't share {num_videos} validation videos")
-        self._share = list(range(process, num_videos, processes))
-        self._batch_size = batch_size
-        self._length = math.ceil(math.ceil(num_videos / processes) / batch_size)
-
-    def set_epoch(self, epoch: int) -> None:
-        """It is the same in all epochs."""
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for batch in range(self._length):
-            yield self._share[batch * self._batch_size : (batch + 1) * self._batch_size]
 
 
 class TrainingClips(Dataset[TrainingSample]):
@@ -211,71 +131,6 @@ class TestViews(Dataset[VideoViews]):
         except VideoError as error:
             return VideoViews(video, torch.empty(0), error=error.reason)
         return VideoViews(video, clips, spans)
-
-
-def read_training_clips(video: Video, protocol: ClipSpec, augment: Augment, rng: random.Random) -> Tensor:
-    """One random clip of a video, augmented ``augment.repeats`` times, float (repeats, 3, T, H, W).
-
-    Raises VideoError for a bad file.
-    """
-    if protocol.sampling == "segment":
-        indices = random_segment_frame_indices(video.num_frames, clip_frames=protocol.clip_frames, rng=rng)
-    else:
-        indices = random_frame_indices(
-            video.num_frames,
-            video.fps,
-            clip_frames=protocol.clip_frames,
-            stride=protocol.stride,
-            target_fps=protocol.target_fps,
-            rng=rng,
-        )
-    frames = video.get_frames(indices)
-    return augmented_clips(frames, augment, protocol.crop, mean=protocol.mean, std=protocol.std, rng=rng)
-
-
-def read_test_views(video: Video, protocol: ClipSpec) -> tuple[Tensor, list[tuple[float, float]]]:
-    """All views of a video and their spans, as in ``VideoViews``. Raises VideoError for a bad file."""
-    if protocol.sampling == "segment":
-        clips = [segment_frame_indices(video.num_frames, clip_frames=protocol.clip_frames)]
-    elif protocol.sampling == "torchvision":
-        clips = torchvision_frame_indices(
-            video.num_frames,
-            video.fps,
-            clip_frames=protocol.clip_frames,
-            frame_rate=protocol.target_fps / protocol.stride,
-            num_clips=protocol.num_clips,
-        )
-    else:
-        clips = kinetics_frame_indices(
-            video.num_frames,
-            video.fps,
-            clip_frames=protocol.clip_frames,
-            stride=protocol.stride,
-            num_clips=protocol.num_clips,
-            target_fps=protocol.target_fps,
-        )
-    needed = sorted({index for clip in clips for index in clip})
-    position = {index: i for i, index in enumerate(needed)}
-    positions = [[position[index] for index in clip] for clip in clips]
-    frames = video.get_frames(needed)  # one decode, however many views
-    height, width = frames.shape[-2:]
-    sizes = {"short_side": protocol.short_side, "crop": protocol.crop}
-    round_pixels = protocol.pixels != "slowfast"
-    if round_pixels:
-        crops = [torchvision_spatial_view(height, width, **sizes)]
-    else:
-        crops = spatial_views(height, width, num_crops=protocol.num_crops, **sizes)
-    spans = [(video.frame_time(clip[0]), video.frame_time(clip[-1])) for clip in clips for _ in crops]
-    clip_pixels = test_clips(
-        frames,
-        positions,
-        crops,
-        mean=protocol.mean,
-        std=protocol.std,
-        round_pixels=round_pixels,
-        bicubic=protocol.pixels == "image",
-    )
-    return clip_pixels, spans
 
 
 def training_loader(

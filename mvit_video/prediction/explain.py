@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from av.video.frame import VideoFrame
 from torch import Tensor
 
-from mvit_video.data.datasets import read_test_views
+from mvit_video.data.clips import read_test_views
 from mvit_video.errors import ConfigError
 from mvit_video.model import ClipSpec, MViT
 from mvit_video.model.attention import Grid

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvit_video.data.batches import in_full_batches
-from mvit_video.data.datasets import OpenVideo, TestViews, VideoViews, read_test_views
+from mvit_video.data.clips import read_test_views
+from mvit_video.data.datasets import OpenVideo, TestViews, VideoViews
 from mvit_video.data.decode import open_video
 from mvit_video.data.decode.cuda import SAMPLE
 from mvit_video.data.index import LabelledVideo

@@ -23,8 +23,9 @@ from mvit_video.data.augment import (
     rand_augment,
     random_erase_boxes,
 )
-from mvit_video.data.datasets import EpochBatches, TrainingClips, training_loader
+from mvit_video.data.datasets import TrainingClips, training_loader
 from mvit_video.data.index import LabelledVideo
+from mvit_video.data.samplers import EpochBatches
 from mvit_video.model import ClipSpec
 
 RECIPE = "rand-m7-n4-mstd0.5-inc1"

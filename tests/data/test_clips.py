@@ -11,9 +11,10 @@ import pytest
 import torch
 from videos import read_number, write_numbered_video
 
-from mvit_video.data.datasets import Augment, EpochBatches, TestViews, TrainingClips, training_loader
+from mvit_video.data.datasets import Augment, TestViews, TrainingClips, training_loader
 from mvit_video.data.decode import open_video
 from mvit_video.data.index import LabelledVideo
+from mvit_video.data.samplers import EpochBatches
 from mvit_video.data.sampling import kinetics_frame_indices, segment_frame_indices
 from mvit_video.errors import DataError
 from mvit_video.model import ClipSpec

@@ -22,7 +22,7 @@ from videos import numbered_frame, read_number, write_numbered_video
 
 import mvit_video as mv
 from mvit_video.data.class_names import read_class_names
-from mvit_video.data.datasets import read_test_views
+from mvit_video.data.clips import read_test_views
 from mvit_video.data.fixed_folds import hmdb51_splits, ucf101_splits
 from mvit_video.data.index import VideoIndex, VideoSplits, folder_splits, image_folder_splits
 from mvit_video.data.kinetics import Clip, kinetics_splits, parse_clip_name

@@ -21,10 +21,8 @@ from videos import write_numbered_video
 
 from mvit_video.data import loader as loader_module
 from mvit_video.data.datasets import (
-    AllVideos,
     Augment,
     Batch,
-    EpochBatches,
     TestViews,
     TrainingClips,
     training_loader,
@@ -33,6 +31,7 @@ from mvit_video.data.datasets import (
 from mvit_video.data.decode import open_video
 from mvit_video.data.index import LabelledVideo
 from mvit_video.data.loader import ClipLoader, Kind
+from mvit_video.data.samplers import AllVideos, EpochBatches
 from mvit_video.errors import ConfigError, DataError
 from mvit_video.model import ClipSpec
 
