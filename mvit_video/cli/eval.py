@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import shutil
@@ -47,6 +46,7 @@ from mvit_video.evaluation.tables import (
 from mvit_video.io.fingerprint import file_sha256
 from mvit_video.model import VideoModel
 from mvit_video.model.inference import prepare
+from mvit_video.weights import weights_sha256
 
 log = logging.getLogger(__name__)
 
@@ -205,14 +205,10 @@ def _progress(total: int, how: Combination, *, shown: bool) -> Iterator[Any]:
 def _facts(config: DictConfig, model: VideoModel) -> dict[str, Any]:
     """How the scores come about; the values of ``MUST_AGREE`` decide whether scores can be put together."""
     weights = config.weights or OmegaConf.select(config, "model.weights") or "random"
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(value.shape)}".encode())
-        digest.update(value.contiguous().cpu().numpy().tobytes())
     facts = {
         "weights": str(weights),
         "weights_sha256": file_sha256(Path(weights)) if config.weights else None,
-        "model_sha256": digest.hexdigest(),
+        "model_sha256": weights_sha256(model),
         "protocol": asdict(model.protocol),
         "protocol_text": str(model.protocol),
         "class_map": _read_class_map(config.class_map),

@@ -2,5 +2,14 @@
 
 from mvit_video.weights.checkpoint import LoadReport, from_slowfast, load_model, load_weights, save_weights
 from mvit_video.weights.create import create_model
+from mvit_video.weights.identity import weights_sha256
 
-__all__ = ["LoadReport", "create_model", "from_slowfast", "load_model", "load_weights", "save_weights"]
+__all__ = [
+    "LoadReport",
+    "create_model",
+    "from_slowfast",
+    "load_model",
+    "load_weights",
+    "save_weights",
+    "weights_sha256",
+]

@@ -43,14 +43,14 @@ class ExportedModel(nn.Module):
         except (ConfigError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{name}: its description of the model can't be used ({error!r})") from None
         self.class_names: tuple[str, ...] | None = tuple(names) if names else None
-        self._run, self._name = run, name
+        self._run, self.path = run, name
 
     def forward(self, clips: Tensor) -> Tensor:
         """Raises ConfigError for clips of another size."""
         size = (3, *self.config.input_size)
         if tuple(clips.shape[1:]) != size:
             raise ConfigError(
-                f"{self._name} was exported for clips of {size}, got {tuple(clips.shape[1:])}; "
+                f"{self.path} was exported for clips of {size}, got {tuple(clips.shape[1:])}; "
                 "export it with these views"
             )
         return self._run(clips)
