@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import logging
 from collections.abc import Iterable
 from contextlib import suppress
@@ -10,15 +11,15 @@ from pathlib import Path
 
 from mvit_video.data.datasets import BadVideo
 from mvit_video.errors import ConfigError, DataError
+from mvit_video.io.writing import append, keep_whole_lines
 
 log = logging.getLogger(__name__)
 
 
 class BadVideos:
-    """Every bad video of a job once, by path.
+    """Every unreadable video of a job once, by path.
 
-    Each is logged and appended to a csv file (path, reason) as soon as it is found; the first one makes the
-    file.
+    Each is logged and added to a csv file (path, reason) as soon as it is found; the first makes the file.
 
     Args:
         file: the csv file.
@@ -33,19 +34,22 @@ class BadVideos:
         if not go_on:
             file.unlink(missing_ok=True)
         elif file.is_file():
-            with file.open(newline="") as rows:
+            keep_whole_lines(file)
+            with file.open(newline="", encoding="utf-8", errors="surrogateescape") as rows:
                 self.found = {row[0]: BadVideo(*row) for row in list(csv.reader(rows))[1:] if len(row) == 2}
 
     def note(self, videos: Iterable[BadVideo]) -> None:
-        """List those that are new."""
-        for video in videos:
-            if video.path not in self.found:
-                self.found[video.path] = video
-                log.warning("bad video %s: %s", video.path, video.reason)
-                self._append(video)
+        """List those that are new. Raises DataError as soon as they are more than the job bears."""
+        new = {video.path: video for video in videos if video.path not in self.found}
+        self.found |= new
+        for video in new.values():
+            log.warning("unreadable video %s: %s", video.path, video.reason)
+            self._append(video)
+        if new:
+            self.check()
 
     def check(self) -> None:
-        """Raise DataError when there are more than the job bears."""
+        """Raise DataError when there are more than the job bears, such as of several processes together."""
         if len(self.found) > self.allowed:
             named = "; ".join(f"{path}: {reason}" for path, reason in list(self.found.values())[:3])
             raise DataError(
@@ -54,10 +58,13 @@ class BadVideos:
             )
 
     def _append(self, video: BadVideo) -> None:
-        with suppress(FileExistsError), self.file.open("x", newline="") as file:
+        with suppress(FileExistsError), self.file.open("x", newline="", encoding="utf-8") as file:
             csv.writer(file).writerow(BadVideo._fields)
-        with self.file.open("a", newline="") as file:  # whose rows come in one piece: processes share it
-            csv.writer(file).writerow(video)
+        row = io.StringIO(newline="")
+        csv.writer(row).writerow(video)
+        # A row goes out in one piece: processes share the file.
+        with self.file.open("a", newline="", encoding="utf-8", errors="surrogateescape") as file:
+            append(file, row.getvalue())
 
 
 def allowed_bad_videos(max_bad_videos: float, total: int) -> int:
@@ -65,6 +72,6 @@ def allowed_bad_videos(max_bad_videos: float, total: int) -> int:
 
     Raises ConfigError for a negative or broken number.
     """
-    if max_bad_videos < 0 or (max_bad_videos > 1 and max_bad_videos != int(max_bad_videos)):
+    if not (0 <= max_bad_videos <= 1 or (max_bad_videos > 1 and float(max_bad_videos).is_integer())):
         raise ConfigError(f"max_bad_videos must be a share below 1 or a whole number, got {max_bad_videos}")
     return int(max_bad_videos * total + 1e-9) if max_bad_videos < 1 else int(max_bad_videos)

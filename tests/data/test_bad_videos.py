@@ -1,0 +1,57 @@
+"""What a job does about videos that can't be read."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from mvit_video.data.bad_videos import BadVideos, allowed_bad_videos
+from mvit_video.data.datasets import BadVideo
+from mvit_video.errors import ConfigError, DataError
+
+
+def rows(file: Path) -> list[list[str]]:
+    with file.open(newline="", encoding="utf-8", errors="surrogateescape") as lines:
+        return list(csv.reader(lines))
+
+
+@pytest.mark.parametrize("allowed", [0, 1, 3])
+def test_a_run_stops_with_the_first_video_too_many(tmp_path: Path, allowed: int) -> None:
+    bad = BadVideos(tmp_path / "bad.csv", allowed=allowed, total=9)
+    for number in range(allowed):
+        bad.note([BadVideo(f"{number}.mp4", "damaged")] * 2)
+        bad.note([])
+    with pytest.raises(DataError, match=rf"{allowed + 2} of 9 .*max_bad_videos"):
+        bad.note([BadVideo("one, more.mp4", "damaged\nbadly"), BadVideo("last.mp4", "gone")])
+    listed = rows(tmp_path / "bad.csv")
+    assert listed[0] == ["path", "reason"]
+    assert listed[-2:] == [["one, more.mp4", "damaged\nbadly"], ["last.mp4", "gone"]]
+    assert len(listed) == allowed + 3
+
+
+def test_a_resumed_job_counts_those_of_before(tmp_path: Path) -> None:
+    file = tmp_path / "bad.csv"
+    BadVideos(file, allowed=2, total=9).note([BadVideo("a.mp4", "damaged"), BadVideo("\udcff.mp4", "gone")])
+    with file.open("a") as torn:
+        torn.write("b.mp4,half a li")
+    resumed = BadVideos(file, allowed=2, total=9, go_on=True)
+    assert list(resumed.found) == ["a.mp4", "\udcff.mp4"]
+    with pytest.raises(DataError, match="3 of 9"):
+        resumed.note([BadVideo("b.mp4", "damaged")])
+    assert [row[0] for row in rows(file) if row[0].isascii()] == ["path", "a.mp4", "b.mp4"]
+    assert BadVideos(file, allowed=2, total=9).found == {}
+
+
+@pytest.mark.parametrize(
+    ("value", "total", "allowed"), [(0, 9, 0), (3, 9, 3), (0.5, 9, 4), (0.29, 100, 29), (1, 9, 1)]
+)
+def test_numbers_and_shares_of_bad_videos(value: float, total: int, allowed: int) -> None:
+    assert allowed_bad_videos(value, total) == allowed
+
+
+@pytest.mark.parametrize("value", [-1, 1.5, float("nan"), float("inf")])
+def test_broken_numbers_of_bad_videos(value: float) -> None:
+    with pytest.raises(ConfigError, match="max_bad_videos"):
+        allowed_bad_videos(value, 9)
