@@ -26,6 +26,7 @@ from mvit_video.data.datasets import OpenVideo
 from mvit_video.data.decode.cuda import SAMPLE
 from mvit_video.data.loader import KINDS
 from mvit_video.errors import ConfigError, MVitVideoError, did_you_mean
+from mvit_video.io.console import printable, protect_terminal
 from mvit_video.model import ClipSpec, VideoModel
 from mvit_video.model.variants import change_views
 from mvit_video.weights import load_model, load_weights
@@ -49,6 +50,7 @@ def run(job: Callable[[DictConfig], None], config_name: str) -> None:
     def guarded_job(config: DictConfig) -> None:
         # Hydra prints a line of its own for exceptions that leave the job, so ours must not leave it.
         try:
+            protect_terminal()
             _quiet_libraries()
             _check_types(config, config_name)
             folder = Path(HydraConfig.get().runtime.output_dir)
@@ -132,7 +134,7 @@ def override_protocol(protocol: ClipSpec, views: DictConfig) -> ClipSpec:
 
 
 def _exit(config_name: str, message: str) -> None:
-    sys.stderr.write(f"mvit-{config_name}: error: {message}\n")
+    sys.stderr.write(f"mvit-{config_name}: error: {printable(message)}\n")
     sys.exit(1)
 
 

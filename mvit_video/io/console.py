@@ -1,7 +1,16 @@
-"""Tables on the terminal."""
+"""Text that leaves for a person's eyes: the terminal, spreadsheets, subtitles.
+
+Names of files and classes come from outside. What a terminal, a spreadsheet or a player would take for a
+command is made visible here, in one place.
+"""
 
 from __future__ import annotations
 
+import io
+import logging
+import os
+import sys
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,17 +18,101 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+# Control and formatting characters (some turn the direction of text), lone surrogates, and ends of lines.
+_UNSAFE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+_JOINERS = "\u200c\u200d"  # scripts and emoji need them
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a cell that begins so is one in every spreadsheet
+
+
+def valid_text(text: str | os.PathLike[str]) -> str:
+    """Text that can be encoded: bytes of a name that aren't UTF-8, and lone surrogates, become escapes."""
+    text = os.fspath(text)
+    if text.isascii():
+        return text
+    try:
+        return os.fsencode(text).decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "backslashreplace").decode()
+
+
+def printable(text: object, keep: str = "") -> str:
+    """Text for a terminal or a picture: escapes such as ``\\x1b`` in the place of what isn't shown but acts.
+
+    Args:
+        keep: characters to let through, such as the line ends of a message of several lines.
+    """
+    text = valid_text(str(text))
+    if text.isascii() and text.isprintable():
+        return text
+    unsafe = {c for c in set(text) if unicodedata.category(c) in _UNSAFE} - set(keep + _JOINERS)
+    return text.translate({ord(c): c.encode("unicode_escape").decode() for c in unsafe})
+
+
+def csv_cell(value: Any) -> Any:
+    """A cell of a csv file: text that a spreadsheet would compute gets an apostrophe in front.
+
+    Numbers and other values stay as they are.
+    """
+    if not isinstance(value, str):
+        return value
+    value = valid_text(value).replace("\0", "\\x00")
+    return f"'{value}" if value.startswith(_FORMULA) else value
+
+
+def caption(text: str) -> str:
+    """One line of a subtitle: nothing in it ends the subtitle or begins another."""
+    return " ".join(printable(text, keep="\n\r\t").split()).replace("-->", "->")
+
+
+class SafeFormatter(logging.Formatter):
+    """Another formatter's messages, ``printable`` but for line ends."""
+
+    def __init__(self, inner: logging.Formatter | None = None) -> None:
+        super().__init__()
+        self._inner = inner or logging.Formatter()
+
+    def format(self, record: logging.LogRecord) -> str:
+        """See ``logging.Formatter.format``."""
+        return printable(self._inner.format(record), keep="\n\t")
+
+
+def protect_terminal() -> None:
+    """Make the log and the standard streams safe for text from outside, in any locale."""
+    accept_all_text()
+    for handler in logging.getLogger().handlers:
+        if not isinstance(handler.formatter, SafeFormatter):
+            handler.setFormatter(SafeFormatter(handler.formatter))
+
+
+def accept_all_text() -> None:
+    """Let standard output and error escape what the locale's encoding lacks, not fail."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """A line and a table on standard output; numbers are right-aligned."""
+    """A line and a table on standard output; numbers are right-aligned, long paths broken behind a ``/``."""
+    accept_all_text()
+    console = Console()
     table = Table()
     for index, column in enumerate(columns):
         numeric = bool(rows) and all(isinstance(row[index], int | float) for row in rows)
-        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+        table.add_column(printable(column), justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         # As text, for a name such as "[b] 1.mp4" isn't meant as markup.
-        table.add_row(*(Text(f"{cell:.4f}" if isinstance(cell, float) else str(cell)) for cell in row))
-    console = Console()
+        cells = (f"{cell:.4f}" if isinstance(cell, float) else printable(cell, keep="\n") for cell in row)
+        table.add_row(*(Text(_break_path(cell, console.width // 2)) for cell in cells))
     if title:
-        console.print(title)
+        console.print(Text(printable(title)))
     console.print(table)
+
+
+def _break_path(text: str, width: int) -> str:
+    """Lines of at most ``width`` columns where the parts of the path allow it."""
+    lines = [""]
+    for part in text.split("/") if len(text) > width else ():
+        if lines[-1] and len(lines[-1]) + len(part) > width:
+            lines.append("")
+        lines[-1] += f"{part}/"
+    return "\n".join(lines).removesuffix("/") or text
