@@ -20,7 +20,8 @@ from mvit_video.data.index import VideoSplits
 from mvit_video.data.prepare import Problem, compare, find_problems, prepare, summary
 from mvit_video.data.table import INDEX_NAME, Table, index_file, read_table
 from mvit_video.errors import ConfigError, DataError
-from mvit_video.io.console import print_table
+from mvit_video.io.console import csv_cell, print_table, printable
+from mvit_video.io.writing import replacing
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +33,8 @@ def main() -> None:
     jobs: dict[str, Callable[[DictConfig], None]] = {"prepare": prepare_index, "check": check_index}
     job = sys.argv.pop(1) if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else None
     if job not in jobs and (job or len(sys.argv) == 1):
-        sys.stderr.write(f"mvit-data: error: say what to do: mvit-data {' or '.join(jobs)}, not {job!r}\n")
+        what = "missing command" if job is None else f"unknown command {job!r}"
+        sys.stderr.write(f"mvit-data: error: {printable(what)}: {' or '.join(jobs)}\n")
         sys.exit(1)
     app.run(jobs[job or "prepare"], "data")
 
@@ -53,7 +55,7 @@ def prepare_index(config: DictConfig) -> None:
     table = prepare(
         splits,
         file,
-        root=None if root is None else Path(root).expanduser(),
+        root=None if root is None else Path(str(root)).expanduser(),
         num_workers=workers,
         frame_rate=config.frame_rate,
     )
@@ -64,13 +66,17 @@ def prepare_index(config: DictConfig) -> None:
     _print_summary(found)
     for kind in ("missing", "corrupt", "duplicate", "label mismatch"):
         _print_some(kind, [f"{p.path}: {p.detail}" for p in problems if p.kind == kind])
-    print(f"index: {file}\nreport: {folder}\nuse it: mvit-train data=index data.path={file}")
+    place = printable(str(file))
+    print(
+        f"index: {place}\nreport: {printable(str(folder))}\nuse it: mvit-train data=index data.path={place}"
+    )
 
 
 def check_index(config: DictConfig) -> None:
     """Compare an index with the disk; DataError where they differ."""
     file = index_file(_index_path(config))
-    changes = compare(read_table(file))
+    table = read_table(file)
+    changes = compare(table, config.frame_rate)
     for name, paths in changes._asdict().items():
         _print_some(name, paths)
     rows = [(name, path) for name, paths in changes._asdict().items() for path in paths]
@@ -83,22 +89,21 @@ def check_index(config: DictConfig) -> None:
 
 def _index_path(config: DictConfig) -> Path:
     if config.index is not None:
-        return Path(config.index).expanduser()
+        return Path(str(config.index)).expanduser()
     for key in ("path", "root"):
         value = config.data[key] if key in list(config.data) else None  # raises where it is unset
         if value is not None:
-            place = Path(value).expanduser()
+            place = Path(str(value)).expanduser()
             return place if key == "path" and not place.is_dir() else place / INDEX_NAME
     return Path(config.data.train).expanduser().parent / INDEX_NAME
 
 
 def _write_report(table: Table, problems: list[Problem], found: dict[str, Any], folder: Path) -> None:
     try:
-        (folder / "summary.json").write_text(
-            json.dumps(found, indent=2, ensure_ascii=False), encoding="utf-8"
-        )
+        with replacing(folder / "summary.json", "w") as file:
+            json.dump(found, file, indent=2, ensure_ascii=False)
         _write_csv(folder / "problems.csv", Problem._fields, problems)
-        seconds = [entry.facts.duration for entry in table.entries if entry.facts.error is None]
+        seconds = [entry.info.duration for entry in table.entries if entry.info.error is None]
         if seconds:
             plot_durations(seconds, folder / "durations.png")
     except OSError as error:
@@ -106,8 +111,9 @@ def _write_report(table: Table, problems: list[Problem], found: dict[str, Any], 
 
 
 def _write_csv(file: Path, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    with file.open("w", newline="", encoding="utf-8") as lines:
-        csv.writer(lines).writerows([header, *rows])
+    with replacing(file, "w", newline="") as lines:
+        csv.writer(lines).writerow(header)
+        csv.writer(lines).writerows([csv_cell(cell) for cell in row] for row in rows)
 
 
 def _print_summary(found: dict[str, Any]) -> None:
@@ -121,7 +127,7 @@ def _print_summary(found: dict[str, Any]) -> None:
         durations = (
             f"{seconds['shortest']:.1f} to {seconds['longest']:.1f} s, median {seconds['median']:.1f} s"
         )
-        print(f"{durations}; codecs: {codecs}")
+        print(f"{durations}; codecs: {printable(codecs)}")
     _print_some("without training videos", empty)
     if found["unlisted_files"]:
         print(f"{found['unlisted_files']} files on disk aren't in the data set")
@@ -130,7 +136,7 @@ def _print_summary(found: dict[str, Any]) -> None:
 def _print_some(what: str, lines: list[str]) -> None:
     if lines:
         more = f"\n  ... and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
-        print(f"{what} ({len(lines)}):\n  " + "\n  ".join(lines[:_SHOWN]) + more)
+        print(f"{what} ({len(lines)}):\n  " + "\n  ".join(map(printable, lines[:_SHOWN])) + more)
 
 
 def plot_durations(seconds: Sequence[float], path: Path) -> None:
@@ -144,4 +150,5 @@ def plot_durations(seconds: Sequence[float], path: Path) -> None:
         xlabel="seconds", ylabel="videos", title=f"{len(ordered)} videos, the longest {ordered[-1]:.1f} s"
     )
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    with replacing(path) as file:
+        figure.savefig(file, dpi=120, format="png")

@@ -11,13 +11,14 @@ from pathlib import Path
 
 from mvit_video.data.datasets import BadVideo
 from mvit_video.errors import ConfigError, DataError
+from mvit_video.io.console import csv_cell
 from mvit_video.io.writing import append, keep_whole_lines
 
 log = logging.getLogger(__name__)
 
 
 class BadVideos:
-    """Every unreadable video of a job once, by path.
+    """Every unreadable video of a job once, by path as the file has it.
 
     Each is logged and added to a csv file (path, reason) as soon as it is found; the first makes the file.
 
@@ -35,12 +36,13 @@ class BadVideos:
             file.unlink(missing_ok=True)
         elif file.is_file():
             keep_whole_lines(file)
-            with file.open(newline="", encoding="utf-8", errors="surrogateescape") as rows:
+            with file.open(newline="", encoding="utf-8") as rows:
                 self.found = {row[0]: BadVideo(*row) for row in list(csv.reader(rows))[1:] if len(row) == 2}
 
     def note(self, videos: Iterable[BadVideo]) -> None:
         """List those that are new. Raises DataError as soon as they are more than the job bears."""
-        new = {video.path: video for video in videos if video.path not in self.found}
+        cells = {csv_cell(video.path): video for video in videos}
+        new = {path: video for path, video in cells.items() if path not in self.found}
         self.found |= new
         for video in new.values():
             log.warning("unreadable video %s: %s", video.path, video.reason)
@@ -61,9 +63,9 @@ class BadVideos:
         with suppress(FileExistsError), self.file.open("x", newline="", encoding="utf-8") as file:
             csv.writer(file).writerow(BadVideo._fields)
         row = io.StringIO(newline="")
-        csv.writer(row).writerow(video)
+        csv.writer(row).writerow(map(csv_cell, video))
         # A row goes out in one piece: processes share the file.
-        with self.file.open("a", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        with self.file.open("a", newline="", encoding="utf-8") as file:
             append(file, row.getvalue())
 
 

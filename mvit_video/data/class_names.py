@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
-from mvit_video.data.files import existing, parse_json, read_text
+from mvit_video.data.files import existing, is_text, lines_of, parse_json, quoted
 from mvit_video.errors import DataError, did_you_mean
 
 ClassNames = Sequence[str] | str | Path
@@ -22,24 +23,31 @@ def read_class_names(source: ClassNames) -> tuple[str, ...]:
             text with one name a line, a JSON list, or JSON ``{name: index}``.
 
     Raises:
-        DataError: the file is missing or has another form, or a name comes twice.
+        DataError: the file is missing or has another form, a name comes twice, or it isn't text.
     """
-    if isinstance(source, str | Path):
-        shipped = _SHIPPED / f"{source}.txt"
-        file = shipped if shipped.is_file() else existing(source)
-        where = str(file)
-        if file.suffix.lower() == ".json":
-            names = _names_in_json(file)
-        else:
-            names = [line.strip() for line in read_text(file).splitlines() if line.strip()]
+    where = "class_names"
+    if isinstance(source, list | tuple):
+        names = [str(name) for name in source]
     else:
-        where, names = "class_names", [str(name) for name in source]
+        shipped = _SHIPPED / f"{source}.txt"
+        file = shipped if shipped.is_file() else existing(str(source))
+        where = str(file)
+        names = _names_in_json(file) if file.suffix.lower() == ".json" else [n for _, n in lines_of(file)]
+    check_class_names(names, where)
+    return tuple(names)
+
+
+def check_class_names(names: Sequence[str], where: str) -> None:
+    """Raises `DataError`, beginning with `where`, for no names, and for one that is blank or comes twice."""
     if not names:
         raise DataError(f"{where}: no class names")
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise DataError(f"{where}: class name {twice!r} comes twice")
-    return tuple(names)
+    seen: set[str] = set()
+    for name in names:
+        if not name.strip() or not is_text(name):
+            raise DataError(f"{where}: {quoted(name)} is no class name")
+        if name in seen:
+            raise DataError(f"{where}: class name {quoted(name)} comes twice")
+        seen.add(name)
 
 
 def check_same_classes(
@@ -49,16 +57,16 @@ def check_same_classes(
 
     Args:
         known: the names of the model's classes, where it has them.
-        num_classes: how many the model knows.
+        num_classes: how many the model has.
         hint: what to do about it.
     """
     if num_classes != len(class_names):
-        raise DataError(f"the weights know {num_classes} classes, the data set has {len(class_names)}{hint}")
+        raise DataError(f"the checkpoint has {num_classes} classes, the data set {len(class_names)}{hint}")
     for index, (one, other) in enumerate(zip(known or class_names, class_names, strict=True)):
         if one != other:
             raise DataError(
-                f"the weights call class {index} {one!r}, the data set calls it {other!r}; "
-                f"their lists of classes must be the same, in the same order{hint}"
+                f"class {index} is {quoted(one)} in the checkpoint and {quoted(other)} in the data set; "
+                f"both must have the same classes in the same order{hint}"
             )
 
 
@@ -66,7 +74,7 @@ class LabelOf:
     """The label of a class name, however it is spelt: case, underscores, quotes and brackets don't count.
 
     Lists and folders of the same data set write ``playing_badminton``, ``"playing badminton"`` or
-    ``Putting [something] into [something]``.
+    ``Putting [something] into [something]``; disks compose accents in two ways.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -83,9 +91,8 @@ class LabelOf:
         if label is None:
             label = self._folded.get(_fold(name))
         if label is None:
-            raise DataError(
-                f"{where}: unknown class {name!r}{did_you_mean(name, self._names)}; {preview(self._names)}"
-            )
+            nearest = did_you_mean(name[:200], self._names)
+            raise DataError(f"{where}: unknown class {quoted(name)}{nearest}; {preview(self._names)}")
         return label
 
 
@@ -95,7 +102,8 @@ def preview(names: Sequence[str]) -> str:
 
 
 def _fold(name: str) -> str:
-    return " ".join(re.sub(r'[_"\[\]]', " ", name).casefold().split())
+    name = unicodedata.normalize("NFC", re.sub(r'[_"\[\]]', " ", name)).casefold()
+    return " ".join(name.split())
 
 
 def _names_in_json(file: Path) -> list[str]:

@@ -3,24 +3,62 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from reprlib import Repr
+from typing import IO, Any
 
 from mvit_video.errors import DataError
 
+log = logging.getLogger(__name__)
+
 # fmt: off
 VIDEO_EXTENSIONS = (
-    ".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".ts",
-    ".wmv", ".flv", ".3gp", ".gif", ".ogv",
+    ".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".3gp", ".gif",
+    ".ogv", ".mts", ".m2ts", ".m2t", ".asf", ".f4v", ".3g2", ".vob", ".mxf", ".dv", ".ogg", ".divx", ".h264",
+    ".264", ".hevc", ".h265", ".265", ".m2v", ".m1v", ".mjpeg", ".mjpg", ".y4m", ".apng", ".dav", ".qt",
+    ".mpe", ".mod", ".tod", ".rm", ".rmvb", ".ivf", ".obu", ".nut", ".mk3d", ".wtv", ".xvid",
 )
 # fmt: on
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")  # a picture is a short video
 
+_SHORT = Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 120
+
+
+def quoted(value: object) -> str:
+    """A value from a file as an error shows it: escaped, and short."""
+    return _SHORT.repr(value)
+
+
+def is_text(text: str) -> bool:
+    """Whether a name can go to a disk, a table and a terminal: it has no NUL and can be written as UTF-8."""
+    if text.isascii():
+        return "\0" not in text
+    try:
+        return b"\0" not in text.encode()
+    except UnicodeEncodeError:  # half a character, or bytes of a name that aren't UTF-8
+        return False
+
+
+def is_name(text: str) -> bool:
+    """Whether it could be the name of a file: text, and neither empty nor longer than any path can be."""
+    return 0 < len(text) <= 4096 and is_text(text)
+
 
 def existing(path: str | Path) -> Path:
     """Raises `DataError` where there is nothing."""
-    path = Path(path).expanduser()  # shells leave the ~ of an override such as data.root=~/k400 alone
-    if not path.exists():
-        raise DataError(f"{path} does not exist")
+    path = Path(str(path)).expanduser()  # shells leave the ~ of an override such as data.root=~/k400 alone
+    try:
+        path.stat()
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist") from None
+    except (OSError, ValueError) as error:  # no permission, a loop of links, a name that can't be
+        raise DataError(f"{quoted(str(path))} can't be used: {_reason(error)}") from None
     return path
 
 
@@ -32,28 +70,120 @@ def existing_folder(path: str | Path) -> Path:
     return path
 
 
-def read_text(file: Path) -> str:
-    """Raises `DataError`, with the line, for what isn't UTF-8 text."""
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise DataError(f"{file} can't be read as text: {error}") from None
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise DataError(
-            f"{file}, line {line}: this isn't UTF-8 text (it has the byte {error.object[error.start]:#x})"
-        ) from None
-
-
-def parse_json(file: Path) -> object:
-    """Raises `DataError` with the line of a mistake."""
-    try:
-        return json.loads(read_text(file))
-    except json.JSONDecodeError as error:
-        hint = "; a value a line? Put them into one list" if error.msg == "Extra data" else ""
-        raise DataError(f"{file}, line {error.lineno}: not JSON: {error.msg}{hint}") from None
-
-
 def find_first(folder: Path, names: list[str]) -> Path | None:
     """The first of these files and folders that `folder` has."""
     return next((folder / name for name in names if (folder / name).exists()), None)
+
+
+@contextmanager
+def reading(file: Path) -> Iterator[IO[str]]:
+    """An open text file. Raises `DataError`, with the line, for what isn't UTF-8 text."""
+    try:
+        with file.open(encoding="utf-8-sig") as text:
+            yield text
+    except OSError as error:
+        raise DataError(f"{file} can't be read as text: {_reason(error)}") from None
+    except UnicodeDecodeError as error:
+        line = next(number for number, line in enumerate(file.open("rb"), start=1) if not _decodes(line))
+        byte = error.object[error.start]
+        raise DataError(f"{file}, line {line}: this isn't UTF-8 text (it has the byte {byte:#x})") from None
+
+
+def lines_of(file: Path) -> Iterator[tuple[int, str]]:
+    """Number and text of each line that isn't blank; a file of gigabytes is never read as a whole.
+
+    Raises:
+        DataError: it isn't UTF-8 text, or a line has a NUL character.
+    """
+    with reading(file) as text:
+        for number, line in enumerate(text, start=1):
+            if "\0" in line:
+                raise DataError(f"{file}, line {number}: this isn't text, it has a NUL character")
+            if stripped := line.strip():
+                yield number, stripped
+
+
+def parse_json(file: Path) -> object:
+    """Raises `DataError`, with the line, for a mistake, and for a key that comes twice."""
+    with reading(file) as text:
+        content = text.read()
+    try:
+        return json.loads(content, object_pairs_hook=_unique_keys)
+    except json.JSONDecodeError as error:
+        hint = "; a value a line? Put them into one list" if error.msg == "Extra data" else ""
+        raise DataError(f"{file}, line {error.lineno}: not JSON: {error.msg}{hint}") from None
+    except RecursionError:
+        raise DataError(f"{file}: its lists are nested too deeply") from None
+    except ValueError as error:  # a key that comes twice, a number of thousands of digits
+        raise DataError(f"{file}: {str(error).partition(';')[0]}") from None
+
+
+class FileSearch:
+    """Finds the files of some kinds in folders, and counts those that it passes over.
+
+    Args:
+        extensions: of the files to find, in lower case.
+    """
+
+    def __init__(self, extensions: tuple[str, ...] = VIDEO_EXTENSIONS) -> None:
+        self.extensions = extensions
+        self.passed_over: Counter[str] = Counter()  # by suffix
+
+    def below(self, folder: str | Path) -> list[str]:
+        """The files at any depth, sorted; nothing hidden, and a folder that links lead to twice but once.
+
+        Raises:
+            DataError: a folder can't be read.
+        """
+        found: list[str] = []
+        seen: set[tuple[int, int]] = set()
+        for parent, folders, files in os.walk(folder, onerror=_cant_list, followlinks=True):
+            stat = os.stat(parent)  # noqa: PTH116 (speed)
+            if (stat.st_dev, stat.st_ino) in seen:
+                folders.clear()
+                continue
+            seen.add((stat.st_dev, stat.st_ino))
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            found += [os.path.join(parent, name) for name in files if self.takes(name)]  # noqa: PTH118
+        return sorted(found)
+
+    def takes(self, name: str) -> bool:
+        """Whether a file is of these kinds, by its name; another one that isn't hidden is counted."""
+        if name.startswith("."):
+            return False
+        taken = name.lower().endswith(self.extensions)
+        if not taken:
+            self.passed_over[os.path.splitext(name)[1].lower() or "no suffix"] += 1  # noqa: PTH122
+        return taken
+
+    def report(self, folder: Path) -> None:
+        """Log how many files were passed over, by suffix."""
+        if self.passed_over:
+            kinds = [f"{count} {suffix}" for suffix, count in self.passed_over.most_common(8)]
+            more = ", ..." if len(self.passed_over) > 8 else ""
+            log.info("%s: files that aren't looked at: %s%s", folder, ", ".join(kinds), more)
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"key {quoted(twice)} comes twice")
+    return content
+
+
+def _reason(error: Exception) -> str:
+    return error.strerror or str(error) if isinstance(error, OSError) else str(error)
+
+
+def _decodes(line: bytes) -> bool:
+    try:
+        line.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _cant_list(error: OSError) -> None:
+    raise DataError(f"{error.filename} can't be read: {error.strerror}")

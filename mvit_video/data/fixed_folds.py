@@ -6,12 +6,12 @@ import os
 import re
 from pathlib import Path
 
-from mvit_video.data.files import existing_folder, find_first, read_text
-from mvit_video.data.index import VideoIndex, VideoSplits
+from mvit_video.data.files import existing_folder, find_first, lines_of, quoted
+from mvit_video.data.index import VideoSplits
 from mvit_video.data.lists import Row, VideoList, index_of_list
 from mvit_video.errors import ConfigError, DataError
 
-_HMDB_SPLIT = {"1": "train", "2": "val", "0": None}
+_HMDB_SPLITS = {"1": "train", "2": "val", "0": "neither"}
 
 
 def ucf101_splits(root: str | Path, *, fold: int = 1, max_missing: float = 0.2) -> VideoSplits:
@@ -25,58 +25,45 @@ def ucf101_splits(root: str | Path, *, fold: int = 1, max_missing: float = 0.2) 
     """
     root = existing_folder(root)
     _check_fold(fold)
-    lists = find_first(root, ["ucfTrainTestlist", "annotations"]) or root
+    folder = find_first(root, ["ucfTrainTestlist", "annotations"]) or root
     videos = find_first(root, ["UCF-101", "UCF101", "videos"]) or root
-    names = _class_index(lists / "classInd.txt")
-    splits = [
-        index_of_list(_ucf_list(lists / name, names), names, videos, max_missing=max_missing)
-        for name in (f"trainlist{fold:02}.txt", f"testlist{fold:02}.txt")
-    ]
-    return VideoSplits(*splits)
+    names = _ucf_classes(folder / "classInd.txt")
+    lists = [_ucf_list(folder / f"{split}list{fold:02}.txt", names) for split in ("train", "test")]
+    return VideoSplits(*(index_of_list(rows, names, videos, max_missing=max_missing) for rows in lists))
 
 
 def hmdb51_splits(root: str | Path, *, fold: int = 1, max_missing: float = 0.2) -> VideoSplits:
     """Index HMDB51: `<class>/*.avi` in `root` or `root/hmdb51_org`, and `<class>_test_split<fold>.txt` files.
 
-    In those, 1 marks the videos to train on, 2 those to test on (the validation split), 0 neither.
+    In those, 1 marks the videos to train on, 2 those to test on (the validation split), 0 neither. Labels are
+    the positions of the sorted class names, as in torchvision.
 
     Raises:
-        DataError: a file is missing or has another form, or too many videos are missing.
-        ConfigError: there is no such fold.
+        DataError: a file is missing or has another form, two of a class differ, or too many videos are
+            missing. ConfigError: there is no such fold.
     """
     root = existing_folder(root)
     _check_fold(fold)
     names = ["testTrainMulti_7030_splits", "test_train_splits", "splits", "annotations"]
     folder = find_first(root, names) or root
-    files = sorted(folder.glob(f"**/*_test_split{fold}.txt"))
-    if not files:
-        raise DataError(f"{folder} has no <class>_test_split{fold}.txt")
-    classes = tuple(file.name.removesuffix(f"_test_split{fold}.txt") for file in files)
+    files = _hmdb_files(folder, f"_test_split{fold}.txt")
+    classes = tuple(sorted(files))
+    rows: dict[str, list[Row]] = {split: [] for split in _HMDB_SPLITS.values()}
+    for label, name in enumerate(classes):
+        file = files[name]
+        for number, line in lines_of(file):
+            video, _, mark = line.rpartition(" ")
+            if not video or mark not in _HMDB_SPLITS:
+                raise DataError(
+                    f"{file}, line {number}: expected a file name and 0, 1 or 2, got {quoted(line)}"
+                )
+            rows[_HMDB_SPLITS[mark]].append(Row(number, f"{name}/{video.strip()}", label, file=file))
+        if not rows["train"] or rows["train"][-1].label != label:
+            raise DataError(f"{file} marks no video to train on; expected lines of a file name and 0, 1 or 2")
     videos = find_first(root, ["hmdb51_org", "videos", "hmdb51"]) or root
-    rows: dict[str, list[Row]] = {"train": [], "val": []}
-    for label, file in enumerate(files):
-        lines = read_text(file).splitlines()
-        if not any(line.strip() for line in lines):
-            raise DataError(f"{file} is empty; expected lines of a file name and 0, 1 or 2")
-        for number, line in enumerate(lines, start=1):
-            name, _, mark = line.strip().rpartition(" ")
-            if not line.strip():
-                continue
-            if not name or mark not in _HMDB_SPLIT:
-                raise DataError(f"{file}, line {number}: expected a file name and 0, 1 or 2, got {line!r}")
-            split = _HMDB_SPLIT[mark]
-            if split is not None:
-                rows[split].append(Row(number, f"{classes[label]}/{name.strip()}", label))
-    splits: list[VideoIndex] = [
-        index_of_list(
-            VideoList(folder / f"*_test_split{fold}.txt", rows[split]),
-            classes,
-            videos,
-            max_missing=max_missing,
-        )
-        for split in ("train", "val")
-    ]
-    return VideoSplits(*splits)
+    source = folder / f"*_test_split{fold}.txt"
+    lists = [VideoList(source, rows[split]) for split in ("train", "val")]
+    return VideoSplits(*(index_of_list(rows, classes, videos, max_missing=max_missing) for rows in lists))
 
 
 def _check_fold(fold: int) -> None:
@@ -84,29 +71,46 @@ def _check_fold(fold: int) -> None:
         raise ConfigError(f"fold is {fold}; there are 1, 2 and 3")
 
 
-def _class_index(file: Path) -> tuple[str, ...]:
+def _ucf_classes(file: Path) -> tuple[str, ...]:
     names: list[str] = []
-    for number, line in enumerate(_lines(file), start=1):
-        found = re.fullmatch(r"(\d+)\s+(\S+)", line)
-        if found is None or int(found[1]) != number:
-            raise DataError(f"{file}, line {number}: expected `{number} <class>`, got {line!r}")
-        names.append(found[2])
+    for number, line in _existing_lines(file):
+        index, _, name = line.partition(" ")
+        if index != str(len(names) + 1) or not name.strip():
+            raise DataError(f"{file}, line {number}: expected `{len(names) + 1} <class>`, got {quoted(line)}")
+        names.append(name.strip())
     return tuple(names)
 
 
 def _ucf_list(file: Path, names: tuple[str, ...]) -> VideoList:
+    labels = {str(label): name for label, name in enumerate(names, start=1)}
     rows: list[Row] = []
-    for number, line in enumerate(_lines(file), start=1):
-        path, *label = line.split()
+    for number, line in _existing_lines(file):
+        found = re.fullmatch(r"(.*\S)\s+(\d+)", line)  # of the training list; a name may have spaces
+        path = line if found is None else found[1]
         name = os.path.dirname(path)  # noqa: PTH120 (a class, not a folder)
-        row = Row(number, path, name)
-        if label and (not label[0].isdecimal() or names[int(label[0]) - 1 : int(label[0])] != (name,)):
-            raise DataError(f"{file}, line {number}: label {label[0]} isn't {name!r} in classInd.txt")
-        rows.append(row)
+        if found is not None and labels.get(found[2].lstrip("0")) != name:
+            raise DataError(
+                f"{file}, line {number}: label {found[2][:20]} isn't {quoted(name)} in classInd.txt"
+            )
+        rows.append(Row(number, path, name))
     return VideoList(file, rows)
 
 
-def _lines(file: Path) -> list[str]:
+def _existing_lines(file: Path) -> list[tuple[int, str]]:
     if not file.is_file():
         raise DataError(f"{file} does not exist")
-    return [line.strip() for line in read_text(file).splitlines() if line.strip()]
+    return list(lines_of(file))
+
+
+def _hmdb_files(folder: Path, ending: str) -> dict[str, Path]:
+    """The split file of each class."""
+    files: dict[str, Path] = {}
+    for file in sorted(folder.glob(f"**/*{ending}")):
+        if file.name.startswith("."):  # macOS leaves such copies
+            continue
+        first = files.setdefault(file.name.removesuffix(ending), file)
+        if first.read_bytes() != file.read_bytes():
+            raise DataError(f"{first} and {file} split the same class in two ways; keep one of them")
+    if not files:
+        raise DataError(f"{folder} has no <class>{ending}")
+    return files

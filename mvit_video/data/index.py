@@ -9,14 +9,18 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from mvit_video.data.class_names import ClassNames, LabelOf, read_class_names
-from mvit_video.data.files import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, existing
+from mvit_video.data.class_names import ClassNames, LabelOf, check_class_names, read_class_names
+from mvit_video.data.files import IMAGE_EXTENSIONS, FileSearch, existing, existing_folder, is_name
 from mvit_video.errors import ConfigError, DataError
+
+_TRAIN = ("train", "training")
+_VAL = ("val", "validation", "validate", "valid", "dev")
+_TEST = ("test", "testing")
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +52,7 @@ class VideoIndex:
     `left_out` are further videos of the split that are known to be unusable: reported, never read.
 
     Raises:
-        DataError: a label is out of range, a path isn't UTF-8, or two videos share an id.
+        DataError: a label is out of range, a path or an id isn't text, or two videos share an id.
     """
 
     videos: tuple[LabelledVideo, ...]
@@ -56,13 +60,14 @@ class VideoIndex:
     left_out: tuple[LeftOut, ...] = ()
 
     def __post_init__(self) -> None:
+        check_class_names(self.class_names, "the data set")
         num_classes = len(self.class_names)
         rows: dict[str, int] = {}
         for row, video in enumerate(self.videos, start=1):
             if video.label is not None and not 0 <= video.label < num_classes:
                 raise DataError(f"row {row} ({video.path}): {out_of_range(video.label, num_classes)}")
-            if not video.path.isascii() and not _is_utf8(video.path):
-                raise DataError(f"{os.fsencode(video.path)!r}: its name isn't UTF-8 text; rename it")
+            if not (is_name(video.path) and is_name(video.id)):
+                raise DataError(f"{_bytes_of(video.path)}: its name isn't UTF-8 text; rename it")
             if rows.setdefault(video.id, row) != row:
                 raise DataError(f"rows {rows[video.id]} and {row} have the same id, {video.id}")
 
@@ -75,7 +80,7 @@ class VideoSplits:
     """What to train on and what to measure on, with the same classes; `test` may have no labels.
 
     Raises:
-        DataError: a video to train or to validate on has no label.
+        DataError: there are no videos to train or to validate on, or one of them has no label.
     """
 
     train: VideoIndex
@@ -84,6 +89,8 @@ class VideoSplits:
 
     def __post_init__(self) -> None:
         for split, index in (("training", self.train), ("validation", self.val)):
+            if not index.videos:
+                raise DataError(f"no videos found for the {split} split")
             nameless = next((video for video in index.videos if video.label is None), None)
             if nameless is not None:
                 raise DataError(f"{nameless.path} has no label; every video of the {split} split needs one")
@@ -143,12 +150,13 @@ def folder_splits(
     val_fraction: float = 0.2,
     seed: int = 0,
     class_names: ClassNames | None = None,
-    extensions: Sequence[str] = VIDEO_EXTENSIONS,
+    search: FileSearch | None = None,
 ) -> VideoSplits:
     """Index `root/train/<class>/` and `root/val/<class>/` (or validation/, test/), or only `root/<class>/`.
 
-    Videos lie at any depth below their class, hidden files and folders are passed over. Without the split
-    folders, `val_fraction` of each class becomes the validation split: at least one video, and never the last
+    Videos lie at any depth below their class, hidden files and folders are passed over; of other files the
+    log tells how many there are of each suffix. The names of the split folders may be in any case. Without
+    them, `val_fraction` of each class becomes the validation split: at least one video, and never the last
     one left for training. Who goes there depends on `seed` and the paths below `root` alone, so every machine
     finds the same split. A `root/test/` beside a validation folder becomes the test split: class folders, or
     files alone, without labels.
@@ -156,113 +164,131 @@ def folder_splits(
     Args:
         class_names: in label order, or where to find them (`read_class_names`); folders may then be spelt
             with underscores, and classes may lack. By default the sorted folders of the training split.
-        extensions: of the files to take, in lower case.
+        search: the kinds of files to take; by default videos.
 
     Raises:
-        DataError: `root` is not a folder, a class has no videos, or only the validation split has it.
-        ConfigError: `val_fraction` is not between 0 and 1.
+        DataError: `root` is not a folder, a class has no videos, only the validation split has it, or two
+            folders could be the same split. ConfigError: `val_fraction` is not between 0 and 1.
     """
     if not 0 < val_fraction < 1:
         raise ConfigError(f"val_fraction is {val_fraction}; expected a number between 0 and 1")
-    root = existing(root)
-    if not root.is_dir():
-        raise DataError(f"{root} is not a folder; expected {root}/<class>/<video>{extensions[0]}")
+    root, search = existing_folder(root), search or FileSearch()
     names = None if class_names is None else read_class_names(class_names)
-    ending = tuple(extensions)
-    train_folder = root / "train"
-    val_names = ("val", "validation", "validate", "test")
-    val_folder = next((root / name for name in val_names if (root / name).is_dir()), None)
-    if not train_folder.is_dir():
-        return _split_by_hash(_index_of_folder(root, root, ending, names), val_fraction, seed)
-    if val_folder is None:
-        raise DataError(f"{root} has train/ but none of val/, validation/ and test/")
-    train = _index_of_folder(train_folder, root, ending, names)
-    val = _index_of_folder(val_folder, root, ending, train.class_names)
-    test_folder = root / "test"
-    if val_folder == test_folder or not test_folder.is_dir():
-        return VideoSplits(train, val)
-    return VideoSplits(train, val, _index_of_test_folder(test_folder, root, ending, train.class_names))
+    train, val, test = (split_folder(root, split) for split in (_TRAIN, _VAL, _TEST))
+    others = set(_class_folders(root)) - {folder.name for folder in (train, val, test) if folder}
+    val = val or test
+    # A class may be called training: it has no classes of its own and others beside it.
+    if train is None or (not _class_folders(train) and (others or val is None)):
+        splits = _split_by_hash(_index_of_folder(root, root, search, names), val_fraction, seed)
+    elif val is None:
+        raise DataError(f"{root} has {train.name}/ but none of val/, validation/ and test/")
+    else:
+        if others:
+            log.warning("%s: folders beside the splits aren't looked at: %s", root, ", ".join(sorted(others)))
+        train_index = _index_of_folder(train, root, search, names)
+        names = train_index.class_names
+        val_index = _index_of_folder(val, root, search, names)
+        test_index = _index_of_test_folder(test, root, search, names) if test and test != val else None
+        splits = VideoSplits(train_index, val_index, test_index)
+    search.report(root)
+    return splits
 
 
 def image_folder_splits(root: str | Path, *, val_fraction: float = 0.2, seed: int = 0) -> VideoSplits:
-    """`folder_splits` of pictures, as ImageNet comes: each is a video of one frame."""
-    return folder_splits(root, val_fraction=val_fraction, seed=seed, extensions=IMAGE_EXTENSIONS)
+    """`folder_splits` of pictures, as ImageNet comes: each is a video of one frame, or an animation."""
+    search = FileSearch((*IMAGE_EXTENSIONS, ".gif", ".apng"))
+    return folder_splits(root, val_fraction=val_fraction, seed=seed, search=search)
 
 
 def find_videos(paths: str | Path | Iterable[str | Path]) -> list[str]:
     """List the video files to predict on: files as given, folders searched at any depth, in sorted order.
 
-    Of a folder without videos its pictures are taken.
+    Of a folder without videos its pictures are taken. The log tells which kinds of files were passed over.
 
     Raises:
-        DataError: a path is missing, or a folder has no videos.
+        DataError: a path is missing, a folder can't be read or has no videos.
     """
     found: list[str] = []
     for path in [paths] if isinstance(paths, str | Path) else paths:
         path = existing(path)
-        files = files_below(path) or files_below(path, IMAGE_EXTENSIONS) if path.is_dir() else [str(path)]
+        files = [str(path)]
+        if path.is_dir():
+            for search in (FileSearch(), FileSearch(IMAGE_EXTENSIONS)):
+                if files := search.below(path):
+                    break
+            search.report(path)
         if not files:
             raise DataError(f"no videos found in {path}; expected files such as {path / 'video.mp4'}")
         found += files
     return found
 
 
-def files_below(folder: Path, extensions: tuple[str, ...] = VIDEO_EXTENSIONS) -> list[str]:
-    """All files with these extensions at any depth, sorted; nothing hidden."""
-    found = []
-    for parent, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not _hidden(name)]
-        found += [
-            os.path.join(parent, name)  # noqa: PTH118 (speed)
-            for name in files
-            if name.lower().endswith(extensions) and not _hidden(name)
-        ]
-    return sorted(found)
+def split_folder(root: Path, names: tuple[str, ...] = _TRAIN) -> Path | None:
+    """The folder of a split, whose name may be in any case. Raises DataError where two could be it."""
+    found = [name for name in _class_folders(root) if name.lower() in names]
+    if len(found) > 1:
+        raise DataError(f"{root} has {' and '.join(found)}, which could be the same split; keep one of them")
+    return root / found[0] if found else None
 
 
 def relative(path: str, base: str) -> str:
     """The part of a path below `base`, with `/`; the whole path where it lies elsewhere."""
-    return path.removeprefix(base + os.sep).replace(os.sep, "/")
+    return path.removeprefix(base.rstrip(os.sep) + os.sep).replace(os.sep, "/")
+
+
+def _class_folders(folder: Path) -> list[str]:
+    """Names of the folders in a folder, sorted, which gives the labels."""
+    try:
+        return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != ".")
+    except OSError as error:
+        raise DataError(f"{folder} can't be read: {error.strerror}") from None
 
 
 def _index_of_folder(
-    folder: Path, root: Path, extensions: tuple[str, ...], class_names: tuple[str, ...] | None
+    folder: Path, root: Path, search: FileSearch, class_names: tuple[str, ...] | None
 ) -> VideoIndex:
-    found = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not _hidden(entry.name))
+    found = _class_folders(folder)
+    loose = sum(search.takes(entry.name) for entry in folder.iterdir() if entry.is_file())
+    expected = f"{folder}/<class>/<video>{search.extensions[0]}"
+    if loose and not found:
+        raise DataError(f"videos lie directly in {folder}; expected one sub-folder per class: {expected}")
     if not found:
-        raise DataError(f"no videos found in {folder}; expected {folder}/<class>/<video>{extensions[0]}")
-    class_names = class_names or tuple(found)
-    label_of = LabelOf(class_names)
+        raise DataError(f"no videos found in {folder}; expected {expected}")
+    if loose:
+        log.warning("%s: %d videos that lie beside the class folders aren't looked at", folder, loose)
+    label_of = LabelOf(class_names or found)
     videos: list[LabelledVideo] = []
     for name in found:
         label = label_of(name, str(folder / name))
-        files = files_below(folder / name, extensions)
+        files = search.below(folder / name)
+        if not files and class_names is None:
+            hint = "add some or remove it"
+            if FileSearch(IMAGE_EXTENSIONS).below(folder / name):
+                hint = "pictures need data=imagenet, folders of frames a list (data=csv, a folder a line)"
+            raise DataError(f"no videos found in class folder {folder / name}; {hint}")
         if not files:
-            raise DataError(f"no videos found in class folder {folder / name}; add some or remove it")
+            log.warning("no videos found in class folder %s", folder / name)
         videos += [LabelledVideo(path, label, relative(path, str(root))) for path in files]
-    return VideoIndex(tuple(videos), class_names)
+    if not videos:
+        raise DataError(f"no videos found in {folder}; expected {expected}")
+    return VideoIndex(tuple(videos), class_names or tuple(found))
 
 
 def _index_of_test_folder(
-    folder: Path, root: Path, extensions: tuple[str, ...], class_names: tuple[str, ...]
+    folder: Path, root: Path, search: FileSearch, class_names: tuple[str, ...]
 ) -> VideoIndex | None:
-    if any(entry.is_dir() and not _hidden(entry.name) for entry in folder.iterdir()):
-        return _index_of_folder(folder, root, extensions, class_names)
-    files = files_below(folder, extensions)
-    videos = tuple(LabelledVideo(path, None, relative(path, str(root))) for path in files)
+    if _class_folders(folder):
+        return _index_of_folder(folder, root, search, class_names)
+    videos = tuple(LabelledVideo(path, None, relative(path, str(root))) for path in search.below(folder))
     return VideoIndex(videos, class_names) if videos else None
 
 
-def _is_utf8(path: str) -> bool:
+def _bytes_of(path: str) -> str:
+    """A path as an error shows it, whatever it has in it."""
     try:
-        path.encode()
-    except UnicodeEncodeError:  # bytes that Python could only put by
-        return False
-    return True
-
-
-def _hidden(name: str) -> bool:
-    return name.startswith(".")
+        return repr(os.fsencode(path))
+    except UnicodeEncodeError:
+        return repr(path)
 
 
 def _split_by_hash(index: VideoIndex, val_fraction: float, seed: int) -> VideoSplits:

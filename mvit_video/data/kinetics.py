@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import logging
 import os
 import re
@@ -11,16 +10,9 @@ from typing import NamedTuple
 
 from mvit_video.data.class_names import ClassNames, read_class_names
 from mvit_video.data.decode.stills import entry_on_disk
-from mvit_video.data.files import VIDEO_EXTENSIONS, existing, existing_folder, find_first, read_text
-from mvit_video.data.index import (
-    NothingThereError,
-    VideoIndex,
-    VideoSplits,
-    files_below,
-    folder_splits,
-    leave_out,
-)
-from mvit_video.data.lists import NO_FILE, Row, VideoList, index_of_list, index_of_rows, read_csv
+from mvit_video.data.files import FileSearch, existing, existing_folder, lines_of, quoted
+from mvit_video.data.index import VideoIndex, VideoSplits, folder_splits, split_folder
+from mvit_video.data.lists import Row, VideoList, cells_of, index_of_list, read_csv, splits_of_lists
 from mvit_video.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -81,27 +73,23 @@ def kinetics_splits(
     for split in ("train", "val"):
         if lists[split] is None:
             raise DataError(f"{root} has no {split} list; give data.{split}=FILE ({_usual_names(split)})")
-    official = [file for file in lists.values() if file is not None and _columns(file)]
-    on_disk = _clips_below(root) if official else {}
-    found: dict[str, VideoIndex] = {}
-    for split, file in lists.items():
-        if file is None:
-            continue
-        share = 1.0 if split == "test" else max_missing
+    columns = {file: _columns(file) for file in lists.values() if file is not None}
+    on_disk = _clips_below(root) if any(columns.values()) else {}
+
+    def read(split: str, file: Path, share: float) -> VideoIndex:
         labels = split != "test"
-        try:
-            if file in official:
-                found[split] = _official(file, names, root, split, on_disk, share, labels)
-            else:
-                video_list = read_csv(file)
-                base = _base_of(video_list, root, split)
-                found[split] = index_of_list(video_list, names, base, max_missing=share, labels=labels)
-        except NothingThereError as error:
-            # A list of the test videos comes with every copy, the videos themselves seldom do.
-            if split != "test" or given["test"] is not None:
-                raise
-            log.info("no test split: %s", error)
-    return VideoSplits(found["train"], found["val"], found.get("test"))
+        if columns[file]:
+            rows = _official_rows(file, columns[file], root, _SPLITS[split], on_disk)
+            there = {path for paths in on_disk.values() for path in paths}
+            remedy = f"videos are looked for below {root} by their names, <youtube id>_<start>_<end>.mp4"
+            return index_of_list(
+                rows, names, root, max_missing=share, labels=labels, there=there, remedy=remedy
+            )
+        video_list = read_csv(file)
+        base = _base_of(video_list, root, split)
+        return index_of_list(video_list, names, base, max_missing=share, labels=labels)
+
+    return splits_of_lists(lists, read, max_missing=max_missing, test_is_given=test is not None)
 
 
 def parse_clip_name(stem: str) -> Clip | None:
@@ -118,6 +106,8 @@ def _find_list(root: Path, split: str) -> Path | None:
         for folder in (root, root / "annotations", root / "lists", *sorted(root.glob("kinetics*"))):
             if folder.is_dir():
                 files = sorted(entry for entry in folder.iterdir() if pattern.fullmatch(entry.name))
+                if len(files) > 1:
+                    log.warning("%s: of %s the first is used", folder, ", ".join(f.name for f in files))
                 if files:
                     return files[0]
     return None
@@ -128,7 +118,7 @@ def _usual_names(split: str) -> str:
 
 
 def _class_folders(root: Path, names: tuple[str, ...]) -> VideoSplits:
-    train = find_first(root, ["train"])
+    train = split_folder(root)
     if train is None or not any(entry.is_dir() for entry in train.iterdir()):
         raise DataError(
             f"{root} has neither lists ({_usual_names('train')}) nor a folder per class in {root / 'train'}; "
@@ -142,57 +132,49 @@ def _class_folders(root: Path, names: tuple[str, ...]) -> VideoSplits:
 
 def _columns(file: Path) -> list[str]:
     """The columns of an official csv, nothing for another list."""
-    first = read_text(file).partition("\n")[0].strip().lower().replace(" ", "")
-    columns = [column.strip('"') for column in first.split(",")]
+    first = next(lines_of(file), None)
+    columns = [] if first is None else [cell.lower() for cell in cells_of(file, *first)]
     return columns if "youtube_id" in columns else []
 
 
-def _official(
-    file: Path,
-    names: tuple[str, ...],
-    root: Path,
-    split: str,
-    on_disk: dict[Clip, list[str]],
-    max_missing: float,
-    labels: bool,
-) -> VideoIndex:
+def _official_rows(
+    file: Path, columns: list[str], root: Path, folders: tuple[str, ...], on_disk: dict[Clip, list[str]]
+) -> VideoList:
     rows: list[Row] = []
-    missing: dict[str, str] = {}
-    folders = _SPLITS[split]
-    columns = _columns(file)
-    lines = csv.reader(read_text(file).splitlines())
-    next(lines)  # the header
-    for fields in lines:
-        if not "".join(fields).strip():
-            continue
-        number = lines.line_num
-        if len(fields) != len(columns):
-            raise DataError(f"{file}, line {number}: expected {','.join(columns)}, got {','.join(fields)!r}")
-        values = dict(zip(columns, fields, strict=True))
+    for number, line in list(lines_of(file))[1:]:
+        cells = cells_of(file, number, line)
+        if len(cells) != len(columns):
+            raise DataError(f"{file}, line {number}: expected {','.join(columns)}, got {quoted(line)}")
+        values = dict(zip(columns, cells, strict=True))
         try:
-            times = [int(float(values[key])) for key in ("time_start", "time_end")]
-            clip = Clip(values["youtube_id"].strip(), *times)
+            start, end = (_seconds(values[key]) for key in ("time_start", "time_end"))
         except (KeyError, ValueError):
             raise DataError(
                 f"{file}, line {number}: expected youtube_id, time_start and time_end in seconds, "
-                f"got {','.join(fields)!r}"
+                f"got {quoted(line)}"
             ) from None
+        clip = Clip(values["youtube_id"], start, end)
         path = _choose(on_disk.get(clip, []), folders, root)
-        if path is None:
-            path = os.path.join(root, folders[0], clip.name + ".mp4")  # noqa: PTH118 (speed)
-            missing[clip.name] = NO_FILE
-        rows.append(Row(number, path, values.get("label", "").strip() or None, clip.name))
-    index = index_of_rows(VideoList(file, rows), names, labels=labels)
-    remedy = f"videos are looked for below {root} by their names, <youtube id>_<start>_<end>.mp4"
-    return leave_out(index, missing, source=file, max_missing=max_missing, remedy=remedy)
+        path = path or os.path.join(root, folders[0], clip.name + ".mp4")  # noqa: PTH118 (speed)
+        rows.append(Row(number, path, values.get("label") or None, clip.name))
+    return VideoList(file, rows)
+
+
+def _seconds(text: str) -> int:
+    value = float(text)
+    if not 0 <= value < 1e6:
+        raise ValueError(text)
+    return int(value)
 
 
 def _clips_below(root: Path) -> dict[Clip, list[str]]:
     found: dict[Clip, list[str]] = {}
-    for path in files_below(root, VIDEO_EXTENSIONS):
+    search = FileSearch()
+    for path in search.below(root):
         clip = parse_clip_name(os.path.splitext(os.path.basename(path))[0])  # noqa: PTH119, PTH122 (speed)
         if clip is not None:
             found.setdefault(clip, []).append(path)
+    search.report(root)
     return found
 
 

@@ -1,40 +1,71 @@
-"""Videos from lists: a line or an entry for each, with errors that name it."""
+"""Videos from lists: a line or an entry for each, with errors that name it.
+
+Every data set that comes with lists goes one way: its module reads `Row`s, `index_of_list` turns them into an
+index of the videos that exist.
+"""
 
 from __future__ import annotations
 
 import csv
+import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mvit_video.data.class_names import ClassNames, LabelOf, read_class_names
 from mvit_video.data.decode.stills import entry_on_disk
-from mvit_video.data.files import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, existing, parse_json, read_text
-from mvit_video.data.index import LabelledVideo, VideoIndex, VideoSplits, leave_out, out_of_range, relative
+from mvit_video.data.files import (
+    IMAGE_EXTENSIONS,
+    VIDEO_EXTENSIONS,
+    existing,
+    is_name,
+    lines_of,
+    parse_json,
+    quoted,
+)
+from mvit_video.data.index import (
+    LabelledVideo,
+    NothingThereError,
+    VideoIndex,
+    VideoSplits,
+    leave_out,
+    out_of_range,
+    relative,
+)
 from mvit_video.errors import DataError
+
+log = logging.getLogger(__name__)
 
 NO_FILE = "no such file"
 # mmaction2's lists of frames: `folder frames label`
 _FOLDER_AND_COUNT = re.compile(r"[^.]*\S \d+")
 _MAX_CLASSES = 100_000  # of lists that come without class names
 _FILE_ENDINGS = VIDEO_EXTENSIONS + IMAGE_EXTENSIONS
+# Names of columns, as `plain` makes them
+_PATH_COLUMN = re.compile(r"(video|clip|image|file|frame|relative)(s|path|file|filename|name|id)?|path|name")
+_LABEL_COLUMN = re.compile(r"(class|label|category|action|activity|target)(s|es|name|id|index|label)?")
 
 
 class Row(NamedTuple):
-    """What a list says of one video; `number` is its line or entry."""
+    """What a list says of one video; `number` is its line or entry, `file` where there are several."""
 
     number: int
     path: str
     label: int | str | None
     id: str | None = None
+    file: Path | None = None
 
 
 class VideoList(NamedTuple):
     file: Path
     rows: list[Row]
     unit: str = "line"  # what `Row.number` counts
+
+    def where(self, row: Row) -> str:
+        """Where a row stands, as the beginning of an error."""
+        return f"{row.file or self.file}, {self.unit} {row.number}"
 
 
 def csv_splits(
@@ -49,9 +80,10 @@ def csv_splits(
     """Index lists with one `path label` or `path,label` a line, as PySlowFast's and mmaction2's are.
 
     The label follows the last space, so a path may contain spaces; a tab in place of the space lets labels
-    have them too; in the comma form, quotes protect commas.
-    Blank lines and a first line `path label` (or `video,class`, ...) are passed over. A path may also name a
-    folder of pictures.
+    have them too; in the form with commas or semicolons, quotes protect them. Blank lines, lines that begin
+    with `#` and a first line `path label` (or `video,class`, ...) are passed over. A first line of names with
+    commas, semicolons or tabs also tells which of several columns are meant. A path may also name a folder of
+    pictures.
 
     Args:
         train, val, test: the list files; the lines of `test` may have no label.
@@ -83,131 +115,6 @@ def json_splits(
     return _list_splits(_read_json, train, val, test, root, class_names, max_missing)
 
 
-def index_of_list(
-    video_list: VideoList,
-    names: tuple[str, ...],
-    base: str | Path,
-    *,
-    max_missing: float,
-    labels: bool = True,
-) -> VideoIndex:
-    """Turn the rows of a list into an index of the videos that exist, paths starting at `base`.
-
-    Args:
-        labels: False where rows may lack a label.
-
-    Raises:
-        DataError: as `csv_splits`.
-    """
-    base = os.path.normpath(base)
-    rows: list[Row] = []
-    for number, path, label, video_id in video_list.rows:
-        path = os.path.normpath(os.path.join(base, path))  # noqa: PTH118 (240,000 a second)
-        rows.append(Row(number, path, label, relative(path, base) if video_id is None else video_id))
-    index = index_of_rows(video_list._replace(rows=rows), names, labels=labels)
-    there = existing_paths(entry_on_disk(video.path) for video in index.videos)
-    return leave_out(
-        index,
-        {video.id: NO_FILE for video in index.videos if entry_on_disk(video.path) not in there},
-        source=video_list.file,
-        max_missing=max_missing,
-        remedy=f"relative paths start at root={base}",
-    )
-
-
-def index_of_rows(video_list: VideoList, names: tuple[str, ...], *, labels: bool = True) -> VideoIndex:
-    """An index of all rows, whose paths and ids are complete. Raises DataError as `csv_splits`."""
-    file, rows, unit = video_list
-    if not rows:
-        raise DataError(f"no videos found in {file}; it lists none")
-    label_of = LabelOf(names)
-    numbers: dict[str, int] = {}
-    videos: list[LabelledVideo] = []
-    for row in rows:
-        label, video_id = row.label, row.id or row.path
-        if isinstance(label, str):
-            label = label_of(label, f"{file}, {unit} {row.number} ({video_id})")
-        elif label is None and labels:
-            raise DataError(f"{file}, {unit} {row.number} ({video_id}): it has no label")
-        elif label is not None and not 0 <= label < len(names):
-            raise DataError(f"{file}, {unit} {row.number} ({video_id}): {out_of_range(label, len(names))}")
-        if numbers.setdefault(video_id, row.number) != row.number:
-            raise DataError(
-                f"{file}: {video_id} comes twice, in {unit} {numbers[video_id]} and {unit} {row.number}"
-            )
-        videos.append(LabelledVideo(row.path, label, video_id))
-    return VideoIndex(tuple(videos), names)
-
-
-def read_csv(file: Path) -> VideoList:
-    """The rows of a list in one of the forms of `csv_splits`; a line of a path alone has no label."""
-    rows = list(_parse_lines(file))
-    if rows and all(_FOLDER_AND_COUNT.fullmatch(row.path) for row in rows):
-        rows = [row._replace(path=_mmaction_frames(row.path)) for row in rows]
-    return VideoList(file, rows)
-
-
-def _mmaction_frames(path: str) -> str:
-    folder, _, count = path.rpartition(" ")
-    return f"{folder}/img_[00001-{int(count):05}].jpg"
-
-
-def _parse_lines(file: Path) -> Iterator[Row]:
-    for number, line in enumerate(read_text(file).splitlines(), start=1):
-        fields = _split_line(line)
-        is_header = number == 1 and fields and (fields[0].lower() == "path" or _names_columns(fields))
-        if not fields or is_header:
-            continue
-        if len(fields) > 2 or not all(fields):
-            raise DataError(f"{file}, line {number}: expected `path label` or `path,label`, got {line!r}")
-        label = fields[1] if len(fields) == 2 else None
-        yield Row(number, fields[0], int(label) if label is not None and _is_integer(label) else label)
-
-
-def _names_columns(fields: list[str]) -> bool:
-    """Whether this is `video,label` or the like: as a row it would make a class of the word label."""
-    return len(fields) == 2 and fields[0].isidentifier() and fields[1].lower() in ("label", "class")
-
-
-def _split_line(line: str) -> list[str]:
-    fields = line.rsplit(maxsplit=1)
-    plain = len(fields) == 2 and _is_integer(fields[1]) and not fields[0].endswith(",")
-    if plain:
-        path, label = fields
-        quoted = len(path) > 2 and path[0] == path[-1] == '"'
-        return [path[1:-1] if quoted else path, label]
-    if "\t" in line.strip():  # a label may have spaces and commas
-        return [field.strip() for field in line.strip().rsplit("\t", 1)]
-    if line.strip().lower().endswith(_FILE_ENDINGS):  # a path alone, maybe with spaces
-        return [line.strip()]
-    if "," not in line:
-        return fields
-    return [field.strip() for field in next(csv.reader([line], skipinitialspace=True))]
-
-
-def _is_integer(text: str) -> bool:
-    return len(text) < 20 and text.removeprefix("-").isdecimal()  # int() refuses thousands of digits
-
-
-def _read_json(file: Path) -> VideoList:
-    entries = parse_json(file)
-    if not isinstance(entries, list):
-        raise DataError(f'{file}: expected a list of {{"path": ..., "label": ...}}')
-    rows: list[Row] = []
-    for number, entry in enumerate(entries, start=1):
-        label: int | str | None
-        match entry:
-            case {"path": str(path), "label": (int() | str()) as known} if not isinstance(known, bool):
-                label = known
-            case {"path": str(path), **rest} if "label" not in rest:
-                label = None
-            case _:
-                expected = '{"path": text, "label": name or integer}'
-                raise DataError(f"{file}, entry {number}: expected {expected}, got {entry!r}")
-        rows.append(Row(number, path, label, str(entry["id"]) if "id" in entry else None))
-    return VideoList(file, rows, "entry")
-
-
 def _list_splits(
     read: Callable[[Path], VideoList],
     train: str | Path,
@@ -219,35 +126,120 @@ def _list_splits(
 ) -> VideoSplits:
     lists = [read(existing(file)) for file in (train, val, test) if file is not None]
     names = names_in_rows(lists[0]) if class_names is None else read_class_names(class_names)
-    found = [
-        index_of_list(
-            video_list,
-            names,
-            video_list.file.parent if root is None else existing(root),
-            max_missing=max_missing,
-            labels=number < 2,
-        )
-        for number, video_list in enumerate(lists)
-    ]
+    found: list[VideoIndex] = []
+    for number, video_list in enumerate(lists):
+        base = video_list.file.parent if root is None else existing(root)
+        found.append(index_of_list(video_list, names, base, max_missing=max_missing, labels=number < 2))
     return VideoSplits(*found)
+
+
+def splits_of_lists(
+    files: Mapping[str, Path | None],
+    read: Callable[[str, Path, float], VideoIndex],
+    *,
+    max_missing: float,
+    test_is_given: bool,
+) -> VideoSplits:
+    """The splits of a data set that comes with a list for each; a list of test videos may go without them.
+
+    Args:
+        files: the lists by split, those of train and val never None.
+        read: makes an index of a split, its list and the share of its videos that may be missing.
+        test_is_given: the user has named the test list: without any of its videos it is an error.
+    """
+    found: dict[str, VideoIndex] = {}
+    for split, file in files.items():
+        if file is None:
+            continue
+        try:
+            found[split] = read(split, file, 1.0 if split == "test" else max_missing)
+        except NothingThereError as error:
+            # A list of the test videos comes with every copy, the videos themselves seldom do.
+            if split != "test" or test_is_given:
+                raise
+            log.info("no test split: %s", error)
+    return VideoSplits(found["train"], found["val"], found.get("test"))
+
+
+def index_of_list(
+    video_list: VideoList,
+    names: tuple[str, ...],
+    base: str | Path,
+    *,
+    max_missing: float,
+    labels: bool = True,
+    there: Collection[str] | None = None,
+    remedy: str | None = None,
+) -> VideoIndex:
+    """Turn the rows of a list into an index of the videos that exist.
+
+    Args:
+        base: where relative paths start.
+        labels: False where rows may lack a label.
+        there: the paths that exist, where the caller has looked already.
+        remedy: what to do about missing videos, the end of an error.
+
+    Raises:
+        DataError: as `csv_splits`.
+    """
+    base = os.path.abspath(base)  # noqa: PTH100 (for a list in the current folder)
+    if not video_list.rows:
+        raise DataError(f"no videos found in {video_list.file}; it lists none")
+    label_of = LabelOf(names)
+    rows: dict[str, Row] = {}
+    videos: list[LabelledVideo] = []
+    for row in video_list.rows:
+        if not (is_name(row.path) and is_name(row.id or row.path)):
+            raise DataError(f"{video_list.where(row)}: {quoted(row.path)} can't be the name of a file")
+        path = os.path.normpath(os.path.join(base, row.path))  # noqa: PTH118 (240,000 a second)
+        video_id = row.id or relative(path, base)
+        label = _label(row, label_of, len(names), f"{video_list.where(row)} ({video_id})", required=labels)
+        other = rows.setdefault(video_id, row)
+        if other is not row:
+            places = f"{video_list.unit} {other.number} and {video_list.unit} {row.number}"
+            raise DataError(f"{row.file or video_list.file}: {video_id} comes twice, in {places}")
+        videos.append(LabelledVideo(path, label, video_id))
+    if there is None:
+        there = existing_paths(entry_on_disk(video.path) for video in videos)
+    return leave_out(
+        VideoIndex(tuple(videos), names),
+        {video.id: NO_FILE for video in videos if entry_on_disk(video.path) not in there},
+        source=video_list.file,
+        max_missing=max_missing,
+        remedy=remedy or f"relative paths start at root={base}",
+    )
+
+
+def _label(row: Row, label_of: LabelOf, num_classes: int, where: str, *, required: bool) -> int | None:
+    if isinstance(row.label, str):
+        return label_of(row.label, where)
+    if row.label is None and required:
+        raise DataError(f"{where}: it has no label")
+    if row.label is not None and not 0 <= row.label < num_classes:
+        raise DataError(f"{where}: {out_of_range(row.label, num_classes)}")
+    return row.label
 
 
 def names_in_rows(video_list: VideoList) -> tuple[str, ...]:
     """Class names as the labels of a list tell them. Raises DataError where numbers and names are mixed."""
-    labels = {row.label for row in video_list.rows}
-    numbers = [label for label in labels if isinstance(label, int)]
-    words = [label for label in labels if isinstance(label, str)]
+    numbers: dict[int, Row] = {}
+    words: dict[str, Row] = {}
     for row in video_list.rows:
+        if isinstance(row.label, str):
+            words.setdefault(row.label, row)
+        elif row.label is not None:
+            numbers.setdefault(row.label, row)
         # A number that isn't a label, such as a time, would make names until memory is full.
         if isinstance(row.label, int) and not 0 <= row.label < _MAX_CLASSES:
             raise DataError(
-                f"{video_list.file}, {video_list.unit} {row.number} ({row.path}): label {row.label} is out "
-                f"of range; labels are 0 to {_MAX_CLASSES - 1:,}, or names"
+                f"{video_list.where(row)} ({row.path}): label {quoted(row.label)} is out of range; "
+                f"labels are 0 to {_MAX_CLASSES - 1:,}, or names"
             )
     if numbers and words:
+        (number, one), (word, other) = next(iter(numbers.items())), next(iter(words.items()))
         raise DataError(
-            f"{video_list.file}: labels are numbers and names ({numbers[0]}, {words[0]!r}); "
-            "use one kind, or give class_names"
+            f"{video_list.file}: labels are numbers and names ({number} in {video_list.unit} {one.number}, "
+            f"{quoted(word)} in {video_list.unit} {other.number}); use one kind, or give class_names"
         )
     return tuple(sorted(words)) or tuple(str(label) for label in range(max(numbers, default=-1) + 1))
 
@@ -259,13 +251,143 @@ def existing_paths(paths: Iterable[str]) -> set[str]:
     """
     wanted: dict[str, list[str]] = {}
     for path in paths:
-        folder, _, name = path.rpartition(os.sep)
-        wanted.setdefault(folder or os.sep, []).append(name)
+        wanted.setdefault(os.path.dirname(path), []).append(path)  # noqa: PTH120 (speed)
     found: set[str] = set()
-    for folder, names in wanted.items():
+    for folder, here in wanted.items():
         try:
-            here = set(os.listdir(folder))  # noqa: PTH208 (names are all that is needed)
+            names = set(os.listdir(folder or os.curdir))  # noqa: PTH208 (names are all that is needed)
         except OSError:
             continue
-        found.update(os.path.join(folder, name) for name in names if name in here)  # noqa: PTH118
+        # The root of the file system has no name in it.
+        found.update(path for path in here if path.rpartition(os.sep)[2] in names or path == folder)
     return found
+
+
+# Forms of lists
+
+
+def read_csv(file: Path) -> VideoList:
+    """The rows of a list in one of the forms of `csv_splits`; a line of a path alone has no label."""
+    lines = list(lines_of(file))
+    content = [(number, line) for number, line in lines if not _is_comment(line)]
+    if len(content) < len(lines):
+        log.info("%s: %d lines that begin with # aren't looked at", file, len(lines) - len(content))
+    columns = _named_columns(file, *content[0]) if content else None
+    if columns is not None:
+        return VideoList(file, [_row_of_columns(file, *line, columns) for line in content[1:]])
+    rows = [_row_of_line(file, *line) for line in content]
+    if _is_header(rows):
+        del rows[0]
+    if rows and all(_FOLDER_AND_COUNT.fullmatch(row.path) for row in rows):
+        rows = [row._replace(path=_mmaction_frames(row.path)) for row in rows]
+    return VideoList(file, rows)
+
+
+def cells_of(file: Path, number: int, line: str, delimiter: str = ",") -> list[str]:
+    """The fields of a line of a csv file. Raises DataError for one that is too long."""
+    try:
+        cells = next(csv.reader([line], delimiter=delimiter, skipinitialspace=True))
+    except csv.Error as error:
+        raise DataError(f"{file}, line {number}: {error}, in {quoted(line)}") from None
+    return [cell.strip() for cell in cells]
+
+
+def plain(column: str) -> str:
+    """The name of a column without case, spaces and underscores."""
+    return re.sub(r"[\s_]", "", column).lower()
+
+
+class _Columns(NamedTuple):
+    delimiter: str
+    path: int
+    label: int
+    number: int
+
+
+def _named_columns(file: Path, number: int, line: str) -> _Columns | None:
+    """The columns, where only the header can tell them."""
+    delimiter = next((mark for mark in "\t,;" if mark in line), None)
+    if delimiter is None:
+        return None
+    header = [plain(cell) for cell in cells_of(file, number, line, delimiter)]
+    paths = [index for index, name in enumerate(header) if _PATH_COLUMN.fullmatch(name)]
+    labels = [index for index, name in enumerate(header) if _LABEL_COLUMN.fullmatch(name)]
+    as_usual = len(header) == 2 and paths == [0]  # its lines may have another form
+    if len(paths) != 1 or len(labels) != 1 or as_usual:
+        return None
+    return _Columns(delimiter, paths[0], labels[0], len(header))
+
+
+def _row_of_columns(file: Path, number: int, line: str, columns: _Columns) -> Row:
+    cells = cells_of(file, number, line, columns.delimiter)
+    if len(cells) != columns.number:
+        raise DataError(f"{file}, line {number}: expected {columns.number} columns, got {quoted(line)}")
+    return Row(number, cells[columns.path], _number_or_name(cells[columns.label]))
+
+
+def _is_comment(line: str) -> bool:
+    return line.startswith("#") and not any(ending in line.lower() for ending in _FILE_ENDINGS)
+
+
+def _is_header(rows: list[Row]) -> bool:
+    """Whether the first row names columns: as a row it would make a class of the word label."""
+    if not rows or isinstance(rows[0].label, int):
+        return False
+    path, label = plain(rows[0].path), plain(rows[0].label or "")
+    known = bool(_PATH_COLUMN.fullmatch(path)) + bool(_LABEL_COLUMN.fullmatch(label))
+    if not known or not path.isidentifier():
+        return False
+    if not label:
+        return len(rows) > 1 and rows[1].path.lower().endswith(_FILE_ENDINGS)
+    return all(row.label != rows[0].label for row in rows[1:])  # else it is the class of several
+
+
+def _row_of_line(file: Path, number: int, line: str) -> Row:
+    fields = _split_line(file, number, line)
+    if len(fields) > 2 or not all(fields):
+        raise DataError(f"{file}, line {number}: expected `path label` or `path,label`, got {quoted(line)}")
+    return Row(number, fields[0], _number_or_name(fields[1]) if len(fields) == 2 else None)
+
+
+def _split_line(file: Path, number: int, line: str) -> list[str]:
+    fields = line.rsplit(maxsplit=1)
+    if len(fields) == 2 and _is_integer(fields[1]) and not fields[0].endswith((",", ";")):
+        path, label = fields
+        quotes = len(path) > 2 and path[0] == path[-1] == '"'
+        return [path[1:-1] if quotes else path, label]
+    if "\t" in line:  # a label may have spaces and commas
+        return [field.strip() for field in line.rsplit("\t", 1)]
+    if line.lower().endswith(_FILE_ENDINGS):  # a path alone, maybe with spaces
+        return [line]
+    delimiter = next((mark for mark in ",;" if mark in line), None)
+    return fields if delimiter is None else cells_of(file, number, line, delimiter)
+
+
+def _number_or_name(label: str) -> int | str:
+    return int(label) if _is_integer(label) else label
+
+
+def _is_integer(text: str) -> bool:
+    return len(text) < 20 and text.removeprefix("-").isdecimal()  # int() refuses thousands of digits
+
+
+def _mmaction_frames(path: str) -> str:
+    folder, _, count = path.rpartition(" ")
+    return f"{folder}/img_[00001-{int(count):05}].jpg"
+
+
+def _read_json(file: Path) -> VideoList:
+    entries = parse_json(file)
+    if not isinstance(entries, list):
+        raise DataError(f'{file}: expected a list of {{"path": ..., "label": ...}}')
+    rows: list[Row] = []
+    for number, entry in enumerate(entries, start=1):
+        values: dict[str, Any] = entry if isinstance(entry, dict) else {}
+        path, label, video_id = (values.get(key) for key in ("path", "label", "id"))
+        # What is null is a mistake, what isn't there is not.
+        fits = all(type(values[key]) in (str, int) for key in ("label", "id") if key in values)
+        if not isinstance(path, str) or not fits:
+            expected = '{"path": text, "label": name or integer}'
+            raise DataError(f"{file}, entry {number}: expected {expected}, got {quoted(entry)}")
+        rows.append(Row(number, path, label, None if video_id is None else str(video_id)))
+    return VideoList(file, rows, "entry")

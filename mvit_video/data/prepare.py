@@ -9,6 +9,8 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from statistics import median
@@ -17,12 +19,15 @@ from typing import Any, NamedTuple
 from rich.progress import track
 from torch.utils.data import DataLoader, Dataset
 
-from mvit_video.data.files import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
-from mvit_video.data.index import LabelledVideo, VideoSplits, files_below
+from mvit_video.data.decode.stills import entry_on_disk, is_stills
+from mvit_video.data.files import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, FileSearch
+from mvit_video.data.index import LabelledVideo, VideoSplits
 from mvit_video.data.lists import NO_FILE
-from mvit_video.data.probe import probe, stat_of
-from mvit_video.data.table import Entry, Facts, Table, read_table, write_table
+from mvit_video.data.probe import probe, settings, stat_of
+from mvit_video.data.table import SPLITS, Entry, FileInfo, Table, read_table, write_table
 from mvit_video.errors import DataError, VideoError
+from mvit_video.io.fingerprint import Fingerprint, differences
+from mvit_video.io.writing import replacing, set_aside, sole_writer
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +49,7 @@ class Changes(NamedTuple):
 
     missing: list[str]
     changed: list[str]
-    returned: list[str]  # were missing
+    returned: list[str]  # were missing or unreadable
     new: list[str]
 
 
@@ -56,42 +61,43 @@ def prepare(
     Finished videos are noted beside the index as they are done: a run that was killed goes on where it was.
 
     Args:
-        file: the index to write, or to bring up to date: only files whose size or time changed are read.
+        file: the index to write, or to bring up to date: only files are read whose size or time changed, that
+            couldn't be read before, or that other settings describe otherwise.
         root: the folder of the data set, to find files that it doesn't name.
         num_workers: processes that read videos; 0 reads them in this one.
         frame_rate: of folders of pictures.
 
     Raises:
         DataError: an older index can't be read, the new one can't be written, or a process died.
+        ConfigError: another run is writing the same index.
     """
     listed = [(split, _absolute(video)) for split, video in _videos_of(splits)]
     paths = list(dict.fromkeys(video.path for _, video in listed))
+    made_with = settings(frame_rate)
     journal = file.with_name(file.name + ".unfinished")
-    known = _read_journal(journal)
-    if file.is_file():
-        known = {entry.video.path: entry.facts for entry in read_table(file).entries} | known
-    facts: dict[str, Facts] = {}
-    todo: list[str] = []
-    for path, stat in zip(paths, _stats(paths), strict=True):
-        if isinstance(stat, str):
-            facts[path] = Facts(error=stat)
-        elif path in known and (known[path].size, known[path].mtime_ns) == stat:
-            facts[path] = known[path]
-        else:
-            todo.append(path)
-    log.info("%d videos: %d to read, %d known or missing", len(paths), len(todo), len(facts))
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with journal.open("a", encoding="utf-8", buffering=1) as notes:
-            found = _probe_all(todo, num_workers, frame_rate)
-            for path, new in track(found, "reading", total=len(todo), disable=not todo):
-                facts[path] = new
-                notes.write(json.dumps([path, *new]) + "\n")
-        entries = [Entry(split, video, facts[video.path]) for split, video in listed]
-        table = Table(entries, splits.class_names, None if root is None else str(root.absolute()))
-        table = Table(entries, splits.class_names, table.root, tuple(_unlisted(table)))
-        write_table(file, table)
-        journal.unlink()
+        with sole_writer(file):
+            old = read_table(file) if file.is_file() else Table([], ())
+            known = {entry.video.path: entry.info for entry in old.entries}
+            known = _still_true(known, old.made_with, made_with, file) | _read_journal(journal, made_with)
+            info, todo = _sort_out(paths, known)
+            log.info("%d videos: %d to read, %d known or missing", len(paths), len(todo), len(info))
+            with replacing(journal, "w") as notes:
+                notes.writelines(
+                    _journal_lines(made_with, {path: known[path] for path in known if path in info})
+                )
+            # Not synced with each line: what a power loss takes is read again.
+            with journal.open("a", encoding="utf-8", buffering=1) as notes:
+                found = _probe_all(todo, num_workers, frame_rate)
+                for path, new in track(found, "reading", total=len(todo), disable=not todo):
+                    info[path] = new
+                    notes.write(json.dumps([path, *new]) + "\n")
+            entries = [Entry(split, video, info[video.path]) for split, video in listed]
+            place = None if root is None else str(root.absolute())
+            table = Table(entries, splits.class_names, place, made_with=made_with)
+            table = replace(table, unlisted=tuple(_unlisted(table)))
+            write_table(file, table)
+            journal.unlink()
     except OSError as error:
         raise DataError(f"{file} can't be written ({error}); choose another place: index=FILE") from None
     return table
@@ -102,13 +108,13 @@ def find_problems(table: Table) -> list[Problem]:
     problems: list[Problem] = []
     first: dict[str, Entry] = {}
     for entry in table.entries:
-        split, video, facts = entry
-        if facts.error is not None:
-            kind = "missing" if facts.error == NO_FILE else "corrupt"
-            problems.append(Problem(kind, split, video.id, video.path, facts.error))
-        if not facts.sha256:
+        split, video, info = entry
+        if info.error is not None:
+            kind = "missing" if info.error == NO_FILE else "corrupt"
+            problems.append(Problem(kind, split, video.id, video.path, info.error))
+        if not info.sha256:
             continue
-        other = first.setdefault(facts.sha256, entry)
+        other = first.setdefault(info.sha256, entry)
         if other is entry:
             continue
         same = f"{other.split} {other.video.id}"
@@ -123,16 +129,16 @@ def find_problems(table: Table) -> list[Problem]:
 
 def summary(table: Table, problems: Sequence[Problem]) -> dict[str, Any]:
     """Counts for people and programs: splits, classes, durations in seconds, codecs, problems."""
-    usable = [entry for entry in table.entries if entry.facts.error is None]
+    usable = [entry for entry in table.entries if entry.info.error is None]
     per_class = Counter((entry.split, entry.video.label) for entry in usable)
-    splits = [split for split in ("train", "val", "test") if any(e.split == split for e in table.entries)]
-    seconds = sorted(entry.facts.duration for entry in usable)
+    splits = [split for split in SPLITS if any(entry.split == split for entry in table.entries)]
+    seconds = sorted(entry.info.duration for entry in usable)
     return {
         "videos": len(table.entries),
         "splits": {
             split: {
                 "videos": sum(entry.split == split for entry in usable),
-                "hours": sum(entry.facts.duration for entry in usable if entry.split == split) / 3600,
+                "hours": sum(entry.info.duration for entry in usable if entry.split == split) / 3600,
                 **{
                     kind: sum(problem.kind == kind and problem.split == split for problem in problems)
                     for kind in ("missing", "corrupt", "duplicate", "label mismatch")
@@ -148,20 +154,16 @@ def summary(table: Table, problems: Sequence[Problem]) -> dict[str, Any]:
         "seconds": {"shortest": seconds[0], "median": median(seconds), "longest": seconds[-1]}
         if seconds
         else {},
-        "codecs": dict(Counter(entry.facts.codec for entry in usable).most_common()),
+        "codecs": dict(Counter(entry.info.codec for entry in usable).most_common()),
         "unlisted_files": len(table.unlisted),
     }
 
 
-def _spread(ordered: list[float]) -> tuple[float, ...]:
-    return (ordered[0], median(ordered), ordered[-1]) if ordered else ()
-
-
-def compare(table: Table) -> Changes:
-    """How the disk differs from an index; nothing is decoded."""
-    facts = {entry.video.path: entry.facts for entry in table.entries}
+def compare(table: Table, frame_rate: float = 30.0) -> Changes:
+    """How the disk differs from an index; of the files only those are opened that couldn't be read before."""
+    info = {entry.video.path: entry.info for entry in table.entries}
     changes = Changes([], [], [], [])
-    for (path, old), stat in zip(facts.items(), _stats(list(facts)), strict=True):
+    for (path, old), stat in zip(info.items(), _stats(list(info)), strict=True):
         if isinstance(stat, str):
             if old.error != stat:
                 changes.missing.append(path)
@@ -169,13 +171,15 @@ def compare(table: Table) -> Changes:
             changes.returned.append(path)
         elif stat != (old.size, old.mtime_ns):
             changes.changed.append(path)
+        elif old.error is not None and probe(path, frame_rate).error is None:
+            changes.returned.append(path)
     seen = set(table.unlisted)
     changes.new.extend(path for path in _unlisted(table) if path not in seen)
     return changes
 
 
 def _videos_of(splits: VideoSplits) -> Iterator[tuple[str, LabelledVideo]]:
-    for split in ("train", "val", "test"):
+    for split in SPLITS:
         index = getattr(splits, split)
         if index is not None:
             for video in chain(index.videos, (out.video for out in index.left_out)):
@@ -209,25 +213,60 @@ def _unlisted(table: Table) -> list[str]:
     kinds = [
         kind for kind in (VIDEO_EXTENSIONS, IMAGE_EXTENSIONS) if any(f.lower().endswith(kind) for f in files)
     ]
-    found = files_below(Path(table.root), tuple(chain.from_iterable(kinds))) if kinds else []
+    found = FileSearch(tuple(chain.from_iterable(kinds))).below(table.root) if kinds else []
     return [path for path in found if path not in named]
+
+
+def _sort_out(paths: list[str], known: dict[str, FileInfo]) -> tuple[dict[str, FileInfo], list[str]]:
+    """What is known of the files or that they are missing, and the files that have to be read."""
+    info: dict[str, FileInfo] = {}
+    todo: list[str] = []
+    for path, stat in zip(paths, _stats(paths), strict=True):
+        if isinstance(stat, str):
+            info[path] = FileInfo(error=stat)
+        elif path in known and (known[path].size, known[path].mtime_ns) == stat:
+            info[path] = known[path]
+        else:
+            todo.append(path)
+    return info, todo
+
+
+def _still_true(
+    known: dict[str, FileInfo], before: Fingerprint, made_with: Fingerprint, file: Path
+) -> dict[str, FileInfo]:
+    """Those of the files whose description holds with other settings and libraries than before.
+
+    What couldn't be read is tried again: permissions, disks and libraries get better.
+    """
+    changed = differences(before, made_with)
+    if known and changed:
+        listed = "; ".join(f"{key} {change}" for key, change in changed.items())
+        log.warning("%s was made with others: %s", file, listed)
+    if "probe" in changed:
+        return {}
+    return {
+        path: info
+        for path, info in known.items()
+        if info.error is None
+        and not ("frame_rate" in changed and (entry_on_disk(path) != path or is_stills(path)))
+    }
 
 
 # Probing
 
 
-class _Probes(Dataset[tuple[str, Facts]]):
+class _Probes(Dataset[tuple[str, FileInfo]]):
     def __init__(self, paths: list[str], frame_rate: float) -> None:
         self.paths, self.frame_rate = paths, frame_rate
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> tuple[str, Facts]:
+    def __getitem__(self, index: int) -> tuple[str, FileInfo]:
         return self.paths[index], probe(self.paths[index], self.frame_rate)
 
 
-def _probe_all(paths: list[str], num_workers: int, frame_rate: float) -> Iterator[tuple[str, Facts]]:
+def _probe_all(paths: list[str], num_workers: int, frame_rate: float) -> Iterator[tuple[str, FileInfo]]:
     if not paths:
         return
     dataset = _Probes(paths, frame_rate)
@@ -244,16 +283,27 @@ def _probe_all(paths: list[str], num_workers: int, frame_rate: float) -> Iterato
         ) from None
 
 
-def _read_journal(file: Path) -> dict[str, Facts]:
-    """What a killed run has noted; its last line may be torn."""
-    found: dict[str, Facts] = {}
+def _journal_lines(made_with: Fingerprint, info: dict[str, FileInfo]) -> Iterator[str]:
+    yield json.dumps({"made_with": made_with}) + "\n"
+    for path, values in info.items():
+        yield json.dumps([path, *values]) + "\n"
+
+
+def _read_journal(file: Path, made_with: Fingerprint) -> dict[str, FileInfo]:
+    """What a killed run has noted, as far as it still holds; its last line may be torn."""
     if not file.is_file():
-        return found
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            path, *values = json.loads(line)
-            found[path] = Facts(*values)
-        except (ValueError, TypeError):  # noqa: PERF203 (a torn line)
-            continue
-    log.info("going on with an unfinished run: %d videos are done", len(found))
+        return {}
+    lines = file.read_bytes().splitlines()
+    found: dict[str, FileInfo] = {}
+    try:
+        before = json.loads(lines[0])["made_with"]
+        for line in lines[1:]:
+            with suppress(ValueError, TypeError):  # a torn line
+                path, *values = json.loads(line)
+                found[path] = FileInfo(*values)
+    except (ValueError, TypeError, KeyError, IndexError):
+        set_aside(file, "this isn't what an unfinished run leaves")
+        return {}
+    found = _still_true(found, before, made_with, file)
+    log.info("resuming an unfinished run: %d videos are done", len(found))
     return found

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
+from stat import S_ISREG
+
+import av
+import PIL
 
 from mvit_video.data.decode import open_video
 from mvit_video.data.decode.stills import pictures_of
 from mvit_video.data.lists import NO_FILE
-from mvit_video.data.table import Facts
+from mvit_video.data.table import FileInfo
 from mvit_video.errors import VideoError
+from mvit_video.io.fingerprint import Fingerprint, file_sha256, fingerprint
 
-_BLOCK = 1 << 20  # bytes
+PROBE = 2  # one more whenever the same file would be described otherwise
+
+
+def settings(frame_rate: float) -> Fingerprint:
+    """What `probe` depends on besides the files."""
+    libraries = {"av": av.__version__, "ffmpeg": str(av.ffmpeg_version_info), "pillow": PIL.__version__}
+    return fingerprint(probe=PROBE, frame_rate=float(frame_rate), **libraries)
 
 
 def stat_of(path: str) -> tuple[int, int]:
     """Size in bytes and time of the last change in nanoseconds; of pictures, their sum and the newest.
 
     Raises:
-        VideoError: something isn't there.
+        VideoError: something isn't there, or is no file.
     """
     try:
         found = [os.stat(file) for file in pictures_of(path)]  # noqa: PTH116 (speed)
@@ -26,10 +36,12 @@ def stat_of(path: str) -> tuple[int, int]:
         raise VideoError(path, NO_FILE) from error
     except (OSError, ValueError) as error:
         raise VideoError(path, f"the file can't be read ({error})") from error
+    if not all(S_ISREG(stat.st_mode) for stat in found):
+        raise VideoError(path, "this is no regular file")  # a pipe would be waited for
     return sum(stat.st_size for stat in found), max(stat.st_mtime_ns for stat in found)
 
 
-def probe(path: str, frame_rate: float = 30.0) -> Facts:
+def probe(path: str, frame_rate: float = 30.0) -> FileInfo:
     """Open a video, decode its first, middle and last frame, hash its content; a bad file has an `error`.
 
     Args:
@@ -38,12 +50,12 @@ def probe(path: str, frame_rate: float = 30.0) -> Facts:
     try:
         size, mtime_ns = stat_of(path)
     except VideoError as error:
-        return Facts(error=error.reason)
-    facts = Facts(size, mtime_ns)
+        return FileInfo(error=error.reason)
+    info = FileInfo(size, mtime_ns)
     try:
-        facts = facts._replace(sha256=_hash(path))
+        info = info._replace(sha256=file_sha256(*pictures_of(path)))
         with open_video(path, backend="pyav", frame_rate=frame_rate) as video:
-            facts = facts._replace(
+            info = info._replace(
                 frames=video.num_frames,
                 fps=video.fps,
                 duration=video.duration,
@@ -53,16 +65,7 @@ def probe(path: str, frame_rate: float = 30.0) -> Facts:
             )
             video.get_frames([0, video.num_frames // 2, video.num_frames - 1])
     except VideoError as error:
-        return facts._replace(error=error.reason)
-    except OSError as error:
-        return facts._replace(error=f"the file can't be read ({error.strerror})")
-    return facts
-
-
-def _hash(path: str) -> str:
-    digest = hashlib.sha256()
-    for name in pictures_of(path):
-        with open(name, "rb") as file:  # noqa: PTH123 (speed)
-            while block := file.read(_BLOCK):
-                digest.update(block)
-    return digest.hexdigest()
+        return info._replace(error=error.reason)
+    except (OSError, MemoryError) as error:
+        return info._replace(error=f"the file can't be read ({getattr(error, 'strerror', None) or error!r})")
+    return info

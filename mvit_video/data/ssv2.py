@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 from mvit_video.data.class_names import ClassNames, read_class_names
 from mvit_video.data.decode.stills import entry_on_disk, run_of_pictures
-from mvit_video.data.files import VIDEO_EXTENSIONS, existing, existing_folder, find_first, parse_json
-from mvit_video.data.index import NothingThereError, VideoIndex, VideoSplits, leave_out
-from mvit_video.data.lists import NO_FILE, Row, VideoList, existing_paths, index_of_rows
+from mvit_video.data.files import (
+    VIDEO_EXTENSIONS,
+    existing,
+    existing_folder,
+    find_first,
+    lines_of,
+    parse_json,
+    quoted,
+)
+from mvit_video.data.index import VideoIndex, VideoSplits
+from mvit_video.data.lists import Row, VideoList, existing_paths, index_of_list, splits_of_lists
 from mvit_video.errors import DataError
-
-log = logging.getLogger(__name__)
 
 _PREFIX = "something-something-v2-"
 _NAMES = {"train": ("train",), "val": ("validation", "val"), "test": ("test",)}
@@ -59,27 +66,30 @@ def ssv2_splits(
         folders = [existing_folder(videos)]
     else:
         folders = [root / name for name in _VIDEO_FOLDERS if (root / name).is_dir()] + [root]
-    there = None if frame_lists is not None else _entries(folders[0])
-    found: dict[str, VideoIndex] = {}
+    files: dict[str, Path | None] = {}
     for split, given in {"train": train, "val": val, "test": test}.items():
-        file = existing(given) if given is not None else _find(root, _NAMES[split])
-        if file is None and split == "test":
-            continue
-        if file is None:
+        files[split] = existing(given) if given is not None else _find(root, _NAMES[split])
+        if files[split] is None and split != "test":
             raise DataError(f"{root} has no {_NAMES[split][0]}.json; give data.{split}=FILE")
-        if frame_lists is not None and split == "test":
-            continue  # PySlowFast has no frame list for it
+    if frame_lists is not None:
+        files["test"] = None  # PySlowFast has no frame list for it
+    there = _entries(folders[0]) if frame_lists is None else {}
+
+    def read(split: str, file: Path, share: float) -> VideoIndex:
+        paths = there
         if frame_lists is not None:
-            there = _runs(existing(root / frame_lists[split == "val"]), folders)
-        try:
-            found[split] = _index(
-                file, names, folders[0], there or {}, 1.0 if split == "test" else max_missing, split
-            )
-        except NothingThereError as error:
-            if split != "test" or given is not None:
-                raise
-            log.info("no test split: %s", error)
-    return VideoSplits(found["train"], found["val"], found.get("test"))
+            paths = _frame_patterns(existing(root / frame_lists[split == "val"]), folders)
+        return index_of_list(
+            _rows(file, folders[0], paths, split),
+            names,
+            folders[0],
+            max_missing=share,
+            labels=split != "test",
+            there={entry_on_disk(path) for path in paths.values()},
+            remedy=f"videos are looked for in {folders[0]}: give data.videos=FOLDER",
+        )
+
+    return splits_of_lists(files, read, max_missing=max_missing, test_is_given=test is not None)
 
 
 def _find(root: Path, names: tuple[str, ...]) -> Path | None:
@@ -91,7 +101,7 @@ def _find(root: Path, names: tuple[str, ...]) -> Path | None:
 def _entries(folder: Path) -> dict[str, str]:
     """Id to path of the videos and the folders of frames in a folder."""
     found: dict[str, str] = {}
-    for name in os.listdir(folder):  # noqa: PTH208 (220,000 names)
+    for name in sorted(os.listdir(folder)):  # noqa: PTH208 (220,000 names)
         stem, suffix = os.path.splitext(name)  # noqa: PTH122
         if not suffix or suffix.lower() in VIDEO_EXTENSIONS:
             path = os.path.join(folder, name)  # noqa: PTH118
@@ -100,19 +110,11 @@ def _entries(folder: Path) -> dict[str, str]:
     return found
 
 
-def _index(
-    file: Path,
-    names: tuple[str, ...],
-    folder: Path,
-    paths: dict[str, str],
-    max_missing: float,
-    split: str,
-) -> VideoIndex:
+def _rows(file: Path, folder: Path, paths: dict[str, str], split: str) -> VideoList:
     entries = parse_json(file)
     if not isinstance(entries, list):
         raise DataError(f'{file}: expected a list of {{"id": ..., "template": ...}}')
     rows: list[Row] = []
-    missing: dict[str, str] = {}
     for number, entry in enumerate(entries, start=1):
         match entry:
             case {"id": (str() | int()) as video, "template": str(template)}:
@@ -121,21 +123,17 @@ def _index(
                 label = None
             case _:
                 raise DataError(
-                    f'{file}, entry {number}: expected {{"id": ..., "template": ...}}, got {entry!r}'
+                    f'{file}, entry {number}: expected {{"id": ..., "template": ...}}, got {quoted(entry)}'
                 )
-        video = str(video)
-        if video not in paths:
-            missing[video] = NO_FILE
-        rows.append(Row(number, paths.get(video, os.path.join(folder, f"{video}.webm")), label, video))  # noqa: PTH118
-    index = index_of_rows(VideoList(file, rows, "entry"), names, labels=split != "test")
-    remedy = f"videos are looked for in {folder}: give data.videos=FOLDER"
-    return leave_out(index, missing, source=file, max_missing=max_missing, remedy=remedy)
+        missing = os.path.join(folder, f"{video}.webm")  # noqa: PTH118
+        rows.append(Row(number, paths.get(str(video), missing), label, str(video)))
+    return VideoList(file, rows, "entry")
 
 
 # PySlowFast's lists of frames
 
 
-def _runs(file: Path, folders: list[Path]) -> dict[str, str]:
+def _frame_patterns(file: Path, folders: list[Path]) -> dict[str, str]:
     """Id to the path of its pictures, `folder/78687/78687_[000001-000042].jpg`, of the videos that exist.
 
     The paths start at the first of the folders that has the first picture.
@@ -144,59 +142,48 @@ def _runs(file: Path, folders: list[Path]) -> dict[str, str]:
         DataError: the frames of a video are not numbered one after the other.
     """
     found: dict[str, str] = {}
-    first: list[str] = []  # id, path and line of a video's first frame
-    last, count = "", 0
-    folder = folders[0]
-    for number, video, path in _frames(file):
-        if not first:
-            folder = next((folder for folder in folders if (folder / path).exists()), folder)
-        if first and video == first[0]:
-            if (len(path), path) <= (len(last), last):
-                raise DataError(f"{file}, line {number}: {path} comes after {last}; expected rising numbers")
-            last, count = path, count + 1
-            continue
-        if first:
-            found[first[0]] = _run(file, folder, first, last, count)
+    folder: Path | None = None
+    for video, frames in groupby(_frames(file), key=itemgetter(1)):
+        numbers, _, paths = zip(*frames, strict=True)
         if video in found:
-            raise DataError(
-                f"{file}, line {number}: frames of {video} come again after those of other videos"
-            )
-        first, last, count = [video, path, str(number)], path, 1
-    if not first:
+            raise DataError(f"{file}, line {numbers[0]}: frames of {video} come again after those of others")
+        if folder is None:
+            folder = next((folder for folder in folders if (folder / paths[0]).exists()), folders[0])
+        found[video] = os.path.join(folder, _pattern(file, numbers, paths))  # noqa: PTH118
+    if not found:
         raise DataError(f"{file}: it lists no frames")
-    found[first[0]] = _run(file, folder, first, last, count)
     there = existing_paths(entry_on_disk(path) for path in found.values())
     return {video: path for video, path in found.items() if entry_on_disk(path) in there}
 
 
 def _frames(file: Path) -> Iterator[tuple[int, str, str]]:
-    with file.open(encoding="utf-8-sig") as lines:  # gigabytes: never read as a whole
-        if not next(lines, "").startswith("original_vido_id"):
-            raise DataError(
-                f"{file}: expected PySlowFast's `original_vido_id video_id frame_id path labels` in line 1"
-            )
-        for number, line in enumerate(lines, start=2):
-            fields = line.split()
-            if not fields:
-                continue
-            if len(fields) not in (4, 5):
-                raise DataError(
-                    f"{file}, line {number}: expected original_vido_id, video_id, frame_id, path and labels, "
-                    f"got {line.rstrip()!r}"
-                )
-            yield number, fields[0], fields[3]
-
-
-def _run(file: Path, folder: Path, first: list[str], last: str, count: int) -> str:
-    video, path, line = first
-    run = run_of_pictures(path, last)
-    if run is not None:
-        start, end = run.rpartition("[")[2].partition("]")[0].split("-")
-        if int(end) - int(start) + 1 != count:
-            run = None
-    if run is None:
+    """Line, video and path of each frame."""
+    lines = lines_of(file)
+    if not next(lines, (1, ""))[1].startswith("original_vido_id"):
         raise DataError(
-            f"{file}, line {line}: the {count} frames of {video} from {path} to {last} "
-            "are not numbered one by one"
+            f"{file}: expected PySlowFast's `original_vido_id video_id frame_id path labels` in line 1"
         )
-    return os.path.join(folder, run)  # noqa: PTH118
+    for number, line in lines:
+        fields = line.split()
+        if len(fields) not in (4, 5):
+            raise DataError(
+                f"{file}, line {number}: expected original_vido_id, video_id, frame_id, path and labels, "
+                f"got {quoted(line)}"
+            )
+        yield number, fields[0], fields[3]
+
+
+def _pattern(file: Path, numbers: Sequence[int], paths: Sequence[str]) -> str:
+    """The path that means all frames of a video, whose lines have these numbers."""
+    for number, before, path in zip(numbers[1:], paths, paths[1:], strict=False):
+        if (len(path), path) <= (len(before), before):
+            raise DataError(f"{file}, line {number}: {path} comes after {before}; expected rising numbers")
+    pattern = run_of_pictures(paths[0], paths[-1])
+    if pattern is not None:
+        start, end = pattern.rpartition("[")[2].partition("]")[0].split("-")
+        if int(end) - int(start) + 1 == len(paths):
+            return pattern
+    raise DataError(
+        f"{file}, line {numbers[0]}: the {len(paths)} frames from {paths[0]} to {paths[-1]} are not numbered "
+        "one by one"
+    )

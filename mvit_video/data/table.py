@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,12 +16,16 @@ import pyarrow.parquet as pq
 from mvit_video.data.files import existing
 from mvit_video.data.index import LabelledVideo, VideoIndex, VideoSplits, leave_out
 from mvit_video.errors import DataError
+from mvit_video.io.fingerprint import Fingerprint
+from mvit_video.io.writing import replacing
 
 INDEX_NAME = "index.parquet"
+SPLITS = ("train", "val", "test")
 _METADATA_KEY = b"mvit_video"
+_KINDS = (pa.types.is_integer, pa.types.is_floating, pa.types.is_string)
 
 
-class Facts(NamedTuple):
+class FileInfo(NamedTuple):
     """What one file turned out to be; without `error` it can be read.
 
     Attributes:
@@ -48,7 +53,7 @@ class Entry(NamedTuple):
 
     split: str
     video: LabelledVideo
-    facts: Facts
+    info: FileInfo
 
 
 @dataclass(frozen=True)
@@ -58,12 +63,14 @@ class Table:
     Attributes:
         root: the folder of the data set, if it has one.
         unlisted: files below `root` that the data set doesn't name.
+        made_with: settings and libraries that described the files, as of `probe.settings`.
     """
 
     entries: list[Entry]
     class_names: tuple[str, ...]
     root: str | None = None
     unlisted: tuple[str, ...] = ()
+    made_with: Fingerprint = field(default_factory=dict)
 
 
 _SCHEMA = pa.schema(
@@ -101,24 +108,28 @@ def index_splits(path: str | Path, *, max_missing: float = 0.2) -> VideoSplits:
     table, metadata = _read(file, ["split", "id", "path", "label", "error"])
     names = tuple(metadata["class_names"])
     table = table.set_column(2, "path", _absolute(table["path"], str(file.absolute().parent)))
-    videos: dict[str, list[LabelledVideo]] = {"train": [], "val": [], "test": []}
-    reasons: dict[str, dict[str, str]] = {split: {} for split in videos}
+    videos: dict[str, list[LabelledVideo]] = {split: [] for split in SPLITS}
+    reasons: dict[str, dict[str, str]] = {split: {} for split in SPLITS}
     columns = (column.to_pylist() for column in table.columns)
     for split, video_id, place, label, error in zip(*columns, strict=True):
         videos[split].append(LabelledVideo(place, label, video_id))
         if error is not None:
             reasons[split][video_id] = error
-    found = {
-        split: leave_out(
-            VideoIndex(tuple(of_split), names),
+    found: dict[str, VideoIndex] = {}
+    for split in SPLITS:
+        if split == "test" and len(reasons[split]) == len(videos[split]):
+            continue
+        try:
+            index = VideoIndex(tuple(videos[split]), names)
+        except DataError as error:
+            raise DataError(f"{file} ({split}): {error}") from None
+        found[split] = leave_out(
+            index,
             reasons[split],
             source=f"{file} ({split})",
             max_missing=1.0 if split == "test" else max_missing,
             remedy="mend them and run mvit-data prepare again",
         )
-        for split, of_split in videos.items()
-        if (of_split and len(reasons[split]) < len(of_split)) or split != "test"
-    }
     return VideoSplits(found["train"], found["val"], found.get("test"))
 
 
@@ -133,19 +144,21 @@ def index_file(path: str | Path) -> Path:
 
 def read_table(file: Path) -> Table:
     """All of an index file. Raises `DataError` for another kind of file."""
-    table, metadata = _read(file, None)
+    table, metadata = _read(file, _SCHEMA.names)
     base = str(file.absolute().parent)
+    table = table.set_column(2, "path", _absolute(table["path"], base))
     columns = {name: table.column(name).to_pylist() for name in _SCHEMA.names}
-    facts = map(Facts, *(columns[name] for name in Facts._fields))
-    entries = [
-        Entry(split, LabelledVideo(os.path.join(base, path), label, video_id), fact)  # noqa: PTH118
-        for split, video_id, path, label, fact in zip(
-            *(columns[name] for name in ("split", "id", "path", "label")), facts, strict=True
-        )
-    ]
+    infos = map(FileInfo, *(columns[name] for name in FileInfo._fields))
+    videos = map(LabelledVideo, columns["path"], columns["label"], columns["id"])
     root = None if metadata["root"] is None else os.path.normpath(os.path.join(base, metadata["root"]))  # noqa: PTH118
     unlisted = tuple(os.path.join(base, path) for path in metadata["unlisted"])  # noqa: PTH118
-    return Table(entries, tuple(metadata["class_names"]), root, unlisted)
+    return Table(
+        list(map(Entry, columns["split"], videos, infos)),
+        tuple(metadata["class_names"]),
+        root,
+        unlisted,
+        metadata.get("made_with", {}),
+    )
 
 
 def write_table(file: Path, table: Table) -> None:
@@ -157,17 +170,17 @@ def write_table(file: Path, table: Table) -> None:
         "path": [_portable(entry.video.path, base) for entry in entries],
         "label": [entry.video.label for entry in entries],
     }
-    for name in Facts._fields:
-        columns[name] = [getattr(entry.facts, name) for entry in entries]
+    for name in FileInfo._fields:
+        columns[name] = [getattr(entry.info, name) for entry in entries]
     metadata = {
         "class_names": table.class_names,
         "root": None if table.root is None else _portable(table.root, base),
         "unlisted": [_portable(path, base) for path in table.unlisted],
+        "made_with": table.made_with,
     }
     schema = _SCHEMA.with_metadata({_METADATA_KEY: json.dumps(metadata).encode()})
-    partial = file.with_name(file.name + ".tmp")
-    pq.write_table(pa.table(columns, schema=schema), partial, compression="zstd")
-    partial.replace(file)
+    with replacing(file) as content:
+        pq.write_table(pa.table(columns, schema=schema), content, compression="zstd")
 
 
 def _absolute(paths: pa.ChunkedArray, base: str) -> pa.ChunkedArray:
@@ -181,11 +194,46 @@ def _portable(path: str, base: str) -> str:
     return "." if path == base else path.removeprefix(base.rstrip(os.sep) + os.sep)
 
 
-def _read(file: Path, columns: list[str] | None) -> tuple[pa.Table, dict[str, Any]]:
+def _read(file: Path, columns: Sequence[str]) -> tuple[pa.Table, dict[str, Any]]:
     try:
-        table = pq.read_table(file, columns=columns)
+        # Not pq.read_table, which makes columns of folders called such as a=b.
+        with pq.ParquetFile(file) as content:
+            table = content.read(columns=list(columns))
         metadata = json.loads(table.schema.metadata[_METADATA_KEY])
-    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise DataError(f"{file} is no index of mvit-data prepare, or a damaged one ({reason})") from None
-    return table, metadata
+        problem = _problem_of_columns(table, columns) or _problem_of_metadata(metadata)
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+        problem = " ".join(str(error).split())[:160]
+    if problem:
+        raise DataError(f"{file} is no index of mvit-data prepare, or a damaged one ({problem})")
+    return table.select(list(columns)), metadata
+
+
+def _problem_of_columns(table: pa.Table, columns: Sequence[str]) -> str | None:
+    """What isn't as `write_table` leaves it; others may have written the file."""
+    for name in columns:
+        if name not in table.column_names:
+            return f"it has no column {name!r}"
+        wanted, kind = _plain_type(_SCHEMA.field(name).type), _plain_type(table.schema.field(name).type)
+        alike = next(is_kind for is_kind in _KINDS if is_kind(wanted))
+        if not alike(kind) and not (pa.types.is_null(kind) and name in ("label", "error")):
+            return f"column {name!r} is {kind}, not {wanted}"
+        if name in ("split", "id", "path") and (
+            table[name].null_count or pc.any(pc.equal(table[name].cast(pa.string()), "")).as_py()
+        ):
+            return f"column {name!r} lacks a value in some rows"
+    unknown = set(pc.unique(table["split"]).to_pylist()) - set(SPLITS)
+    return f"it has a split {min(unknown)!r}; there are {', '.join(SPLITS)}" if unknown else None
+
+
+def _problem_of_metadata(metadata: Any) -> str | None:
+    match metadata:
+        case {"class_names": [*names], "root": str() | None, "unlisted": [*paths]}:
+            if all(isinstance(text, str) for text in [*names, *paths]):
+                return None
+    return "its metadata lacks class_names, root or unlisted, or has them in another form"
+
+
+def _plain_type(kind: pa.DataType) -> pa.DataType:
+    """Of the values; long text and text by number is text."""
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return pa.string() if pa.types.is_large_string(kind) else kind

@@ -54,12 +54,13 @@ def require_same(
         raise ConfigError(f"{what} comes from other settings: {listed}; {remedy}")
 
 
-def file_sha256(path: str | Path) -> str:
-    """The hexadecimal SHA-256 of a file's content."""
+def file_sha256(*paths: str | Path) -> str:
+    """The hexadecimal SHA-256 of a file's content, or of the contents of several one behind the other."""
     digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+    for path in paths:
+        with open(path, "rb") as file:  # noqa: PTH123 (thousands of pictures)
+            while block := file.read(1 << 20):
+                digest.update(block)
     return digest.hexdigest()
 
 

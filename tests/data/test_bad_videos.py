@@ -13,7 +13,7 @@ from mvit_video.errors import ConfigError, DataError
 
 
 def rows(file: Path) -> list[list[str]]:
-    with file.open(newline="", encoding="utf-8", errors="surrogateescape") as lines:
+    with file.open(newline="", encoding="utf-8") as lines:
         return list(csv.reader(lines))
 
 
@@ -33,14 +33,16 @@ def test_a_run_stops_with_the_first_video_too_many(tmp_path: Path, allowed: int)
 
 def test_a_resumed_job_counts_those_of_before(tmp_path: Path) -> None:
     file = tmp_path / "bad.csv"
-    BadVideos(file, allowed=2, total=9).note([BadVideo("a.mp4", "damaged"), BadVideo("\udcff.mp4", "gone")])
+    BadVideos(file, allowed=2, total=9).note([BadVideo("a.mp4", "damaged"), BadVideo("\udcff=1.mp4", "=2+3")])
     with file.open("a") as torn:
         torn.write("b.mp4,half a li")
     resumed = BadVideos(file, allowed=2, total=9, go_on=True)
-    assert list(resumed.found) == ["a.mp4", "\udcff.mp4"]
+    assert rows(file)[2] == ["\\xff=1.mp4", "'=2+3"]  # safe in a spreadsheet
+    resumed.note([BadVideo("\udcff=1.mp4", "=2+3")])
+    assert len(resumed.found) == 2
     with pytest.raises(DataError, match="3 of 9"):
         resumed.note([BadVideo("b.mp4", "damaged")])
-    assert [row[0] for row in rows(file) if row[0].isascii()] == ["path", "a.mp4", "b.mp4"]
+    assert [row[0] for row in rows(file)] == ["path", "a.mp4", "\\xff=1.mp4", "b.mp4"]
     assert BadVideos(file, allowed=2, total=9).found == {}
 
 

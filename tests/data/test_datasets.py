@@ -203,6 +203,13 @@ def test_clip_names(stem: str, clip: Clip | None) -> None:
         ),
         (("zumba", "x", 0, 10), "train.csv, line 6: expected label,youtube_id,time_start,time_end,split"),
         (("zumba", "a_b_c", 0, 10, "train"), "a_b_c_000000_000010 comes twice, in line 3 and line 6"),
+        *(
+            (
+                ("zumba", "x", time, 10, "train"),
+                "train.csv, line 6: expected youtube_id, time_start and time_end",
+            )
+            for time in ("inf", "nan", "-1", "1e300", "")
+        ),
         (("", "x", 0, 10, "train"), "train.csv, line 6 (x_000000_000010): it has no label"),
     ],
 )
@@ -700,8 +707,64 @@ def test_hmdb51(tmp_path: Path, a_video: PutVideo) -> None:
     with fails("wave_test_split1.txt, line 1: expected a file name and 0, 1 or 2"):
         hmdb51_splits(tmp_path)
     write(tmp_path / "testTrainMulti_7030_splits" / "wave_test_split1.txt", "\n \n")
-    with fails("wave_test_split1.txt is empty"):
+    with fails("wave_test_split1.txt marks no video to train on"):
         hmdb51_splits(tmp_path)
+
+
+@pytest.mark.parametrize("one", ["climb", "kick", "sword"])
+def test_hmdb51_classes_are_in_the_order_of_their_names(tmp_path: Path, a_video: PutVideo, one: str) -> None:
+    """As in torchvision and `data=folder`: the ends of the files' names would give another."""
+    other = {"climb": "climb_stairs", "kick": "kick_ball", "sword": "sword_exercise"}[one]
+    for name in (other, one, "wave"):
+        for number in range(2):
+            a_video(tmp_path / name / f"{number}.avi")
+        write(tmp_path / "splits" / f"{name}_test_split1.txt", "0.avi 1\n1.avi 2\n")
+    splits = hmdb51_splits(tmp_path)
+    assert splits.class_names == (one, other, "wave")
+    assert labels(splits.train) == {f"{one}/0.avi": 0, f"{other}/0.avi": 1, "wave/0.avi": 2}
+
+
+def test_copies_of_hmdb51_splits(tmp_path: Path, a_video: PutVideo) -> None:
+    root = hmdb51(tmp_path, a_video)
+    folder = root / "testTrainMulti_7030_splits"
+    before = hmdb51_splits(root)
+    (folder / "._wave_test_split1.txt").write_bytes(b"\0\5\x16\7")
+    shutil.copytree(folder, folder / "copy")
+    assert hmdb51_splits(root) == before
+    write(folder / "copy" / "wave_test_split1.txt", "wave_0#1.avi 2\n")
+    with fails("copy/wave_test_split1.txt"):
+        hmdb51_splits(root)
+    shutil.rmtree(folder / "copy")
+    write(folder / "wave_test_split1.txt", "wave_0#1.avi 0\nwave_1#1.avi 0\n")
+    with fails("wave_test_split1.txt marks no video to train on"):
+        hmdb51_splits(root)
+    write(folder / "wave_test_split1.txt", "wave_0#1.avi 1\nwave_0#1.avi 1\n")
+    with fails("wave_test_split1.txt: wave/wave_0#1.avi comes twice, in line 1 and line 2"):
+        hmdb51_splits(root)
+
+
+def test_names_of_ucf101_with_spaces(tmp_path: Path, a_video: PutVideo) -> None:
+    root = ucf101(tmp_path, a_video)
+    for split, line in (("train", "YoYo/v YoYo 1.avi 2"), ("test", "YoYo/v YoYo 2.avi")):
+        a_video(root / "UCF-101" / line.removesuffix(" 2"))
+        write(root / "ucfTrainTestlist" / f"{split}list01.txt", f"{line}\n")
+    splits = ucf101_splits(root)
+    assert labels(splits.train) == {"YoYo/v YoYo 1.avi": 1}
+    assert labels(splits.val) == {"YoYo/v YoYo 2.avi": 1}
+    write(root / "ucfTrainTestlist" / "classInd.txt", f"1 ApplyEyeMakeup\n{'9' * 5000} YoYo\n")
+    with fails("classInd.txt, line 2"):
+        ucf101_splits(root)
+
+
+def test_ucf101_classes_are_in_the_order_of_their_index(tmp_path: Path, a_video: PutVideo) -> None:
+    """classInd.txt has Hammering before HammerThrow, which a sort by bytes has not."""
+    for name in ("Hammering", "HammerThrow"):
+        for number in range(2):
+            a_video(tmp_path / "UCF-101" / name / f"{number}.avi")
+    write(tmp_path / "classInd.txt", "1 Hammering\n2 HammerThrow\n")
+    write(tmp_path / "trainlist01.txt", "HammerThrow/0.avi 2\nHammering/0.avi 1\n")
+    write(tmp_path / "testlist01.txt", "HammerThrow/1.avi\nHammering/1.avi\n")
+    assert labels(ucf101_splits(tmp_path).val) == {"HammerThrow/1.avi": 1, "Hammering/1.avi": 0}
 
 
 @pytest.mark.parametrize(

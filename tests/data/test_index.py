@@ -11,7 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from mvit_video.data.index import LabelledVideo, VideoIndex, VideoSplits, find_videos, folder_splits
+from mvit_video.data.index import (
+    LabelledVideo,
+    VideoIndex,
+    VideoSplits,
+    find_videos,
+    folder_splits,
+    image_folder_splits,
+)
 from mvit_video.data.lists import csv_splits, json_splits
 from mvit_video.errors import ConfigError, DataError
 
@@ -106,6 +113,110 @@ def test_root_must_be_a_folder_and_the_fraction_a_fraction(tmp_path: Path) -> No
         folder_splits(tmp_path / "a.mp4")
     with pytest.raises(ConfigError, match="val_fraction is 1"):
         folder_splits(tmp_path, val_fraction=1.0)
+
+
+@pytest.mark.parametrize(
+    ("train", "val"),
+    [
+        ("Train", "Validation"),
+        ("training", "Val"),
+        ("TRAIN", "test"),
+        ("train", "valid"),
+        ("Training", "Testing"),
+    ],
+)
+def test_split_folders_in_any_spelling(tmp_path: Path, train: str, val: str) -> None:
+    touch(tmp_path, f"{train}/run/a.mp4", f"{train}/jump/b.mp4", f"{val}/run/c.mp4", f"{val}/jump/d.mp4")
+    splits = folder_splits(tmp_path)
+    assert splits.class_names == ("jump", "run")
+    assert ids(splits.val) == [f"{val}/jump/d.mp4", f"{val}/run/c.mp4"]
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["Train/a/0.mp4", "train/a/0.mp4", "val/a/0.mp4"], "Train and train"),
+        (["train/a/0.mp4", "val/a/0.mp4", "validation/a/0.mp4"], "val and validation"),
+        (
+            ["train/0.mp4", "val/1.mp4"],
+            "videos lie directly in {root}/train; expected one sub-folder per class",
+        ),
+        (["0.mp4", "1.mp4"], "videos lie directly in {root}; expected one sub-folder per class"),
+        (["a/0/1.jpg", "a/0/2.jpg"], "folders of frames a list"),
+        (["a/0.mp4", "a/1.mp4", "b/x/1.jpg"], "no videos found in class folder {root}/b; pictures need"),
+    ],
+)
+def test_what_folders_could_mean_is_asked(tmp_path: Path, files: list[str], message: str) -> None:
+    root = tmp_path / "videos"
+    touch(root, *files)
+    with fails(message.format(root=root)):
+        folder_splits(root)
+
+
+def test_classes_may_be_called_as_splits_are(tmp_path: Path) -> None:
+    touch(tmp_path, *(f"{name}/{i}.mp4" for name in ("training", "testing", "running") for i in range(2)))
+    assert folder_splits(tmp_path).class_names == ("running", "testing", "training")
+
+
+SUFFIXES = """mts m2ts asf f4v 3g2 vob mxf dv ogg divx h264 264 hevc h265 m2v mjpeg y4m apng dav MTS"""
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES.split())
+def test_usual_names_of_videos_are_known(tmp_path: Path, suffix: str) -> None:
+    touch(tmp_path, f"a/0.{suffix}", f"a/1.{suffix}")
+    assert len(folder_splits(tmp_path).train) == 1
+    assert len(find_videos(tmp_path)) == 2
+
+
+def test_what_folders_have_and_is_not_looked_at_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    touch(tmp_path, "train/a/0.mp4", "train/a/1.xyz", "train/a/b/2.XYZ", "train/a/notes", "train/loose.mp4")
+    touch(tmp_path, "val/a/0.mp4", "val/a/.DS_Store", "extra/0.mp4")
+    with caplog.at_level("INFO"):
+        folder_splits(tmp_path)
+        find_videos(tmp_path)
+    for words in ("2 .xyz, 1 no suffix", "extra", "1 videos that lie beside"):
+        assert words in caplog.text
+    assert ".ds_store" not in caplog.text
+
+
+def test_links_are_followed_once(tmp_path: Path) -> None:
+    touch(tmp_path, "data/a/0.mp4", "data/a/1.mp4", "elsewhere/2.mp4")
+    (tmp_path / "data" / "a" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "loop").symlink_to(tmp_path / "data" / "a")
+    assert sorted(Path(path).name for path in find_videos(tmp_path / "data")) == ["0.mp4", "1.mp4", "2.mp4"]
+    splits = folder_splits(tmp_path / "data")
+    assert len(splits.train) + len(splits.val) == 3
+
+
+def test_a_folder_that_cannot_be_read_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(tmp_path, "a/0.mp4", "a/1.mp4", "a/b/2.mp4")
+    scandir = os.scandir
+
+    def forbidden(path: str) -> object:
+        if os.fspath(path).endswith("b"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", forbidden)
+    with fails("a/b can't be read: Permission denied"):
+        folder_splits(tmp_path)
+
+
+def test_pictures_of_all_kinds_are_taken(tmp_path: Path) -> None:
+    touch(tmp_path, "a/0.JPEG", "a/1.gif", "b/0.gif", "b/1.webp")
+    splits = image_folder_splits(tmp_path)
+    assert len(splits.train) + len(splits.val) == 4
+
+
+def test_an_empty_folder_of_a_known_class_is_no_error(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    touch(tmp_path, "train/zumba/0.mp4", "val/zumba/0.mp4", "train/yoga/notes.txt")
+    splits = folder_splits(tmp_path, class_names="kinetics400")
+    assert [len(splits.train), len(splits.val)] == [1, 1]
+    assert "no videos found in class folder" in caplog.text
 
 
 # Lists
@@ -246,6 +357,173 @@ def test_class_name_mistakes_are_named(videos: Path, text: str, message: str) ->
     file = write(videos / "train.csv", "v/a.mp4 0\n")
     with fails(message):
         csv_splits(file, file, class_names=write(videos / "names.json", text))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "video_path,action\n{a},run\n{b},jump\n",
+        "file_name,category\n{a},run\n{b},jump\n",
+        "Video Name,Class\n{a},run\n{b},jump\n",
+        "filename label\n{a} run\n{b} jump\n",
+        "clip;activity\n{a};run\n{b};jump\n",
+        "path;label\n{a}; run\n{b}; jump\n",
+        "clip,sport\n{a},run\n{b},jump\n",
+        "my_column,label\n{a},run\n{b},jump\n",
+        "label,path\nrun,{a}\njump,{b}\n",
+        "Class\tFile Name\nrun\t{a}\njump\t{b}\n",
+        "path,label,split\n{a},run,train\n{b},jump,train\n",
+        "id;seconds;video path;action\n1;0.5;{a};run\n2;1;{b};jump\n",
+        "# a comment, and more\n#{a2} was bad\npath,label\n{a},run\n# end\n{b},jump\n",
+        "{a},run\r{b},jump\r",
+        "{a};run\n{b};jump",
+        "{a}\trun\n{b}\tjump",
+    ],
+)
+def test_headers_comments_and_delimiters(videos: Path, text: str) -> None:
+    file = write(videos / "train.csv", text.format(a="v/a.mp4", b="v/b.mp4", a2="x"))
+    splits = csv_splits(file, file)
+    assert splits.class_names == ("jump", "run")
+    assert [(video.id, video.label) for video in splits.train.videos] == [("v/a.mp4", 1), ("v/b.mp4", 0)]
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("path,label\nv/a.mp4,1\nv/b.mp4,0\n", ("0", "1")),
+        ("label;path\n1;v/a.mp4\n0;v/b.mp4\n", ("0", "1")),
+        ("v/a.mp4 label\nv/b.mp4 action\n", ("action", "label")),
+        ("video action\nclip action\n", ("action",)),  # folders of frames
+    ],
+)
+def test_words_of_headers_may_be_classes_and_numbers_stand_below_them(
+    videos: Path, text: str, names: tuple[str, ...]
+) -> None:
+    touch(videos, "video/1.jpg", "clip/1.jpg")
+    file = write(videos / "train.csv", text)
+    splits = csv_splits(file, file)
+    assert splits.class_names == names
+    assert len(splits.train) == 2
+
+
+@pytest.mark.parametrize(
+    "name", ["a\u2028b.mp4", "a\x85b.mp4", "a\x0cb.mp4", "a\x1cb.mp4", "#1.mp4", "é.mp4"]
+)
+@pytest.mark.parametrize("form", ["{} 0\n", "{},0\n", "{}\t0\n"])
+def test_odd_names_stay_whole(videos: Path, name: str, form: str) -> None:
+    touch(videos, f"v/{name}")
+    file = write(videos / "train.csv", form.format(f"v/{name}"))
+    assert ids(csv_splits(file, file).train) == [f"v/{name}"]
+    touch(videos, name)
+    file = write(videos / "own.csv", form.format(name))
+    assert ids(csv_splits(file, file).train) == [name]
+
+
+def test_a_list_in_the_current_folder(videos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(videos)
+    touch(videos, "x.mp4")
+    write(videos / "l.csv", "v/a.mp4 0\nx.mp4 1\n")
+    write(videos / "l.json", json.dumps([{"path": "v/a.mp4", "label": 0}, {"path": "x.mp4", "label": 1}]))
+    for splits in (
+        csv_splits("l.csv", "l.csv"),
+        json_splits("l.json", "./l.json"),
+        csv_splits("l.csv", "l.csv", root="."),
+    ):
+        assert ids(splits.train) == ["v/a.mp4", "x.mp4"]
+        assert all(Path(video.path).is_file() for video in splits.train.videos)
+    assert len(folder_splits(".", val_fraction=0.5).train) >= 1
+
+
+LONG = 1_000_000
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "v/a\0.mp4 0\n",
+        "v/a.mp4,run\0\n",
+        f'"{"x" * 200_000}",run\n',
+        f"v/a.mp4,{'x' * 200_000}\n",
+        f"{'x,' * (LONG // 2)}\n",
+        f"{'x' * LONG} 0\n",
+        f"v/a.mp4 {'x' * LONG}\nv/b.mp4 0\n",
+        f"path,label,split\n{'x' * LONG}\n",
+        "v/a.mp4 99999999999999999999999999\nv/b.mp4 0\n",
+        "v/a.mp4 0\nv/b.mp4 1e400 2\n",
+        '"v/a.mp4,0\n',
+        "path,label\n",
+        "# nothing\n",
+        "frames 99999999999 0\n",
+    ],
+    ids=range(14),
+)
+@pytest.mark.parametrize("names", [None, ["zero", "one"]], ids=["", "names"])
+def test_hostile_csv_lists_end_with_a_short_error(videos: Path, text: str, names: list[str] | None) -> None:
+    file = write(videos / "train.csv", text)
+    with pytest.raises(DataError, match=r"train\.csv") as caught:
+        csv_splits(file, file, class_names=names)
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[{"path": "v/a.mp4", "label": "\\ud800"}]',
+        '[{"path": "v/\\udcff.mp4", "label": "a"}]',
+        '[{"path": "v/a.mp4", "label": "a", "id": "\\ud800"}]',
+        '[{"path": "v/a\\u0000.mp4", "label": "a"}]',
+        '[{"path": "", "label": "a"}]',
+        '[{"path": "v/a.mp4", "label": "  "}]',
+        "[" * 100_000,
+        f'[{{"path": "v/a.mp4", "label": {"9" * 5000}}}]',
+        f'[{{"path": "v/a.mp4", "label": {"9" * 4000}}}]',
+        f'[{{"path": "{"x" * LONG}", "label": 0}}]',
+        f'[{{"path": 1, "label": "{"x" * LONG}"}}]',
+        '[{"path": "v/a.mp4", "label": 0, "label": 1}]',
+        '[{"path": "v/a.mp4", "label": true}]',
+        '[{"path": "v/a.mp4", "label": 0.5}]',
+        '[{"path": "v/a.mp4", "label": NaN}]',
+        '[{"path": "v/a.mp4", "label": 0, "id": ["x"]}]',
+        '[{"path": "v/a.mp4", "label": 0, "id": null}]',
+        '[["v/a.mp4", 0]]',
+        "[null]",
+        '"text"',
+        "",
+    ],
+    ids=range(21),
+)
+def test_hostile_json_lists_end_with_a_short_error(videos: Path, text: str) -> None:
+    file = write(videos / "train.json", text)
+    with pytest.raises(DataError) as caught:
+        json_splits(file, file)
+    assert len(str(caught.value)) < 1000
+    assert str(caught.value).encode()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("n.txt", b"caf\xe9\n"),
+        ("n.txt", b"a\0b\n"),
+        ("n.txt", b"\n \n"),
+        ("n.json", b'["\\ud800"]'),
+        ("n.json", b'["a", " "]'),
+        ("n.json", b'{"a": 0, "a": 1}'),
+        ("n.json", b"[" * 100_000),
+        ("n.json", b'{"a": {"b": [1]}}'),
+        ("n.json", b"\xff\xfe[\0"),
+    ],
+)
+def test_hostile_class_names_are_errors(videos: Path, name: str, content: bytes) -> None:
+    file = write(videos / "train.csv", "v/a.mp4 0\n")
+    (videos / name).write_bytes(content)
+    with pytest.raises(DataError, match=name):
+        csv_splits(file, file, class_names=videos / name)
+
+
+def test_class_names_match_however_a_disk_composes_them(videos: Path) -> None:
+    file = write(videos / "train.csv", "v/a.mp4,cafe\u0301\n")
+    assert csv_splits(file, file, class_names=["tea", "caf\xe9"]).train.videos[0].label == 1
 
 
 @pytest.mark.parametrize("read", [csv_splits, json_splits])

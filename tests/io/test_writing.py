@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mvit_video.errors import ConfigError
-from mvit_video.io.fingerprint import differences, file_stamp, fingerprint, require_same
+from mvit_video.io.fingerprint import differences, file_sha256, file_stamp, fingerprint, require_same
 from mvit_video.io.writing import append, keep_whole_lines, next_number, replacing, set_aside, sole_writer
 
 
@@ -130,3 +130,10 @@ def test_a_replaced_file_has_another_stamp(tmp_path: Path) -> None:
     os.utime(path, ns=(1, 1))
     assert first["size"] == 1
     assert file_stamp(path) != first
+
+
+def test_the_hash_of_several_files_is_that_of_their_contents_in_a_row(tmp_path: Path) -> None:
+    for name, content in (("a", b"1"), ("b", b"23"), ("c", b"123")):
+        (tmp_path / name).write_bytes(content)
+    assert file_sha256(tmp_path / "a", tmp_path / "b") == file_sha256(tmp_path / "c")
+    assert file_sha256(tmp_path / "b", tmp_path / "a") != file_sha256(tmp_path / "c")
