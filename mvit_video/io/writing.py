@@ -7,6 +7,7 @@ its own, never deleted (``keep_whole_lines``, ``set_aside``).
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import secrets
@@ -40,7 +41,7 @@ def replacing(path: str | Path, mode: str = "wb", **options: Any) -> Iterator[IO
     unfinished = path.with_name(f".unfinished-{secrets.token_hex(4)}{path.suffix}")
     with naming(path):
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            _make_parents(path)
             with unfinished.open(mode.replace("w", "x"), **options) as file:
                 yield file
                 file.flush()
@@ -53,12 +54,13 @@ def replacing(path: str | Path, mode: str = "wb", **options: Any) -> Iterator[IO
             raise
 
 
-def append(file: IO[Any], rows: str | bytes) -> None:
-    """Add whole rows to an open file; when this returns they survive a power loss."""
+def append(file: IO[Any], rows: str | bytes, *, sync: bool = True) -> None:
+    """Add whole rows to an open file; then they survive a kill and, with ``sync``, a power loss."""
     with naming(Path(file.name)):
         file.write(rows)
         file.flush()
-        os.fsync(file.fileno())
+        if sync:
+            os.fsync(file.fileno())
 
 
 def keep_whole_lines(path: Path) -> None:
@@ -75,9 +77,13 @@ def keep_whole_lines(path: Path) -> None:
     log.warning("%s ended in the middle of a line, which is set aside as %s", path, torn)
 
 
-def set_aside(path: Path, why: str) -> Path:
-    """Give a damaged file another name in its folder, and say so; returns the name."""
-    aside = _free_name(path.with_name(f"{path.name}.damaged"))
+def set_aside(path: Path, why: str, *, prefix: str = "") -> Path:
+    """Give a damaged file another name in its folder, and say so; returns the name.
+
+    Args:
+        prefix: of the name, such as ``_`` in a folder whose readers take all files that don't begin so.
+    """
+    aside = _free_name(path.with_name(f"{prefix}{path.name}.damaged"))
     path.rename(aside)
     log.warning("%s: %s; it is set aside as %s", path, why, aside)
     return aside
@@ -103,7 +109,7 @@ def sole_writer(path: str | Path) -> Iterator[None]:
     """
     path = Path(path)
     with naming(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_parents(path)
         lock_file = path.with_name(f".{path.name}.lock")
         lock = FileLock(lock_file, timeout=0)
         try:
@@ -139,8 +145,16 @@ def naming(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.filename is None or ".unfinished-" in str(error.filename):
-            error.filename = str(path)
+            with suppress(AttributeError):  # FFmpeg's own can't be changed
+                error.filename = str(path)
         raise
+
+
+def _make_parents(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:  # a parent is a file
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path)) from None
 
 
 def _free_name(path: Path) -> Path:

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from mvit_video.data.clips import read_test_views
 from mvit_video.errors import ConfigError
+from mvit_video.io.console import printable
+from mvit_video.io.writing import replacing
 from mvit_video.model import ClipSpec, MViT
 from mvit_video.model.attention import Grid
 
@@ -224,12 +226,13 @@ def write_strip(explanation: Explanation, path: Path) -> None:
     for name, score, values in zip(
         explanation.class_names, explanation.scores, explanation.importance, strict=True
     ):
-        axes.plot(seconds, values.numpy(), marker=".", label=f"{name} ({score:.0%})")
+        axes.plot(seconds, values.numpy(), marker=".", label=f"{printable(name)} ({score:.0%})")
     axes.set(xlabel="seconds", ylabel="frame importance", ylim=(0, 1.05))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    figure.suptitle(f"{explanation.method}: {explanation.class_names[0]}")
-    figure.savefig(path, dpi=100)
+    figure.suptitle(f"{explanation.method}: {printable(explanation.class_names[0])}")
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=100)
 
 
 def write_overlay_video(explanation: Explanation, path: Path) -> None:
@@ -237,7 +240,7 @@ def write_overlay_video(explanation: Explanation, path: Path) -> None:
     start, end = explanation.span
     num_frames = len(explanation.frames)
     rate = (num_frames - 1) / (end - start) if end > start else 1.0
-    with av.open(str(path), "w") as container:
+    with replacing(path) as file, av.open(file, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(rate).limit_denominator(1000))
         height, width = explanation.frames.shape[-2:]
         stream.height, stream.width, stream.pix_fmt = height // 2 * 2, width // 2 * 2, "yuv420p"

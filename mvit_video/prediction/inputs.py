@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import glob
-import io
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -26,61 +26,93 @@ def expand(arguments: str | Path | Iterable[str | Path]) -> list[str]:
 
     Raises:
         DataError: an argument that is missing or finds nothing. What a list names isn't looked for: a file
-            that is gone gets an error of its own in the answer.
+            that is gone gets an error of its own in the predictions.
     """
     arguments = [arguments] if isinstance(arguments, str | Path) else arguments
-    return list(dict.fromkeys(file for argument in arguments for file in _expand_one(argument)))
+    return list(dict.fromkeys(file for argument in arguments for file in _expand_one(str(argument))))
 
 
-def _expand_one(argument: str | Path) -> Iterator[str]:
-    name = str(argument)
+def is_address(name: str) -> bool:
+    """Whether a name is one of a stream rather than of a file."""
+    return "://" in name and not os.path.lexists(name)
+
+
+def _expand_one(name: str) -> Iterator[str]:
     if name == STDIN:
-        if isinstance(sys.stdin, io.TextIOWrapper):
-            sys.stdin.reconfigure(encoding="utf-8", errors=_BYTES)
-        yield from _expand_list(sys.stdin.read(), "standard input")
-    elif "://" in name:  # for whoever reads streams; a file it isn't
+        stdin = getattr(sys.stdin, "buffer", None)
+        yield from _expand_list(stdin.read() if stdin else sys.stdin.read().encode(), "standard input")
+    elif is_address(name):
         yield name
-    elif Path(name).exists() and Path(name).suffix.lower() != ".txt":
-        yield from find_videos(name)
+    elif os.path.exists(name) and not name.lower().endswith(".txt"):  # noqa: PTH110 (it takes any name)
+        yield from _find_videos(name)
     elif name.startswith("@") or name.lower().endswith(".txt"):
-        path = Path(name.removeprefix("@")).expanduser()
+        path = _expand_home(name.removeprefix("@"))
         try:
-            text = path.read_text(encoding="utf-8-sig", errors=_BYTES)
-        except OSError as error:
+            content = path.read_bytes()
+        except (OSError, ValueError) as error:
             raise DataError(f"the list {path} can't be read: {error}") from None
-        yield from _expand_list(text, str(path))
+        yield from _expand_list(content, str(path))
     elif glob.has_magic(name):
         yield from _expand_glob(name)
     else:
-        yield from find_videos(name)
+        yield from _find_videos(name)
 
 
-def _expand_list(text: str, source: str) -> Iterator[str]:
+def _find_videos(name: str) -> list[str]:
+    path = Path(name) if os.path.lexists(name) else _expand_home(name)
+    return find_videos(path.absolute() if str(path).startswith("~") else path)
+
+
+def _expand_list(content: bytes, source: str) -> Iterator[str]:
+    text = content.decode("utf-8-sig", _BYTES)
+    if _is_binary(content[:65536]):
+        raise DataError(
+            f"{source} holds a video, not a list of names; window=SECONDS looks at a video from a pipe "
+            "through windows, otherwise give the name of its file"
+        )
     if "\0" in text:  # names as they are, such as find -print0 writes them
         for name in filter(None, text.split("\0")):
-            yield from find_videos(name) if Path(name).is_dir() else (name,)
+            yield from _find_videos(name) if os.path.isdir(name) else (name,)  # noqa: PTH112
         return
     found = text.split("\n")  # no splitlines: names may hold what else ends lines
     lines = [line.strip("\r\n ") for line in found if line.strip() and not line.startswith("#")]
     if not lines:
         raise DataError(f"{source} lists no videos; expected one file, folder or glob a line")
     for line in lines:
-        path = Path(line).expanduser()
-        if path.is_dir():
-            yield from find_videos(path)
-        elif glob.has_magic(line) and not path.exists():
+        path = line if os.path.lexists(line) else str(_expand_home(line))
+        if os.path.isdir(path):  # noqa: PTH112
+            yield from _find_videos(path)
+        elif glob.has_magic(line) and not os.path.lexists(path):
             yield from _expand_glob(line)
         else:
-            yield str(path)
+            yield path
+
+
+def _is_binary(content: bytes) -> bool:
+    """Whether bytes are neither UTF-8 nor names of another encoding, which hold no control characters."""
+    controls = bytes(c for c in range(32) if c not in b"\0\t\n\r")
+    try:
+        content[:-4].decode()  # a character may be cut at the end
+    except UnicodeDecodeError:
+        return len(content.translate(None, controls)) < len(content)
+    return False
 
 
 def _expand_glob(pattern: str) -> Iterator[str]:
-    found = sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True))  # noqa: PTH207 (absolute too)
+    found = sorted(glob.glob(str(_expand_home(pattern)), recursive=True))  # noqa: PTH207 (absolute too)
     if not found:
         raise DataError(f"{pattern} matches no file")
     for path in found:
         # A folder that a glob meets may hold other things.
         yield from find_videos(path) if Path(path).is_file() or _has_videos(path) else ()
+
+
+def _expand_home(name: str) -> Path:
+    """``~`` as the home folder, unless it is part of a name such as ``~x.mp4``."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:  # there is no such user
+        return Path(name)
 
 
 def _has_videos(folder: str) -> bool:

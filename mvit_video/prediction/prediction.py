@@ -1,13 +1,14 @@
-"""What is said of a video."""
+"""What a model says of a video."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+NOT_FINITE = "NaN or infinite scores: the weights are damaged, or precision=fp32 is needed"
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class Segment:
 class Prediction:
     """The likeliest classes of a video, best first, with scores in [0, 1], and those of its clips.
 
-    A file that can't be read has an ``error`` and no classes; only a video seen through windows has segments.
+    A video without scores has an ``error`` and no classes: it can't be read, or its scores aren't finite.
+    Only a video seen through windows has segments.
     """
 
     path: str
@@ -44,13 +46,28 @@ class Prediction:
     error: str | None = None
     segments: tuple[Segment, ...] = ()
 
+    @classmethod
+    def from_scores(
+        cls,
+        path: str,
+        scores: Tensor,
+        spans: Sequence[tuple[float, float]],
+        class_names: Sequence[str],
+        topk: int,
+        *,
+        segments: tuple[Segment, ...] = (),
+    ) -> Prediction:
+        """From the scores (clips, num_classes) of a video's clips and their seconds."""
+        if not scores.isfinite().all():
+            return cls(path, error=NOT_FINITE)
+        clips = tuple(
+            ClipPrediction(start, end, *topk_classes(row, class_names, topk))
+            for row, (start, end) in zip(scores, spans, strict=True)
+        )
+        return cls(path, *topk_classes(scores.mean(0), class_names, topk), clips=clips, segments=segments)
 
-def printable(path: str) -> str:
-    """A path as text for files and terminals: bytes that aren't UTF-8 become ``\\xff``."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
-
-def best_classes(
+def topk_classes(
     scores: Tensor, class_names: Sequence[str], topk: int
 ) -> tuple[tuple[str, ...], tuple[float, ...]]:
     """The names and scores of the ``topk`` best of (num_classes,) scores, best first."""

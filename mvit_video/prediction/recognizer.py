@@ -1,15 +1,15 @@
-"""A model that is loaded once and asked often: decoding, batches and answers."""
+"""A model that is loaded once and asked often: decoding, batches and predictions."""
 
 from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from queue import Empty, Full, Queue
 from typing import TYPE_CHECKING, Literal, TypeVar, cast
 
 import torch
@@ -27,9 +27,9 @@ from mvit_video.data.sampling import spatial_views
 from mvit_video.errors import ConfigError, VideoError
 from mvit_video.model import ClipSpec, MViT, VideoModel
 from mvit_video.model.variants import change_views
-from mvit_video.prediction.inputs import expand
-from mvit_video.prediction.prediction import ClipPrediction, Prediction, best_classes
-from mvit_video.prediction.stream import Source, iter_windows
+from mvit_video.prediction.inputs import expand, is_address
+from mvit_video.prediction.prediction import NOT_FINITE, ClipPrediction, Prediction, topk_classes
+from mvit_video.prediction.stream import Source, iter_windows, redact_credentials
 from mvit_video.prediction.timeline import Timeline
 from mvit_video.weights import load_model
 
@@ -119,16 +119,15 @@ class Recognizer:
             DataError: a path doesn't exist.
         """
         if isinstance(videos, Tensor):
-            scores = self.scores(videos)
             return [
-                Prediction(f"clip {index}", *best_classes(row, self.class_names, self.topk))
-                for index, row in enumerate(scores)
+                replace(self._predict(f"clip {index}", row[None], [(0.0, 0.0)]), clips=())
+                for index, row in enumerate(self.scores(videos))
             ]
         return list(self.iterate(expand(videos)))
 
     def iterate(self, files: Iterable[str]) -> Iterator[Prediction]:
         """Predictions for video files as they are made, in order."""
-        for views, scores in self.score_views(ahead(self._read, files, self.num_workers)):
+        for views, scores in self.score_views(threaded_map(self._read, files, self.num_workers)):
             yield self.describe(views, scores)
 
     def watch(
@@ -151,7 +150,7 @@ class Recognizer:
         [(0.0, 1.0), (0.25, 1.25), (0.5, 1.42)]
         """
         for span, scores in self._watch(source, length, stride, follow, drop):
-            yield ClipPrediction(*span, *best_classes(scores, self.class_names, self.topk))
+            yield ClipPrediction(*span, *topk_classes(scores, self.class_names, self.topk))
 
     def timeline(self, path: str | Path, *, length: float, stride: float) -> Timeline:
         """Scores of all windows of a video file, in bounded memory. Arguments and errors: see ``watch``."""
@@ -173,6 +172,8 @@ class Recognizer:
 
         depth = 1 if drop else max(self.num_workers, 1)
         for window, scores in self.score_views(prefetch(views(), depth, drop=drop)):
+            if not scores.isfinite().all():
+                raise VideoError(redact_credentials(source), NOT_FINITE)
             yield window.spans[0], scores.mean(0)
 
     def scores(self, clips: Tensor) -> Tensor:
@@ -191,7 +192,7 @@ class Recognizer:
             parts = self._prepare(videos).split(self.batch_size)
             return F.normalize(torch.cat([self._features(part) for part in parts]), dim=-1)
         vectors = []
-        read = ahead(self._read, expand(videos), self.num_workers)
+        read = threaded_map(self._read, expand(videos), self.num_workers)
         for views, features in self.score_views(read, self._features):
             if views.error is not None:
                 raise VideoError(views.video.path, views.error)
@@ -216,18 +217,14 @@ class Recognizer:
             return explain(video, self._model, method=method, topk=min(self.topk, 3), protocol=self.protocol)
 
     def describe(self, views: VideoViews, scores: Tensor) -> Prediction:
-        """The answer for a video whose views have these scores (V, num_classes)."""
-        path = views.video.path
+        """The prediction for a video whose views have these scores (V, num_classes)."""
+        path, num_crops = views.video.path, self.protocol.num_crops
         if views.error is not None:
             return Prediction(path, error=views.error)
-        num_crops = self.protocol.num_crops
-        clips = tuple(
-            ClipPrediction(start, end, *best_classes(row, self.class_names, self.topk))
-            for row, (start, end) in zip(
-                scores.unflatten(0, (-1, num_crops)).mean(1), views.spans[::num_crops], strict=True
-            )
-        )
-        return Prediction(path, *best_classes(scores.mean(0), self.class_names, self.topk), clips)
+        return self._predict(path, scores.unflatten(0, (-1, num_crops)).mean(1), views.spans[::num_crops])
+
+    def _predict(self, path: str, scores: Tensor, spans: Sequence[tuple[float, float]]) -> Prediction:
+        return Prediction.from_scores(path, scores, spans, self.class_names, self.topk)
 
     def score_views(
         self, videos: Iterable[VideoViews], run: Callable[[Tensor], Tensor] | None = None
@@ -241,6 +238,9 @@ class Recognizer:
 
     def _read(self, path: str) -> VideoViews:
         video = LabelledVideo(path, None, path)
+        if is_address(path):
+            reason = "an address isn't a file; add window=SECONDS, and live=true for a stream without an end"
+            return VideoViews(video, torch.empty(0), error=reason)
         return TestViews([video], self.protocol, open_file=self.open_file)[0]
 
     def _prepare(self, clips: Tensor) -> Tensor:
@@ -281,7 +281,7 @@ def load_any(path: str | Path, device: str | torch.device = "cpu") -> VideoModel
     return load_model(path)
 
 
-def ahead(function: Callable[[In], Out], items: Iterable[In], num_workers: int) -> Iterator[Out]:
+def threaded_map(function: Callable[[In], Out], items: Iterable[In], num_workers: int) -> Iterator[Out]:
     """``map``, by threads that work a little ahead of the reader; results come in order.
 
     FFmpeg and torch let go of the interpreter while they work, so threads do what processes would.
@@ -308,42 +308,47 @@ def prefetch(items: Generator[Out, None, None], depth: int, *, drop: bool = Fals
 
     With ``drop`` it never waits: the oldest item gives way to a new one.
     """
-    made: Queue[tuple[bool, Out | BaseException | None]] = Queue(depth)
-    stopped = threading.Event()
-
-    def put(item: Out | BaseException | None, *, is_item: bool) -> None:
-        while not stopped.is_set():
-            if drop and is_item and made.full():
-                with suppress(Empty):
-                    made.get_nowait()
-            with suppress(Full):
-                made.put((is_item, item), timeout=0.1)
-                return
+    made: deque[Out] = deque(maxlen=depth)  # a full one lets go of its oldest item
+    changed = threading.Condition()
+    stopped = ended = False
+    failure: BaseException | None = None
 
     def work() -> None:
+        nonlocal ended, failure
         try:
-            for item in items:
-                put(item, is_item=True)
-                if stopped.is_set():
-                    return
-            put(None, is_item=False)
+            with closing(items):
+                for item in items:
+                    with changed:
+                        changed.wait_for(lambda: stopped or drop or len(made) < depth)
+                        if stopped:
+                            return
+                        made.append(item)
+                        changed.notify_all()
         except BaseException as error:
-            put(error, is_item=False)
+            failure = error
         finally:
-            items.close()
+            with changed:
+                ended = True
+                changed.notify_all()
 
+    # A daemon, for a silent camera or pipe mustn't keep a process that was interrupted.
     worker = threading.Thread(target=work, name="read", daemon=True)
     worker.start()
     try:
         while True:
-            is_item, item = made.get()
-            if isinstance(item, BaseException):
-                raise item
-            if not is_item:
-                return
-            yield cast(Out, item)
+            with changed:
+                changed.wait_for(lambda: made or ended)
+                if not made:
+                    break
+                item = made.popleft()
+                changed.notify_all()
+            yield item
+        if failure is not None:
+            raise failure
     finally:
-        stopped.set()
+        with changed:
+            stopped = True
+            changed.notify_all()
         worker.join(timeout=5)
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import bisect
+import textwrap
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
@@ -16,11 +18,14 @@ import numpy.typing as npt
 from av.error import FFmpegError
 from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
+from av.video.stream import VideoStream
 from PIL import Image, ImageDraw, ImageFont
 
 from mvit_video.data.decode.pictures import Look
 from mvit_video.errors import VideoError
-from mvit_video.prediction.prediction import Segment, printable
+from mvit_video.io.console import printable
+from mvit_video.io.writing import replacing
+from mvit_video.prediction.prediction import Segment
 from mvit_video.prediction.stream import open_stream
 from mvit_video.prediction.timeline import Timeline
 
@@ -29,7 +34,8 @@ if TYPE_CHECKING:
 
 Picture = npt.NDArray[np.uint8]
 
-MAX_CURVES = 8
+MAX_CURVES, MAX_LEGEND = 8, 16
+_FORMATS = {".mp4": "mp4", ".mkv": "matroska"}
 _MP4_AUDIO = {"aac", "mp3", "mp2", "opus", "ac3", "eac3", "flac", "alac", "vorbis"}
 
 
@@ -42,24 +48,35 @@ def plot_timeline(timeline: Timeline, segments: Sequence[Segment], path: Path) -
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
         figure = Figure(figsize=(12, 5), layout="constrained")
         _draw_timeline(timeline, segments, figure)
-        figure.savefig(path, dpi=120)
+        with replacing(path) as file:
+            figure.savefig(file, format="png", dpi=120)
 
 
 def _draw_timeline(timeline: Timeline, segments: Sequence[Segment], figure: Figure) -> None:
+    from matplotlib import colormaps
     from matplotlib.ticker import MaxNLocator
 
     curves, bars = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+    names, in_segments = timeline.class_names, {segment.class_name for segment in segments}
     shown = timeline.scores.amax(0).argsort(descending=True)[:MAX_CURVES].tolist()
-    shown += [i for i, name in enumerate(timeline.class_names) if i not in shown and _has(segments, name)]
-    colours = {timeline.class_names[index]: f"C{rank}" for rank, index in enumerate(shown)}
+    shown += [index for index, name in enumerate(names) if index not in shown and name in in_segments]
+    palette = [f"C{i}" for i in range(10)]
+    if len(shown) > len(palette):  # which would begin anew
+        palette = list(colormaps["turbo"](np.linspace(0.02, 0.98, len(shown))))
+    colours = {names[index]: colour for index, colour in zip(shown, palette, strict=False)}
     centres = [(start + end) / 2 for start, end in timeline.spans]
-    style = {"marker": "."} if len(centres) < 50 else {}
+    style: dict[str, Any] = {"marker": "."} if len(centres) < 50 else {}
     for index in shown:
-        name = timeline.class_names[index]
-        curves.plot(centres, timeline.scores[:, index].numpy(), color=colours[name], label=name, **style)
+        label = textwrap.shorten(printable(names[index]), 40, placeholder=" ...")
+        curves.plot(
+            centres, timeline.scores[:, index].numpy(), color=colours[names[index]], label=label, **style
+        )
     curves.set(ylabel="score", ylim=(0, 1.02), title=printable(Path(timeline.path).name))
     curves.grid(alpha=0.3)
-    figure.legend(*curves.get_legend_handles_labels(), loc="outside right upper")
+    handles, labels = curves.get_legend_handles_labels()
+    more = len(labels) - MAX_LEGEND
+    title = f"and {more} more classes" if more > 0 else None
+    figure.legend(handles[:MAX_LEGEND], labels[:MAX_LEGEND], loc="outside right upper", title=title)
     for segment in segments:
         extent = [(segment.start, segment.end - segment.start)]
         bars.broken_barh(extent, (0, 1), color=colours[segment.class_name], alpha=0.3 + 0.7 * segment.score)
@@ -69,10 +86,6 @@ def _draw_timeline(timeline: Timeline, segments: Sequence[Segment], figure: Figu
         bars.xaxis.set_major_locator(MaxNLocator(9, steps=[1, 1.5, 3, 6, 10]))  # 1, 5, 10 minutes
         bars.xaxis.set_major_formatter(lambda second, _: str(timedelta(seconds=round(second))))
         bars.set(xlabel="h:mm:ss")
-
-
-def _has(segments: Sequence[Segment], name: str) -> bool:
-    return any(segment.class_name == name for segment in segments)
 
 
 def annotate_video(source: str, segments: Sequence[Segment], path: Path) -> Path:
@@ -88,99 +101,98 @@ def annotate_video(source: str, segments: Sequence[Segment], path: Path) -> Path
         VideoError: the source can't be read, or the copy can't be written; nothing is left of it then.
     """
     try:
-        return _annotate(source, segments, path)
-    except FFmpegError as error:
-        for copy in (path, path.with_suffix(".mkv")):
-            copy.unlink(missing_ok=True)
+        with open_stream(source) as (container, stream, _):
+            audio = next(iter(container.streams.audio), None)
+            if audio is not None and audio.codec_context.name not in _MP4_AUDIO:
+                path = path.with_suffix(".mkv")
+            with replacing(path) as file, av.open(file, "w", format=_FORMATS[path.suffix]) as copy:
+                if not _copy_with_labels(container, (stream, audio), copy, segments):
+                    raise VideoError(source, "no frame can be decoded")
+    except (FFmpegError, OSError) as error:
         raise VideoError(source, f"no annotated copy could be written ({error})") from None
-
-
-def _annotate(source: str, segments: Sequence[Segment], path: Path) -> Path:
-    starts = [segment.start for segment in segments]
-    with open_stream(source) as (container, stream, name):
-        audio = next((a for a in container.streams.audio), None)
-        if audio is not None and audio.codec_context.name not in _MP4_AUDIO:
-            path = path.with_suffix(".mkv")
-        rate = stream.average_rate or stream.guessed_rate or Fraction(25)
-        tick = stream.time_base or 1 / rate
-        labels = _Labels()
-        reformatter = VideoReformatter()
-        with av.open(str(path), "w") as copy:
-            video: Any = copy.add_stream("libx264", rate=rate, options={"crf": "20", "preset": "veryfast"})
-            video.pix_fmt = "yuv420p"
-            video.codec_context.time_base = tick
-            sound: Any = None
-            if audio is not None:
-                sound = copy.add_stream_from_template(audio)
-            look: Look | None = None
-            early: list[Any] = []
-            first, last = 0, -1
-            for packet in container.demux([s for s in (stream, audio) if s is not None]):
-                if packet.stream is audio:
-                    if packet.dts is not None:
-                        packet.stream = sound
-                        early.append(packet)
-                    if look is not None:  # only then the size is known, and the file can begin
-                        copy.mux(early)
-                        early = []
-                    continue
-                try:
-                    frames = packet.decode()
-                except FFmpegError:
-                    continue
-                for frame in frames:
-                    assert isinstance(frame, VideoFrame)
-                    pts = last + int(1 / rate / tick) if frame.pts is None else frame.pts
-                    if look is None:
-                        look = Look.of(frame)
-                        first = pts
-                        height, width = look.upright_size
-                        video.height, video.width = height // 2 * 2, width // 2 * 2  # yuv420p is even
-                    if pts <= last and last >= first:
-                        continue
-                    last = pts
-                    picture = _upright(frame, look, reformatter)[: video.height, : video.width]
-                    second = float((pts - first) * tick)
-                    index = bisect.bisect_right(starts, second + 1e-6) - 1
-                    if index >= 0 and second < segments[index].end:
-                        picture = labels.draw(picture, segments[index])
-                    drawn = VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
-                    drawn.pts, drawn.time_base = pts, tick
-                    copy.mux(video.encode(drawn))
-            if look is None:
-                raise VideoError(name, "no frame can be decoded")
-            copy.mux(early)
-            copy.mux(video.encode(None))
     return path
 
 
-def _upright(frame: VideoFrame, look: Look, reformatter: VideoReformatter) -> Picture:
-    rgb = reformatter.reformat(frame, width=look.width, height=look.height, format="rgb24", threads=1)
-    return look.turn.apply(cast(Picture, rgb.to_ndarray()))
+def _copy_with_labels(
+    container: Any, streams: tuple[VideoStream, Any], copy: Any, segments: Sequence[Segment]
+) -> bool:
+    """Draw into every frame; False where there is none."""
+    stream, audio = streams
+    rate = stream.average_rate or stream.guessed_rate or Fraction(25)
+    painter = _Painter(segments, stream.time_base or 1 / rate, rate)
+    video = copy.add_stream("libx264", rate=rate, options={"crf": "20", "preset": "veryfast"})
+    video.pix_fmt, video.codec_context.time_base = "yuv420p", painter.tick
+    copied_audio = None if audio is None else copy.add_stream_from_template(audio)
+    is_open = False
+    waiting: list[Any] = []  # audio packets, until the size is known and the file can begin
+    for packet in container.demux([s for s in streams if s is not None]):
+        if packet.stream is audio:
+            if packet.dts is not None:
+                packet.stream = copied_audio
+                waiting.append(packet)
+        else:
+            frames = []
+            with suppress(FFmpegError):
+                frames = packet.decode()
+            for drawn in filter(None, map(painter.paint, frames)):
+                if not is_open:
+                    video.height, video.width, is_open = drawn.height, drawn.width, True
+                copy.mux(video.encode(drawn))
+        if is_open:
+            copy.mux(waiting)
+            waiting = []
+    if is_open:
+        copy.mux(video.encode(None))
+    return is_open
 
 
-class _Labels:
-    """Strips with a class name, its score and a bar, drawn once for each segment."""
+class _Painter:
+    """Draws labels into frames as they are shown: a strip with a class name, its score and a bar.
 
-    def __init__(self) -> None:
-        self._segment: Segment | None = None
-        self._strip: Picture = np.empty((0, 0, 3), np.uint8)
+    Args:
+        tick: of the clock that the frames' times are told by, in seconds.
+        rate: frames a second, where they have no times.
+    """
 
-    def draw(self, picture: Picture, segment: Segment) -> Picture:
-        """A copy of an (H, W, 3) picture with the segment's strip along its lower edge."""
-        height, width = picture.shape[:2]
-        if segment != self._segment or self._strip.shape[1] != width:
-            self._segment, self._strip = segment, _strip(segment, height, width)
-        strip = self._strip
-        picture = np.array(picture)
-        lower = picture[-len(strip) :]
-        lower[:] = lower // 4 + strip // 4 * 3  # the picture shines through
-        return picture
+    def __init__(self, segments: Sequence[Segment], tick: Fraction, rate: Fraction) -> None:
+        self.tick, self._segments = tick, segments
+        self._starts = [segment.start for segment in segments]
+        self._step = int(1 / rate / tick)
+        self._reformatter = VideoReformatter()
+        self._look: Look | None = None
+        self._first = self._last = -1
+        self._strip: tuple[int, Picture] = (-1, np.empty((0, 0, 3), np.uint8))  # of which segment
+
+    def paint(self, frame: VideoFrame) -> VideoFrame | None:
+        """An upright copy of even height and width; None for a frame whose time doesn't follow."""
+        pts = self._last + self._step if frame.pts is None else frame.pts
+        if self._look is None:
+            self._look, self._first = Look.of(frame), pts
+        elif pts <= self._last:
+            return None
+        self._last = pts
+        look = self._look
+        rgb = self._reformatter.reformat(
+            frame, width=look.width, height=look.height, format="rgb24", threads=1
+        )
+        picture = look.turn.apply(cast(Picture, rgb.to_ndarray()))
+        height, width = picture.shape[0] // 2 * 2, picture.shape[1] // 2 * 2  # yuv420p is even
+        picture = np.array(picture[:height, :width], order="C")
+        second = float((pts - self._first) * self.tick)
+        index = bisect.bisect_right(self._starts, second + 1e-6) - 1
+        if index >= 0 and second < self._segments[index].end:
+            if index != self._strip[0]:
+                self._strip = index, _strip(self._segments[index], height, width)
+            lower = picture[-len(self._strip[1]) :]
+            lower[:] = lower // 4 + self._strip[1] // 4 * 3  # the picture shines through
+        drawn = VideoFrame.from_ndarray(picture, format="rgb24")
+        drawn.pts, drawn.time_base = pts, self.tick
+        return drawn
 
 
 def _strip(segment: Segment, height: int, width: int) -> Picture:
     size = max(10, height // 16)
-    text = f"{segment.class_name}  {segment.score:.0%}"
+    text = f"{printable(segment.class_name)}  {segment.score:.0%}"
     font = ImageFont.load_default(size)
     while size > 8 and font.getlength(text) > 0.96 * width:  # long names become small
         size -= 1

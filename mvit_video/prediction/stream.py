@@ -1,7 +1,7 @@
 """Long videos and live ones: read once from front to back, through windows, in bounded memory.
 
 The CPU decodes them, with all cores, whatever the decoder: every frame in its turn is what frame threads are
-made for, and broken streams have to be read on. Only what a window's clips show becomes pictures, on the
+made for, and broken streams have to be read on. Only what a window's clips show is converted to RGB, on the
 decoder's device.
 """
 
@@ -12,7 +12,7 @@ import math
 import re
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeAlias
@@ -41,6 +41,20 @@ _RECONNECTED = ("rtsp://", "rtsps://", "rtmp://", "tcp://", "udp://", "srt://", 
 _SLACK = 1e-6  # seconds: a frame that is this early belongs to the next window
 
 
+class _Source(NamedTuple):
+    """What is known of a source besides its frames."""
+
+    name: str
+    rate: float
+    codec: str
+
+
+class _TimedFrame(NamedTuple):
+    second: float  # since the first frame
+    frame: VideoFrame
+    source: _Source
+
+
 class Window:
     """The frames that a source shows within some seconds: a ``Video`` in memory.
 
@@ -48,24 +62,20 @@ class Window:
         start, end: seconds from the first frame of the source; the last window may end early.
     """
 
-    codec = "rawvideo"  # its frames are decoded
-
     def __init__(
         self,
-        path: str,
-        frames: Sequence[tuple[float, VideoFrame]],
-        *,
+        frames: Sequence[_TimedFrame],
         span: tuple[float, float],
-        rate: float,
-        codec: str,
+        *,
         look: Look,
         reformatter: VideoReformatter,
         device: torch.device,
     ) -> None:
-        self.path, self.num_frames, self.codec = path, len(frames), codec
+        self.path, rate, self.codec = frames[-1].source
         self.start, self.end = span
         self._frames, self._look, self._reformatter, self._device = frames, look, reformatter, device
-        first, last = frames[0][0], frames[-1][0]
+        self.num_frames = len(frames)
+        first, last = frames[0].second, frames[-1].second
         self.fps = (len(frames) - 1) / (last - first) if last > first else rate
         self.duration = len(frames) / self.fps
         self.height, self.width = look.upright_size
@@ -82,13 +92,13 @@ class Window:
 
     def frame_time(self, index: int) -> float:
         """Seconds from the window's first frame to frame ``index``."""
-        return self._frames[index][0] - self._frames[0][0]
+        return self._frames[index].second - self._frames[0].second
 
     def get_frames(self, indices: Sequence[int]) -> Tensor:
         """See ``Video.get_frames``."""
         pictures = gather(len(indices), self._look, self._reformatter, self._device)
         for slot, index in enumerate(indices):
-            pictures.put(slot, self._frames[index][1])
+            pictures.put(slot, self._frames[index].frame)
         return pictures.finish().to(self._device)
 
 
@@ -111,63 +121,48 @@ def iter_windows(
             ``-``, standard input; or an open binary file.
         follow: seconds to wait for more, each time that an end is reached: for a file to grow, or for a
             stream that broke off or ended to be there again; over HTTP a stream is what doesn't say how long
-            it is. The time that passes without pictures counts. None: the first end is the end.
+            it is. The time that passes without frames counts. None: the first end is the end.
         device: where the frames end up; None: the CPU.
 
     Raises:
         VideoError: nothing can be read. ConfigError: a number isn't positive.
     """
-    if not (0 < length < math.inf and 0 < stride < math.inf):
-        raise ConfigError(f"windows need a positive length and stride, got {length:g} and {stride:g} s")
+    for name, value in (("length", length), ("stride", stride), ("follow", follow)):
+        if value is not None and not (0 < value < math.inf or (name == "follow" and value == 0)):
+            raise ConfigError(f"windows need a positive, finite {name} in seconds, got {value:g}")
     reformatter = VideoReformatter()
-    held: deque[tuple[float, VideoFrame]] = deque()
     look: Look | None = None
-    about: _About | None = None
+    for span, frames in _slide(_timed_frames_of(source, follow), length, stride):
+        look = look or Look.of(frames[0].frame)
+        yield Window(frames, span, look=look, reformatter=reformatter, device=device or torch.device("cpu"))
+    if look is None:
+        raise VideoError(redact_credentials(source), "no frame can be decoded")
+
+
+def _slide(
+    frames: Iterable[_TimedFrame], length: float, stride: float
+) -> Iterator[tuple[tuple[float, float], list[_TimedFrame]]]:
+    """The span and the frames of each window, as soon as a frame behind its end is there."""
+    held: deque[_TimedFrame] = deque()
     number, seen = 0, 0.0  # seen: seconds that earlier windows reached to
-
-    def window(end: float) -> Window:
-        assert look is not None
-        assert about is not None
-        frames = [frame for frame in held if frame[0] < end - _SLACK]
-        return Window(
-            about.name,
-            frames,
-            span=(number * stride, end),
-            rate=about.rate,
-            codec=about.codec,
-            look=look,
-            reformatter=reformatter,
-            device=device or torch.device("cpu"),
-        )
-
-    for second, frame, told in _shown(source, follow):
-        about = told
-        look = look or Look.of(frame)
-        while second >= number * stride + length - _SLACK:
+    for frame in frames:
+        while frame.second >= number * stride + length - _SLACK:
             if held:
-                yield window(seen := number * stride + length)
+                seen = number * stride + length
+                yield (number * stride, seen), [f for f in held if f.second < seen - _SLACK]
                 number += 1
             else:  # nothing was shown for long
-                number = max(number + 1, math.ceil((second - length) / stride))
-            while held and held[0][0] < number * stride - _SLACK:
+                number = max(number + 1, math.ceil((frame.second - length) / stride))
+            while held and held[0].second < number * stride - _SLACK:
                 held.popleft()
-        if second >= number * stride - _SLACK:
-            held.append((second, frame))
-    if about is None:
-        raise VideoError(public_name(source), "no frame can be decoded")
-    if held and (number == 0 or held[-1][0] >= seen - _SLACK):
-        yield window(held[-1][0] + 1 / about.rate)
+        if frame.second >= number * stride - _SLACK:
+            held.append(frame)
+    if held and (number == 0 or held[-1].second >= seen - _SLACK):
+        last = held[-1]
+        yield (number * stride, last.second + 1 / last.source.rate), list(held)
 
 
-class _About(NamedTuple):
-    """What is known of a source besides its frames."""
-
-    name: str
-    rate: float
-    codec: str
-
-
-def _shown(source: Source, follow: float | None) -> Iterator[tuple[float, VideoFrame, _About]]:
+def _timed_frames_of(source: Source, follow: float | None) -> Iterator[_TimedFrame]:
     """The frames with seconds since the first; a stream that broke off is opened again."""
     again = follow is not None and str(source).startswith(_RECONNECTED)
     started, last, step = math.nan, -math.inf, 0.0  # by the clock of the wall; by that of the stream
@@ -176,7 +171,7 @@ def _shown(source: Source, follow: float | None) -> Iterator[tuple[float, VideoF
         try:
             with open_stream(source, follow=follow) as (container, stream, name):
                 rate = float(stream.average_rate or stream.guessed_rate or 25)
-                about = _About(name, rate, stream.codec_context.name)
+                about = _Source(name, rate, stream.codec_context.name)
                 again = again and not (name.startswith("http") and _has_an_end(container))
                 offset: float | None = None
                 for second, frame in timed_frames(container, stream, name):
@@ -185,14 +180,14 @@ def _shown(source: Source, follow: float | None) -> Iterator[tuple[float, VideoF
                         started = alive if math.isnan(started) else started
                         offset = max(last + step, alive - started) - second if last >= 0 else 0.0
                     last, step = second + offset, 1 / rate
-                    yield last, frame, about
+                    yield _TimedFrame(last, frame, about)
         except VideoError as error:
             if not again or last < 0:
                 raise
             log.info("%s", error)
         if not again or last < 0 or time.monotonic() - alive > (follow or 0):
             return
-        log.warning("%s: no more pictures; trying to reach it again", public_name(source))
+        log.warning("%s: no more frames; trying to reach it again", redact_credentials(source))
         time.sleep(_PAUSE)
 
 
@@ -251,7 +246,7 @@ def open_stream(
     source: Source, *, follow: float | None = None
 ) -> Iterator[tuple[InputContainer, VideoStream, str]]:
     """A container to be read from front to back, its video stream and a name for errors."""
-    name = public_name(source)
+    name = redact_credentials(source)
     place: Any = source
     options: dict[str, Any] = {}
     file: IO[bytes] | None = None
@@ -300,7 +295,7 @@ def open_stream(
             file.close()
 
 
-def public_name(source: Source) -> str:
+def redact_credentials(source: Source) -> str:
     """What a source is called in messages: an address without the user's name and password."""
     name = source if isinstance(source, str | Path) else getattr(source, "name", source)
     return re.sub(r"(?<=://)[^/]*@", "", str(name))

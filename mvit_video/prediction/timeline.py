@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mvit_video.errors import ConfigError
+from mvit_video.io.console import caption
+from mvit_video.io.writing import replacing
 from mvit_video.prediction.prediction import Segment
 
 
@@ -30,7 +34,12 @@ class Timeline:
     stride: float
 
     def smoothed(self, seconds: float) -> Timeline:
-        """Each window's scores averaged with those of windows that start within half of ``seconds``."""
+        """Each window's scores averaged with those of windows that start within half of ``seconds``.
+
+        Raises ConfigError for what is no length of time.
+        """
+        if not 0 <= seconds < math.inf:
+            raise ConfigError(f"smoothing={seconds} isn't possible; expected seconds, from 0 on")
         reach = int(seconds / 2 / self.stride + 1e-6)
         if reach == 0:
             return self
@@ -60,7 +69,12 @@ class Timeline:
         return self.spans[index + 1][0] - self.spans[index][0] < 1.5 * self.stride
 
     def segments(self, min_score: float = 0.0) -> tuple[Segment, ...]:
-        """Neighbouring windows with the same best class, merged; those below ``min_score`` are left out."""
+        """Neighbouring windows with the same best class, merged; those below ``min_score`` are left out.
+
+        Raises ConfigError for what is no score.
+        """
+        if not 0 <= min_score <= 1:
+            raise ConfigError(f"min_score={min_score} isn't possible; expected a score from 0 to 1")
         best, classes = self.scores.max(1)
         found: list[tuple[int, list[int]]] = []  # class and windows
         for index, (score, label) in enumerate(zip(best.tolist(), classes.tolist(), strict=True)):
@@ -79,24 +93,23 @@ class Timeline:
 
 def write_srt(segments: Sequence[Segment], path: Path) -> None:
     """SubRip subtitles, one for each segment."""
-    blocks = [
-        f"{number}\n{_clock(s.start, ',')} --> {_clock(s.end, ',')}\n{_caption(s)}\n"
-        for number, s in enumerate(segments, start=1)
-    ]
-    path.write_text("\n".join(blocks), encoding="utf-8")
+    with replacing(path, "w") as file:
+        for number, s in enumerate(segments, start=1):
+            separator = "\n" if number > 1 else ""
+            file.write(f"{separator}{number}\n{_clock(s.start, ',')} --> {_clock(s.end, ',')}\n{_line(s)}\n")
 
 
 def write_vtt(segments: Sequence[Segment], path: Path) -> None:
     """WebVTT subtitles, one for each segment."""
-    blocks = ["WEBVTT\n"] + [
-        f"{_clock(s.start, '.')} --> {_clock(s.end, '.')}\n{html.escape(_caption(s), quote=False)}\n"
-        for s in segments
-    ]
-    path.write_text("\n".join(blocks), encoding="utf-8")
+    with replacing(path, "w") as file:
+        file.write("WEBVTT\n")
+        for s in segments:
+            text = html.escape(_line(s), quote=False)
+            file.write(f"\n{_clock(s.start, '.')} --> {_clock(s.end, '.')}\n{text}\n")
 
 
-def _caption(segment: Segment) -> str:
-    return f"{segment.class_name} ({segment.score:.0%})"
+def _line(segment: Segment) -> str:
+    return f"{caption(segment.class_name)} ({segment.score:.0%})"
 
 
 def _clock(seconds: float, point: str) -> str:

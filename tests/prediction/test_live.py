@@ -19,7 +19,7 @@ from videos import read_number, write_numbered_video
 
 import mvit_video as mv
 from mvit_video.prediction import stream
-from mvit_video.prediction.stream import iter_windows, public_name
+from mvit_video.prediction.stream import iter_windows, redact_credentials
 
 SDP = "v=0\r\no=- 0 0 IN IP4 127.0.0.1\r\ns=test\r\nt=0 0\r\nm=video 0 RTP/AVP 33\r\na=control:track\r\n"
 ANSWERS = {  # to the requests of RTSP
@@ -255,4 +255,4 @@ def test_nothing_answers(
 
 @pytest.mark.parametrize("login", ["user:secret", "user:p@ss", "user"])
 def test_a_name_tells_no_password(login: str) -> None:
-    assert public_name(f"rtsp://{login}@camera/stream") == "rtsp://camera/stream"
+    assert redact_credentials(f"rtsp://{login}@camera/stream") == "rtsp://camera/stream"

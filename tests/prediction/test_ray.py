@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 from conftest import Command
-from test_answers import rows_in
+from test_writer import rows_in
 
 import mvit_video as mv
-from mvit_video.prediction.at_scale import predict_with_ray
 from mvit_video.prediction.prediction import Prediction
+from mvit_video.prediction.ray import predict_with_ray
 
 
 @pytest.fixture(autouse=True)

@@ -166,11 +166,10 @@ def test_annotated_copies_keep_pictures_times_and_sound(tmp_path: Path, suffix: 
 def test_a_copy_that_can_not_be_written_costs_no_answer(
     command: Command, two_classes: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: object) -> Path:
-        (tmp_path / "saved" / "0.annotated.mp4").write_bytes(b"a half")
+    def full(*_: object) -> bool:
         raise av.error.OSError(28, "No space left on device")
 
-    monkeypatch.setattr(sys.modules["mvit_video.prediction.render"], "_annotate", full)
+    monkeypatch.setattr(sys.modules["mvit_video.prediction.render"], "_copy_with_labels", full)
     arguments = [two_classes / "cats" / "0.mp4", f"weights={checkpoint}", "window=1", "save=[srt,video]"]
     result = command("predict", *arguments, "format=jsonl")
     assert result.code == 0, result.err

@@ -14,9 +14,7 @@ import torch
 from mvit_video.errors import ConfigError
 from mvit_video.prediction.prediction import Prediction
 
-log = logging.getLogger(__name__)
-
-FILES_AT_ONCE = 32  # of one actor: enough to fill batches, few enough to be done again after a crash
+_FILES_PER_TASK = 32  # enough to fill batches, few enough to be done again after a crash
 
 Predict: TypeAlias = Callable[[Sequence[str]], Iterable[Prediction]]
 
@@ -43,8 +41,7 @@ def predict_with_ray(
     Raises:
         ConfigError: Ray isn't installed, the cluster isn't there, or it is too small for one actor.
     """
-    # It reports its use to its makers otherwise.
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reports its use to its makers otherwise
     try:
         import ray.data
         import ray.exceptions
@@ -59,24 +56,24 @@ def predict_with_ray(
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         raise ConfigError(f"there is no Ray cluster at {address}: {' '.join(str(error).split())}") from None
     try:
-        there: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        available: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
         for kind, wanted in (("CPU", cpus), ("GPU", gpus)):
-            if wanted > there.get(kind, 0):
-                raise ConfigError(f"an actor takes {wanted:g} {kind}s, Ray has {there.get(kind, 0):g}")
+            if wanted > available.get(kind, 0):
+                raise ConfigError(f"an actor takes {wanted:g} {kind}s, Ray has {available.get(kind, 0):g}")
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.execution_options.preserve_order = True
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         paths = ray.data.from_items([{"path": file} for file in files])
-        found = paths.repartition(max(1, -(-len(files) // FILES_AT_ONCE))).map_batches(
+        predictions = paths.repartition(max(1, -(-len(files) // _FILES_PER_TASK))).map_batches(
             _Actor,
             fn_constructor_args=(make, torch.get_num_threads()),
-            batch_size=FILES_AT_ONCE,
+            batch_size=_FILES_PER_TASK,
             concurrency=(1, actors),
             num_cpus=cpus,
             num_gpus=gpus,
         )
-        for row in found.iter_rows():
+        for row in predictions.iter_rows():
             yield pickle.loads(row["prediction"])  # made by our own actors
     finally:
         if started:
