@@ -2,50 +2,14 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+
+from mvit_video.cli.help import read
 
 ROOT = Path(__file__).parents[1]
 TARGET = ROOT / "docs" / "configuration.md"
-_LINE = re.compile(r"(?P<indent> *)(?P<key>[\w@/.]+):(?: (?P<value>.*?))??(?:  # (?P<comment>.*))?$")
-
-
-class Value(NamedTuple):
-    """A line of a configuration: the dotted key, its default and what is said of it."""
-
-    key: str
-    default: str
-    meaning: str
-
-
-def read(path: Path) -> tuple[str, list[Value]]:
-    """What the file says of itself in its first comment, and its values, without Hydra's own."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    about = " ".join(line.removeprefix("# ") for line in _leading_comments(lines))
-    values: list[Value] = []
-    parents: list[str] = []
-    for line in lines:
-        found = _LINE.fullmatch(line)
-        if found is None:
-            continue
-        parents = [*parents[: len(found["indent"]) // 2], found["key"]]
-        if parents[0] in ("defaults", "hydra"):
-            continue
-        if found["value"] or found["comment"]:
-            values.append(Value(".".join(parents), found["value"] or "", found["comment"] or ""))
-    return about, values
-
-
-def _leading_comments(lines: list[str]) -> Iterator[str]:
-    for line in lines:
-        if line.startswith("# @") or not line:
-            continue
-        if not line.startswith("#"):
-            return
-        yield line
 
 
 def page(conf: Path) -> str:

@@ -6,7 +6,9 @@ model = mv.create_model("mvitv2_s_16x4", num_classes=400)
 logits = model(clips)  # float (B, 3, T, H, W) -> (B, 400)
 """
 
+import importlib
 import os
+from typing import TYPE_CHECKING, Any
 
 # Threads of OpenMP that wait for work spin for milliseconds by default, which starves those that decode
 # beside them; if they sleep at once, waking them for the next operation takes a quarter of the model's time.
@@ -14,14 +16,26 @@ import os
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
-from mvit_video.data.decode import open_video
-from mvit_video.data.sampling import kinetics_frame_indices, segment_frame_indices, spatial_views
-from mvit_video.errors import CheckpointError, ConfigError, DataError, MVitVideoError, VideoError
-from mvit_video.model import ClipSpec, MViT, MViTConfig, list_models
-from mvit_video.prediction import Prediction, Recognizer, predict
-from mvit_video.weights import create_model, from_slowfast, load_model, load_weights
+if TYPE_CHECKING:
+    from mvit_video.data.decode import open_video
+    from mvit_video.data.sampling import kinetics_frame_indices, segment_frame_indices, spatial_views
+    from mvit_video.errors import CheckpointError, ConfigError, DataError, MVitVideoError, VideoError
+    from mvit_video.model import ClipSpec, MViT, MViTConfig, list_models
+    from mvit_video.prediction import Prediction, Recognizer, predict
+    from mvit_video.weights import create_model, from_slowfast, load_model, load_weights
 
-Protocol = ClipSpec  # its name until version 0.2
+    Protocol = ClipSpec
+
+# Imported when they are first used, so that what a script doesn't need costs it nothing.
+_HOMES = {
+    "mvit_video.data.decode": ("open_video",),
+    "mvit_video.data.sampling": ("kinetics_frame_indices", "segment_frame_indices", "spatial_views"),
+    "mvit_video.errors": ("CheckpointError", "ConfigError", "DataError", "MVitVideoError", "VideoError"),
+    "mvit_video.model": ("ClipSpec", "MViT", "MViTConfig", "list_models"),
+    "mvit_video.prediction": ("Prediction", "Recognizer", "predict"),
+    "mvit_video.weights": ("create_model", "from_slowfast", "load_model", "load_weights"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "CheckpointError",
@@ -46,3 +60,15 @@ __all__ = [
     "segment_frame_indices",
     "spatial_views",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    wanted = "ClipSpec" if name == "Protocol" else name  # Protocol: its name until version 0.2
+    if wanted not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_HOME_OF[wanted]), wanted)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

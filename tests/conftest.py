@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib
 import os
 import shutil
 import sys
@@ -13,16 +12,12 @@ import torch
 from videos import write_numbered_video
 
 import mvit_video as mv
+from mvit_video.cli import main
 from mvit_video.weights.checkpoint import METADATA_KEY, model_metadata
 
 MAINS = {
-    "train": "mvit_video.cli.train",
-    "eval": "mvit_video.cli.eval",
-    "predict": "mvit_video.cli.predict",
-    "info": "mvit_video.cli.info",
-    "data": "mvit_video.cli.data",
-    "export": "mvit_video.cli.export",
-    "demo": "mvit_video.cli.demo",
+    name: getattr(main, "evaluate" if name == "eval" else name)
+    for name in ("train", "eval", "predict", "info", "data", "export", "demo")
 }
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -59,7 +54,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], 
         monkeypatch.setattr(sys, "argv", [f"mvit-{name}", *map(str, arguments)])
         capfd.readouterr()
         try:
-            importlib.import_module(MAINS[name]).main()
+            MAINS[name]()
             code = 0
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else 0

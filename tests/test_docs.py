@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from mvit_video.cli.help import read
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -34,7 +36,7 @@ def test_every_value_is_in_the_reference(generator, path: Path) -> None:
 
     content = yaml.safe_load(path.read_text()) or {}
     expected = leaves({k: v for k, v in content.items() if k not in ("defaults", "hydra")}) - {""}
-    _, values = generator.read(path)
+    _, values = read(path)
     assert {value.key for value in values} == expected
     assert all(value.default for value in values)
 

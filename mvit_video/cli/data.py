@@ -6,8 +6,7 @@ import csv
 import json
 import logging
 import os
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +25,6 @@ from mvit_video.io.writing import replacing
 log = logging.getLogger(__name__)
 
 _SHOWN = 10  # paths of a kind
-
-
-def main() -> None:
-    """The command ``mvit-data``."""
-    jobs: dict[str, Callable[[DictConfig], None]] = {"prepare": prepare_index, "check": check_index}
-    job = sys.argv.pop(1) if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else None
-    if job not in jobs and (job or len(sys.argv) == 1):
-        what = "missing command" if job is None else f"unknown command {job!r}"
-        sys.stderr.write(f"mvit-data: error: {printable(what)}: {' or '.join(jobs)}\n")
-        sys.exit(1)
-    app.run(jobs[job or "prepare"], "data")
 
 
 def prepare_index(config: DictConfig) -> None:

@@ -180,17 +180,11 @@ def _gradio() -> Any:
     return gradio
 
 
-def main() -> None:
-    """The command ``mvit-demo``."""
-    app.run(serve, "demo")
-
-
 def serve(config: DictConfig) -> None:
     """Load the model and serve the page until the process is interrupted."""
     _gradio()  # missed before the model is loaded
     if min(config.max_megabytes, config.max_seconds, config.topk) <= 0:
         raise ConfigError("max_megabytes, max_seconds and topk must be positive")
-    app.check_loading(config)
     device = app.choose_device(config.device)
     demo = Demo(
         app.build_model(config),

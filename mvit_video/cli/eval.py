@@ -55,10 +55,6 @@ UNFINISHED = "unfinished"  # folder of scores that a killed evaluation leaves
 MUST_AGREE = ("model_sha256", "protocol", "class_map", "precision")
 
 
-def main() -> None:
-    app.run(evaluate, "eval")
-
-
 def evaluate(config: DictConfig) -> None:
     """Score every video of a split once with all its views, or read scores; print and save the metrics."""
     if config.split not in ("train", "val", "test"):
@@ -71,7 +67,6 @@ def evaluate(config: DictConfig) -> None:
     if config.scores:
         _evaluate_files(config, output)
         return
-    app.check_loading(config)
     allowed_bad_videos(config.max_bad_videos, 0)
     with process_group() as ranks:
         if ranks.rank:

@@ -19,11 +19,6 @@ from mvit_video.weights.export import SUFFIXES, ExportedModel, export_model, loa
 log = logging.getLogger(__name__)
 
 
-def main() -> None:
-    """The command ``mvit-export``."""
-    app.run(export_and_check, "export")
-
-
 def export_and_check(config: DictConfig) -> None:
     """Write ``config.output``, compare it with the model that it was made of, and time both."""
     if min(config.tolerance, config.runs) <= 0:

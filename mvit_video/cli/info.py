@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import sys
 from collections.abc import Callable
 from importlib import metadata
 from typing import NamedTuple
@@ -34,12 +33,9 @@ class Row(NamedTuple):
     remedy: str = ""
 
 
-def main() -> None:
-    """The command ``mvit-info``."""
-    if sys.argv[1:] == ["system"]:
-        print_table("", ("", "here", "what is missing, and how to get it"), describe_system())
-    else:
-        app.run(print_model, "info")
+def print_system() -> None:
+    """Print what ``describe_system`` finds."""
+    print_table("", ("", "here", "what is missing, and how to get it"), describe_system())
 
 
 def print_model(config: DictConfig) -> None:

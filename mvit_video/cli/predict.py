@@ -21,7 +21,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
 from mvit_video.cli import app
-from mvit_video.data.files import VIDEO_EXTENSIONS
 from mvit_video.errors import ConfigError, DataError, VideoError
 from mvit_video.io.console import print_table, printable
 from mvit_video.io.fingerprint import Fingerprint, fingerprint
@@ -44,33 +43,6 @@ log = logging.getLogger(__name__)
 
 MAX_TABLE = 100  # videos; the others are in the output
 _MAX_NAME = 200  # bytes of a saved file's name, so that a suffix has room on every file system
-
-# Options of Hydra's that take their value as the next argument.
-_HYDRA_VALUE_OPTIONS = {
-    "--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn",
-    "--config-dir", "-cd", "--experimental-rerun", "--info", "-i",
-}  # fmt: skip
-
-
-def main() -> None:
-    files, sys.argv[1:] = split_arguments(sys.argv[1:])
-    app.run(lambda config: predict_files(config, files), "predict")
-
-
-def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Separate files and folders from Hydra's arguments: what exists on disk or has no "=" is a file."""
-    files, others = [], []
-    rest = iter(arguments)
-    for argument in rest:
-        if argument.startswith("-") and argument != STDIN and not argument.lower().endswith(VIDEO_EXTENSIONS):
-            others.append(argument)
-            if argument in _HYDRA_VALUE_OPTIONS:
-                others.extend(value for value in [next(rest, None)] if value is not None)
-        elif "=" not in argument or "://" in argument.partition("=")[0] or Path(argument).exists():
-            files.append(argument)
-        else:
-            others.append(argument)
-    return files, others
 
 
 def predict_files(config: DictConfig, files: list[str]) -> None:

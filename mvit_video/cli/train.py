@@ -56,20 +56,11 @@ log = logging.getLogger(__name__)
 PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
 
 
-def main() -> None:
-    try:
-        sys.argv += processes.overrides(sys.argv[1:])
-    except ConfigError as error:
-        sys.exit(f"mvit-train: error: {error}")
-    app.run(train, "train")
-
-
 def train(config: DictConfig) -> None:
     """Build everything that ``conf/train.yaml`` describes, fit, and leave checkpoints, logs and curves."""
     output = Path(HydraConfig.get().runtime.output_dir)
     pl.seed_everything(config.seed, workers=True, verbose=False)
     # Everything that can be checked without data is built before data are read.
-    app.check_loading(config)
     if config.head not in ("strict", "new"):
         raise ConfigError(f"head must be strict or new, got {config.head!r}")
     augment, mixing = app.build(config.augment), app.build(config.mixing)

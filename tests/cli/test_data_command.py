@@ -182,7 +182,7 @@ def test_a_killed_run_goes_on_where_it_was(
     command: Command, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script = (
-        "import sys, time, mvit_video.data.prepare as p; from mvit_video.cli.data import main\n"
+        "import sys, time, mvit_video.data.prepare as p; from mvit_video.cli.main import data as main\n"
         "probe = p.probe\n"
         "def slow(path, rate): time.sleep(0.1); return probe(path, rate)\n"
         "p.probe = slow; sys.argv[0] = 'mvit-data'; main()"
@@ -280,7 +280,7 @@ def test_files_that_no_list_names_are_counted_and_never_new(command: Command, tm
         (["check", "index=two.csv"], "two.csv is no index of mvit-data prepare"),
         (["prepair"], "unknown command 'prepair': prepare or check"),
         ([], "missing command: prepare or check"),
-        (["prepare", "data.root=.", "num_workers=-1"], "num_workers must be at least 0"),
+        (["prepare", "data.root=.", "num_workers=-1"], "num_workers is -1"),
     ],
 )
 def test_mistakes_end_with_one_line(command: Command, tmp_path: Path, line: list[str], message: str) -> None:

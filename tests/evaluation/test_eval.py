@@ -19,7 +19,8 @@ from conftest import Command
 
 import mvit_video as mv
 import mvit_video.cli.eval as eval_module
-from mvit_video.cli.app import CONF_DIR, override_protocol
+from mvit_video.cli.app import override_protocol
+from mvit_video.cli.help import CONF_DIR
 from mvit_video.data.index import LabelledVideo
 from mvit_video.errors import DataError
 from mvit_video.evaluation.scoring import VideoScores, score_videos
@@ -288,7 +289,7 @@ def test_scores_give_the_same_report_without_videos(command: Command, scored: Pa
     for how in ("max", "logits"):
         assert command("eval", f"scores={scored}/scores.parquet", f"combine={how}").code == 0
     assert (
-        "combine is 'min'; it must be one of mean, max, logits"
+        "combine is 'min', expected mean or max or logits"
         in command("eval", f"scores={scored}/scores.parquet", "combine=min").err
     )
 

@@ -15,7 +15,7 @@ from videos import write_numbered_video
 
 import mvit_video as mv
 from mvit_video.cli import predict as predict_module
-from mvit_video.cli.predict import split_arguments
+from mvit_video.cli.arguments import split_arguments
 
 
 def test_random_weights_are_said_to_be_random(command: Command, two_classes: Path, tmp_path: Path) -> None:

@@ -223,7 +223,7 @@ def test_what_does_not_fit_is_said(
 
 def test_a_pipe_is_seen_live(checkpoint: Path, tmp_path: Path) -> None:
     path = write_numbered_video(tmp_path / "v.ts", 100, fps=25, height=48, width=64, options={"g": "10"})
-    code = "from mvit_video.cli.predict import main; main()"
+    code = "from mvit_video.cli.main import predict; predict()"
     arguments = [
         sys.executable,
         "-c",

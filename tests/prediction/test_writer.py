@@ -160,7 +160,7 @@ def test_a_killed_run_is_taken_up(checkpoint: Path, tmp_path: Path) -> None:
     first = write_numbered_video(tmp_path / "videos" / "000.mp4", 40, height=48, width=64)
     for number in range(1, 300):
         os.link(first, tmp_path / "videos" / f"{number:03}.mp4")
-    code = "from mvit_video.cli.predict import main; main()"
+    code = "from mvit_video.cli.main import predict; predict()"
     arguments = [sys.executable, "-c", code, "videos", f"weights={checkpoint}", "output=a.jsonl"]
     output = tmp_path / "a.jsonl"
     run = subprocess.Popen(arguments, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -17,8 +17,7 @@ import pytest
 import torch
 from conftest import Command, error_line
 
-from mvit_video.cli import eval as evaluate
-from mvit_video.cli import train
+from mvit_video.cli import main
 from mvit_video.data.decode import open_video
 from mvit_video.model import MViT
 from mvit_video.training.module import Classifier
@@ -79,7 +78,7 @@ def train_in_child(arguments: list[str], prepare: Callable[[], Any]) -> int:
     def run() -> None:
         prepare()
         sys.argv = ["mvit-train", *arguments]
-        train.main()
+        main.train()
 
     child = multiprocessing.get_context("fork").Process(target=run)
     child.start()
@@ -391,7 +390,7 @@ def test_the_loader_s_processes_end_with_a_killed_run(
     def run() -> None:
         signal_in_batch(8, signal.SIGSTOP)()
         sys.argv = ["mvit-train", *arguments, "num_workers=2", "loader=workers", "hydra.run.dir=run"]
-        train.main()
+        main.train()
 
     child = multiprocessing.get_context("fork").Process(target=run)
     child.start()
@@ -445,7 +444,7 @@ def test_ctrl_c_ends_an_evaluation_promptly(
         os.setsid()
         monkeypatch.setattr(MViT, "forward", lambda *_: os.killpg(os.getpgrp(), signal.SIGINT))
         sys.argv = ["mvit-eval", f"data.root={two_classes}", f"weights={checkpoint}", "hydra.run.dir=run"]
-        evaluate.main()
+        main.evaluate()
 
     child = multiprocessing.get_context("fork").Process(target=run)
     child.start()

@@ -289,7 +289,7 @@ def test_a_profile_is_left(command: Command, two_classes: Path, tmp_path: Path, 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("trainer.profiler=fast", "trainer.profiler must be one of simple, advanced, pytorch, got 'fast'"),
+        ("trainer.profiler=fast", "trainer.profiler is 'fast', expected simple or advanced or pytorch"),
         ("trainer.strategy=fdsp", "invalid strategy name: `strategy='fdsp'`"),
         ("ema=1.5", "ema must be between 0 and 1, such as 0.9999, got 1.5"),
         ("freeze=3", "freeze: the model has no '3'; it has: backbone, patch_embed"),
