@@ -125,7 +125,7 @@ class Data(Group):
     labels: str | None
     videos: str | None
     frame_lists: Annotated[list[str], Length(2)] | None
-    class_names: str | None
+    class_names: str | list[str] | None
     val_fraction: ShareBelow1
     max_missing: Share
     fold: Annotated[int, Range(1, 3)]
@@ -289,7 +289,7 @@ class Eval(Command):
     precision: Literal["auto", "bf16", "fp32"]
     combine: Literal["mean", "max", "logits"]
     class_map: str | None
-    class_names: str | None
+    class_names: str | list[str] | None
     resume: str | None
     worst_mistakes: Whole
 
