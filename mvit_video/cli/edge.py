@@ -30,7 +30,7 @@ from mvit_video.cli.help import CONF_DIR, help_page
 from mvit_video.cli.messages import compose_defaults, explain_composition, one_line
 from mvit_video.cli.schema import COMMANDS, check
 from mvit_video.errors import MVitVideoError
-from mvit_video.io.console import print_table
+from mvit_video.io.console import print_table, printable, protect_terminal
 from mvit_video.io.writing import replacing
 
 log = logging.getLogger(__name__)
@@ -63,6 +63,7 @@ def run(command: str, load: Callable[[], Callable[..., Any]], arguments: list[st
         begun.append(True)
         sweep = HydraConfig.get().mode == RunMode.MULTIRUN
         try:
+            protect_terminal()
             check(config, COMMANDS[command])
             value, problem = _profiled(load(), config, *files), None
         except KeyboardInterrupt:
@@ -77,7 +78,8 @@ def run(command: str, load: Callable[[], Callable[..., Any]], arguments: list[st
                 _exit(command, problem)
             if full_error or not known:
                 log.exception("a job failed")
-            sys.stderr.write(f"mvit-{command}: error in job {HydraConfig.get().job.num}: {problem}\n")
+            where = f"error in job {HydraConfig.get().job.num}"
+            sys.stderr.write(f"mvit-{command}: {where}: {printable(problem)}\n")
             value = float("nan")
         if sweep and _is_first_process():
             _write_result(value, problem)
@@ -135,7 +137,7 @@ def _of_several_processes(command: str, arguments: list[str]) -> list[str]:
 
 
 def _exit(command: str, message: str) -> NoReturn:
-    sys.stderr.write(f"mvit-{command}: error: {message}\n")
+    sys.stderr.write(f"mvit-{command}: error: {printable(message)}\n")
     sys.exit(1)
 
 

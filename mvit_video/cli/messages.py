@@ -24,7 +24,7 @@ _OTHER_NAMES = {
 
 
 def one_line(error: BaseException) -> str:
-    """The text of an error without line breaks or control characters."""
+    """The text of an error without line breaks."""
     if isinstance(error, MissingMandatoryValue):
         key = error.full_key or str(error).rsplit(" ", 1)[-1]
         return f"{key} isn't set; give {key}=..."
@@ -39,7 +39,7 @@ def one_line(error: BaseException) -> str:
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     else:
         text = str(error)
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
+    return " ".join(text.split())
 
 
 def explain_composition(error: BaseException, command: str) -> str:
