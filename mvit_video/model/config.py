@@ -5,11 +5,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from mvit_video.model.attention import Grid, JointPositions, PoolMode
-from mvit_video.model.positions import AbsolutePositions
-
+Grid = tuple[int, int, int]  # (T, H, W): tokens, frames and pixels, or strides along time, height and width
 AttentionKind = Literal[
     "pooling",
     "pooling_shifted_window",
@@ -19,14 +17,16 @@ AttentionKind = Literal[
     "shifted_window",
     "hybrid_window",
 ]
+PoolMode = Literal["conv", "conv_unshared", "max", "avg"]
+JointPositions = Literal["none", "space", "space_time"]
+AbsolutePositions = Literal["none", "joint", "separable"]
 
 
-_SCALARS: dict[type, tuple[tuple[type, ...], str]] = {
+_SCALARS: dict[Any, tuple[tuple[type, ...], str]] = {
     bool: ((bool,), "true or false"),
     int: ((int,), "a whole number"),
     float: ((int, float), "a number"),
 }
-_GRIDS = ("patch_kernel", "patch_stride", "pool_kernel", "q_stride", "kv_stride", "window")
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,10 @@ class MViTConfig:
         patch_2d: hold the patch embedding's weights without a time axis, as official image models do;
             ``patch_kernel`` and ``patch_stride`` must be 1 in time.
         pool_kernel: "stride": stride + 1 where strided, else 1.
-        pool_mode, pool_first, separate_qkv, rel_pos_joint: see ``PoolingAttention``.
+        pool_mode: "conv": depthwise convolutions, shared by the heads, and LayerNorm; "conv_unshared": a
+            kernel for every channel, needs ``pool_first``; "max" and "avg" have neither weights nor norm.
+        pool_first: pool the tokens before they are projected to queries, keys and values.
+        separate_qkv: three projections instead of one, as with ``pool_first``.
         pool_q_every_block: pool queries in every block, not only where a stage begins.
         attention: "pooling", or without pooled keys and values: "full". "window": inside windows;
             "shifted_window": every second block of a stage moves them by half; "hybrid_window": except in the
@@ -55,7 +58,11 @@ class MViTConfig:
             token it reads the mean, or with ``mean_pooling`` the norm of the mean.
         abs_pos: absolute positions: "joint": a row for every token; "separable": one for every place and one
             for every time, summed.
+        residual_pooling: add the pooled queries to the attention's output (paper, eq. 5).
         rel_pos_temporal, rel_pos_spatial: which axes have relative positions.
+        rel_pos_joint: "none": a table per axis (decomposed, paper, eq. 4); "space": one table over height and
+            width together; "space_time": one over all three axes.
+        rel_pos_zero_init: tables start at zero.
         norm_stem: LayerNorm before the first block.
         dim_mul_in_attention: the attention of a stage's first block doubles the channels; False: the MLP of
             the block before does, as in MViTv1.
@@ -110,67 +117,52 @@ class MViTConfig:
     checkpoint_blocks: bool = False
 
     def __post_init__(self) -> None:
-        self._check_types()
-        for name in ("num_classes", "num_frames", "crop_size", "embed_dim", "num_heads", "mlp_ratio"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("dropout", "drop_path", "head_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-        for name in _GRIDS:
+        for name, hint in get_type_hints(type(self)).items():
             value = getattr(self, name)
-            if value != "stride" and (len(value) != 3 or min(value) < 1):
-                raise ValueError(f"{name} must be three positive numbers (T, H, W), got {value}")
-        if not self.stages or min(self.stages) < 1:
-            raise ValueError(
-                f"stages must list the blocks of each stage, at least one each, got {self.stages}"
-            )
-        if self.embed_dim % self.num_heads:
-            raise ValueError(f"embed_dim {self.embed_dim} must be a multiple of num_heads {self.num_heads}")
-        self._check_choices()
-        self._check_block_lists()
+            if hint in _SCALARS:
+                kinds, what = _SCALARS[hint]
+                is_right = isinstance(value, kinds) and (hint is bool or not isinstance(value, bool))
+                self._require(name, is_right, f"be {what}")
+            elif get_origin(hint) is Literal:
+                self._require(name, value in get_args(hint), f"be one of {', '.join(get_args(hint))}")
+        for name in ("num_classes", "num_frames", "crop_size", "embed_dim", "num_heads", "mlp_ratio"):
+            self._require(name, getattr(self, name) > 0, "be positive")
+        for name in ("dropout", "drop_path", "head_dropout"):
+            self._require(name, 0 <= getattr(self, name) < 1, "be in [0, 1)")
+        self._check_lists()
         self._check_combinations()
 
-    def _check_types(self) -> None:
-        for name, hint in get_type_hints(type(self)).items():
-            if hint not in _SCALARS:
-                continue
-            value, (kinds, what) = getattr(self, name), _SCALARS[hint]
-            if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-                raise ValueError(f"{name} must be {what}, got {value!r}")
-        for name in ("stages", *_GRIDS):
+    def _require(self, name: str, condition: bool, what: str) -> None:
+        if not condition:
+            raise ValueError(f"{name} must {what}, got {getattr(self, name)!r}")
+
+    def _check_lists(self) -> None:
+        grids = ["patch_kernel", "patch_stride", "q_stride", "kv_stride", "window"]
+        grids += ["pool_kernel"] * (self.pool_kernel != "stride")
+        for name in ("stages", *grids):
             value = getattr(self, name)
             whole = isinstance(value, tuple) and all(type(item) is int for item in value)
-            if not whole and (name, value) != ("pool_kernel", "stride"):
-                raise ValueError(f"{name} must list whole numbers, got {value!r}")
-
-    def _check_choices(self) -> None:
-        for name in ("pool_mode", "attention", "abs_pos", "rel_pos_joint"):
-            allowed = get_args(get_type_hints(type(self))[name])
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-
-    def _check_block_lists(self) -> None:
+            self._require(name, whole, "list whole numbers")
+        for name in grids:
+            self._require(name, _is_grid(getattr(self, name), 1), "be three positive numbers (T, H, W)")
+        padding = self.patch_padding
+        is_padding = padding is None or _is_grid(padding, 0)
+        self._require("patch_padding", is_padding, "be three numbers (T, H, W) from 0")
+        has_blocks = bool(self.stages) and min(self.stages) > 0
+        self._require("stages", has_blocks, "list the blocks of each stage, at least one each")
         depth = sum(self.stages)
-        for name, size, what in (
-            ("dim_mul", 2, "(block, factor)"),
-            ("head_mul", 2, "(block, factor)"),
-            ("q_strides", 4, "(block, T, H, W)"),
-            ("kv_strides", 4, "(block, T, H, W)"),
-        ):
+        factor, stride = (2, "(block, factor)"), (4, "(block, T, H, W)")
+        lists = {"dim_mul": factor, "head_mul": factor, "q_strides": stride, "kv_strides": stride}
+        for name, (size, what) in lists.items():
             for entry in getattr(self, name) or ():
-                if (
-                    not isinstance(entry, tuple)
-                    or len(entry) != size
-                    or not 0 <= entry[0] < depth
-                    or min(entry[1:]) <= 0
-                ):
+                is_entry = isinstance(entry, tuple) and len(entry) == size and min(entry[1:]) > 0
+                if not is_entry or not 0 <= entry[0] < depth:
                     raise ValueError(f"{name} must list {what} of blocks 0 to {depth - 1}, got {entry}")
 
     def _check_combinations(self) -> None:
-        padding = self.patch_padding
-        if padding is not None and (not isinstance(padding, tuple) or len(padding) != 3 or min(padding) < 0):
-            raise ValueError(f"patch_padding must be three numbers (T, H, W) from 0, got {padding}")
+        joint = self.rel_pos_joint
+        if self.embed_dim % self.num_heads:
+            raise ValueError(f"embed_dim {self.embed_dim} must be a multiple of num_heads {self.num_heads}")
         if self.patch_2d and not self.patch_kernel[0] == self.patch_stride[0] == 1:
             raise ValueError(
                 "patch_2d needs patch_kernel and patch_stride of 1 in time, "
@@ -178,11 +170,11 @@ class MViTConfig:
             )
         if self.pool_mode == "conv_unshared" and not self.pool_first:
             raise ValueError("pool_mode 'conv_unshared' needs pool_first")
-        if self.rel_pos_joint != "none" and not self.rel_pos_spatial:
-            raise ValueError(f"rel_pos_joint {self.rel_pos_joint!r} needs rel_pos_spatial")
-        if self.rel_pos_joint == "space_time" and not self.rel_pos_temporal:
+        if joint != "none" and not self.rel_pos_spatial:
+            raise ValueError(f"rel_pos_joint {joint!r} needs rel_pos_spatial")
+        if joint == "space_time" and not self.rel_pos_temporal:
             raise ValueError("rel_pos_joint 'space_time' needs rel_pos_temporal")
-        if self.rel_pos_joint == "space_time" and "window" in self.attention:
+        if joint == "space_time" and "window" in self.attention:
             raise ValueError(f"rel_pos_joint 'space_time' doesn't go with attention {self.attention!r}")
 
     @property
@@ -194,6 +186,28 @@ class MViTConfig:
     def stage_starts(self) -> tuple[int, ...]:
         """Index of the first block of every stage."""
         return tuple(itertools.accumulate(self.stages[:-1], initial=0))
+
+    @property
+    def rel_pos_tables(self) -> tuple[str, ...]:
+        """The axes of each table of relative positions."""
+        if self.rel_pos_joint == "space_time":
+            return ("thw",)
+        spatial = ("hw",) if self.rel_pos_joint == "space" else ("h", "w")
+        return ("t",) * self.rel_pos_temporal + spatial * self.rel_pos_spatial
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens in front of those of the grid."""
+        return int(self.class_token)
+
+    @property
+    def patch_pad(self) -> Grid:
+        """The patch embedding's padding (T, H, W)."""
+        return same_padding(self.patch_kernel) if self.patch_padding is None else self.patch_padding
+
+    def pooling_kernel(self, stride: Grid) -> Grid:
+        """The kernel (T, H, W) of a pooling with this stride."""
+        return overlapping_kernel(stride) if self.pool_kernel == "stride" else self.pool_kernel
 
 
 @dataclass(frozen=True)
@@ -229,7 +243,7 @@ def plan_blocks(config: MViTConfig) -> Iterator[BlockPlan]:
     q_strides, kv_strides = pooling_strides(config)
 
     dim, num_heads, window = config.embed_dim, config.num_heads, config.window
-    grid = divide(config.input_size, config.patch_stride)
+    grid = floor_divide(config.input_size, config.patch_stride)
     stage = -1
     for index in range(depth):
         stage += index in starts
@@ -260,7 +274,7 @@ def plan_blocks(config: MViTConfig) -> Iterator[BlockPlan]:
             # Drop path grows linearly over the depth (paper, appendix).
             drop_path=config.drop_path * index / max(depth - 1, 1),
         )
-        dim, grid, window = dim_out, divide(grid, q_stride), divide(window, q_stride)
+        dim, grid, window = dim_out, floor_divide(grid, q_stride), floor_divide(window, q_stride)
 
 
 def block_factors(config: MViTConfig) -> tuple[dict[int, float], dict[int, float]]:
@@ -287,7 +301,7 @@ def pooling_strides(config: MViTConfig) -> tuple[dict[int, Grid], dict[int, Grid
     else:
         kv_strides, stride = {}, config.kv_stride
         for index in blocks:
-            stride = divide(stride, q_strides.get(index, one))
+            stride = floor_divide(stride, q_strides.get(index, one))
             kv_strides[index] = stride
     if pooling:
         return q_strides, kv_strides
@@ -301,10 +315,22 @@ def _is_global(config: MViTConfig, index: int) -> bool:
     return config.attention.endswith("hybrid_window") and index in ends[-3:]
 
 
-def divide(size: Grid, stride: Grid) -> Grid:
+def floor_divide(size: Grid, stride: Grid) -> Grid:
     """Floor division per axis, but at least 1."""
     t, h, w = (max(n // s, 1) for n, s in zip(size, stride, strict=True))
     return t, h, w
+
+
+def overlapping_kernel(stride: Grid) -> Grid:
+    """The smallest kernel by which strided windows overlap: stride + 1, and 1 where nothing is strided."""
+    t, h, w = (s + 1 if s > 1 else 1 for s in stride)
+    return t, h, w
+
+
+def same_padding(kernel: Grid) -> Grid:
+    """The padding that centres a kernel."""
+    t, h, w = kernel
+    return t // 2, h // 2, w // 2
 
 
 def round_width(width: int, factor: float, divisor: int = 1) -> int:
@@ -312,3 +338,7 @@ def round_width(width: int, factor: float, divisor: int = 1) -> int:
     scaled = width * factor
     rounded = max(int(scaled + divisor / 2) // divisor * divisor, 1)
     return rounded if rounded >= 0.9 * scaled else rounded + divisor
+
+
+def _is_grid(value: Any, least: int) -> bool:
+    return isinstance(value, tuple) and len(value) == 3 and min(value) >= least

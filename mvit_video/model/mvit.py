@@ -11,10 +11,20 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mvit_video.model import kernels
-from mvit_video.model.attention import NORM_EPS, Grid, Linear, PoolingAttention, half, pool_kernel_for
+from mvit_video.model.ablations import make_attention
+from mvit_video.model.attention import NORM_EPS
 from mvit_video.model.base import VideoModel
 from mvit_video.model.clip_spec import ClipSpec
-from mvit_video.model.config import BlockPlan, MViTConfig, divide, plan_blocks
+from mvit_video.model.config import (
+    BlockPlan,
+    Grid,
+    MViTConfig,
+    floor_divide,
+    overlapping_kernel,
+    plan_blocks,
+    same_padding,
+)
+from mvit_video.model.kernels import Linear
 from mvit_video.model.positions import joint_table, position_parameters, resize_table
 
 
@@ -41,7 +51,7 @@ class MViT(VideoModel):
         self.class_names = None
         self.patch_embed = PatchEmbed(config)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.embed_dim)) if config.class_token else None
-        self.grid = divide(config.input_size, config.patch_stride)  # of the absolute positions
+        self.grid = floor_divide(config.input_size, config.patch_stride)  # of the absolute positions
         positions = position_parameters(config.abs_pos, config.embed_dim, self.grid, config.class_token)
         for name in ("pos_embed", "pos_embed_spatial", "pos_embed_temporal", "pos_embed_class"):
             self.register_parameter(name, positions.get(name))
@@ -70,11 +80,10 @@ class MViT(VideoModel):
         x, grid = self.embed(clips)
         for block in self.blocks:
             x, grid = self._run(block, x, grid)
-        first = int(self.cls_token is not None)
         if self.config.mean_pooling:
-            return self.norm(x[:, first:].mean(1))
+            return self.norm(x[:, self.config.num_prefix_tokens :].mean(1))
         x = self.norm(x)
-        return x[:, 0] if first else x.mean(1)
+        return x.mean(1) if self.cls_token is None else x[:, 0]
 
     def forward_stages(self, clips: Tensor) -> list[Tensor]:
         """Float clips (B, 3, T, H, W) -> the grid of tokens that leaves each stage, (B, C, T', H', W').
@@ -87,8 +96,8 @@ class MViT(VideoModel):
         for index, block in enumerate(self.blocks):
             x, grid = self._run(block, x, grid)
             if index in ends:
-                cells = x[:, int(self.cls_token is not None) :]
-                maps.append(cells.unflatten(1, grid).permute(0, 4, 1, 2, 3))
+                patch_tokens = x[:, self.config.num_prefix_tokens :]
+                maps.append(patch_tokens.unflatten(1, grid).permute(0, 4, 1, 2, 3))
         return maps
 
     def embed(self, clips: Tensor) -> tuple[Tensor, Grid]:
@@ -133,8 +142,7 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, config: MViTConfig) -> None:
         super().__init__()
-        kernel, stride = config.patch_kernel, config.patch_stride
-        padding = half(kernel) if config.patch_padding is None else config.patch_padding
+        kernel, stride, padding = config.patch_kernel, config.patch_stride, config.patch_pad
         if config.patch_2d:
             self.proj: nn.Conv2d | nn.Conv3d = nn.Conv2d(
                 3, config.embed_dim, kernel[1:], stride[1:], padding[1:]
@@ -160,37 +168,14 @@ class Block(nn.Module):
     def __init__(self, plan: BlockPlan, config: MViTConfig) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(plan.dim, eps=NORM_EPS)
-        self.attn = PoolingAttention(
-            plan.dim,
-            plan.attention_dim,
-            plan.num_heads,
-            grid=plan.grid,
-            kernel=config.pool_kernel,
-            q_stride=plan.q_stride,
-            kv_stride=plan.kv_stride,
-            pools_q=plan.pools_q,
-            pools_kv=plan.pools_kv,
-            pool_mode=config.pool_mode,
-            pool_first=config.pool_first,
-            separate_qkv=config.separate_qkv,
-            qkv_bias=config.qkv_bias,
-            class_token=config.class_token,
-            residual_pooling=config.residual_pooling,
-            rel_pos_temporal=config.rel_pos_temporal,
-            rel_pos_spatial=config.rel_pos_spatial,
-            rel_pos_joint=config.rel_pos_joint,
-            rel_pos_zero_init=config.rel_pos_zero_init,
-            window=plan.window,
-            shifted=plan.shifted,
-            dropout=config.dropout,
-        )
+        self.attn = make_attention(plan, config)
         self.norm2 = nn.LayerNorm(plan.attention_dim, eps=NORM_EPS)
         hidden_dim = int(plan.attention_dim * config.mlp_ratio)
         self.mlp = Mlp(plan.attention_dim, hidden_dim, plan.dim_out, config.dropout)
         self.proj = Linear(plan.dim, plan.dim_out) if plan.dim != plan.dim_out else None
         self.widens_in_attention = config.dim_mul_in_attention
         self.q_stride = plan.q_stride
-        self.class_token = config.class_token
+        self.num_prefix_tokens = config.num_prefix_tokens
         self.drop_path = plan.drop_path
 
     def forward(self, x: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
@@ -211,12 +196,11 @@ class Block(nn.Module):
         """Max-pool the grid of (B, N, C) tokens as the queries are pooled; the class token stays."""
         if self.q_stride == (1, 1, 1):
             return x
-        first = int(self.class_token)
-        kernel = pool_kernel_for(self.q_stride)
-        class_token, cells = x.split((first, x.shape[1] - first), 1)
-        volume = cells.unflatten(1, grid).permute(0, 4, 1, 2, 3)  # (B, C, T, H, W)
-        pooled = F.max_pool3d(volume, kernel, self.q_stride, half(kernel)).flatten(2).transpose(1, 2)
-        return torch.cat([class_token, pooled], dim=1)
+        kernel, prefix = overlapping_kernel(self.q_stride), self.num_prefix_tokens
+        prefix_tokens, patch_tokens = x.split((prefix, x.shape[1] - prefix), 1)
+        volume = patch_tokens.unflatten(1, grid).permute(0, 4, 1, 2, 3)  # (B, C, T, H, W)
+        pooled = F.max_pool3d(volume, kernel, self.q_stride, same_padding(kernel)).flatten(2).transpose(1, 2)
+        return torch.cat([prefix_tokens, pooled], dim=1) if prefix else pooled
 
     def _drop(self, x: Tensor) -> Tensor:
         """Stochastic depth: drop the branch for a sample with probability ``drop_path`` in training."""
@@ -238,10 +222,9 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, C) -> (B, N, C')"""
-        fc1, fc2, dropout = self.fc1, self.fc2, self.dropout
-        if type(fc1) is type(fc2) is Linear and not (self.training and dropout.p):
-            return kernels.mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias)  # the same in one kernel
-        return dropout(fc2(dropout(F.gelu(fc1(x)))))
+        if self.training and self.dropout.p:
+            return self.dropout(self.fc2(self.dropout(F.gelu(self.fc1(x)))))
+        return kernels.mlp(self.fc1, self.fc2, x)
 
 
 class Head(nn.Module):

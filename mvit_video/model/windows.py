@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-Grid = tuple[int, int, int]  # (T, H, W)
+from mvit_video.model.config import BlockPlan, Grid
+
 Span = tuple[int, int]  # first cell and the one behind the last
 
 
@@ -21,37 +23,26 @@ class AxisWindow:
     keys: Span
 
 
-def axis_windows(
-    length: int,
-    window: int,
-    *,
-    shifted: bool,
-    q_stride: int,
-    kv_stride: int,
-    q_length: int,
-    k_length: int,
-) -> list[AxisWindow]:
-    """Cut one axis into windows of ``window`` cells; where it doesn't divide, the last one is smaller.
+def axis_windows(plan: BlockPlan, axis: int, grid: Grid, q_grid: Grid, k_grid: Grid) -> list[AxisWindow]:
+    """Cut one axis of the grid before pooling into windows; the last is smaller where they don't divide it.
 
-    Args:
-        length: cells before the pooling; ``window`` counts these too.
-        shifted: move all edges by half a window. The first and the last window are smaller then, which is
-            what a cyclic shift with masks computes.
-        q_stride, kv_stride: of the poolings that made ``q_length`` queries and ``k_length`` keys of them.
-
-    Every query is in one window. A key whose cells straddle an edge is in both, so no window lacks keys.
+    Shifted windows have their edges half a window further. The first and the last window are smaller then,
+    which is what a cyclic shift with masks computes. Every query is in one window. A key whose cells straddle
+    an edge is in both, so no window lacks keys.
     """
-    shift = window // 2 if shifted and window < length else 0
+    assert plan.window is not None
+    length, window, q_stride, kv_stride = (
+        x[axis] for x in (grid, plan.window, plan.q_stride, plan.kv_stride)
+    )
+    shift = window // 2 if plan.shifted and window < length else 0
     edges = [0, *range(shift or window, length, window), length]
     windows = []
     for start, stop in itertools.pairwise(edges):
         last = stop == length
-        queries = (math.ceil(start / q_stride), q_length if last else math.ceil(stop / q_stride))
-        keys = (
-            min(start // kv_stride, k_length - 1),
-            k_length if last else min(math.ceil(stop / kv_stride), k_length),
-        )
-        windows.append(AxisWindow(queries, keys))
+        queries = (-(-start // q_stride), q_grid[axis] if last else -(-stop // q_stride))
+        k_length = k_grid[axis]
+        k_stop = k_length if last else min(-(-stop // kv_stride), k_length)
+        windows.append(AxisWindow(queries, (min(start // kv_stride, k_length - 1), k_stop)))
     return windows
 
 
@@ -72,8 +63,11 @@ class Windows:
     k_valid: Tensor | None
 
 
-def cut_windows(axes: list[list[AxisWindow]], q_grid: Grid, k_grid: Grid, device: torch.device) -> Windows:
-    """Combine the windows of the axes T, H and W."""
+def cut_windows(
+    plan: BlockPlan, grid: Grid, q_grid: Grid, k_grid: Grid, *, device: torch.device, dtype: Any = None
+) -> Windows:
+    """The windows of a block whose tokens come in on ``grid``."""
+    axes = [axis_windows(plan, axis, grid, q_grid, k_grid) for axis in range(3)]
     q_cells, q_valid = _cells([[w.queries for w in axis] for axis in axes], q_grid, device)
     k_cells, k_valid = _cells([[w.keys for w in axis] for axis in axes], k_grid, device)
     count = math.prod(q_grid)
@@ -92,11 +86,11 @@ def _cells(axes: list[list[Span]], grid: Grid, device: torch.device) -> tuple[Te
         padded |= any(stop - start < size for start, stop in spans)
         shape = [1] * 6  # windows along T, H, W, then cells along T, H, W
         shape[axis], shape[3 + axis] = len(spans), size
-        starts = torch.tensor([start for start, _ in spans], device=device)[:, None]
-        stops = torch.tensor([stop for _, stop in spans], device=device)[:, None]
-        along = starts + torch.arange(size, device=device)
+        # Made by the device: a tensor of the numbers in a list would be copied to it.
+        along = torch.stack([torch.arange(start, start + size, device=device) for start, _ in spans])
+        inside = [torch.arange(start - stop, start - stop + size, device=device) < 0 for start, stop in spans]
         cells = cells * length + along.clamp(max=length - 1).reshape(shape)
-        valid = valid & (along < stops).reshape(shape)
+        valid = valid & torch.stack(inside).reshape(shape)
     return cells.flatten(3).flatten(0, 2), valid.flatten(3).flatten(0, 2) if padded else None
 
 

@@ -21,7 +21,7 @@ from mvit_video.errors import ConfigError
 from mvit_video.io.console import printable
 from mvit_video.io.writing import replacing
 from mvit_video.model import ClipSpec, MViT
-from mvit_video.model.attention import Grid
+from mvit_video.model.config import Grid
 
 Method = Literal["gradcam", "rollout"]
 

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mvit_video.errors import CheckpointError
-from mvit_video.model.positions import Grid, resize_table
+from mvit_video.model.config import Grid
+from mvit_video.model.positions import resize_table
 
 # torchvision's mvit_v1_b and mvit_v2_s.
 _TORCHVISION = (

@@ -9,9 +9,15 @@ from dataclasses import fields, replace
 from typing import Any
 
 from mvit_video.errors import CheckpointError
-from mvit_video.model.attention import Grid, half
 from mvit_video.model.clip_spec import ClipSpec
-from mvit_video.model.config import MViTConfig, block_factors, plan_blocks, pooling_strides
+from mvit_video.model.config import (
+    Grid,
+    MViTConfig,
+    block_factors,
+    plan_blocks,
+    pooling_strides,
+    same_padding,
+)
 
 # What the official code assumes where a configuration file is silent. Options that shape nothing here
 # (weight decay, fusion of reversible blocks, layer scale, which no block reads) have no defaults to compare.
@@ -127,7 +133,7 @@ def slowfast_config(config: MViTConfig, protocol: ClipSpec) -> dict[str, Any]:
         CheckpointError: no official options give that model; names the fields that they can't express.
     """
     first = int(config.patch_2d)  # options of single frames lack the time axis
-    padding = half(config.patch_kernel) if config.patch_padding is None else config.patch_padding
+    padding = config.patch_pad
     q_strides, kv_strides = pooling_strides(config)
     dim_mul, head_mul = block_factors(config)
     mvit = {
@@ -258,7 +264,7 @@ def _model_config(mvit: dict[str, Any], data: dict[str, Any], model: dict[str, A
         qkv_bias=mvit["QKV_BIAS"],
         patch_kernel=patch_kernel,
         patch_stride=_grid(mvit, "PATCH_STRIDE", *([1] if frame else [])),
-        patch_padding=None if patch_padding == half(patch_kernel) else patch_padding,
+        patch_padding=None if patch_padding == same_padding(patch_kernel) else patch_padding,
         patch_2d=frame,
         pool_kernel="stride" if mvit["POOL_KVQ_KERNEL"] is None else _grid(mvit, "POOL_KVQ_KERNEL"),
         pool_mode=mvit["MODE"],

@@ -18,7 +18,7 @@ Grid = tuple[int, int, int]
 
 def plain_attention(attention: PoolingAttention, x: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
     """What ``attention(x, grid)`` must return: softmax(scale q kᵀ + E) v + q, projected."""
-    heads, first = attention.num_heads, int(attention.class_token)
+    heads, first = attention.num_heads, attention.num_prefix_tokens
     batch, _, _ = x.shape
     qkv = attention.qkv(x)
     qkv = qkv.reshape(batch, -1, 3, heads, qkv.shape[-1] // (3 * heads))

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from pathlib import Path
 
 import golden_weights
 import plain_attention
 import pytest
 import torch
+from layouts import one_attention
 from torch import Tensor
 
-from mvit_video.model.attention import (
-    PoolingAttention,
-    fused_attention,
-    one_hot_coordinates,
-    relative_index,
-    relative_positions,
-)
+from mvit_video.model import kernels
+from mvit_video.model.attention import PoolingAttention
+from mvit_video.model.positions import one_hot_keys, relative_index, relative_positions
 
 RELPOS = json.loads((Path(__file__).parents[1] / "reference" / "relpos.json").read_text())
 TOLERANCE = 1e-9  # float64: summation order alone
@@ -57,11 +55,11 @@ def make_attention(
 ) -> tuple[PoolingAttention, Tensor, tuple[int, int, int]]:
     """An attention with random float64 parameters, tokens of a batch of two, and their grid."""
     torch.manual_seed(0)
-    attention = PoolingAttention(dim, dim_out, heads, grid=made_for, **layout).double()
+    attention = one_attention(dim, dim_out, heads, grid=made_for, **layout).double()
     for parameter in attention.parameters():
         torch.nn.init.normal_(parameter, std=0.7)
     t, h, w = grid = grid or made_for
-    tokens = torch.randn(2, t * h * w + attention.class_token, dim, dtype=torch.float64)
+    tokens = torch.randn(2, t * h * w + attention.num_prefix_tokens, dim, dtype=torch.float64)
     return attention, tokens, grid
 
 
@@ -133,7 +131,7 @@ def test_tables_that_switches_leave_out_do_not_exist():
     ],
 )
 def test_table_lengths(made_for, q_stride, kv_stride, lengths):
-    attention = PoolingAttention(4, 4, 1, grid=made_for, q_stride=q_stride, kv_stride=kv_stride)
+    attention = one_attention(4, 4, 1, grid=made_for, q_stride=q_stride, kv_stride=kv_stride)
     assert tuple(len(getattr(attention, f"rel_pos_{axis}")) for axis in "thw") == lengths
 
 
@@ -157,7 +155,7 @@ def test_relative_index_keeps_float32_truncation(q, k, cells_lower):
 def test_table_interpolation_is_the_official_one(case):
     table = torch.from_numpy(golden_weights.unit(f"relpos{case['src_len']}", case["src_len"] * 2)).view(-1, 2)
     length = (case["dst_len"] + 1) // 2
-    positions = relative_positions(table, length, length)
+    positions = relative_positions(table, [length], [length]).movedim(-1, 1).flip(1)
     # The last query has rows n-1 ... of the table's second half, the first query those of the first half.
     rows = torch.cat([positions[0].flip(0), positions[1:, 0]])
     torch.testing.assert_close(rows, torch.tensor(case["out"]), atol=1e-6, rtol=0)
@@ -177,14 +175,37 @@ def test_padding_of_widths_changes_nothing(width):
     q, k = torch.randn(2, 1, 2, 5, width, dtype=torch.float64)
     v = torch.randn(1, 2, 5, 1, dtype=torch.float64)
     expected = (q @ k.transpose(-2, -1)).softmax(-1) @ v
-    found = fused_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+    found = kernels.attend(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
     torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("axis", [0, 1, 2])
-def test_one_hot_coordinates(axis):
+@pytest.mark.parametrize("axes", ["t", "h", "w", "hw"])
+@pytest.mark.parametrize("prefix", [0, 1])
+def test_one_hot_keys(axes, prefix):
     grid = (2, 3, 4)
-    one_hot = one_hot_coordinates(grid, axis, torch.zeros(1))
-    assert one_hot.shape == (24, grid[axis])
-    assert one_hot.sum(1).eq(1).all()
-    assert one_hot.argmax(1).tolist() == [cell[axis] for cell in itertools.product(*map(range, grid))]
+    keys = one_hot_keys((axes,), grid, prefix, 13, device="cpu", dtype=torch.float32)
+    lengths = [grid["thw".index(axis)] for axis in axes]
+    assert keys.shape == (prefix + 24, 13)
+    assert keys[:prefix].eq(0).all()
+    assert keys[prefix:].sum(1).eq(1).all()
+    expected = []
+    for cell in itertools.product(*map(range, grid)):
+        column = 0
+        for axis, length in zip(axes, lengths, strict=True):
+            column = column * length + cell["thw".index(axis)]
+        expected.append(math.prod(lengths) - 1 - column)  # from the last to the first
+    assert keys[prefix:].argmax(1).tolist() == expected
+
+
+@pytest.mark.parametrize(("q", "k"), [(56, 7), (7, 56), (9, 9), (1, 5), (5, 1), (78, 10), (10, 39), (3, 2)])
+def test_positions_are_the_rows_of_the_official_index(q, k):
+    table = torch.randn(2 * max(q, k) - 1, 3)
+    expected = table[relative_index(q, k)]  # (q, k, c)
+    assert torch.equal(relative_positions(table, [q], [k]), expected.flip(1).transpose(1, 2))
+
+
+def test_positions_over_two_axes_are_the_rows_of_both_indices():
+    table = torch.randn(15, 9, 3)
+    rows, columns = relative_index(8, 2)[:, None, :, None], relative_index(3, 5)[None, :, None, :]
+    expected = table[rows, columns].flip(2, 3).movedim(-1, 2)
+    assert torch.equal(relative_positions(table, [8, 3], [2, 5]), expected)

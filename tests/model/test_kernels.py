@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mvit_video.model import kernels
-from mvit_video.model.kernels import depthwise_conv3d
+from mvit_video.model import cpu_kernels, kernels
+from mvit_video.model.cpu_kernels import depthwise_conv3d
 
 
 @pytest.mark.parametrize("kernel", [(3, 3, 3), (1, 3, 3), (3, 5, 1)])
@@ -71,14 +71,14 @@ def test_bf16_gradients_are_as_good_as_torchs(stride: tuple) -> None:
 
 
 def test_autocast_casts_both_passes_of_the_convolution() -> None:
-    x = torch.randn(1, 4, 2, 5, 5, requires_grad=True)
-    weight = torch.randn(4, 1, 3, 3, 3, requires_grad=True)
+    pool = torch.nn.Conv3d(4, 4, 3, padding=1, groups=4, bias=False)
+    x = torch.randn(1, 2, 5, 5, 3, 4, requires_grad=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = depthwise_conv3d(x, weight, (1, 1, 1), (1, 1, 1))
+        y = kernels.pool_heads(pool, x)
     y.float().sum().backward()
     assert y.dtype == torch.bfloat16
     assert x.grad is not None
-    assert x.grad.dtype == weight.grad.dtype == torch.float32
+    assert x.grad.dtype == pool.weight.grad.dtype == torch.float32
 
 
 def gradients(function, inputs: list[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
@@ -98,7 +98,7 @@ K_POSITIONS = torch.randn(17, 7, generator=torch.Generator().manual_seed(2))
 
 def attention_with_positions(q, k, v, q_positions):
     k_positions = K_POSITIONS.to(q.dtype)
-    return kernels.attention(q, k, v, 0.3, q_positions, k_positions, residual_from=1)
+    return kernels.attend(q, k, v, q_positions, k_positions, scale=0.3, num_prefix_tokens=1)
 
 
 def plain_attention_with_positions(q, k, v, q_positions):
@@ -112,19 +112,23 @@ def plain_mlp(x, w1, b1, w2, b2):
     return F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2)
 
 
+def fast_mlp(x, w1, b1, w2, b2):
+    return kernels.linear(kernels.linear(x, w1, b1), w2, b2, gelu_input=True)
+
+
 def random(*shapes: tuple[int, ...], scale: float = 1.0) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     return [torch.randn(shape, generator=generator) * scale for shape in shapes]
 
 
 PAIRS = {
-    "attention": (kernels.attention, plain_attention, random((2, 50, 3, 20), (2, 17, 3, 20), (2, 17, 3, 12))),
+    "attention": (kernels.attend, plain_attention, random((2, 50, 3, 20), (2, 17, 3, 20), (2, 17, 3, 12))),
     "attention with positions": (
         attention_with_positions,
         plain_attention_with_positions,
         random((2, 50, 3, 20), (2, 17, 3, 20), (2, 17, 3, 20), (2, 50, 3, 7)),
     ),
-    "mlp": (kernels.mlp, plain_mlp, random((2, 70, 12), (48, 12), (48,), (10, 48), (10,), scale=0.5)),
+    "mlp": (fast_mlp, plain_mlp, random((2, 70, 12), (48, 12), (48,), (10, 48), (10,), scale=0.5)),
     "linear": (kernels.linear, F.linear, random((2, 70, 12), (48, 12), (48,))),
     "linear without bias": (
         lambda x, weight: kernels.linear(x, weight, None),
@@ -141,7 +145,7 @@ def pair(request):
 
 @pytest.fixture(params=[2**20, 2**10], ids=["one chunk", "many chunks"])
 def chunk(request, monkeypatch):
-    monkeypatch.setattr(kernels, "CHUNK", request.param)
+    monkeypatch.setattr(cpu_kernels, "CHUNK", request.param)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
@@ -171,15 +175,16 @@ def test_kernels_in_bf16_are_as_good_as_plain_forms(pair) -> None:
 
 @pytest.mark.usefixtures("chunk")
 def test_mlp_without_gradients_is_the_same() -> None:
-    fast, plain, inputs = PAIRS["mlp"]
+    torch.manual_seed(0)
+    fc1, fc2, x = kernels.Linear(12, 48), kernels.Linear(48, 10), torch.randn(2, 70, 12)
     with torch.no_grad():
-        torch.testing.assert_close(fast(*inputs), plain(*inputs), atol=1e-5, rtol=0)
+        torch.testing.assert_close(kernels.mlp(fc1, fc2, x), fc2(F.gelu(fc1(x))), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_large_logits_give_no_nan(dtype) -> None:
     inputs = random((1, 40, 2, 8), (1, 30, 2, 8), (1, 30, 2, 8), scale=1e4)
-    for found in gradients(kernels.attention, inputs, dtype):
+    for found in gradients(kernels.attend, inputs, dtype):
         assert found.isfinite().all()
 
 
@@ -197,7 +202,7 @@ def test_autocast_reaches_the_kernels() -> None:
     leaves = [x.clone().requires_grad_() for x in inputs]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = fast(*leaves)
-        hidden = kernels.mlp(*PAIRS["mlp"][2])
+        hidden = fast_mlp(*PAIRS["mlp"][2])
     out.float().sum().backward()
     assert out.dtype == hidden.dtype == torch.bfloat16
     assert all(x.grad is not None and x.grad.dtype == torch.float32 for x in leaves)
@@ -215,9 +220,9 @@ def peak():
 
 n = int(sys.argv[1])
 q, k, v = (torch.randn(1, n, 1, 16, requires_grad=True) for _ in range(3))
-kernels.attention(*(x[:, :64] for x in (q, k, v))).sum().backward()
+kernels.attend(*(x[:, :64] for x in (q, k, v))).sum().backward()
 bare = peak()
-kernels.attention(q, k, v).sum().backward()
+kernels.attend(q, k, v).sum().backward()
 print(peak() - bare)
 """
 
@@ -234,21 +239,23 @@ def test_memory_of_attention_grows_with_n_plus_m() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("of_gelu", [False, True])
+@pytest.mark.parametrize("gelu_input", [False, True])
 @pytest.mark.parametrize("width", [4, 40])  # of the output, against 12 of the input
-def test_compilers_are_told_the_layouts_of_linear_layers(width: int, of_gelu: bool, dtype) -> None:
+def test_compilers_are_told_the_layouts_of_linear_layers(width: int, gelu_input: bool, dtype) -> None:
     x, weight, grad = (t.to(dtype) for t in random((2, 70, 12), (width, 12), (2, 70, width)))
-    torch.library.opcheck(kernels._linear, (x, weight, None, of_gelu), test_utils="test_faketensor")
-    torch.library.opcheck(kernels._linear_backward, (grad, x, weight, of_gelu), test_utils="test_faketensor")
+    torch.library.opcheck(cpu_kernels.linear, (x, weight, None, gelu_input), test_utils="test_faketensor")
+    torch.library.opcheck(
+        cpu_kernels._linear_backward, (grad, x, weight, gelu_input), test_utils="test_faketensor"
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_compilers_are_told_the_layouts_of_attention(dtype) -> None:
     q, k, v, q_positions = (t.to(dtype) for t in PAIRS["attention with positions"][2])
     inputs = (q, k, v, q_positions, K_POSITIONS.to(dtype), 0.3, 1)
-    torch.library.opcheck(kernels._attention, inputs, test_utils="test_faketensor")
+    torch.library.opcheck(cpu_kernels.attention, inputs, test_utils="test_faketensor")
     grad = torch.ones(2, 50, 3, 20, dtype=dtype)
-    torch.library.opcheck(kernels._attention_backward, (grad, *inputs), test_utils="test_faketensor")
+    torch.library.opcheck(cpu_kernels._attention_backward, (grad, *inputs), test_utils="test_faketensor")
 
 
 def test_compiled_kernels_are_the_eager_ones(pair) -> None:
@@ -269,7 +276,7 @@ def test_compilers_are_told_the_layouts_of_pooling(stride: tuple, needed: tuple,
     x = x.contiguous(memory_format=layout)
     grad = torch.ones_like(F.conv3d(x, weight, None, stride, (1, 1, 1), groups=8))
     inputs = (grad, x, weight, stride, (1, 1, 1), needed)
-    torch.library.opcheck(kernels._depthwise_backward, inputs, test_utils="test_faketensor")
+    torch.library.opcheck(cpu_kernels._depthwise_backward, inputs, test_utils="test_faketensor")
 
 
 def test_compiled_pooling_has_the_eager_gradients() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mvit_video.errors import ConfigError
 from mvit_video.model import ClipSpec, MViT, MViTConfig, list_models
-from mvit_video.model import attention as attention_module
+from mvit_video.model import positions as positions_module
 from mvit_video.model.mvit import Block, plan_blocks
 from mvit_video.weights import create_model, from_slowfast, load_weights
 
@@ -69,11 +69,11 @@ def found(case) -> dict[str, Any]:
     clip = clip.unsqueeze(2) if clip.ndim == 4 else clip
     blocks: list[tuple[Tensor, tuple[int, int, int]]] = []
     lengths: list[tuple[int, int]] = []  # of queries and keys, per axis and block
-    look_up = attention_module.relative_positions
+    look_up = positions_module.relative_positions
 
-    def spy(table, q_length, k_length):
-        lengths.append((q_length, k_length))
-        return look_up(table, q_length, k_length)
+    def spy(table, q_lengths, k_lengths):
+        lengths.extend(zip(q_lengths, k_lengths, strict=True))
+        return look_up(table, q_lengths, k_lengths)
 
     for block in model.blocks:
         block.register_forward_hook(lambda module, given, result: blocks.append(result))
@@ -82,7 +82,7 @@ def found(case) -> dict[str, Any]:
     patch_embed: list[Tensor] = []
     model.patch_embed.register_forward_hook(lambda module, given, result: patch_embed.append(result[0]))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention_module, "relative_positions", spy)
+        patch.setattr(positions_module, "relative_positions", spy)
         logits = model(clip)
     return {
         "model": model,

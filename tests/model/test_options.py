@@ -5,20 +5,21 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from layouts import one_attention
 from peers import pytorchvideo_twin, randomized
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mvit_video.errors import ConfigError
 from mvit_video.model import MViT, MViTConfig, describe, layer_groups
-from mvit_video.model.attention import PoolingAttention, relative_index
+from mvit_video.model.attention import PoolingAttention
 from mvit_video.model.config import plan_blocks, round_width
-from mvit_video.model.describe import _block_sizes, _window_pairs
+from mvit_video.model.describe import attention_macs, pooled_grids, window_pairs
+from mvit_video.model.positions import relative_index
 from mvit_video.weights import create_model
 
 Grid = tuple[int, int, int]
@@ -83,7 +84,7 @@ def test_pytorchvideo_computes_the_same(options, clips):
 
 def slow_attention(attention: PoolingAttention, x: Tensor, grid: Grid) -> Tensor:
     """What the attention must return, with the bias of every pair and windows as a mask over all pairs."""
-    heads, first = attention.num_heads, int(attention.class_token)
+    heads, first = attention.num_heads, attention.num_prefix_tokens
 
     def project(x: Tensor, which: int) -> Tensor:
         if attention.qkv is not None:
@@ -143,18 +144,18 @@ def slow_positions(attention: PoolingAttention, q: Tensor, q_grid: Grid, k_grid:
 
 def slow_windows(attention: PoolingAttention, grid: Grid, q_grid: Grid, k_grid: Grid) -> Tensor:
     """(N, M): whether a query's first cell is in a window that holds one of the key's cells."""
-    if attention.window is None:
+    if attention.plan.window is None:
         return torch.ones(math.prod(q_grid), math.prod(k_grid), dtype=torch.bool)
 
     def window_of(cell: int, axis: int) -> int:
-        size = attention.window[axis]
-        shift = size - size // 2 if attention.shifted and size < grid[axis] and size > 1 else 0
+        size = attention.plan.window[axis]
+        shift = size - size // 2 if attention.plan.shifted and size < grid[axis] and size > 1 else 0
         return (cell + shift) // size
 
     def meets(query: int, key: int, axis: int) -> bool:
-        stride = attention.kv_stride[axis]
+        stride = attention.plan.kv_stride[axis]
         covered = range(key * stride, min((key + 1) * stride, grid[axis]))
-        window = window_of(query * attention.q_stride[axis], axis)
+        window = window_of(query * attention.plan.q_stride[axis], axis)
         return any(window_of(cell, axis) == window for cell in covered)
 
     pairs = itertools.product(cells(q_grid), cells(k_grid))
@@ -200,7 +201,7 @@ LAYOUTS = {
 def test_attention_equals_its_slow_form(layout, class_token):
     layout = {"grid": (2, 4, 4), **layout}
     torch.manual_seed(0)
-    attention = PoolingAttention(8, 12, 2, class_token=class_token, **layout).double()
+    attention = one_attention(8, 12, 2, class_token=class_token, **layout).double()
     for parameter in attention.parameters():
         torch.nn.init.normal_(parameter, std=0.7)
     x = torch.randn(2, math.prod(layout["grid"]) + class_token, 8, dtype=torch.float64, requires_grad=True)
@@ -288,7 +289,7 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("layout", [{}, {"window": (2, 8, 8)}], ids=str)
 def test_no_tensor_is_as_large_as_the_bias(layout):
     grid = (4, 24, 24)
-    attention = PoolingAttention(16, 16, 1, grid=grid, **layout).eval()
+    attention = one_attention(16, 16, 1, grid=grid, **layout).eval()
     tokens = torch.randn(1, math.prod(grid) + 1, 16)
     with LargestTensor() as largest:
         attention(tokens, grid)
@@ -378,12 +379,12 @@ def test_counted_pairs_are_those_that_meet(attention):
     grid = (2, 10, 10)
     counted = 0
     for plan, block in zip(plan_blocks(config), MViT(config).blocks, strict=True):
-        sizes = _block_sizes(plan, config, grid)
+        q_grid, k_grid = pooled_grids(plan, config, grid)
         if plan.window is not None:
-            meets = slow_windows(block.attn, grid, sizes.q_grid, sizes.k_grid)
-            assert _window_pairs(plan, plan.window, sizes) == meets.sum()
+            meets = slow_windows(block.attn, grid, q_grid, k_grid)
+            assert window_pairs(plan, grid, q_grid, k_grid) == meets.sum()
             counted += 1
-        grid = sizes.q_grid
+        grid = q_grid
     assert counted
 
 
@@ -423,26 +424,20 @@ def test_layouts_run_and_are_counted(options, clips):
     seen = sum(
         count for name, count in analysis.by_operator().items() if name in ("conv", "linear", "layer_norm")
     )
-    attention = sum(attention_macs(plan, model.config) for plan in plan_blocks_with_grids(model, clips))
+    attention = attention_macs_of(model, clips)
     assert described.gmacs * 1e9 == pytest.approx(seen + attention, rel=1e-9)
 
 
-def plan_blocks_with_grids(model: MViT, clips: Tensor) -> list[tuple[Any, Any]]:
-    _, grid = model.embed(clips)
-    found = []
-    for plan in plan_blocks(model.config):
-        sizes = _block_sizes(plan, model.config, grid)
-        found.append((plan, sizes))
-        grid = sizes.q_grid
-    return found
-
-
-def attention_macs(planned: tuple[Any, Any], config: MViTConfig) -> int:
-    plan, sizes = planned
-    t, h, w = sizes.k_grid
-    positions = t + h + w if config.rel_pos_joint == "none" else t * h * w
-    on_grid = sizes.queries - config.class_token
-    return plan.attention_dim * (2 * sizes.queries * sizes.keys + on_grid * positions)
+def attention_macs_of(model: MViT, clips: Tensor) -> int:
+    config, (_, grid), total = model.config, model.embed(clips), 0
+    for plan in plan_blocks(config):
+        q_grid, (t, h, w) = pooled_grids(plan, config, grid)
+        positions = t + h + w if config.rel_pos_joint == "none" else t * h * w
+        cells, keys = math.prod(q_grid), t * h * w + config.class_token
+        expected = plan.attention_dim * (2 * (cells + config.class_token) * keys + cells * positions)
+        assert attention_macs(plan, config, grid) == expected
+        total, grid = total + expected, q_grid
+    return total
 
 
 def test_strides_in_time_shorten_the_grid(clips):

@@ -1,0 +1,87 @@
+"""The attentions that the MViTv2 paper compares its own with: in windows, and with one table of positions.
+
+The other ablations are in place: where tokens are pooled and how (``MViTConfig``, ``poolings``), and joint
+positions in space, which are a table over two axes (``positions``).
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mvit_video.model import kernels
+from mvit_video.model.attention import PoolingAttention
+from mvit_video.model.config import BlockPlan, Grid, MViTConfig
+from mvit_video.model.positions import constant, relative_positions
+from mvit_video.model.windows import cut_windows, gather_windows
+
+
+def make_attention(plan: BlockPlan, config: MViTConfig) -> PoolingAttention:
+    """The attention of one block."""
+    if plan.window is not None:
+        return WindowAttention(plan, config)
+    if config.rel_pos_joint == "space_time":
+        return JointSpaceTimeAttention(plan, config)
+    return PoolingAttention(plan, config)
+
+
+class WindowAttention(PoolingAttention):
+    """Attention inside windows of ``plan.window`` tokens; the class token sees and is seen by everything.
+
+    Where the windows are shifted, their edges lie half a window further (Swin, arXiv 2103.14030).
+    """
+
+    def weights(self, x: Tensor, grid: Grid) -> tuple[Tensor, Grid, Grid]:
+        if self._is_cut(grid):
+            raise NotImplementedError("attention inside windows has no weights over all keys")
+        return super().weights(x, grid)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, q_grid: Grid, k_grid: Grid) -> Tensor:
+        if not self._is_cut(grid):
+            return super()._attend(q, k, v, grid, q_grid, k_grid)
+        windows = constant(cut_windows, self.plan, grid, q_grid, k_grid, like=q)
+        count, prefix = len(windows.k_cells), self.num_prefix_tokens
+
+        def cut(x: Tensor) -> Tensor:  # keys or values of all windows, each with the class token
+            cells = gather_windows(x[:, prefix:], windows.k_cells)
+            return torch.cat([x[:, :prefix].repeat_interleave(count, dim=0), cells], dim=1)
+
+        mask = windows.k_valid
+        if mask is not None:
+            mask = F.pad(mask, (prefix, 0), value=True).repeat(q.shape[0], 1)[:, None, None]  # (B*W, 1, 1, K)
+        q_aug, k_aug = self._augmented(q, k, q_grid, k_grid)
+        q_windows = gather_windows(q_aug[:, prefix:], windows.q_cells)
+        x = kernels.attend(q_windows, cut(k_aug), cut(v), mask=mask)  # (B * windows, Q, n, c)
+        x = x.unflatten(0, (-1, count)).flatten(1, 2)[:, windows.q_slots]
+        if self.residual_pooling:
+            x = x + q[:, prefix:]
+        if prefix:
+            x = torch.cat([kernels.attend(q_aug[:, :prefix], k_aug, v), x], dim=1)
+        return x
+
+    def _is_cut(self, grid: Grid) -> bool:
+        assert self.plan.window is not None
+        return any(w < n for w, n in zip(self.plan.window, grid, strict=True))
+
+
+class JointSpaceTimeAttention(PoolingAttention):
+    """One table of relative positions over all three axes: a bias of every query and key."""
+
+    def _tables(self) -> dict[str, Tensor]:
+        return {}
+
+    def _bias(self, q: Tensor, q_grid: Grid, k_grid: Grid) -> Tensor:
+        prefix = self.num_prefix_tokens
+        cells = q[:, prefix:].unflatten(1, q_grid)  # (B, T, H, W, n, c)
+        table = cast(Tensor, self.rel_pos_thw)
+        positions = relative_positions(table, q_grid, k_grid)  # (T, H, W, c, t, h, w), a view
+        # Time by time: a copy of all positions would be (N, M, c).
+        frames = [
+            torch.einsum("bhwnc,hwck->bnhwk", cells[:, time], positions[time].flatten(3))
+            for time in range(q_grid[0])
+        ]
+        bias = torch.stack(frames, 2).flatten(2, 4).flip(-1)  # keys were from the last to the first
+        return F.pad(bias, (prefix, 0, prefix, 0))
