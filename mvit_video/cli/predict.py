@@ -148,12 +148,6 @@ def _check(config: DictConfig, arguments: Sequence[str]) -> None:
     """ConfigError for values that don't go together."""
     if not arguments:
         raise ConfigError("no videos given; type their files or folders after the command")
-    if config.engine not in ("local", "ray"):
-        raise ConfigError(f"engine={config.engine} is not possible; it takes local or ray")
-    if config.actors < 1 or config.topk < 1:
-        raise ConfigError("actors and topk must be at least 1")
-    if unknown := set(config.save) - {"png", "srt", "vtt", "video"}:
-        raise ConfigError(f"save={unknown.pop()} is not possible; it takes png, srt, vtt, video")
     if config.explain and config.window:
         raise ConfigError("explain= takes no window=; it explains a video's clips")
     if config.save and not config.window:

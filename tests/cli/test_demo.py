@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
+import signal
+import socket
+import subprocess
+import sys
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
-from conftest import Command
+from conftest import Command, error_line
 from gradio_client import Client, handle_file
 from videos import write_numbered_video
 
@@ -75,9 +82,63 @@ def test_what_can_not_be_answered_gets_a_message(address: str, tmp_path: Path) -
 def test_the_page_asks_nothing_of_other_machines(address: str) -> None:
     with urllib.request.urlopen(address) as answer:
         text = answer.read().decode()
-    assert "What happens?" in text
+    assert "Classify" in text
     fetched = re.findall(r"""(?:src|href)=["'](https?://[^"']+)|url\(["']?(https?://[^"')]+)""", text)
     assert not [url for pair in fetched for url in pair if url and "127.0.0.1" not in url]
+
+
+@pytest.mark.parametrize("path", ["http://127.0.0.1:9/a.mp4", "https://example.org/a.mp4", "/etc/hostname"])
+def test_only_uploads_are_opened(
+    address: str, path: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    asked = []
+
+    async def download(url: str, **_: object) -> None:
+        asked.append(url)
+
+    monkeypatch.setattr("gradio.processing_utils.async_ssrf_protected_download", download)
+    file = {"path": path, "meta": {"_type": "gradio.FileData"}}
+    answer = httpx.post(f"{address}gradio_api/call/answer", json={"data": [file, 1, "none"]}, timeout=60)
+    event = answer.json()["event_id"]
+    told = httpx.get(f"{address}gradio_api/call/answer/{event}", timeout=60).text
+    assert "event: error" in told
+    assert "upload" in told
+    assert not asked
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_port_in_use_is_said(command: Command, checkpoint: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        result = command("demo", f"weights={checkpoint}", f"port={port}")
+    assert f"port={port}" in error_line(result, "demo")
+
+
+def test_nothing_is_left_of_it(checkpoint: Path, tmp_path: Path) -> None:
+    """Ended from outside, as by a service manager, the page removes its uploads and answers."""
+    (tmp_path / "tmp").mkdir()
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    program = [sys.executable, "-m", "mvit_video.demo", f"weights={checkpoint}", f"port={port}"]
+    video = write_numbered_video(tmp_path / "a.mp4", 30, height=48, width=64)
+    with subprocess.Popen(
+        program, cwd=tmp_path, env=os.environ | {"TMPDIR": str(tmp_path / "tmp")}, stderr=subprocess.PIPE
+    ) as process:
+        address = f"http://127.0.0.1:{port}/"
+        deadline = time.monotonic() + 240
+        while time.monotonic() < deadline and process.poll() is None:
+            with contextlib.suppress(httpx.TransportError):
+                if httpx.get(address, timeout=60).status_code == 200:
+                    break
+            time.sleep(0.2)
+        assert ask(address, video)[0]["label"]
+        left = {path for path in (tmp_path / "tmp").rglob("*") if path.suffix == ".mp4"}
+        process.terminate()
+        _, err = process.communicate(timeout=120)
+    assert left
+    assert process.returncode == 128 + signal.SIGTERM
+    assert b"Traceback" not in err
+    assert not list((tmp_path / "tmp").rglob("*.*"))
 
 
 def test_bad_settings_are_said(command: Command, checkpoint: Path) -> None:
@@ -98,7 +159,7 @@ def test_a_browser_shows_the_answer(browser, address: str, tmp_path: Path) -> No
     page.set_input_files("#video input[type=file]", str(path))
     page.wait_for_selector("#video video")
     assert page.is_hidden("a[download$='.json']")
-    page.click("label:has-text('gradcam')")
+    page.click("label:has-text('Grad-CAM')")
     page.click("#ask")
     page.wait_for_selector("#scores :text('%')", timeout=60_000)
     page.wait_for_selector("a[download$='.json']")

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import csv
 import errno
+import io
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import Command
+import torch
+from conftest import Command, error_line
 from videos import write_numbered_video
 
 import mvit_video as mv
 from mvit_video.cli import predict as predict_module
 from mvit_video.cli.arguments import split_arguments
+from mvit_video.cli.predict import output_names
+from mvit_video.prediction.inputs import expand
+from mvit_video.prediction.timeline import Timeline
 
 
 def test_random_weights_are_said_to_be_random(command: Command, two_classes: Path, tmp_path: Path) -> None:
@@ -158,3 +165,140 @@ def test_a_pipe_that_breaks_elsewhere_is_an_error(
     result = command("predict", two_classes, f"weights={checkpoint}", "format=jsonl")
     assert result.code == 1
     assert "mvit-predict: error: " in result.err
+
+
+@pytest.fixture
+def damaged_weights(checkpoint: Path, tmp_path: Path) -> Path:
+    content = torch.load(checkpoint, weights_only=True)
+    content["state_dict"]["model.head.projection.bias"][0] = math.nan
+    torch.save(content, tmp_path / "nan.ckpt")
+    return tmp_path / "nan.ckpt"
+
+
+@pytest.mark.parametrize(
+    "options", [["output=a.json"], ["output=a.jsonl"], ["format=csv"], ["window=1", "format=jsonl"]]
+)
+def test_scores_that_are_not_finite_are_errors(
+    command: Command, two_classes: Path, damaged_weights: Path, tmp_path: Path, options: list[str]
+) -> None:
+    result = command("predict", two_classes / "cats", f"weights={damaged_weights}", *options)
+    assert "NaN" in error_line(result, "predict")
+    text = (tmp_path / options[0].partition("=")[2]).read_text() if options[0][:3] == "out" else result.out
+    assert text.count("NaN or infinite scores") == 6
+    if not text.startswith("path,"):
+        for document in [text] if options == ["output=a.json"] else text.splitlines():
+            json.loads(document, parse_constant=pytest.fail)
+    assert "nan," not in text
+
+
+def test_scores_that_are_not_finite_in_python(two_classes: Path, damaged_weights: Path) -> None:
+    recognizer = mv.Recognizer(damaged_weights)
+    clips = torch.zeros(2, 3, 8, 64, 64)
+    assert [(p.classes, "NaN" in str(p.error)) for p in recognizer(clips)] == [((), True)] * 2
+    with pytest.raises(mv.VideoError, match="NaN"):
+        list(recognizer.watch(two_classes / "cats" / "0.mp4", length=1, stride=1))
+
+
+LINKS = ["d1/x.mp4", "d2/x.mp4"]
+
+
+@pytest.mark.parametrize(
+    ("videos", "names"),
+    [
+        (LINKS, ["d1/x", "d2/x"]),
+        (["a.mp4", "a.webm", "a.mp4.avi", "b.mp4"], ["a.mp4", "a.webm", "a.mp4.avi", "b"]),
+        (["a.mp4"], ["a"]),
+        (["in/a.mp4", "a.mp4"], ["in/a", "a"]),
+    ],
+)
+def test_each_video_saves_to_a_name_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, videos: list[str], names: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "real").mkdir()
+    for link in ("d1", "d2"):
+        (tmp_path / link).symlink_to("real")
+    assert [str(path) for path in output_names(videos).values()] == names
+
+
+def test_names_that_are_too_long_for_a_suffix(
+    command: Command, two_classes: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    source = two_classes / "cats" / "0.mp4"
+    for letter in "ab":
+        shutil.copy(source, tmp_path / f"{'x' * 245}{letter}.mp4")
+    shutil.copy(source, tmp_path / "~x.mp4")
+    arguments = ["~x.mp4", "~y.mp4", "@list.txt", f"weights={checkpoint}", "window=1", "save=[srt,png]"]
+    (tmp_path / "list.txt").write_text("\n".join(sorted(p.name for p in tmp_path.glob("*.mp4"))))
+    assert "~y.mp4 does not exist" in error_line(command("predict", *arguments), "predict")
+    result = command("predict", *arguments[:1], *arguments[2:])
+    assert result.code == 0, result.err
+    assert "3 predictions, 0 errors" in result.err
+    assert str(tmp_path / "saved") in result.err
+    assert len(list((tmp_path / "saved").iterdir())) == 6
+
+
+@pytest.mark.parametrize("suffix", [".ts", ".mp4", ".webm"])
+def test_a_video_on_standard_input_is_no_list(checkpoint: Path, tmp_path: Path, suffix: str) -> None:
+    codec = "libvpx-vp9" if suffix == ".webm" else "libx264"
+    path = write_numbered_video(tmp_path / f"v{suffix}", 40, height=48, width=64, codec=codec)
+    with path.open("rb") as file, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdin", io.TextIOWrapper(file))
+        with pytest.raises(mv.DataError, match="window="):
+            expand("-")
+
+
+def test_an_address_needs_a_window(command: Command, checkpoint: Path) -> None:
+    result = command("predict", "http://127.0.0.1:9/live", f"weights={checkpoint}")
+    assert "window=" in error_line(result, "predict")
+
+
+def test_errors_are_counted_and_shown(
+    command: Command, two_classes: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "broken.mp4").write_text("no video")
+    result = command("predict", two_classes / "cats", "broken.mp4", f"weights={checkpoint}")
+    assert result.code == 0
+    assert "7 predictions, 1 errors" in result.err
+    assert "1 of 7 videos failed, the first: broken.mp4" in result.err
+
+
+def test_names_do_nothing_on_a_terminal_or_in_a_spreadsheet(
+    command: Command, two_classes: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    content = torch.load(checkpoint, weights_only=True)
+    content["mvit_video"]["class_names"] = ["=cmd()\x1b[2J", "-1+1\n\n9\n00:00:00,000 --> 00:09:00,000\nx"]
+    torch.save(content, tmp_path / "w.ckpt")
+    shutil.copy(two_classes / "cats" / "5.mp4", tmp_path / "=1+1\x1b]0;x\x07.mp4")
+    arguments = ["=1+1\x1b]0;x\x07.mp4", "weights=w.ckpt", "window=0.5", "save=[srt,vtt,png]"]
+    shown = command("predict", *arguments, "output=a.csv")
+    assert shown.code == 0, shown.err
+    assert "\x1b" not in shown.out + shown.err
+    with (tmp_path / "a.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert not [cell for row in rows for cell in row.values() if cell.startswith(tuple("=+-@"))]
+    for subtitles in (tmp_path / "saved").glob("*.srt"):
+        blocks = subtitles.read_text().rstrip("\n").split("\n\n")
+        assert [len(block.splitlines()) for block in blocks] == [3] * len(blocks)
+    live = command("predict", *arguments[:3], "live=true")
+    assert live.code == 0, live.err
+    assert "\x1b" not in live.out + live.err
+
+
+@pytest.mark.parametrize("values", [{"smoothing": math.nan}, {"smoothing": -1.0}, {"smoothing": math.inf}])
+def test_smoothing_is_a_length_of_time(values: dict) -> None:
+    with pytest.raises(mv.ConfigError, match="smoothing"):
+        Timeline("a", ("x",), [(0.0, 1.0)], torch.ones(1, 1), 1.0).smoothed(values["smoothing"])
+
+
+@pytest.mark.parametrize("min_score", [math.nan, -0.1, 1.1])
+def test_min_score_is_a_score(min_score: float) -> None:
+    with pytest.raises(mv.ConfigError, match="min_score"):
+        Timeline("a", ("x",), [(0.0, 1.0)], torch.ones(1, 1), 1.0).segments(min_score)
+
+
+def test_the_module_does_not_hide_the_function() -> None:
+    from mvit_video.prediction import render
+
+    assert callable(mv.predict)
+    assert callable(render.annotate_video)
