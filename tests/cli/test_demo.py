@@ -143,8 +143,7 @@ def test_nothing_is_left_of_it(checkpoint: Path, tmp_path: Path) -> None:
 
 def test_bad_settings_are_said(command: Command, checkpoint: Path) -> None:
     result = command("demo", f"weights={checkpoint}", "max_megabytes=0")
-    assert result.code == 1
-    assert "must be positive" in result.err
+    assert "max_megabytes" in error_line(result, "demo")
     shown = command("demo", "--cfg", "job").out
     assert "host: 127.0.0.1" in shown
 

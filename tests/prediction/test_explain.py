@@ -135,4 +135,4 @@ def test_what_can_not_be_explained_is_said(command: Command, two_classes: Path, 
     for arguments in (["explain=why"], ["explain=gradcam", "window=1"]):
         result = command("predict", two_classes, f"weights={checkpoint}", *arguments)
         assert result.code == 1
-        assert "explain=" in result.err
+        assert "explain" in result.err

@@ -84,7 +84,7 @@ def test_what_a_dead_actor_had_is_done_again(tmp_path: Path) -> None:
 
 
 def test_what_ray_can_not_do_is_said(command: Command, two_classes: Path, checkpoint: Path) -> None:
-    for options, reason in ((["engine=spark"], "local or ray"), (["engine=ray", "actors=0"], "at least 1")):
+    for options, reason in ((["engine=spark"], "engine"), (["engine=ray", "actors=0"], "actors")):
         result = command("predict", two_classes, f"weights={checkpoint}", *options)
         assert result.code == 1
         assert reason in result.err
