@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mvit_video.data.index import LabelledVideo
-from mvit_video.evaluation.tables import ScoreTable
+from mvit_video.evaluation.scores import ScoreTable
 
 
 def score_table(views: Tensor, labels: Sequence[int]) -> ScoreTable:
@@ -25,8 +25,8 @@ def score_table(views: Tensor, labels: Sequence[int]) -> ScoreTable:
 def table_of_400_classes() -> ScoreTable:
     """4000 videos, 10 of each class, 3 views each.
 
-    - Every third class (134) is taken for the next one in 4 of its 10 videos, with confidence 0.6, and there
-      the right class comes second: top-1 is 1 - 4 * 134 / 4000 = 0.866, top-5 is 1.
+    - Every third class (134) is predicted as the next one in 4 of its 10 videos, with confidence 0.6, and
+      there the right class comes second: top-1 is 1 - 4 * 134 / 4000 = 0.866, top-5 is 1.
     - Everything else is right with confidence 0.8.
     - The first view of a wrong video is right: views have top-1 0.866 + 0.134 / 3.
     """

@@ -20,34 +20,29 @@ def in_full_batches(
     Args:
         run: makes a row for each clip of a batch (B, 3, T, H, W).
 
-    Yields each video, in order and as soon as it is done, without its clips but with its rows (V, ...).
+    Yields:
+        Each video, in order and as soon as it is done, without its clips but with its rows (V, ...).
     """
-    waiting: deque[VideoViews] = deque()  # videos whose rows aren't complete
-    parts: list[Tensor] = []  # clips that have not been run, and how many
-    count = 0
-    rows = torch.empty(0)  # that no video has got yet
+    unfinished: deque[VideoViews] = deque()  # videos whose rows aren't complete
+    clips: list[Tensor] = []  # that haven't been run; one tensor for each video
+    rows: list[Tensor] = []  # that no video has got yet, one for each clip
 
-    def append(found: Tensor) -> Tensor:
-        return torch.cat([rows, found]) if len(rows) else found
-
-    def take_finished() -> Iterator[tuple[VideoViews, Tensor]]:
-        nonlocal rows
-        while waiting and len(waiting[0].spans) <= len(rows):
-            views = waiting.popleft()
-            own, rows = rows[: len(views.spans)], rows[len(views.spans) :]
-            yield views, own if views.spans else torch.empty(0)
+    def finished() -> Iterator[tuple[VideoViews, Tensor]]:
+        while unfinished and len(unfinished[0].spans) <= len(rows):
+            views = unfinished.popleft()
+            count = len(views.spans)
+            yield views, torch.stack(rows[:count]) if count else torch.empty(0)
+            del rows[:count]
 
     for views in videos:
-        waiting.append(replace(views, clips=torch.empty(0)))
+        unfinished.append(replace(views, clips=torch.empty(0)))
         if views.error is None:
-            parts.append(views.clips)
-            count += len(views.clips)
-        while count >= batch_size:
-            clips = torch.cat(parts) if len(parts) > 1 else parts[0]
-            rows = append(run(clips[:batch_size]))
-            count -= batch_size
-            parts = [clips[batch_size:]] if count else []
-        yield from take_finished()
-    if parts:
-        rows = append(run(torch.cat(parts)))
-    yield from take_finished()
+            clips.append(views.clips)
+        while sum(map(len, clips)) >= batch_size:
+            waiting = torch.cat(clips) if len(clips) > 1 else clips[0]
+            rows += run(waiting[:batch_size])
+            clips = [waiting[batch_size:]] if len(waiting) > batch_size else []
+        yield from finished()
+    if clips:
+        rows += run(torch.cat(clips))
+    yield from finished()

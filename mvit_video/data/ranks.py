@@ -1,61 +1,66 @@
-"""The processes of one evaluation: what one knows, all know."""
+"""The processes that torchrun or Slurm has started: their ranks, and what one knows told to all.
+
+This is the only place that reads ranks from the environment. torch is loaded where processes communicate.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
-import torch
-import torch.distributed as dist
-from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
-
-from mvit_video.errors import MVitVideoError
+from mvit_video.errors import ConfigError, MVitVideoError
 
 T = TypeVar("T")
+
+_PER_NODE = "SLURM_NTASKS_PER_NODE"
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's number and how many there are. Nothing here computes: values are small objects."""
+    """This process's rank and how many processes there are. What they exchange are small objects."""
 
     rank: int = 0
     size: int = 1
     group: Any = None
 
-    def share(self, make: Callable[[], T]) -> T:
-        """What ``make`` gives the first process, in all of them; its error is raised in all of them."""
+    def broadcast_from_rank0(self, make: Callable[[], T]) -> T:
+        """What ``make`` returns in rank 0, in every rank; its error is raised in every rank."""
         if self.size == 1:
             return make()
+        import torch.distributed as dist
+
         answer: list[Any] = [None, None]
         if self.rank == 0:
             try:
                 answer[0] = make()
             except MVitVideoError as error:
                 answer[1] = error
-        self._together(lambda: dist.broadcast_object_list(answer, 0, self.group))
+        self._collective(lambda: dist.broadcast_object_list(answer, 0, self.group))
         if answer[1] is not None:
             raise answer[1]
         return answer[0]
 
-    def gather(self, value: T) -> list[T]:
-        """Every process's value, in the order of their numbers, in all of them."""
+    def all_gather(self, value: T) -> list[T]:
+        """Every rank's value, in the order of ranks, in every rank."""
         if self.size == 1:
             return [value]
+        import torch.distributed as dist
+
         values: list[Any] = [None] * self.size
-        self._together(lambda: dist.all_gather_object(values, value, self.group))
+        self._collective(lambda: dist.all_gather_object(values, value, self.group))
         return values
 
-    def _together(self, call: Callable[[], None]) -> None:
+    def _collective(self, call: Callable[[], None]) -> None:
         try:
             call()
         except RuntimeError as error:  # its text is about sockets
             raise MVitVideoError(
-                f"process {self.rank} can't go on: another one of the {self.size} has ended early, "
-                "and its own message says why"
+                f"rank {self.rank} of {self.size}: another rank failed; see its error above"
             ) from error
 
 
@@ -66,10 +71,9 @@ def process_group() -> Iterator[Ranks]:
     if size == 1:
         yield Ranks()
         return
-    address = "env://"
-    if "MASTER_ADDR" not in os.environ:
-        slurm = SLURMEnvironment()
-        address = f"tcp://{slurm.main_address}:{slurm.main_port}"
+    import torch.distributed as dist
+
+    address = "env://" if "MASTER_ADDR" in os.environ else _slurm_address()
     dist.init_process_group(
         "gloo", init_method=address, rank=rank, world_size=size, timeout=timedelta(minutes=10)
     )
@@ -82,21 +86,77 @@ def process_group() -> Iterator[Ranks]:
 
 
 def rank_and_size() -> tuple[int, int]:
-    """Number of this process and how many there are, as torchrun or Slurm say; (0, 1) without them."""
+    """This process's rank and how many processes there are, as torchrun or Slurm say; (0, 1) without them.
+
+    Raises:
+        ConfigError: a variable is no number, or the rank isn't below the size.
+    """
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    if in_slurm():
-        return int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
-    return 0, 1
+        rank, size = _number("RANK"), _number("WORLD_SIZE")
+    elif in_slurm():
+        rank, size = _number("SLURM_PROCID"), _number("SLURM_NTASKS")
+    else:
+        return 0, 1
+    if rank >= size:
+        raise ConfigError(f"the environment says rank {rank} of {size} processes; ranks count from 0")
+    return rank, size
+
+
+def local_rank() -> int | None:
+    """This process's rank among those of its machine; None without a launcher."""
+    name = next((name for name in ("LOCAL_RANK", "SLURM_LOCALID") if os.environ.get(name)), None)
+    return None if name is None or rank_and_size()[1] == 1 else _number(name)
+
+
+def processes_per_node() -> int:
+    """How many of the processes run on a machine; the most, where Slurm has given them different numbers.
+
+    Lightning insists on Slurm's ``--ntasks-per-node``: this sets the variable that it looks for where the job
+    was given ``--ntasks`` and ``--nodes``.
+    """
+    _, size = rank_and_size()
+    if "RANK" in os.environ or not in_slurm():
+        return _number("LOCAL_WORLD_SIZE") if os.environ.get("LOCAL_WORLD_SIZE") else size
+    counts = os.environ.get("SLURM_STEP_TASKS_PER_NODE") or os.environ.get("SLURM_TASKS_PER_NODE", "")
+    found = [int(count) for count in re.findall(r"(\d+)(?:\(x\d+\))?", counts)]  # such as "4(x2),3"
+    if found:
+        os.environ[_PER_NODE] = str(max(found))
+    elif not os.environ.get(_PER_NODE):
+        nodes = next((n for n in ("SLURM_NNODES", "SLURM_JOB_NUM_NODES") if os.environ.get(n)), None)
+        os.environ[_PER_NODE] = str(-(-size // (_number(nodes) if nodes else 1)))
+    return _number(_PER_NODE)
 
 
 def in_slurm() -> bool:
     """Whether this is a Slurm job (and not an interactive one)."""
+    if "SLURM_NTASKS" not in os.environ:
+        return False
+    from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
+
     return SLURMEnvironment.detect()
 
 
 def use_own_gpu() -> None:
     """Make this process's GPU the one that "cuda" means."""
-    local = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID")
-    if local is not None and rank_and_size()[1] > 1 and int(local) < torch.cuda.device_count():
-        torch.cuda.set_device(int(local))
+    local = local_rank()
+    if local is None:
+        return
+    import torch
+
+    if local < torch.cuda.device_count():
+        torch.cuda.set_device(local)
+
+
+def _slurm_address() -> str:
+    from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
+
+    processes_per_node()
+    slurm = SLURMEnvironment()
+    return f"tcp://{slurm.main_address}:{slurm.main_port}"
+
+
+def _number(name: str) -> int:
+    value = os.environ.get(name, "")
+    if not value.isdecimal():
+        raise ConfigError(f"the environment variable {name} is {value!r}; expected a whole number")
+    return int(value)

@@ -1,4 +1,4 @@
-"""Scores that other tools have written: PySlowFast's pickles, mmaction2's pickles and json files.
+"""Scores that other tools have written: PySlowFast's pickles, mmaction2's pickles and JSON files.
 
 A pickle can run code when it is read. This reader builds arrays, tensors and plain containers and nothing
 else; whatever else a file asks for is refused by its name.
@@ -9,9 +9,9 @@ from __future__ import annotations
 import _codecs
 import collections
 import io
-import json
 import pickle
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mvit_video.data.index import LabelledVideo
+from mvit_video.data.files import existing, parse_json
+from mvit_video.data.index import LabelledVideo, VideoIndex
 from mvit_video.errors import DataError
-from mvit_video.evaluation.tables import ScoreTable
+from mvit_video.evaluation.classes import ClassMap, map_classes, matching_classes
+from mvit_video.evaluation.score_files import read_scores
+from mvit_video.evaluation.scores import ScoreTable, with_labels
 
 SUFFIXES = (".pkl", ".pickle", ".json")
+_UNEXPECTED = (AttributeError, LookupError, ArithmeticError, RuntimeError, TypeError, ValueError)
+
+
+def read_table(path: Path) -> ScoreTable:
+    """Scores of mvit-eval or, by the suffix, of another tool."""
+    return read_foreign_scores(path) if path.suffix in SUFFIXES else read_scores(path)
 
 
 def read_foreign_scores(path: Path) -> ScoreTable:
@@ -32,37 +41,36 @@ def read_foreign_scores(path: Path) -> ScoreTable:
     Known forms:
         - PySlowFast's ``TEST.SAVE_RESULTS_PATH``: a pickled pair of scores (N, C), summed over views, and
           labels (N,).
-        - mmaction2's ``--dump``: a pickled or json list of ``{"pred_score": (C,), "gt_label": label}``
+        - mmaction2's ``--dump``: a pickled or JSON list of ``{"pred_score": (C,), "gt_label": label}``
           (releases before 1.1 say ``{"pred_scores": {"item": ...}, "gt_labels": {"item": ...}}``).
-        - the list of scores alone (mmaction's ``--out``, pickled or json), without labels.
+        - the list of scores alone (mmaction's ``--out``, pickled or JSON), without labels.
 
     Scores that aren't negative are divided by their sum; others are logits and go through a softmax. Videos
     are called "0", "1", ... in the order of the file.
 
     Raises:
-        DataError: the file has another form, or asks for anything but arrays.
+        DataError: the file has another form, a score or a label can't be (the error names row and value), or
+            a pickle asks for anything but arrays.
     """
     try:
-        content = json.loads(path.read_text()) if path.suffix == ".json" else _read_pickle(path)
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from None
-    except (ValueError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: no json ({error})") from None
-    try:
+        content = parse_json(path) if path.suffix == ".json" else _read_pickle(path)
         scores, labels = _scores_and_labels(content)
-    except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
+    except _UNEXPECTED as error:
         raise DataError(
             f"{path}: neither PySlowFast's (scores, labels) nor mmaction2's list of pred_score and gt_label "
-            f"({type(error).__name__}: {' '.join(str(error).split())[:100]})"
+            f"({_line(error)})"
         ) from None
-    bad = ~torch.isfinite(scores).all(1)
-    if bad.any():
-        raise DataError(f"{path}: row {int(bad.nonzero()[0])} has scores that are no numbers")
-    if labels is not None and not all(0 <= label < scores.shape[1] for label in labels):
-        raise DataError(f"{path}: labels must be in 0 to {scores.shape[1] - 1}")
     number, classes = scores.shape
+    wrong = ~(scores.abs() <= torch.finfo(torch.float32).max)
+    for row, column in wrong.nonzero()[:1].tolist():
+        raise DataError(f"{path}: row {row} has the score {scores[row, column]}: NaN, infinite or too large")
+    for row, label in enumerate(labels or ()):
+        if not (float(label).is_integer() and 0 <= label < classes):
+            raise DataError(
+                f"{path}: row {row} has the label {label}; {classes} classes allow 0 to {classes - 1}"
+            )
     return ScoreTable(
-        tuple(LabelledVideo("", None if labels is None else labels[row], str(row)) for row in range(number)),
+        tuple(LabelledVideo("", int(labels[row]) if labels else None, str(row)) for row in range(number)),
         _probabilities(scores)[:, None],
         torch.full((number, 1, 2), torch.nan, dtype=torch.float64),
         tuple(map(str, range(classes))),
@@ -70,52 +78,96 @@ def read_foreign_scores(path: Path) -> ScoreTable:
     )
 
 
-def _scores_and_labels(content: Any) -> tuple[Tensor, list[int] | None]:
+def as_in_data_set(
+    table: ScoreTable, index: VideoIndex, class_map: ClassMap | None, path: Path
+) -> ScoreTable:
+    """The table of a file with the classes, labels and names of a data set's videos.
+
+    Args:
+        class_map: see ``read_class_map``; None: the classes must be the data set's.
+
+    Raises:
+        DataError: classes, videos or labels differ.
+    """
+    if "scores" in table.provenance:  # another tool's, which has no names
+        table = _in_order_of(table, index.videos, path)
+    if class_map is None and table.class_names == tuple(map(str, range(len(index.class_names)))):
+        return with_labels(table, index.videos, index.class_names)
+    matrix = matching_classes(table.class_names, len(table.class_names), index.class_names, class_map)
+    if matrix is not None:
+        table = replace(table, views=map_classes(table.views, matrix))
+    return with_labels(table, index.videos, index.class_names)
+
+
+def _in_order_of(table: ScoreTable, videos: Sequence[LabelledVideo], path: Path) -> ScoreTable:
+    """Give the rows of a file without names the videos of a data set, one after the other."""
+    if len(table) != len(videos):
+        raise DataError(f"{path} has scores of {len(table)} videos, the data set lists {len(videos)}")
+    for row, (scored, video) in enumerate(zip(table.videos, videos, strict=True)):
+        if scored.label not in (None, video.label):
+            raise DataError(
+                f"{path}, row {row}: label {scored.label}, but {video.label} in the data set ({video.id}); "
+                "its videos must come in the data set's order"
+            )
+    return replace(table, videos=tuple(videos))
+
+
+def _scores_and_labels(content: Any) -> tuple[Tensor, list[float] | None]:
+    """float64 (N, C) and, where they are known, N labels."""
     if isinstance(content, list | tuple) and len(content) == 2 and np.ndim(content[0]) == 2:
-        scores, labels = (torch.as_tensor(np.asarray(part)) for part in content)
+        scores, labels = _matrix(content[0]), _floats(content[1])
         if labels.shape != scores.shape[:1]:
-            raise ValueError(f"{len(scores)} rows of scores, labels of shape {tuple(labels.shape)}")
-        return scores.float(), [int(label) for label in labels]
-    rows: Sequence[Any] = content if isinstance(content, list | tuple) else list(content)
-    if not rows:
-        raise ValueError("it is empty")
-    if not isinstance(rows[0], dict):
-        return _stacked(rows), None
-    scores = _stacked([_item(row, "pred_score", "pred_scores") for row in rows])
+            raise ValueError(f"{len(scores)} rows of scores, labels of shape {labels.shape}")
+        return scores, labels.tolist()
+    rows = list(content)
+    if not rows or not isinstance(rows[0], dict):
+        return _matrix(rows), None
+    scores = _matrix([_item(row, "pred_score", "pred_scores") for row in rows])
     if not any("gt_label" in row or "gt_labels" in row for row in rows):
         return scores, None
-    return scores, [int(np.ravel(_item(row, "gt_label", "gt_labels"))[0]) for row in rows]
+    return scores, [_floats(_item(row, "gt_label", "gt_labels")).item() for row in rows]
 
 
 def _item(row: dict[str, Any], name: str, old_name: str) -> Any:
     return row[name] if name in row else row[old_name]["item"]
 
 
-def _stacked(rows: Sequence[Any]) -> Tensor:
-    stacked = torch.stack([torch.as_tensor(np.asarray(row), dtype=torch.float32) for row in rows])
-    if stacked.ndim != 2:
-        raise ValueError(f"scores of shape {tuple(stacked.shape)}, expected videos x classes")
-    return stacked
+def _matrix(rows: Any) -> Tensor:
+    scores = torch.from_numpy(np.stack([_floats(row) for row in rows]))
+    if scores.ndim != 2 or not scores.numel():
+        raise ValueError(f"scores of shape {tuple(scores.shape)}, expected videos x classes")
+    return scores
+
+
+def _floats(values: Any) -> Any:
+    array = np.asarray(values)
+    if array.dtype.kind not in "fiu":
+        raise TypeError(f"values of type {array.dtype}, expected numbers")
+    return array.astype(np.float64)
 
 
 def _probabilities(scores: Tensor) -> Tensor:
+    """float32; sums and exponentials in float64, where no float32 overflows."""
     totals = scores.sum(1, keepdim=True)
-    return scores / totals if bool((scores >= 0).all() and (totals > 0).all()) else scores.softmax(1)
+    positive = bool((scores >= 0).all() and (totals > 0).all())
+    return (scores / totals if positive else scores.softmax(1)).float()
+
+
+def _line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
 
 
 # Pickles
 
 
 def _read_pickle(path: Path) -> Any:
-    with path.open("rb") as file:
+    with existing(path).open("rb") as file:
         try:
             return _Arrays(file, str(path)).load()
         except DataError:
             raise
         except Exception as error:  # a damaged pickle can raise anything
-            raise DataError(
-                f"{path}: no readable pickle ({type(error).__name__}: {' '.join(str(error).split())[:100]})"
-            ) from None
+            raise DataError(f"{path}: no readable pickle ({_line(error)})") from None
 
 
 def _load_storage(content: bytes) -> Any:
@@ -124,12 +176,9 @@ def _load_storage(content: bytes) -> Any:
 
 
 def _allowed() -> dict[tuple[str, str], Callable[..., Any]]:
-    reconstruct = np.empty(0).__reduce__()[0]
-    scalar = np.float64(0).__reduce__()[0]
-    assert callable(reconstruct)
-    assert callable(scalar)
-    frombuffer = np.empty(1).__reduce_ex__(5)[0]
-    assert callable(frombuffer)
+    reconstruct: Any = np.empty(0).__reduce__()[0]
+    scalar: Any = np.float64(0).__reduce__()[0]
+    frombuffer: Any = np.empty(1).__reduce_ex__(5)[0]
     found: dict[tuple[str, str], Callable[..., Any]] = {
         ("numpy", "ndarray"): np.ndarray,
         ("numpy", "dtype"): np.dtype,

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from scipy.stats import binomtest
+from scipy.stats import binomtest, norm
 from torch import Tensor
-from torchmetrics import MetricCollection
-from torchmetrics.classification import (
-    MulticlassAccuracy,
-    MulticlassCalibrationError,
-    MulticlassConfusionMatrix,
+from torchmetrics.functional.classification import (
+    multiclass_calibration_error,
+    multiclass_confusion_matrix,
 )
 
 from mvit_video.errors import DataError
-from mvit_video.evaluation.tables import Combination, ScoreTable, combine
+from mvit_video.evaluation.scores import Combination, ScoreTable, combine, log_scores
 
 CALIBRATION_BINS = 15
-RESAMPLES = 10_000
 VIEW_ORDERS = 10  # random orders that accuracy against views is averaged over
-_CHUNK = 4096  # videos at once: torchmetrics' top-k makes several integers of each score
 
 
 class Interval(NamedTuple):
@@ -38,8 +34,8 @@ class Metrics:
     Attributes:
         scores: float (N, C), the combined probabilities of each video.
         accuracy: video_top1, video_top5, clip_top1 and clip_top5 (all classes, where there are fewer than 5).
-        intervals: 95 % bootstrap intervals of video_top1 and video_top5.
-        confusion: int64 (C, C), videos of class i that were taken for class j.
+        intervals: 95 % Wilson intervals of video_top1 and video_top5.
+        confusion: int64 (C, C), videos of class i that were predicted as class j.
         per_class: float (C,), top-1 of each class's videos; nan for a class without videos.
         calibration_error: expected calibration error of the videos' top-1 confidence, 15 equal bins.
         by_views: top-1 with 1, 2, ..., V random views of each video.
@@ -70,7 +66,7 @@ def measure(table: ScoreTable, how: Combination = "mean", *, seed: int = 0) -> M
 
     Args:
         how: see ``combine``.
-        seed: of the bootstrap and of the orders of views.
+        seed: of the orders of views.
 
     Raises:
         DataError: a video has no label, or there is only one class.
@@ -79,54 +75,35 @@ def measure(table: ScoreTable, how: Combination = "mean", *, seed: int = 0) -> M
     number, classes = scores.shape
     if classes < 2:
         raise DataError(f"there is only one class ({table.class_names[0]}); accuracy needs two or more")
-    accuracy = MetricCollection(
-        {
-            "top1": MulticlassAccuracy(classes, average="micro"),
-            "top5": MulticlassAccuracy(classes, average="micro", top_k=min(5, classes)),
-        }
-    )
-    of_clips, of_videos = accuracy.clone(prefix="clip_"), accuracy.clone(prefix="video_")
-    matrix = MulticlassConfusionMatrix(classes)
-    calibration = MulticlassCalibrationError(classes, n_bins=CALIBRATION_BINS, norm="l1")
-    for start in range(0, number, _CHUNK):
-        part = slice(start, start + _CHUNK)
-        of_videos.update(scores[part], labels[part])
-        matrix.update(scores[part], labels[part])
-        calibration.update(scores[part], labels[part])
-        for view in table.views[part].unbind(1):
-            of_clips.update(view, labels[part])
-    computed = {**of_videos.compute(), **of_clips.compute()}
-    totals = {"video": number, "clip": number * table.views.shape[1]}
-    # torchmetrics counts in float32; the nearest whole number of right answers gives all digits.
-    found = {
-        name: round(float(value) * totals[name.split("_")[0]]) / totals[name.split("_")[0]]
-        for name, value in computed.items()
-    }
-    confusion = matrix.compute()
-    videos_of_class = confusion.sum(1).double()
+    of_videos = {f"video_top{k}": topk_correct(scores, labels, k) for k in (1, 5)}
+    of_clips = {f"clip_top{k}": topk_correct(table.views, labels[:, None], k) for k in (1, 5)}
+    confusion = multiclass_confusion_matrix(scores, labels, classes)
     return Metrics(
         scores,
         labels,
-        found,
-        {
-            name: bootstrap_interval(round(found[name] * number), number, seed=seed)
-            for name in ("video_top1", "video_top5")
-        },
+        {name: float(correct.double().mean()) for name, correct in {**of_videos, **of_clips}.items()},
+        {name: wilson_interval(int(correct.sum()), number) for name, correct in of_videos.items()},
         confusion,
-        confusion.diagonal() / videos_of_class,  # 0 / 0 is nan
-        float(calibration.compute()),
+        confusion.diagonal() / confusion.sum(1).double(),  # 0 / 0 is nan
+        float(multiclass_calibration_error(scores, labels, classes, n_bins=CALIBRATION_BINS, norm="l1")),
         accuracy_by_views(table.views, labels, how, seed=seed),
     )
 
 
-def bootstrap_interval(correct: int, number: int, *, seed: int) -> Interval:
-    """95 % percentile interval of an accuracy, over resamples of its videos.
+def topk_correct(scores: Tensor, labels: Tensor, k: int) -> Tensor:
+    """bool (...): the right class is among the k likeliest of (..., C); all of them where there are fewer.
 
-    The number of right answers in a resample of 0s and 1s is binomial, so it is drawn as such.
+    torchmetrics counts in float32, which can't tell 19,999,999 from 20,000,000 right views.
     """
-    draws = np.random.default_rng(seed).binomial(number, correct / number, RESAMPLES) / number
-    low, high = np.percentile(draws, [2.5, 97.5])
-    return Interval(float(low), float(high))
+    k = min(k, scores.shape[-1])
+    likeliest = scores.argmax(-1, keepdim=True) if k == 1 else scores.topk(k).indices  # argmax also of ties
+    return (likeliest == labels[..., None]).any(-1)
+
+
+def wilson_interval(correct: int, number: int) -> Interval:
+    """95 % interval of a share (Wilson, 1927); it has a width for 6 of 6 too."""
+    interval = binomtest(correct, number).proportion_ci(0.95, method="wilson")
+    return Interval(float(interval.low), float(interval.high))
 
 
 def accuracy_by_views(views: Tensor, labels: Tensor, how: Combination, *, seed: int) -> list[float]:
@@ -136,7 +113,7 @@ def accuracy_by_views(views: Tensor, labels: Tensor, how: Combination, *, seed: 
     totals = torch.zeros(count, dtype=torch.float64)
     orders = 1 if count == 1 else VIEW_ORDERS
     rows = torch.arange(number)
-    terms = views if how != "logits" else views.clamp(min=torch.finfo(views.dtype).tiny).log()
+    terms = log_scores(views) if how == "logits" else views
     for _ in range(orders):
         order = torch.rand(number, count, generator=generator).argsort(1)
         running = terms[rows, order[:, 0]]
@@ -174,7 +151,7 @@ class Confusion(NamedTuple):
     true: str
     predicted: str
     videos: int
-    share: float  # of the true class's videos
+    share: float  # of the class: of all its videos
 
 
 def most_confused(confusion: Tensor, class_names: Sequence[str], count: int) -> list[Confusion]:
@@ -202,7 +179,8 @@ class Comparison:
     """Two models on the same videos.
 
     Attributes:
-        difference: top-1 of the second minus that of the first, with its 95 % bootstrap interval over videos.
+        difference: top-1 of the second minus that of the first.
+        interval: its 95 % interval (Agresti and Min's for matched pairs, Statistics in Medicine 24, 2005).
         only_first, only_second: videos that one of them alone gets right.
         p_value: McNemar's exact test, two-sided: how likely a split of these videos is that is at least as
             uneven, if both models were equally good.
@@ -217,20 +195,28 @@ class Comparison:
     per_class: Tensor
 
 
-def compare(first: Metrics, second: Metrics, *, seed: int = 0) -> Comparison:
+def compare(first: Metrics, second: Metrics) -> Comparison:
     """Compare two measurements of the same videos, in the same order."""
     gain = second.correct.long() - first.correct.long()
-    number = len(gain)
     only_first, only_second = int((gain < 0).sum()), int((gain > 0).sum())
-    shares = [only_first / number, only_second / number]
-    drawn = np.random.default_rng(seed).multinomial(number, [*shares, max(0.0, 1 - sum(shares))], RESAMPLES)
-    low, high = np.percentile((drawn[:, 1] - drawn[:, 0]) / number, [2.5, 97.5])
     differing = only_first + only_second
     return Comparison(
-        (only_second - only_first) / number,
-        Interval(float(low), float(high)),
+        (only_second - only_first) / len(gain),
+        paired_interval(only_first, only_second, len(gain)),
         only_first,
         only_second,
         float(binomtest(only_first, differing).pvalue) if differing else 1.0,
         second.per_class - first.per_class,
     )
+
+
+def paired_interval(only_first: int, only_second: int, number: int) -> Interval:
+    """95 % interval of the difference of two accuracies on the same videos.
+
+    The normal one after half a video is added to each of the four outcomes, which gives it a width where the
+    models agree on every video.
+    """
+    total, differing, difference = number + 2, only_first + only_second + 1, only_second - only_first
+    deviation = math.sqrt(differing - difference**2 / total) / total
+    reach = float(norm.ppf(0.975)) * deviation
+    return Interval(max(difference / total - reach, -1.0), min(difference / total + reach, 1.0))

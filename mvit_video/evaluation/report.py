@@ -1,4 +1,4 @@
-"""The pictures and the page of an evaluation."""
+"""The page of an evaluation and its figures."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from mvit_video.data.datasets import OpenVideo
 from mvit_video.errors import VideoError
 from mvit_video.evaluation.metrics import Comparison, Confusion, Metrics, most_confused, reliability
+from mvit_video.io.writing import replacing
 
 MAX_NAMED_CLASSES = 60  # more names than this don't fit beside a matrix or below bars
 MAX_COUNTED_CLASSES = 20  # more numbers than this don't fit into a matrix
@@ -32,7 +33,7 @@ _BLUE, _RED, _GRAY = "#2f6db5", "#c0392b", "#888888"
 
 @dataclass(frozen=True)
 class Mistake:
-    """A video that was taken for something else, and a strip of its frames (JPEG), where there is one."""
+    """A video that was predicted as another class, and a strip of its frames (JPEG), where there is one."""
 
     video: str
     true: str
@@ -67,7 +68,7 @@ def write_report(
     results: Mapping[str, Any],
     mistakes: Sequence[Mistake],
 ) -> None:
-    """Write report.html, which needs no other file, and its pictures as PNGs beside it.
+    """Write report.html, which needs no other file, and its figures as PNGs beside it.
 
     Args:
         results: what results.json holds; shown as it is.
@@ -90,8 +91,8 @@ def write_report(
             )
     if any(mistake.strip for mistake in mistakes):
         figures["worst_mistakes"] = ("Worst mistakes", plot_mistakes(mistakes))
-    pictures = _save(figures, folder)
-    pictures.pop("worst_mistakes", None)  # the page shows them one by one
+    saved = _save(figures, folder)
+    saved.pop("worst_mistakes", None)  # the page shows them one by one
     classes = sorted(
         (
             {"name": name, "videos": int(count), "accuracy": accuracy}
@@ -105,7 +106,7 @@ def write_report(
     _render(
         folder / "report.html",
         results=results,
-        pictures=pictures,
+        figures=saved,
         pairs=pairs,
         classes=classes,
         mistakes=[{**vars(m), "strip": _data_uri(m.strip, "jpeg") if m.strip else None} for m in mistakes],
@@ -132,17 +133,17 @@ def write_comparison(
     _render(
         folder / "report.html",
         results=results,
-        pictures=_save(figures, folder),
+        figures=_save(figures, folder),
         comparisons=results["comparisons"],
         differences=differences,
     )
 
 
-# Pictures
+# Figures
 
 
 def plot_confusion(counts: Tensor, class_names: Sequence[str], pairs: Sequence[Confusion]) -> Figure:
-    """``counts[i, j]`` videos of class i were taken for class j; rows shown as shares.
+    """``counts[i, j]`` videos of class i were predicted as class j; rows shown as shares.
 
     ``pairs`` are named beside the matrix, and ringed where cells have no numbers.
     """
@@ -156,7 +157,7 @@ def plot_confusion(counts: Tensor, class_names: Sequence[str], pairs: Sequence[C
     # Few of many classes are confused: the square root makes small shares visible.
     norm = PowerNorm(1 if named else 0.5, vmin=0, vmax=1)
     image = axes.imshow(shares.numpy(), cmap="Blues", norm=norm)
-    figure.colorbar(image, ax=axes, label="share of the true class", fraction=0.04, pad=0.01)
+    figure.colorbar(image, ax=axes, label="share of the class", fraction=0.04, pad=0.01)
     axes.set(xlabel="predicted", ylabel="true")
     if named:
         labels = [_plain(name) for name in class_names]
@@ -201,7 +202,7 @@ def plot_per_class(metrics: Metrics, class_names: Sequence[str]) -> Figure:
     axes.barh(range(len(rows)), [accuracy for accuracy, _ in rows], color=colours, height=0.7)
     axes.set_yticks(range(len(rows)), [name for _, name in rows], fontsize=8)
     axes.axvline(
-        metrics.mean_class_accuracy, color=_GRAY, linestyle="--", linewidth=1, label="mean of classes"
+        metrics.mean_class_accuracy, color=_GRAY, linestyle="--", linewidth=1, label="mean class accuracy"
     )
     axes.set(xlim=(0, 1), ylim=(len(rows) - 0.4, -0.6), xlabel="top-1 accuracy")
     if cut:
@@ -275,13 +276,14 @@ def _plain(text: str) -> str:
 
 
 def _save(figures: Mapping[str, tuple[str, Figure]], folder: Path) -> dict[str, dict[str, str]]:
-    pictures = {}
+    saved = {}
     for name, (title, figure) in figures.items():
         buffer = io.BytesIO()
         figure.savefig(buffer, dpi=110, format="png", bbox_inches="tight")
-        (folder / f"{name}.png").write_bytes(buffer.getvalue())
-        pictures[name] = {"title": title, "uri": _data_uri(buffer.getvalue(), "png")}
-    return pictures
+        with replacing(folder / f"{name}.png") as file:
+            file.write(buffer.getvalue())
+        saved[name] = {"title": title, "uri": _data_uri(buffer.getvalue(), "png")}
+    return saved
 
 
 # The page
@@ -293,5 +295,6 @@ def _data_uri(content: bytes, kind: str) -> str:
 
 def _render(path: Path, **values: Any) -> None:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    template = environment.from_string(Path(__file__).with_name("report.html").read_text())
-    path.write_text(template.render(**values), encoding="utf-8", errors="replace")
+    template = environment.from_string(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
+    with replacing(path, "w", errors="replace") as file:
+        file.write(template.render(**values))

@@ -4,27 +4,24 @@ from __future__ import annotations
 
 import json
 import logging
-import platform
 from collections.abc import Mapping
-from importlib.metadata import version
+from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import av
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
 from mvit_video.data.datasets import OpenVideo
 from mvit_video.evaluation.metrics import Metrics, compare, measure, worst_mistakes
+from mvit_video.evaluation.provenance import versions
 from mvit_video.evaluation.report import Mistake, frame_strip, write_comparison, write_report
-from mvit_video.evaluation.tables import Combination, ScoreTable
+from mvit_video.evaluation.scores import Combination, ScoreTable
 from mvit_video.io.console import print_table
+from mvit_video.io.writing import replacing
 
 log = logging.getLogger(__name__)
-
-PACKAGES = ("mvit-video", "torch", "torchvision", "torchmetrics", "av", "numpy")
 
 
 def report_table(
@@ -39,14 +36,14 @@ def report_table(
     """Write results.json, videos.parquet, report.html and its pictures, and print the accuracies.
 
     Args:
-        how: see ``scores.combine``.
-        seed: see ``metrics.measure``.
+        how: see ``combine``.
+        seed: see ``measure``.
         num_mistakes: how many of the worst mistakes to show; with frames, where ``open_file`` is given.
     """
     metrics = measure(table, how, seed=seed)
     results = _results(table, metrics, how, seed)
     _write_videos(table, metrics, output / "videos.parquet")
-    (output / "results.json").write_text(json.dumps(results, indent=2))
+    _write_json(results, output / "results.json")
     names = table.class_names
     mistakes = [
         Mistake(
@@ -73,27 +70,27 @@ def report_table(
 
 
 def _results(table: ScoreTable, metrics: Metrics, how: Combination, seed: int) -> dict[str, Any]:
-    facts = table.facts
-    bad = facts.get("bad_videos", [])
+    known = table.provenance
+    bad = known.get("bad_videos", [])
     named = zip(table.class_names, metrics.confusion.sum(1).tolist(), metrics.per_class.tolist(), strict=True)
     return {
-        "weights": facts.get("weights", facts.get("scores", "")),
-        "weights_sha256": facts.get("weights_sha256"),
-        "model_sha256": facts.get("model_sha256"),
-        "protocol": facts.get("protocol_text", "scores of an unknown protocol"),
-        "views": facts.get("protocol"),
-        "precision": facts.get("precision"),
+        "weights": known.get("weights", known.get("scores", "")),
+        "date": known.get("date"),
+        **{name: known.get(name) for name in ("weights_sha256", "model_sha256", "model", "data")},
+        "protocol": known.get("protocol_text", "scores of an unknown protocol"),
+        "views": known.get("protocol"),
+        "precision": known.get("precision"),
         "combine": how,
-        "class_map": facts.get("class_map"),
-        "decoder": facts.get("decoder"),
-        "split": facts.get("split"),
+        "class_map": known.get("class_map"),
+        "decoder": known.get("decoder"),
+        "split": known.get("split"),
         "seed": seed,
-        "versions": facts.get("versions", versions()),
+        "versions": known.get("versions", versions()),
         "videos": len(table),
         "views_per_video": table.views.shape[1],
         "bad_videos": bad,
         "num_bad_videos": len(bad),
-        "left_out_videos": facts.get("left_out_videos", []),  # missing on disk, or unreadable by the index
+        "left_out_videos": known.get("left_out_videos", []),  # missing on disk, or unreadable by the index
         "missing_videos": sum(not Path(video["path"]).exists() for video in bad),
         **metrics.accuracy,
         **{f"{name}_interval": list(interval) for name, interval in metrics.intervals.items()},
@@ -121,7 +118,8 @@ def _write_videos(table: ScoreTable, metrics: Metrics, path: Path) -> None:
             pa.array(metrics.scores.flatten().numpy()), len(table.class_names)
         ),
     }
-    pq.write_table(pa.table(columns), path)
+    with replacing(path) as file:
+        pq.write_table(pa.table(columns), file)
 
 
 def report_comparison(tables: Mapping[str, ScoreTable], output: Path, *, how: Combination, seed: int) -> None:
@@ -129,20 +127,17 @@ def report_comparison(tables: Mapping[str, ScoreTable], output: Path, *, how: Co
     measured = {name: measure(table, how, seed=seed) for name, table in tables.items()}
     class_names = next(iter(tables.values())).class_names
     compared = {
-        (first, second): compare(measured[first], measured[second], seed=seed)
+        (first, second): compare(measured[first], measured[second])
         for first, second in combinations(measured, 2)
     }
     results = {
         "models": {name: _results(table, measured[name], how, seed) for name, table in tables.items()},
         "comparisons": [
             {
+                **asdict(found),
                 "first": first,
                 "second": second,
-                "difference": found.difference,
                 "interval": list(found.interval),
-                "only_first": found.only_first,
-                "only_second": found.only_second,
-                "p_value": found.p_value,
                 "per_class": {
                     name: value
                     for name, value in zip(class_names, found.per_class.tolist(), strict=True)
@@ -156,8 +151,9 @@ def report_comparison(tables: Mapping[str, ScoreTable], output: Path, *, how: Co
         "seed": seed,
         "versions": versions(),
         "views": None,
+        "data": None,
     }
-    (output / "results.json").write_text(json.dumps(results, indent=2))
+    _write_json(results, output / "results.json")
     write_comparison(output, class_names, measured, compared, results=results)
     print_table(
         f"{results['videos']} videos",
@@ -175,8 +171,6 @@ def report_comparison(tables: Mapping[str, ScoreTable], output: Path, *, how: Co
     log.info("results.json and report.html are in %s", output)
 
 
-def versions() -> dict[str, str]:
-    """Of Python, FFmpeg and the packages that numbers depend on."""
-    packages = {name: version(name) for name in PACKAGES}
-    packages["torch"] = torch.__version__  # tells the build too
-    return {"python": platform.python_version(), **packages, "ffmpeg": av.ffmpeg_version_info}
+def _write_json(values: Mapping[str, Any], path: Path) -> None:
+    with replacing(path, "w") as file:
+        json.dump(values, file, indent=2, allow_nan=False)

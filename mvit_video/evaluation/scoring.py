@@ -1,10 +1,9 @@
-"""Scores of whole videos: the softmax of every view, averaged."""
+"""Scores of whole videos: the softmax of every view."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,27 +14,9 @@ from mvit_video.data.decode import open_video
 from mvit_video.data.index import LabelledVideo
 from mvit_video.data.loader import Kind
 from mvit_video.data.timing import stage
+from mvit_video.errors import DataError
+from mvit_video.evaluation.scores import VideoScores
 from mvit_video.model import VideoModel
-
-
-@dataclass(frozen=True)
-class VideoScores:
-    """What a model says of one video, or why it says nothing.
-
-    Attributes:
-        views: float (V, num_classes), softmax of each view; empty for a bad video.
-        spans: for each view, its first and last frame in seconds.
-    """
-
-    video: LabelledVideo
-    views: Tensor
-    spans: list[tuple[float, float]]
-    error: str | None = None
-
-    @property
-    def mean(self) -> Tensor:
-        """(num_classes,): the views' mean, as published accuracies are computed."""
-        return self.views.mean(0)
 
 
 def score_videos(
@@ -53,6 +34,9 @@ def score_videos(
     Args:
         batch_size: clips that go through the model at once; a video's may be spread over several batches.
         num_workers, loader: how many processes or threads decode ahead.
+
+    Raises:
+        DataError: the model gives NaN or infinite scores, as soon as it does; the error names the video.
     """
     videos_views = views_loader(
         TestViews(videos, model.protocol, open_file=open_file),
@@ -69,6 +53,11 @@ def score_videos(
 
     with closing(videos_views):
         for views, scores in in_full_batches(videos_views, softmax, batch_size):
+            if not bool(torch.isfinite(scores).all()):
+                raise DataError(
+                    f"{views.video.path}: the model gives NaN or infinite scores; its weights are damaged, "
+                    "or overflow in this precision (then precision=fp32 helps)"
+                )
             yield VideoScores(views.video, scores, views.spans, views.error)
 
 

@@ -18,7 +18,7 @@ import torch
 from pytorch_lightning.strategies import ParallelStrategy
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from mvit_video.data.ranks import in_slurm, rank_and_size
+from mvit_video.data.ranks import in_slurm, processes_per_node, rank_and_size
 from mvit_video.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -78,7 +78,12 @@ def choose_devices(devices: Any, num_nodes: int) -> tuple[Any, int]:
     if devices != "auto":
         return devices, num_nodes
     if size > 1:
-        here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or size)
+        here = processes_per_node()
+        if size % here:
+            raise ConfigError(
+                f"{size} processes, {here} on one node and fewer on another; each node needs as many: "
+                "use --ntasks-per-node=N"
+            )
         return here, size // here
     if torch.cuda.device_count() > 1:
         count = torch.cuda.device_count()

@@ -15,16 +15,19 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import Command
+from conftest import Command, error_line
 
 import mvit_video as mv
-import mvit_video.cli.eval as eval_module
+import mvit_video.evaluation.run as run_module
+import mvit_video.evaluation.scoring as scoring_module
 from mvit_video.cli.app import override_protocol
 from mvit_video.cli.help import CONF_DIR
 from mvit_video.data.index import LabelledVideo
 from mvit_video.errors import DataError
-from mvit_video.evaluation.scoring import VideoScores, score_videos
-from mvit_video.evaluation.tables import ScoreTable, read_scores
+from mvit_video.evaluation.score_files import read_scores
+from mvit_video.evaluation.scores import ScoreTable, VideoScores
+from mvit_video.evaluation.scoring import score_videos
+from mvit_video.io.writing import sole_writer
 from mvit_video.weights.checkpoint import METADATA_KEY, model_metadata
 
 
@@ -169,7 +172,7 @@ def arguments(two_classes: Path, checkpoint: Path) -> list[str]:
 @pytest.fixture
 def killed(command: Command, arguments: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """The folder of an evaluation that has scored 4 of 10 videos."""
-    monkeypatch.setattr(eval_module, "score_videos", Stops(after=4))
+    monkeypatch.setattr(run_module, "score_videos", Stops(after=4))
     folder = tmp_path / "runs" / "day" / "time"
     assert "power cut" in command("eval", *arguments, f"hydra.run.dir={folder}").err
     return folder
@@ -180,7 +183,7 @@ def test_a_killed_evaluation_goes_on(
     command: Command, arguments: list[str], killed: Path, monkeypatch, tmp_path: Path, how: str
 ) -> None:
     again = Stops(after=None)
-    monkeypatch.setattr(eval_module, "score_videos", again)
+    monkeypatch.setattr(run_module, "score_videos", again)
     more = {
         "same folder": [f"hydra.run.dir={killed}"],
         "named": [f"resume={killed}", "hydra.run.dir=other"],
@@ -199,21 +202,135 @@ def test_a_killed_evaluation_goes_on(
     assert predicted[0] == predicted[1]
 
 
-def test_scores_of_another_protocol_or_model_are_not_mixed_in(
-    command: Command, arguments: list[str], killed: Path, tmp_path: Path
-) -> None:
-    result = command("eval", *arguments, f"hydra.run.dir={killed}", "views=1x1")
-    assert result.code == 1
-    assert "protocol.num_clips is 5 there and 1 here" in result.err
+def other_weights(arguments: list[str], tmp_path: Path) -> str:
     content = torch.load(arguments[1].removeprefix("weights="), weights_only=True)
     content["state_dict"]["model.head.projection.bias"] += 1e-3
     torch.save(content, tmp_path / "other.ckpt")
-    result = command("eval", *arguments, f"weights={tmp_path}/other.ckpt", f"resume={killed}")
-    assert result.code == 1
-    assert "model_sha256 is" in result.err
-    assert "choose another hydra.run.dir, or remove" in result.err
-    result = command("eval", *arguments, "resume=nowhere")
-    assert "resume=nowhere: no evaluation there is unfinished" in result.err
+    return f"weights={tmp_path}/other.ckpt"
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ("views=1x1", ["protocol: num_clips 5 -> 1"]),
+        ("weights", ["weights: sha256"]),
+        ("precision=bf16", ["precision float32 -> bfloat16"]),
+        ("decoder.frame_rate=25", ["decoder: frame_rate 30 -> 25"]),
+        ("data.root", ["data: root"]),
+        ("split=val", ["split train -> val"]),
+        ("data.val_fraction=0.5", ["data: val_fraction 0.2 -> 0.5"]),
+        ("class_map=names", ["class_map null ->"]),
+    ],
+)
+def test_an_evaluation_of_other_work_is_not_resumed(
+    command: Command, arguments: list[str], killed: Path, tmp_path: Path, change: str, named: list[str]
+) -> None:
+    if change == "weights":
+        change = other_weights(arguments, tmp_path)
+    if change == "data.root":
+        shutil.copytree(arguments[0].removeprefix("data.root="), tmp_path / "second")
+        change = "data.root=second"
+    left = {file: file.read_bytes() for file in (killed / "unfinished").iterdir()}
+    line = error_line(command("eval", *arguments, f"hydra.run.dir={killed}", change), "eval")
+    assert all(text in line for text in [*named, "choose another hydra.run.dir"]), line
+    assert {file: file.read_bytes() for file in (killed / "unfinished").iterdir()} == left
+
+
+@pytest.mark.parametrize("what", ["content", "folder"])
+def test_videos_that_were_replaced_are_scored_again(
+    command: Command, arguments: list[str], two_classes: Path, tmp_path: Path, monkeypatch, what: str
+) -> None:
+    """Also where the same words mean another folder, such as a relative path or a link."""
+    shutil.copytree(two_classes, tmp_path / "first")
+    (tmp_path / "data").symlink_to(tmp_path / "first")
+    monkeypatch.setattr(run_module, "score_videos", Stops(after=4))
+    run = ["eval", *arguments, "data.root=data", "hydra.run.dir=run"]
+    assert "power cut" in command(*run).err
+    again = Stops(after=None)
+    monkeypatch.setattr(run_module, "score_videos", again)
+    if what == "content":
+        shutil.copy(tmp_path / "first" / "cats" / "5.mp4", tmp_path / "first" / "cats" / "0.mp4")
+    else:
+        (tmp_path / "second").mkdir()
+        for name in ("cats", "dogs and birds"):  # the names of the first in another order
+            (tmp_path / "second" / name).mkdir()
+            for number in range(6):
+                (file,) = (two_classes / name).glob(f"{5 - number}.*")
+                shutil.copy(file, tmp_path / "second" / name / f"{number}{file.suffix}")
+        (tmp_path / "data").unlink()
+        (tmp_path / "data").symlink_to(tmp_path / "second")
+    result = command(*run)
+    assert result.code == 0, result.err
+    assert len(again.asked) == (7 if what == "content" else 10)
+    assert command("eval", *arguments, "data.root=data", "hydra.run.dir=whole").code == 0
+    table, whole = (read_scores(tmp_path / name / "scores.parquet") for name in ("run", "whole"))
+    torch.testing.assert_close(table.views, whole.views, atol=1e-5, rtol=0)
+
+
+def test_a_folder_without_an_unfinished_evaluation_is_not_resumed(
+    command: Command, arguments: list[str], tmp_path: Path
+) -> None:
+    assert "resume=nowhere" in error_line(command("eval", *arguments, "resume=nowhere"), "eval")
+    assert "resume=last" in error_line(command("eval", *arguments, "resume=last"), "eval")
+
+
+def test_what_others_put_beside_the_logs_stays(
+    command: Command, arguments: list[str], killed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_module, "score_videos", score_videos)
+    (killed / "unfinished" / "notes.txt").write_text("mine")
+    assert command("eval", *arguments, f"hydra.run.dir={killed}").code == 0
+    assert [file.name for file in (killed / "unfinished").iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("more", [[], ["scores=a.parquet"]], ids=["videos", "scores"])
+def test_two_evaluations_do_not_write_to_one_folder(
+    command: Command, arguments: list[str], tmp_path: Path, more: list[str]
+) -> None:
+    with sole_writer(tmp_path / "run"):
+        line = error_line(command("eval", *arguments, "hydra.run.dir=run", *more), "eval")
+    assert "another run is writing there" in line
+    assert not (tmp_path / "run" / "unfinished").exists()
+
+
+# Not a number
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_nan_ends_an_evaluation_with_the_first_batch(
+    command: Command, arguments: list[str], tmp_path: Path, monkeypatch, value: float
+) -> None:
+    content = torch.load(arguments[1].removeprefix("weights="), weights_only=True)
+    content["state_dict"]["model.head.projection.bias"][0] = value
+    torch.save(content, tmp_path / "nan.ckpt")
+    batches: list[int] = []
+    original = scoring_module._softmax
+    monkeypatch.setattr(
+        scoring_module, "_softmax", lambda *given: batches.append(1) or original(*given), raising=True
+    )
+    line = error_line(command("eval", *arguments, f"weights={tmp_path}/nan.ckpt", "batch_size=5"), "eval")
+    assert "0.mp4: the model gives NaN or infinite scores" in line or "nan.ckpt" in line
+    assert len(batches) <= 1
+
+
+def test_too_many_bad_videos_end_an_evaluation_at_once(
+    command: Command, arguments: list[str], two_classes: Path, tmp_path: Path, monkeypatch
+) -> None:
+    shutil.copytree(two_classes, tmp_path / "data")
+    for number in (0, 1):
+        (tmp_path / "data" / "cats" / f"{number}.mp4").write_bytes(b"no video")
+    seen: list[str] = []
+
+    def counted(model, videos, **settings) -> Iterator[VideoScores]:
+        for scores in score_videos(model, videos, **settings):
+            seen.append(scores.video.id)
+            yield scores
+
+    monkeypatch.setattr(run_module, "score_videos", counted)
+    run = ["eval", *arguments, "data.root=data", "split=train", "data.val_fraction=0.01", "hydra.run.dir=run"]
+    line = error_line(command(*run, "max_bad_videos=1"), "eval")
+    assert "max_bad_videos" in line
+    assert len(seen) <= 3
 
 
 # Other classes
@@ -232,11 +349,11 @@ def three_class_weights(tmp_path: Path) -> Path:
 def test_a_model_of_more_classes_is_evaluated_on_some(
     command: Command, two_classes: Path, three_class_weights: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "map.yaml").write_text("cats: [cats, fish]")
+    (tmp_path / "map.yaml").write_text("cats: [cats, fish]", encoding="utf-8")
     arguments = [f"data.root={two_classes}", f"weights={three_class_weights}", "num_workers=0"]
     result = command("eval", *arguments)
     assert result.code == 1
-    assert "the weights know 3 classes, the data set has 2; class_map=names" in result.err
+    assert "class_map=names" in result.err
     scores = []
     for choice in ("names", "map.yaml"):
         result = command("eval", *arguments, f"class_map={choice}", "hydra.run.dir=run")
@@ -298,7 +415,7 @@ def test_labels_and_scores_must_be_of_the_same_videos(command: Command, scored: 
     arguments = [f"scores={scored}/scores.parquet", "data.root=moved", "split=train"]
     assert command("eval", *arguments).code == 0
     renamed = command("eval", *arguments, "class_names=[dogs and birds,cats]").err
-    assert "call their classes differently" in renamed
+    assert "class_map=names" in renamed
     shutil.copy(tmp_path / "moved" / "cats" / "0.mp4", tmp_path / "moved" / "cats" / "9.mp4")
     assert "cats/3.mp4: in the data set but not scored" in command("eval", *arguments).err
     (tmp_path / "moved" / "cats" / "9.mp4").unlink()

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mvit_video.evaluation.tables import read_scores
+from mvit_video.evaluation.score_files import read_scores
 
 EVAL = [sys.executable, "-m", "mvit_video.eval"]
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -108,7 +108,7 @@ def test_a_process_that_fails_ends_the_others_with_a_word(
     (code, said), (bad_code, bad_said) = (finish(process) for process in processes)
     assert (code, bad_code) == (1, 1)
     assert "gone.ckpt: no such file" in bad_said
-    assert "process 0 can't go on: another one of the 2 has ended early" in said
+    assert "rank 0 of 2: another rank failed; see its error above" in said
     assert "Traceback" not in said
 
 
@@ -130,7 +130,7 @@ def test_a_killed_evaluation_goes_on_with_the_same_command(
     assert ends[-1][0] == -signal.SIGKILL
     if count == 2:
         assert ends[0][0] == 1
-        assert "another one of the 2 has ended early" in ends[0][1]
+        assert "rank 0 of 2: another rank failed" in ends[0][1]
     code, said = finish(start(command, tmp_path))
     assert code == 0, said
     assert "have been scored before" in said

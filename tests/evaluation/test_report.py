@@ -74,8 +74,8 @@ def folder_of_400(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("of_400")
     names = [f"class {index}" for index in range(400)]
     names[0] = "counting $5 <b>&amp; $6"
-    facts = {"bad_videos": [{"id": "x", "path": "/nowhere/<x>.mp4", "reason": "no frames"}]}
-    table = replace(table_of_400_classes(), class_names=tuple(names), facts=facts)
+    provenance = {"bad_videos": [{"id": "x", "path": "/nowhere/<x>.mp4", "reason": "no frames"}]}
+    table = replace(table_of_400_classes(), class_names=tuple(names), provenance=provenance)
     report_table(table, folder, how="mean", seed=0, num_mistakes=5)
     return folder
 
@@ -91,7 +91,7 @@ def test_a_page_of_400_classes_says_what_the_table_says(folder_of_400: Path) -> 
     assert [row[2] for row in classes] == ["60.00 %"] * 134 + ["100.00 %"] * 266
     assert "1 videos could not be read (1 of them are missing)" in page.text
     assert page.tables["bad"] == [["/nowhere/<x>.mp4", "no frames"]]
-    assert page.text.count("taken for") == 5
+    assert page.text.count("predicted as") == 5
     assert "expected calibration error 0.2558" in page.text
 
 
@@ -121,7 +121,7 @@ def test_mistakes_are_shown_with_frames(tmp_path: Path) -> None:
         replace(table, videos=videos), tmp_path, how="mean", seed=0, num_mistakes=9, open_file=open_video
     )
     page = Page(tmp_path / "report.html")
-    assert page.text.count("taken for") == 2
+    assert page.text.count("predicted as") == 2
     strips = [uri for alt, uri in page.images.items() if alt.startswith("frames of")]
     assert len(strips) == 1
     assert picture(strips[0]).shape[:2] == (96, 6 * (128 + 2))
@@ -148,7 +148,7 @@ def test_a_comparison_has_a_page(comparison: Path) -> None:
     page = Page(comparison / "report.html")
     assert [row[:2] for row in page.tables["summary"][1:]] == [["a", "86.60 %"], ["b", "100.00 %"]]
     row = page.tables["comparisons"][1]
-    assert row[:3] == ["a", "b", "13.40 %"]
+    assert row[:3] == ["a", "b", "+13.40 points"]
     assert row[4:6] == ["0", "536"]
     found = json.loads((comparison / "results.json").read_text())["comparisons"][0]
     assert found["p_value"] == pytest.approx(2.0**-535)

@@ -1,0 +1,133 @@
+"""The classes of a model as those of a data set."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from mvit_video.data.class_names import check_same_classes
+from mvit_video.data.files import existing, read_text
+from mvit_video.errors import ConfigError, DataError, did_you_mean
+
+ClassMap = dict[str, list[str]]
+
+
+def read_class_map(source: str | None) -> ClassMap | None:
+    """``{class of the data set: classes of the model}`` of a JSON or YAML file; {} for "names".
+
+    Raises:
+        DataError: the file can't be read or has another form, or a class is in it twice.
+    """
+    if source is None or source == "names":
+        return None if source is None else {}
+    where = f"class_map={source}"
+    text = read_text(existing(source))
+    try:
+        try:
+            content = json.loads(text, object_pairs_hook=_without_duplicates)
+        except json.JSONDecodeError:
+            content = yaml.load(text, Loader=_YamlOfText)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise DataError(f"{where}: {' '.join(str(error).split())[:200]}") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{where}: expected {{class of the data set: class or classes of the model}}")
+    return {str(name): _model_classes(name, value, where) for name, value in content.items()}
+
+
+def class_matrix(
+    known: Sequence[str], wanted: Sequence[str], mapping: Mapping[str, Sequence[str]] | None = None
+) -> Tensor:
+    """float (known, wanted): which of a model's classes count for each class of a data set.
+
+    Args:
+        mapping: for a wanted class, the names of the model's; classes that it leaves out are looked up by
+            their own name.
+
+    Raises:
+        DataError: a wanted class has no counterpart, a name is unknown, or one counts for two classes.
+    """
+    mapping = mapping or {}
+    position = {name: index for index, name in enumerate(known)}
+    matrix = torch.zeros(len(known), len(wanted))
+    for name in mapping:
+        if name not in wanted:
+            raise DataError(f"class_map has {name!r}, which the data set lacks{did_you_mean(name, wanted)}")
+    for column, name in enumerate(wanted):
+        for source in mapping.get(name, [name]):
+            if source not in position:
+                raise DataError(
+                    f"class {name!r}: the model has no class {source!r}{did_you_mean(source, known)}; "
+                    "class_map=FILE can say which one it is"
+                )
+            row = matrix[position[source]]
+            if row.any():
+                other = wanted[int(row.argmax())]
+                raise DataError(f"class {source!r} of the model counts for both {other!r} and {name!r}")
+            row[column] = 1
+    return matrix
+
+
+def matching_classes(
+    known: Sequence[str] | None, num_classes: int, wanted: Sequence[str], mapping: ClassMap | None
+) -> Tensor | None:
+    """How a model's classes become a data set's (``class_matrix``); None where they are the same.
+
+    Args:
+        known: the names of the model's classes, where it has them.
+        num_classes: how many it has.
+        mapping: as ``read_class_map`` gives it; None: the classes must be the same.
+
+    Raises:
+        DataError: they don't match. ConfigError: a mapping, and nothing is known of the model's classes.
+    """
+    if known and len(known) != num_classes:
+        raise DataError(f"class_names has {len(known)} names, the model has {num_classes} classes")
+    if mapping is None:
+        check_same_classes(known, num_classes, wanted, "; class_map=names evaluates those that match by name")
+        return None
+    if known is None:
+        raise ConfigError("class_map needs the names of the model's classes: give class_names=...")
+    return class_matrix(known, wanted, mapping)
+
+
+def map_classes(scores: Tensor, matrix: Tensor) -> Tensor:
+    """Scores (..., known) -> (..., wanted): summed per class, scaled to sum to 1 over the wanted ones."""
+    mapped = scores @ matrix
+    return mapped / mapped.sum(-1, keepdim=True).clamp(min=torch.finfo(mapped.dtype).tiny)
+
+
+def _model_classes(name: Any, value: Any, where: str) -> list[str]:
+    found = value if isinstance(value, list) else [value]
+    if not found or not all(isinstance(one, str | int | float) for one in found):
+        raise DataError(
+            f"{where}: {name!r} has {value!r:.100}; expected a class of the model, or a list of them"
+        )
+    names = [str(one) for one in found]
+    for one in names:
+        if names.count(one) > 1:
+            raise DataError(f"{where}: {name!r} has the class {one!r} twice")
+    return names
+
+
+def _without_duplicates(pairs: Sequence[Sequence[Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if str(name) in found:
+            raise ValueError(f"{str(name)!r} is in it twice")
+        found[str(name)] = value
+    return found
+
+
+class _YamlOfText(yaml.BaseLoader):
+    """Reads every scalar as text, so that a class may be called yes or 12."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        pairs = [
+            (self.construct_object(k, deep=True), self.construct_object(v, deep=True)) for k, v in node.value
+        ]
+        return _without_duplicates(pairs)

@@ -1,0 +1,69 @@
+"""What scores came from: said in results, and compared before scores are added to others."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import av
+import torch
+
+from mvit_video.data.index import LabelledVideo
+from mvit_video.data.probe import stat_of
+from mvit_video.errors import VideoError
+from mvit_video.io.fingerprint import Fingerprint, file_sha256, fingerprint
+from mvit_video.model import VideoModel
+from mvit_video.weights import weights_sha256
+
+PACKAGES = ("mvit-video", "torch", "torchvision", "torchmetrics", "av", "numpy")
+# Scores are only added to others that were made with the same of these.
+_SAME = ("model", "protocol", "class_names", "class_map", "precision", "decoder", "split", "data")
+
+
+def provenance_of(model: VideoModel, weights: str | None, **settings: Any) -> Fingerprint:
+    """What the scores of ``model``, before it is cast to another precision, come from.
+
+    Args:
+        weights: their file, or the name of published ones.
+        settings: further JSON values: class_map, decoder, split, data.
+    """
+    return fingerprint(
+        weights=weights or "random",
+        weights_sha256=file_sha256(weights) if weights and Path(weights).is_file() else None,
+        model_sha256=weights_sha256(model),
+        model=asdict(model.config),
+        protocol=asdict(model.protocol),
+        protocol_text=str(model.protocol),
+        versions=versions(),
+        date=datetime.now().astimezone().isoformat(timespec="seconds"),
+        **settings,
+    )
+
+
+def identity(provenance: Mapping[str, Any]) -> Fingerprint:
+    """The part of a provenance, with class_names, that another evaluation must share to be gone on with."""
+    weights = {"sha256": provenance.get("model_sha256")}
+    return fingerprint(weights=weights, **{name: provenance.get(name) for name in _SAME})
+
+
+def file_identity(video: LabelledVideo) -> Fingerprint:
+    """What tells that a video's scores are of the same file, and that its label is the same."""
+    try:
+        size, mtime_ns = stat_of(video.path)
+    except VideoError:
+        size, mtime_ns = 0, 0
+    path = os.path.abspath(video.path)  # noqa: PTH100 (speed)
+    return {"path": path, "label": video.label, "size": size, "mtime_ns": mtime_ns}
+
+
+def versions() -> dict[str, str]:
+    """Of Python, FFmpeg and the packages that numbers depend on."""
+    packages = {name: version(name) for name in PACKAGES}
+    packages["torch"] = torch.__version__  # tells the build too
+    return {"python": platform.python_version(), **packages, "ffmpeg": av.ffmpeg_version_info}
