@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ import yaml
 from torch import Tensor
 
 from mvit_video.data.class_names import check_same_classes
-from mvit_video.data.files import existing, read_text
+from mvit_video.data.files import existing, parse_json, reading
 from mvit_video.errors import ConfigError, DataError, did_you_mean
 
 ClassMap = dict[str, list[str]]
@@ -25,15 +24,15 @@ def read_class_map(source: str | None) -> ClassMap | None:
     """
     if source is None or source == "names":
         return None if source is None else {}
-    where = f"class_map={source}"
-    text = read_text(existing(source))
-    try:
-        try:
-            content = json.loads(text, object_pairs_hook=_without_duplicates)
-        except json.JSONDecodeError:
-            content = yaml.load(text, Loader=_YamlOfText)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise DataError(f"{where}: {' '.join(str(error).split())[:200]}") from None
+    where, file = f"class_map={source}", existing(source)
+    if file.suffix.lower() == ".json":
+        content = parse_json(file)
+    else:
+        with reading(file) as text:
+            try:
+                content = yaml.load(text, Loader=_YamlOfText)
+            except (yaml.YAMLError, RecursionError) as error:
+                raise DataError(f"{where}: {' '.join(str(error).split())[:200]}") from None
     if not isinstance(content, dict):
         raise DataError(f"{where}: expected {{class of the data set: class or classes of the model}}")
     return {str(name): _model_classes(name, value, where) for name, value in content.items()}
@@ -114,20 +113,14 @@ def _model_classes(name: Any, value: Any, where: str) -> list[str]:
     return names
 
 
-def _without_duplicates(pairs: Sequence[Sequence[Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in pairs:
-        if str(name) in found:
-            raise ValueError(f"{str(name)!r} is in it twice")
-        found[str(name)] = value
-    return found
-
-
 class _YamlOfText(yaml.BaseLoader):
     """Reads every scalar as text, so that a class may be called yes or 12."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        pairs = [
-            (self.construct_object(k, deep=True), self.construct_object(v, deep=True)) for k, v in node.value
-        ]
-        return _without_duplicates(pairs)
+        pairs = [[self.construct_object(part, deep=True) for part in pair] for pair in node.value]
+        found = {str(name): value for name, value in pairs}
+        if len(found) < len(pairs):
+            names = [str(name) for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise yaml.constructor.ConstructorError(None, None, f"key {twice!r} comes twice", node.start_mark)
+        return found

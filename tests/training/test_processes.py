@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import Command, error_line
+from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from test_resume import SMALL, losses, validations
 
 from mvit_video.data.ranks import rank_and_size
+from mvit_video.errors import ConfigError
 from mvit_video.training import processes
 
 
@@ -57,6 +59,51 @@ def test_slurm_s_tasks_share_the_folder_of_the_job(
     assert added[0] == "hydra.run.dir=outputs/train/slurm/123"
     assert len(added) == 1 + extra
     assert len(processes.overrides(["hydra.run.dir=mine"])) == extra
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"NTASKS": "8", "NNODES": "2", "TASKS_PER_NODE": "4(x2)"}, (4, 2)),
+        ({"NTASKS": "8", "NNODES": "2"}, (4, 2)),
+        ({"NTASKS": "8", "NNODES": "2", "NTASKS_PER_NODE": "4"}, (4, 2)),
+        ({"NTASKS": "2", "NNODES": "1", "TASKS_PER_NODE": "4(x2)", "STEP_TASKS_PER_NODE": "2"}, (2, 1)),
+        ({"NTASKS": "4"}, (4, 1)),
+    ],
+)
+def test_devices_follow_from_slurm_s_tasks_and_nodes(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], expected: tuple[int, int]
+) -> None:
+    monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "")
+    for name, value in {"PROCID": "5", "JOB_NAME": "train", "JOB_ID": "123", **variables}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    if expected[0] * expected[1] < 6:
+        monkeypatch.setenv("SLURM_PROCID", "1")
+    assert processes.choose_devices("auto", 1) == expected
+    slurm = SLURMEnvironment()  # which refuses jobs without --ntasks-per-node
+    slurm.validate_settings(*expected)
+
+
+def test_nodes_with_different_numbers_of_tasks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    variables = {"PROCID": "0", "JOB_NAME": "train", "NTASKS": "5", "TASKS_PER_NODE": "3,2"}
+    monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "")
+    for name, value in variables.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    with pytest.raises(ConfigError, match="--ntasks-per-node"):
+        processes.choose_devices("auto", 1)
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [{"RANK": "x", "WORLD_SIZE": "2"}, {"RANK": "2", "WORLD_SIZE": "2"}, {"SLURM_NTASKS": "2"}],
+    ids=str,
+)
+def test_ranks_that_cannot_be_are_refused(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
+    monkeypatch.setenv("SLURM_JOB_NAME", "train")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=r"RANK|rank|SLURM_PROCID"):
+        rank_and_size()
 
 
 def test_one_process_is_left_alone() -> None:
