@@ -62,7 +62,7 @@ def _score_data_set(config: DictConfig, output: Path, ranks: Ranks) -> tuple[Sco
     open_file = app.build_decoder(config)
     model = app.build_model(config) if "model" not in config else None
     splits = app.build(config.data)
-    known = read_class_names(config.class_names) if config.class_names else None
+    known = _class_names(config)
     if model is None:
         model = app.build_model(config, num_classes=len(known or splits.class_names))
     class_map = read_class_map(config.class_map)
@@ -108,6 +108,12 @@ def _data_set(data: DictConfig) -> dict[str, Any]:
     return settings
 
 
+def _class_names(config: DictConfig) -> tuple[str, ...] | None:
+    """Names of the model's classes that the command line gives."""
+    names = config.class_names
+    return read_class_names(names if isinstance(names, str) else list(names)) if names else None
+
+
 def _chosen_split(splits: VideoSplits, split: str) -> VideoIndex:
     index: VideoIndex | None = getattr(splits, split)
     if index is None:
@@ -148,8 +154,8 @@ def _report(
 
 def _read_table(file: Path, config: DictConfig, splits: VideoSplits | None) -> ScoreTable:
     table = read_table(file)
-    if config.class_names:
-        names = read_class_names(config.class_names)
+    names = _class_names(config)
+    if names:
         if len(names) != len(table.class_names):
             raise DataError(
                 f"class_names has {len(names)} names, {file} has {len(table.class_names)} classes"
