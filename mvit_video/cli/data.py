@@ -77,13 +77,15 @@ def check_index(config: DictConfig) -> None:
 
 def _index_path(config: DictConfig) -> Path:
     if config.index is not None:
-        return Path(str(config.index)).expanduser()
-    for key in ("path", "root"):
-        value = config.data[key] if key in list(config.data) else None  # raises where it is unset
-        if value is not None:
-            place = Path(str(value)).expanduser()
-            return place if key == "path" and not place.is_dir() else place / INDEX_NAME
-    return Path(config.data.train).expanduser().parent / INDEX_NAME
+        place = Path(str(config.index))
+    elif "path" in config.data:
+        place = Path(str(config.data.path))
+    elif "root" in config.data and config.data.root is not None:
+        place = Path(str(config.data.root)) / INDEX_NAME
+    else:
+        place = Path(str(config.data.train)).parent / INDEX_NAME
+    place = place.expanduser()
+    return place / INDEX_NAME if place.is_dir() else place
 
 
 def _write_report(table: Table, problems: list[Problem], found: dict[str, Any], folder: Path) -> None:

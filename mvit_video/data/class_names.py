@@ -29,8 +29,8 @@ def read_class_names(source: ClassNames) -> tuple[str, ...]:
     if isinstance(source, list | tuple):
         names = [str(name) for name in source]
     else:
-        shipped = _SHIPPED / f"{source}.txt"
-        file = shipped if shipped.is_file() else existing(str(source))
+        shipped = {file.stem: file for file in _SHIPPED.glob("*.txt")}
+        file = shipped.get(str(source)) or existing(source)
         where = str(file)
         names = _names_in_json(file) if file.suffix.lower() == ".json" else [n for _, n in lines_of(file)]
     check_class_names(names, where)

@@ -7,7 +7,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from reprlib import Repr
 from typing import IO, Any
@@ -52,7 +52,9 @@ def is_name(text: str) -> bool:
 
 def existing(path: str | Path) -> Path:
     """Raises `DataError` where there is nothing."""
-    path = Path(str(path)).expanduser()  # shells leave the ~ of an override such as data.root=~/k400 alone
+    path = Path(str(path))
+    with suppress(RuntimeError):  # ~x is a user's folder or just a name
+        path = path.expanduser()  # shells leave the ~ of an override such as data.root=~/k400 alone
     try:
         path.stat()
     except FileNotFoundError:

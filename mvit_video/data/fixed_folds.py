@@ -106,7 +106,7 @@ def _hmdb_files(folder: Path, ending: str) -> dict[str, Path]:
     """The split file of each class."""
     files: dict[str, Path] = {}
     for file in sorted(folder.glob(f"**/*{ending}")):
-        if file.name.startswith("."):  # macOS leaves such copies
+        if file.name.startswith(".") or not file.is_file():  # macOS leaves such copies
             continue
         first = files.setdefault(file.name.removesuffix(ending), file)
         if first.read_bytes() != file.read_bytes():

@@ -20,6 +20,7 @@ from mvit_video.data.files import (
     IMAGE_EXTENSIONS,
     VIDEO_EXTENSIONS,
     existing,
+    existing_folder,
     is_name,
     lines_of,
     parse_json,
@@ -40,7 +41,7 @@ log = logging.getLogger(__name__)
 
 NO_FILE = "no such file"
 # mmaction2's lists of frames: `folder frames label`
-_FOLDER_AND_COUNT = re.compile(r"[^.]*\S \d+")
+_FOLDER_AND_COUNT = re.compile(r"[^.]*\S [1-9]\d{0,8}")
 _MAX_CLASSES = 100_000  # of lists that come without class names
 _FILE_ENDINGS = VIDEO_EXTENSIONS + IMAGE_EXTENSIONS
 # Names of columns, as `plain` makes them
@@ -128,7 +129,7 @@ def _list_splits(
     names = names_in_rows(lists[0]) if class_names is None else read_class_names(class_names)
     found: list[VideoIndex] = []
     for number, video_list in enumerate(lists):
-        base = video_list.file.parent if root is None else existing(root)
+        base = video_list.file.parent if root is None else existing_folder(root)
         found.append(index_of_list(video_list, names, base, max_missing=max_missing, labels=number < 2))
     return VideoSplits(*found)
 
@@ -351,10 +352,10 @@ def _row_of_line(file: Path, number: int, line: str) -> Row:
 
 def _split_line(file: Path, number: int, line: str) -> list[str]:
     fields = line.rsplit(maxsplit=1)
+    if re.fullmatch(r'".+"', fields[0]):
+        fields[0] = fields[0][1:-1]
     if len(fields) == 2 and _is_integer(fields[1]) and not fields[0].endswith((",", ";")):
-        path, label = fields
-        quotes = len(path) > 2 and path[0] == path[-1] == '"'
-        return [path[1:-1] if quotes else path, label]
+        return fields
     if "\t" in line:  # a label may have spaces and commas
         return [field.strip() for field in line.rsplit("\t", 1)]
     if line.lower().endswith(_FILE_ENDINGS):  # a path alone, maybe with spaces

@@ -36,6 +36,8 @@ def stat_of(path: str) -> tuple[int, int]:
         raise VideoError(path, NO_FILE) from error
     except (OSError, ValueError) as error:
         raise VideoError(path, f"the file can't be read ({error})") from error
+    if not found:
+        raise VideoError(path, "this names no pictures")
     if not all(S_ISREG(stat.st_mode) for stat in found):
         raise VideoError(path, "this is no regular file")  # a pipe would be waited for
     return sum(stat.st_size for stat in found), max(stat.st_mtime_ns for stat in found)

@@ -15,6 +15,7 @@ from mvit_video.data.files import (
     existing,
     existing_folder,
     find_first,
+    is_name,
     lines_of,
     parse_json,
     quoted,
@@ -165,7 +166,7 @@ def _frames(file: Path) -> Iterator[tuple[int, str, str]]:
         )
     for number, line in lines:
         fields = line.split()
-        if len(fields) not in (4, 5):
+        if len(fields) not in (4, 5) or not is_name(fields[3]):
             raise DataError(
                 f"{file}, line {number}: expected original_vido_id, video_id, frame_id, path and labels, "
                 f"got {quoted(line)}"

@@ -487,6 +487,17 @@ def test_frame_lists_that_skip_frames_are_refused(
         ssv2_splits(root, frame_lists=("train.csv", "val.csv"), max_missing=1)
 
 
+@pytest.mark.parametrize(
+    "content", [b"", b"\xe9", b"1 0 0 a_{} x\n", b"1 0 0 a_\xe9.jpg x\n", b"1 0 0 a\0.jpg x\n"]
+)
+def test_hostile_lists_of_frames_are_errors(tmp_path: Path, content: bytes) -> None:
+    root = ssv2_frames(tmp_path)
+    header = (root / "train.csv").read_bytes().partition(b"\n")[0] + b"\n"
+    (root / "train.csv").write_bytes(header + content.replace(b"{}", b"9" * 5000))
+    with fails("train.csv"):
+        ssv2_splits(root, frame_lists=("train.csv", "val.csv"))
+
+
 def test_frames_that_are_missing_on_disk_and_lists_from_another_folder(tmp_path: Path) -> None:
     root = ssv2_frames(tmp_path)
     for split in ("train", "val"):

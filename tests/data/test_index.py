@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from mvit_video.data.class_names import read_class_names
 from mvit_video.data.index import (
     LabelledVideo,
     VideoIndex,
@@ -377,6 +378,7 @@ def test_class_name_mistakes_are_named(videos: Path, text: str, message: str) ->
         "# a comment, and more\n#{a2} was bad\npath,label\n{a},run\n# end\n{b},jump\n",
         "{a},run\r{b},jump\r",
         "{a};run\n{b};jump",
+        '"{a}" run\n"{b}" jump',
         "{a}\trun\n{b}\tjump",
     ],
 )
@@ -519,6 +521,24 @@ def test_hostile_class_names_are_errors(videos: Path, name: str, content: bytes)
     (videos / name).write_bytes(content)
     with pytest.raises(DataError, match=name):
         csv_splits(file, file, class_names=videos / name)
+
+
+@pytest.mark.parametrize(
+    "read", [folder_splits, find_videos, read_class_names, lambda path: csv_splits(path, path)]
+)
+@pytest.mark.parametrize(
+    "path", ["x" * 300, "x" * 5000, "a\0b", "~nosuchuser/x", "~x.mp4", "/dev/null/x"]
+)
+def test_paths_that_cannot_be_are_errors(path: str, read: Callable[[str], object]) -> None:
+    with pytest.raises(DataError) as caught:
+        read(path)
+    assert len(str(caught.value)) < 400
+
+
+def test_a_name_may_begin_as_a_home_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    touch(tmp_path, "~x.mp4")
+    assert find_videos("~x.mp4") == ["~x.mp4"]
 
 
 def test_class_names_match_however_a_disk_composes_them(videos: Path) -> None:
