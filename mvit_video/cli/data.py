@@ -54,17 +54,14 @@ def prepare_index(config: DictConfig) -> None:
     _print_summary(found)
     for kind in ("missing", "corrupt", "duplicate", "label mismatch"):
         _print_some(kind, [f"{p.path}: {p.detail}" for p in problems if p.kind == kind])
-    place = printable(str(file))
-    print(
-        f"index: {place}\nreport: {printable(str(folder))}\nuse it: mvit-train data=index data.path={place}"
-    )
+    place, folder_name = printable(str(file)), printable(str(folder))
+    print(f"index: {place}\nreport: {folder_name}\nuse it: mvit-train data=index data.path={place}")
 
 
 def check_index(config: DictConfig) -> None:
     """Compare an index with the disk; DataError where they differ."""
     file = index_file(_index_path(config))
-    table = read_table(file)
-    changes = compare(table, config.frame_rate)
+    changes = compare(read_table(file))
     for name, paths in changes._asdict().items():
         _print_some(name, paths)
     rows = [(name, path) for name, paths in changes._asdict().items() for path in paths]
@@ -76,16 +73,14 @@ def check_index(config: DictConfig) -> None:
 
 
 def _index_path(config: DictConfig) -> Path:
-    if config.index is not None:
-        place = Path(str(config.index))
-    elif "path" in config.data:
-        place = Path(str(config.data.path))
-    elif "root" in config.data and config.data.root is not None:
-        place = Path(str(config.data.root)) / INDEX_NAME
-    else:
-        place = Path(str(config.data.train)).parent / INDEX_NAME
+    place = config.index
+    for key in ("path", "root"):
+        if place is None and key in list(config.data):  # a value that isn't set raises
+            place = config.data[key]
+    place = Path(str(config.data.train)).parent if place is None else Path(str(place))
     place = place.expanduser()
-    return place / INDEX_NAME if place.is_dir() else place
+    is_folder = place.is_dir() or (config.index is None and "path" not in config.data)
+    return place / INDEX_NAME if is_folder else place
 
 
 def _write_report(table: Table, problems: list[Problem], found: dict[str, Any], folder: Path) -> None:

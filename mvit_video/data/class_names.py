@@ -30,7 +30,7 @@ def read_class_names(source: ClassNames) -> tuple[str, ...]:
         names = [str(name) for name in source]
     else:
         shipped = {file.stem: file for file in _SHIPPED.glob("*.txt")}
-        file = shipped.get(str(source)) or existing(source)
+        file = shipped.get(str(source)) or existing(str(source))
         where = str(file)
         names = _names_in_json(file) if file.suffix.lower() == ".json" else [n for _, n in lines_of(file)]
     check_class_names(names, where)

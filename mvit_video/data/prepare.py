@@ -11,13 +11,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
 from rich.progress import track
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from mvit_video.data.decode.stills import entry_on_disk, is_stills
 from mvit_video.data.files import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, FileSearch
@@ -71,7 +72,7 @@ def prepare(
         DataError: an older index can't be read, the new one can't be written, or a process died.
         ConfigError: another run is writing the same index.
     """
-    listed = [(split, _absolute(video)) for split, video in _videos_of(splits)]
+    listed = list(_videos_of(splits))
     paths = list(dict.fromkeys(video.path for _, video in listed))
     made_with = settings(frame_rate)
     journal = file.with_name(file.name + ".unfinished")
@@ -83,10 +84,8 @@ def prepare(
             info, todo = _sort_out(paths, known)
             log.info("%d videos: %d to read, %d known or missing", len(paths), len(todo), len(info))
             with replacing(journal, "w") as notes:
-                notes.writelines(
-                    _journal_lines(made_with, {path: known[path] for path in known if path in info})
-                )
-            # Not synced with each line: what a power loss takes is read again.
+                notes.writelines(_journal_lines(made_with, info))
+            # No line is synced: what a power loss takes is read again.
             with journal.open("a", encoding="utf-8", buffering=1) as notes:
                 found = _probe_all(todo, num_workers, frame_rate)
                 for path, new in track(found, "reading", total=len(todo), disable=not todo):
@@ -159,9 +158,10 @@ def summary(table: Table, problems: Sequence[Problem]) -> dict[str, Any]:
     }
 
 
-def compare(table: Table, frame_rate: float = 30.0) -> Changes:
+def compare(table: Table) -> Changes:
     """How the disk differs from an index; of the files only those are opened that couldn't be read before."""
     info = {entry.video.path: entry.info for entry in table.entries}
+    frame_rate = table.made_with.get("frame_rate", 30.0)
     changes = Changes([], [], [], [])
     for (path, old), stat in zip(info.items(), _stats(list(info)), strict=True):
         if isinstance(stat, str):
@@ -179,15 +179,11 @@ def compare(table: Table, frame_rate: float = 30.0) -> Changes:
 
 
 def _videos_of(splits: VideoSplits) -> Iterator[tuple[str, LabelledVideo]]:
+    """Split and video, with an absolute path, also of those that were left out."""
     for split in SPLITS:
         index = getattr(splits, split)
-        if index is not None:
-            for video in chain(index.videos, (out.video for out in index.left_out)):
-                yield split, video
-
-
-def _absolute(video: LabelledVideo) -> LabelledVideo:
-    return LabelledVideo(os.path.abspath(video.path), video.label, video.id)  # noqa: PTH100 (speed)
+        for video in chain(index.videos, (out.video for out in index.left_out)) if index else ():
+            yield split, LabelledVideo(os.path.abspath(video.path), video.label, video.id)  # noqa: PTH100
 
 
 def _stats(paths: list[str]) -> Iterable[tuple[int, int] | str]:
@@ -236,7 +232,8 @@ def _still_true(
 ) -> dict[str, FileInfo]:
     """Those of the files whose description holds with other settings and libraries than before.
 
-    What couldn't be read is tried again: permissions, disks and libraries get better.
+    What other libraries have read well is kept; what couldn't be read is tried again: permissions, disks and
+    libraries get better.
     """
     changed = differences(before, made_with)
     if known and changed:
@@ -255,23 +252,12 @@ def _still_true(
 # Probing
 
 
-class _Probes(Dataset[tuple[str, FileInfo]]):
-    def __init__(self, paths: list[str], frame_rate: float) -> None:
-        self.paths, self.frame_rate = paths, frame_rate
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> tuple[str, FileInfo]:
-        return self.paths[index], probe(self.paths[index], self.frame_rate)
-
-
 def _probe_all(paths: list[str], num_workers: int, frame_rate: float) -> Iterator[tuple[str, FileInfo]]:
     if not paths:
         return
-    dataset = _Probes(paths, frame_rate)
+    named = partial(_named_probe, frame_rate=frame_rate)  # runs where the sample is made: in a worker
     workers = min(num_workers, len(paths))
-    loader = DataLoader(dataset, batch_size=None, num_workers=workers)
+    loader = DataLoader[str](paths, batch_size=None, collate_fn=named, num_workers=workers)  # type: ignore[arg-type]
     try:
         yield from loader
     except RuntimeError as error:
@@ -283,10 +269,13 @@ def _probe_all(paths: list[str], num_workers: int, frame_rate: float) -> Iterato
         ) from None
 
 
+def _named_probe(path: str, frame_rate: float) -> tuple[str, FileInfo]:
+    return path, probe(path, frame_rate)
+
+
 def _journal_lines(made_with: Fingerprint, info: dict[str, FileInfo]) -> Iterator[str]:
     yield json.dumps({"made_with": made_with}) + "\n"
-    for path, values in info.items():
-        yield json.dumps([path, *values]) + "\n"
+    yield from (json.dumps([path, *values]) + "\n" for path, values in info.items())
 
 
 def _read_journal(file: Path, made_with: Fingerprint) -> dict[str, FileInfo]:

@@ -526,9 +526,7 @@ def test_hostile_class_names_are_errors(videos: Path, name: str, content: bytes)
 @pytest.mark.parametrize(
     "read", [folder_splits, find_videos, read_class_names, lambda path: csv_splits(path, path)]
 )
-@pytest.mark.parametrize(
-    "path", ["x" * 300, "x" * 5000, "a\0b", "~nosuchuser/x", "~x.mp4", "/dev/null/x"]
-)
+@pytest.mark.parametrize("path", ["x" * 300, "x" * 5000, "a\0b", "~nosuchuser/x", "~x.mp4", "/dev/null/x"])
 def test_paths_that_cannot_be_are_errors(path: str, read: Callable[[str], object]) -> None:
     with pytest.raises(DataError) as caught:
         read(path)
