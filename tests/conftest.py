@@ -13,7 +13,7 @@ from videos import write_numbered_video
 
 import mvit_video as mv
 from mvit_video.cli import main
-from mvit_video.weights.checkpoint import METADATA_KEY, model_metadata
+from mvit_video.weights import METADATA_KEY, model_metadata
 
 MAINS = {
     name: getattr(main, "evaluate" if name == "eval" else name)

@@ -25,8 +25,7 @@ from PIL import Image
 from videos import write_numbered_video
 
 import mvit_video as mv
-from mvit_video.weights import save_weights
-from mvit_video.weights.checkpoint import METADATA_KEY, model_metadata
+from mvit_video.weights import METADATA_KEY, model_metadata, save_weights
 
 ROOT = Path(__file__).parents[1]
 PAGES = [

@@ -13,8 +13,10 @@ from omegaconf import DictConfig
 from mvit_video.cli import app
 from mvit_video.errors import ConfigError
 from mvit_video.io.console import print_table
+from mvit_video.io.writing import replacing
 from mvit_video.model import MViT
-from mvit_video.weights.export import SUFFIXES, ExportedModel, export_model, load_exported
+from mvit_video.weights.export import ExportedModel, export_model, load_exported
+from mvit_video.weights.reading import EXPORTED
 
 log = logging.getLogger(__name__)
 
@@ -27,22 +29,17 @@ def export_and_check(config: DictConfig) -> None:
     if not isinstance(model, MViT):
         raise ConfigError(f"only MViT models can be exported, not {type(model).__name__}")
     path = Path(config.output)
-    if path.suffix not in SUFFIXES:
-        raise ConfigError(f"output={path}: models are exported as {' or '.join(SUFFIXES)}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unchecked = path.with_name(f".unchecked-{path.name}")  # never take a wrong file for a good one
-    try:
-        export_model(model, unchecked, compiled=config.compiled)
-        exported = load_exported(unchecked)
+    if path.suffix not in EXPORTED:
+        raise ConfigError(f"output={path}: models are exported as {' or '.join(EXPORTED)}")
+    with replacing(path) as file:  # a wrong file is never taken for a good one
+        export_model(model, file.name, compiled=config.compiled)
+        exported = load_exported(file.name, trust=True)  # just written
         rows = [_compare(model, exported, batch, config.runs) for batch in (1, config.batch_size)]
         worst = max(difference for _, _, _, difference in rows)
         if not worst <= config.tolerance:
             raise ConfigError(
                 f"{path}: its logits differ by {worst:.2g}, more than tolerance={config.tolerance}"
             )
-        unchecked.replace(path)
-    finally:
-        unchecked.unlink(missing_ok=True)
     log.info("%s: %.1f MB; %s", path, path.stat().st_size / 1e6, model.protocol)
     print_table(
         "",

@@ -37,7 +37,8 @@ from mvit_video.prediction.stream import redact_credentials
 from mvit_video.prediction.timeline import write_srt, write_vtt
 from mvit_video.prediction.writer import COLUMNS, PredictionWriter, as_text, format_of
 from mvit_video.weights import weights_sha256
-from mvit_video.weights.export import SUFFIXES, ExportedModel, load_exported
+from mvit_video.weights.export import ExportedModel, load_exported
+from mvit_video.weights.reading import EXPORTED
 
 log = logging.getLogger(__name__)
 
@@ -263,11 +264,11 @@ def build_recognizer(config: DictConfig) -> tuple[Recognizer, Fingerprint]:
 
 
 def _build_model(config: DictConfig, device: str) -> VideoModel | ExportedModel:
-    if not str(config.weights).endswith(SUFFIXES):
+    if not str(config.weights).endswith(EXPORTED):
         return app.build_model(config)
     if "model" in config:
         raise ConfigError(f"{config.weights} is a whole model: it takes no model=")
-    model = load_exported(config.weights, device)
+    model = load_exported(config.weights, device, trust=config.trust)
     model.protocol = app.override_protocol(model.protocol, config.views)
     return model
 

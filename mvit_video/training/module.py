@@ -25,7 +25,7 @@ from mvit_video.model import MViT, VideoModel, layer_groups
 from mvit_video.training.mixing import Mixing, soft_targets
 from mvit_video.training.plots import plot_batch
 from mvit_video.training.sharding import FullySharded, shard
-from mvit_video.weights.checkpoint import METADATA_KEY, model_metadata
+from mvit_video.weights import METADATA_KEY, model_metadata
 
 log = logging.getLogger(__name__)
 

@@ -2,14 +2,18 @@
 
 from mvit_video.weights.checkpoint import LoadReport, from_slowfast, load_model, load_weights, save_weights
 from mvit_video.weights.create import create_model
+from mvit_video.weights.description import model_metadata
 from mvit_video.weights.identity import weights_sha256
+from mvit_video.weights.reading import METADATA_KEY
 
 __all__ = [
+    "METADATA_KEY",
     "LoadReport",
     "create_model",
     "from_slowfast",
     "load_model",
     "load_weights",
+    "model_metadata",
     "save_weights",
     "weights_sha256",
 ]

@@ -1,83 +1,45 @@
-"""Weights from files: the toolkit's own, PySlowFast's, torchvision's, timm's and safetensors.
-
-Files are data: they are read with ``weights_only=True``, so nothing in them is executed, and configs found in
-them are read as values, never instantiated.
-"""
+"""Weights into models, and models into files."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import logging
-import pickle
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import safetensors.torch
 import torch
 import yaml
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mvit_video.errors import CheckpointError, ConfigError
+from mvit_video.io.writing import replacing
 from mvit_video.model.base import VideoModel
-from mvit_video.model.baselines import Baseline, BaselineConfig
-from mvit_video.model.clip_spec import ClipSpec
-from mvit_video.model.config import MViTConfig
+from mvit_video.model.baselines import Baseline
+from mvit_video.model.config import Grid
 from mvit_video.model.mvit import MViT
-from mvit_video.model.variants import replace_fields
-from mvit_video.weights.formats import adapted, official_names
-from mvit_video.weights.slowfast import slowfast_config, translate_config
+from mvit_video.weights.description import (
+    MAX_PARAMETERS,
+    Description,
+    as_overrides,
+    build_empty,
+    guess_variant,
+    model_metadata,
+    parse_metadata,
+)
+from mvit_video.weights.formats import adapt_shape, to_pyslowfast_keys
+from mvit_video.weights.pyslowfast import make_cfg, parse_cfg, parse_yaml, read_cfg
+from mvit_video.weights.reading import METADATA_KEY, find_weights, read_checkpoint
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 log = logging.getLogger(__name__)
-
-METADATA_KEY = "mvit_video"  # in our checkpoints: config, protocol and class names beside the weights
-
-
-def model_metadata(model: VideoModel) -> dict[str, Any]:
-    """What a checkpoint must hold beside the weights to build ``model`` again: plain dicts and lists."""
-    return {
-        "config": asdict(model.config),
-        "protocol": asdict(model.protocol),
-        "class_names": list(model.class_names) if model.class_names else None,
-    }
-
-
-def load_model(path: str | Path) -> VideoModel:
-    """Build the model that a checkpoint describes and load its weights, in eval mode on the CPU.
-
-    Reads checkpoints of ``mvit-train``, files of ``save_weights`` and PySlowFast's ``.pyth`` files. Raises
-    CheckpointError for a file that can't be read, holds weights alone, or doesn't fit its own description.
-    """
-    checkpoint = read_checkpoint(path)
-    if METADATA_KEY not in checkpoint and "model_state" in checkpoint and "cfg" in checkpoint:
-        return _built_from_slowfast(checkpoint, str(path))
-    if METADATA_KEY not in checkpoint:
-        raise CheckpointError(
-            f"{path}: holds weights but not which model they belong to; name the model too, "
-            "for example model=mvitv2_s_16x4"
-        )
-    metadata = checkpoint[METADATA_KEY]
-    try:
-        protocol = replace_fields(ClipSpec(), metadata["protocol"])
-        model: VideoModel
-        if "name" in metadata["config"]:
-            model = Baseline(BaselineConfig(**metadata["config"]), protocol)
-        else:
-            model = MViT(replace_fields(MViTConfig(), metadata["config"]), protocol)
-        if metadata["class_names"]:
-            model.class_names = tuple(metadata["class_names"])
-    except (ConfigError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: its description of the model can't be used ({error!r})") from None
-    _load(model, _state_dict(checkpoint, str(path)), str(path), adapt=False)
-    return model.eval()
 
 
 @dataclass(frozen=True)
@@ -85,9 +47,10 @@ class LoadReport:
     """What became of each of the model's tensors, by name.
 
     Attributes:
-        loaded: taken over as they were.
-        reshaped, inflated, interpolated: taken over in another shape, see ``formats.adapted``.
+        loaded: copied as they were.
+        reshaped, inflated, interpolated: copied in another shape, see ``formats.adapt_shape``.
         fresh: not in the source, and left as they were initialised.
+        prefix: what was removed in front of the source's names, such as ``"module."``.
     """
 
     loaded: tuple[str, ...] = ()
@@ -95,10 +58,13 @@ class LoadReport:
     inflated: tuple[str, ...] = ()
     interpolated: tuple[str, ...] = ()
     fresh: tuple[str, ...] = ()
+    prefix: str = ""
 
     def __str__(self) -> str:
         """A line for each way, with the number of tensors and, where something happened to them, names."""
         lines = [f"{len(self.loaded)} tensors loaded"]
+        if self.prefix:
+            lines[0] += f", without the prefix {self.prefix}"
         for how, groups in self._groups():
             names = [f"{name} (x{count})" if count > 1 else name for name, count in groups.items()]
             lines.append(f"{groups.total()} {how}: {', '.join(names)}")
@@ -108,7 +74,7 @@ class LoadReport:
         """For rich's ``print``: a table with a row for each kind of tensor that something happened to."""
         from rich.table import Table
 
-        table = Table(title=f"{len(self.loaded)} tensors loaded", title_justify="left")
+        table = Table(title=str(self).partition("\n")[0], title_justify="left")
         for column in ("what", "tensors", "count"):
             table.add_column(column, overflow="fold", justify="right" if column == "count" else "left")
         for how, groups in self._groups():
@@ -117,11 +83,32 @@ class LoadReport:
         return table
 
     def _groups(self) -> Iterator[tuple[str, Counter[str]]]:
-        """The ways in which anything came but as it was, with names; those of all blocks are one."""
+        """All ways but "loaded", with names; those of all blocks are one."""
         for how in ("reshaped", "inflated", "interpolated", "fresh"):
             groups = Counter(re.sub(r"\.\d+\.", ".*.", name) for name in getattr(self, how))
             if groups:
                 yield how, groups
+
+
+def load_model(path: str | Path) -> VideoModel:
+    """Build the model that a checkpoint describes and load its weights, in eval mode on the CPU.
+
+    Reads checkpoints of ``mvit-train``, files of ``save_weights`` and PySlowFast's ``.pyth`` files. Raises
+    CheckpointError for a file that can't be read, holds weights alone, doesn't fit its own description, or
+    holds NaN or infinity.
+    """
+    name, checkpoint = str(path), read_checkpoint(path)
+    if METADATA_KEY in checkpoint:
+        return _build(parse_metadata(checkpoint[METADATA_KEY], name), checkpoint, name)
+    if "model_state" in checkpoint and "cfg" in checkpoint:
+        return _from_pyslowfast(checkpoint, name)
+    weights = to_pyslowfast_keys(find_weights(checkpoint, name)[0], name)
+    head = weights.get(f"{MViT.classifier}.weight")
+    classes = f" model.num_classes={len(head)}" if head is not None and head.ndim else ""
+    raise CheckpointError(
+        f"{name}: holds weights but not which model they belong to; name the model too, "
+        f"for example model={guess_variant(weights)}{classes}"
+    )
 
 
 def load_weights(
@@ -131,44 +118,48 @@ def load_weights(
 
     Position tables of another resolution or clip length are interpolated, and weights of an image model are
     inflated to a video model, where the class token and the temporal tables then stay as initialised. Any
-    other difference in names or shapes is an error.
+    other difference in names or shapes is an error, and so is a NaN or an infinity.
 
     Args:
         model: with the architecture of the weights.
         source: a file or what is in one: a checkpoint of ``mvit-train``, of PySlowFast or of the official
-            image code, a state dict with their names, torchvision's or timm's, or a safetensors file.
+            image code, a state dict with their names, torchvision's or timm's, or a safetensors file. Names
+            may have the prefixes of DistributedDataParallel, ``torch.compile`` or a class around the model.
         head: "new" keeps the model's own head, as for other classes.
 
     Raises:
-        CheckpointError: the file can't be read, or names or shapes differ; the text lists which.
+        CheckpointError: the file can't be read, or names or shapes differ; the text lists which, and names
+            the model that the file describes.
     """
     if head not in ("strict", "new"):
         raise ConfigError(f"head must be 'strict' or 'new', got {head!r}")
     name, checkpoint = (
         ("state dict", source) if isinstance(source, Mapping) else (str(source), read_checkpoint(source))
     )
-    weights = _state_dict(checkpoint, name)
-    if isinstance(model, Baseline):
-        weights = {key if key.startswith("net.") else f"net.{key}": value for key, value in weights.items()}
-    else:
-        weights = official_names(weights, name)
-    report = _load(model, weights, name, adapt=isinstance(model, MViT), new_head=head == "new")
-    metadata = checkpoint.get(METADATA_KEY) or {}
-    trained = metadata.get("protocol") or {}
-    known = tuple(tuple(trained.get(key) or getattr(model.protocol, key)) for key in ("mean", "std"))
-    if known != (model.protocol.mean, model.protocol.std):
-        log.warning(
-            "%s: the weights were trained with mean %s and std %s, "
-            "the model normalises with mean %s and std %s",
-            name,
-            *known,
-            model.protocol.mean,
-            model.protocol.std,
-        )
-    class_names = metadata.get("class_names")
-    if class_names and head == "strict":
-        model.class_names = tuple(class_names)
-    return report
+    described = parse_metadata(checkpoint[METADATA_KEY], name) if METADATA_KEY in checkpoint else None
+    weights, prefix = _named_weights(model, checkpoint, name)
+
+    def hint() -> str:
+        with contextlib.suppress(CheckpointError, KeyError):
+            config = described.config if described else read_cfg(checkpoint, name).config
+            if (own := as_overrides(config)) != as_overrides(model.config):
+                return f"; the file describes another model: {own}"
+        return ""
+
+    grid = model.grid if isinstance(model, MViT) else None
+    fitted, report = _fit(model, weights, name, grid=grid, new_head=head == "new", hint=hint)
+    model.load_state_dict(fitted, strict=False)
+    if described:
+        trained, own = described.protocol, model.protocol
+        if (trained.mean, trained.std) != (own.mean, own.std):
+            log.warning(
+                "%s: the weights were trained with mean %s and std %s, "
+                "the model normalises with mean %s and std %s",
+                *(name, trained.mean, trained.std, own.mean, own.std),
+            )
+        if described.class_names and head == "strict":
+            model.class_names = described.class_names
+    return replace(report, prefix="" if described else prefix)
 
 
 def save_weights(model: VideoModel, path: str | Path) -> None:
@@ -176,17 +167,19 @@ def save_weights(model: VideoModel, path: str | Path) -> None:
 
     ``.safetensors`` gives a safetensors file, anything else a file that PySlowFast reads as well
     ("model_state", its names; and "cfg", its configuration, unless its options can't express the model).
+    What the path held before stays if this fails.
     """
-    path, metadata = Path(path), model_metadata(model)
+    metadata = model_metadata(model)
     weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    if path.suffix == ".safetensors":
-        save_file(weights, path, {METADATA_KEY: json.dumps(metadata)})
-    else:
-        content = {"epoch": 0, "model_state": weights, METADATA_KEY: metadata}
-        with contextlib.suppress(CheckpointError):
-            if isinstance(model, MViT):
-                content["cfg"] = yaml.safe_dump(slowfast_config(model.config, model.protocol))
-        torch.save(content, path)
+    content: dict[str, Any] = {"epoch": 0, "model_state": weights, METADATA_KEY: metadata}
+    with contextlib.suppress(CheckpointError):
+        if isinstance(model, MViT):
+            content["cfg"] = yaml.safe_dump(make_cfg(model.config, model.protocol))
+    with replacing(path) as file:
+        if Path(path).suffix == ".safetensors":
+            file.write(safetensors.torch.save(weights, {METADATA_KEY: json.dumps(metadata)}))
+        else:
+            torch.save(content, file)
 
 
 def from_slowfast(source: str | Path | Mapping[str, Any]) -> MViT:
@@ -201,155 +194,124 @@ def from_slowfast(source: str | Path | Mapping[str, Any]) -> MViT:
             have (named in the text), or the weights don't fit.
     """
     if isinstance(source, Mapping):
-        name, checkpoint = "checkpoint", source
+        return _from_pyslowfast(source, "checkpoint")
+    path = Path(source)
+    if path.suffix in (".yaml", ".yml") and path.is_file():
+        content = parse_yaml(path.read_text(encoding="utf-8", errors="replace"), str(source))
+        return _from_pyslowfast(content if isinstance(content, Mapping) else {}, str(source))
+    return _from_pyslowfast(read_checkpoint(source), str(source))
+
+
+def _from_pyslowfast(checkpoint: Mapping[str, Any], name: str) -> MViT:
+    if "MVIT" in checkpoint:  # a configuration without weights
+        description = parse_cfg(checkpoint, name)
+        empty = build_empty(description, None, name)
+        if (count := sum(parameter.numel() for parameter in empty.parameters())) > MAX_PARAMETERS:
+            raise CheckpointError(f"{name}: describes a model of {count} parameters, too many to build")
+        model: VideoModel = MViT(empty.config, description.protocol).eval()
+    elif missing := {"model_state", "cfg"} - set(checkpoint):
+        absent = " and no ".join(sorted(missing))
+        raise CheckpointError(f"{name}: not a PySlowFast checkpoint, it has no {absent}")
     else:
-        name, path = str(source), Path(source)
-        if path.suffix in (".yaml", ".yml") and path.is_file():
-            checkpoint = _parse_yaml(path.read_text(encoding="utf-8"), name)
-        else:
-            checkpoint = read_checkpoint(path)
-    if isinstance(checkpoint, Mapping) and "MVIT" in checkpoint:
-        checkpoint = {"cfg": checkpoint}  # a configuration without weights
-    elif missing := {"model_state", "cfg"} - set(checkpoint or ()):
-        raise CheckpointError(
-            f"{name}: not a PySlowFast checkpoint, it has no {' and no '.join(sorted(missing))}"
-        )
-    return _built_from_slowfast(checkpoint, name)
+        model = _build(read_cfg(checkpoint, name), {"model_state": checkpoint["model_state"]}, name)
+    assert isinstance(model, MViT)
+    return model
 
 
-def checkpoint_names(checkpoint: Mapping[str, Any], name: str) -> set[str]:
-    """The official names of the weights in a checkpoint of any known kind; ``name`` is for errors."""
-    return set(official_names(_state_dict(checkpoint, name), name))
+def _build(description: Description, checkpoint: Mapping[str, Any], name: str) -> VideoModel:
+    """The described model with the checkpoint's weights; memory is taken once both fit together."""
+    weights = find_weights(checkpoint, name)[0]
+    model = build_empty(description, weights, name)
+    fitted, _ = _fit(model, _named_weights(model, checkpoint, name)[0], name)
+    if isinstance(model, MViT):
+        model.to_empty(device="cpu")
+    else:  # holds buffers that no checkpoint has
+        assert isinstance(model, Baseline)
+        model = Baseline(model.config, model.protocol)
+    model.load_state_dict(fitted)
+    model.class_names = description.class_names
+    return model.eval()
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint file as plain data onto the CPU. Raises CheckpointError where that fails."""
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
-    if _is_safetensors(path):
-        return _read_safetensors(path)
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if found is None:
-            raise CheckpointError(f"{path}: not a checkpoint file, or damaged") from None
-        raise CheckpointError(
-            f"{path}: refused, it is no file of plain weights: loading it could run code ({found[1]})"
-        ) from None
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}".replace("\n", " ")
-        raise CheckpointError(f"{path}: not a checkpoint file, or damaged ({reason})") from None
-    if not isinstance(checkpoint, dict):
-        raise CheckpointError(
-            f"{path}: expected a checkpoint or a state dict, found {type(checkpoint).__name__}"
-        )
-    return checkpoint
+def _named_weights(
+    model: VideoModel, checkpoint: Mapping[str, Any], name: str
+) -> tuple[dict[str, Tensor], str]:
+    """The checkpoint's weights by the names of ``model``, and the prefix that was removed."""
+    weights, prefix = find_weights(checkpoint, name)
+    if isinstance(model, Baseline):
+        return {f"net.{key}": value for key, value in weights.items()}, prefix.removesuffix("net.")
+    return to_pyslowfast_keys(weights, name), prefix
 
 
-def _is_safetensors(path: Path) -> bool:
-    """Such files start with the length of a json header and that header."""
-    with path.open("rb") as file:
-        start = file.read(9)
-    return path.suffix == ".safetensors" or start[8:] == b"{"
+def _fit(
+    model: VideoModel,
+    weights: Mapping[str, Tensor],
+    name: str,
+    *,
+    grid: Grid | None = None,
+    new_head: bool = False,
+    hint: Callable[[], str] = str,
+) -> tuple[dict[str, Tensor], LoadReport]:
+    """The weights in the shapes and types of ``model``, which may be on the meta device.
 
+    Args:
+        grid: of the model's tokens (T, H, W), for weights of clips of another size; None: shapes must agree.
+        hint: gives what to add to the error where names or shapes differ.
 
-def _read_safetensors(path: Path) -> dict[str, Any]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-            metadata = (file.metadata() or {}).get(METADATA_KEY)
-        return {"model_state": weights} | ({METADATA_KEY: json.loads(metadata)} if metadata else {})
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a safetensors file, or damaged ({error})") from None
-
-
-def _state_dict(checkpoint: Mapping[str, Any], name: str) -> dict[str, Tensor]:
-    """The model's weights inside a checkpoint of any known kind."""
-    # "model_state": PySlowFast; "state_dict": Lightning, among others.
-    key = next((key for key in ("model_state", "state_dict") if key in checkpoint), None)
-    weights = checkpoint[key] if key else checkpoint
-    if not isinstance(weights, Mapping) or not any(isinstance(value, Tensor) for value in weights.values()):
-        raise CheckpointError(
-            f"{name}: no weights found; its keys are {', '.join(map(str, list(checkpoint)[:8]))}"
-        )
-    for entry, value in weights.items():
-        if not isinstance(entry, str) or not isinstance(value, Tensor):
-            raise CheckpointError(f"{name}: no weights: {entry!r} is a {type(value).__name__}, not a tensor")
-    if key == "state_dict":  # of Lightning: the model is a member of the training module
-        member = {k.removeprefix("model."): v for k, v in weights.items() if k.startswith("model.")}
-        return member or dict(weights)
-    return dict(weights)
-
-
-def _load(
-    model: VideoModel, weights: Mapping[str, Tensor], name: str, *, adapt: bool = True, new_head: bool = False
-) -> LoadReport:
+    Raises:
+        CheckpointError: names or shapes differ, or a number is NaN or infinite.
+    """
     expected = model.state_dict()
-    head, head_weight = f"{model.classifier}.", f"{model.classifier}.weight"
+    head = f"{model.classifier}."
     kept = [key for key in expected if new_head and key.startswith(head)]
     if new_head:
         weights = {key: value for key, value in weights.items() if not key.startswith(head)}
-    elif head_weight in weights and len(weights[head_weight]) != len(expected[head_weight]):
-        raise CheckpointError(
-            f"{name}: its head has {len(weights[head_weight])} classes, "
-            f"the model has {len(expected[head_weight])}; "
-            "a new head can be asked for (head=new)"
-        )
+    else:
+        _check_head(weights.get(f"{head}weight"), expected[f"{head}weight"], name, hint)
     fitted: dict[str, Tensor] = {}
     how: dict[str, list[str]] = {"loaded": [], "reshaped": [], "inflated": [], "interpolated": []}
-    problems = []
-    for key, value in expected.items():
-        if key not in weights:
-            continue
-        found = weights[key]
-        if found.is_floating_point() != value.is_floating_point() or found.layout is not torch.strided:
-            problems.append(f"{key} holds {found.dtype} ({found.layout}), expected dense floats")
-            continue
-        result: tuple[Tensor, str] | None = (found, "loaded")
-        if found.shape != value.shape:
-            result = None
-            if adapt and isinstance(model, MViT):
-                result = adapted(key, found, tuple(value.shape), model.grid)
-        if result is None:
-            problems.append(f"{key} is {tuple(found.shape)}, expected {tuple(value.shape)}")
+    misfits = []
+    for key in (key for key in expected if key in weights):
+        found, value = weights[key], expected[key]
+        if not _is_plain(found) or found.is_floating_point() != value.is_floating_point():
+            misfits.append(f"{key} holds {found.dtype} ({found.layout}), expected dense floats")
+        elif found.shape == value.shape:
+            fitted[key] = found.to(value.dtype)
+            how["loaded"].append(key)
+        elif grid and (adapted := adapt_shape(key, found, tuple(value.shape), grid)):
+            fitted[key] = adapted[0].to(value.dtype)
+            how[adapted[1]].append(key)
         else:
-            fitted[key] = result[0]
-            how[result[1]].append(key)
+            misfits.append(f"{key} is {tuple(found.shape)}, expected {tuple(value.shape)}")
     if how["inflated"]:  # an image model has no time
         kept += [key for key in expected if key == "cls_token" or key.endswith("rel_pos_t")]
     fresh = [key for key in kept if key not in weights]
     problems = [
         *(f"missing {key}" for key in expected if key not in weights and key not in fresh),
-        *(f"unexpected {key}" for key in weights if key not in expected),
-        *problems,
+        *(f"unexpected {key[:80]}" for key in weights if key not in expected),
+        *misfits,
     ]
     if problems:
         more = f"; and {len(problems) - 6} more" if len(problems) > 6 else ""
-        raise CheckpointError(f"{name}: doesn't fit the model: {'; '.join(problems[:6])}{more}")
-    model.load_state_dict(fitted, strict=False)
-    return LoadReport(**{key: tuple(names) for key, names in how.items()}, fresh=tuple(fresh))
+        raise CheckpointError(f"{name}: doesn't fit the model: {'; '.join(problems[:6])}{more}{hint()}")
+    for key, value in fitted.items():
+        if not value.isfinite().all():
+            raise CheckpointError(f"{name}: {key} holds NaN or infinity: these weights give no predictions")
+    ways: dict[str, Any] = {key: tuple(names) for key, names in how.items()}
+    return fitted, LoadReport(**ways, fresh=tuple(fresh))
 
 
-def _built_from_slowfast(checkpoint: Mapping[str, Any], name: str) -> MViT:
-    weights = checkpoint.get("model_state")
-    model = MViT(*described_by(checkpoint, name))
-    if weights is not None:
-        _load(model, _state_dict({"model_state": weights}, name), name, adapt=False)
-    return model.eval()
+def _check_head(found: Tensor | None, expected: Tensor, name: str, hint: Callable[[], str]) -> None:
+    if found is not None and found.ndim and len(found) != len(expected):
+        raise CheckpointError(
+            f"{name}: its head has {len(found)} classes, the model has {len(expected)}; "
+            f"build the model with num_classes={len(found)} (in a command model.num_classes={len(found)}), "
+            f"or train a new head (mvit-train head=new){hint()}"
+        )
 
 
-def described_by(checkpoint: Mapping[str, Any], name: str) -> tuple[MViTConfig, ClipSpec]:
-    """The model and protocol that the cfg of a PySlowFast checkpoint describes; ``name`` is for errors."""
-    cfg = checkpoint["cfg"]
-    if isinstance(cfg, str):
-        cfg = _parse_yaml(cfg, name)
-    return translate_config(cfg, name, checkpoint.get("model_state") or ())
-
-
-def _parse_yaml(text: str, name: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise CheckpointError(f"{name}: its cfg is no plain yaml ({error})".replace("\n", " ")) from None
+def _is_plain(value: Tensor) -> bool:
+    """Dense, with memory behind each number: a view can claim a huge shape out of a single one."""
+    if value.layout is not torch.strided or value.is_meta or value.is_nested:
+        return False
+    return value.untyped_storage().nbytes() >= value.numel() * value.element_size()

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 from mvit_video.errors import ConfigError, did_you_mean
-from mvit_video.model import MViT
-from mvit_video.model.variants import VARIANTS, build, list_models
-from mvit_video.weights.published import create_published
+from mvit_video.model.config import MViTConfig
+from mvit_video.model.mvit import MViT
+from mvit_video.model.variants import VARIANTS, Variant, build, list_models
+from mvit_video.weights import published
+from mvit_video.weights.checkpoint import from_slowfast, load_weights
+from mvit_video.weights.formats import to_pyslowfast_keys
+from mvit_video.weights.pyslowfast import infer_layout, read_cfg
+from mvit_video.weights.reading import find_weights
 
 
 def create_model(
@@ -18,12 +24,13 @@ def create_model(
     head: Literal["strict", "new"] = "strict",
     **overrides: Any,
 ) -> MViT:
-    """Build a model by name, with fresh or published weights.
+    """Build a model by name, with fresh or published weights; with those it is in eval mode.
 
     Args:
         name: one of ``list_models()``.
         num_classes: outputs of the head; the variant's own, or that of the weights, where None.
-        weights: the name of published weights, see ``published.PUBLISHED``: "kinetics400", "ssv2", ...
+        weights: the name of published weights, see ``published.PUBLISHED``: "kinetics400", "ssv2", ...; they
+            are fetched on first use into torch hub's folder. Tables for another size are interpolated.
         head: "new" leaves the head out of the published weights, as for other classes.
         overrides: fields of ``MViTConfig`` that differ from the variant's; None leaves the variant's. The
             model's protocol follows ``num_frames`` and ``crop_size``.
@@ -34,9 +41,42 @@ def create_model(
         CheckpointError: published weights can't be fetched, or know another number of classes.
     """
     if weights is not None:
-        return create_published(name, weights, num_classes, head=head, **overrides)
+        return _create_published(name, weights, num_classes, head=head, **overrides)
     if name not in VARIANTS:
         raise ConfigError(
             f"unknown model {name!r}{did_you_mean(name, VARIANTS)}; known: {', '.join(list_models())}"
         )
     return build(VARIANTS[name], num_classes=num_classes, **overrides)
+
+
+def _create_published(
+    model: str, name: str, num_classes: int | None, *, head: Literal["strict", "new"], **overrides: Any
+) -> MViT:
+    known = {entry.name: entry for entry in published.PUBLISHED if entry.model == model}
+    if name not in known:
+        names = ", ".join(known) or "none"
+        raise ConfigError(f"there are no weights {name!r} of {model}; published are: {names}")
+    entry = known[name]
+    checkpoint = published.fetch(entry)
+    variant = VARIANTS[model]
+    if "cfg" in checkpoint:  # the file knows its layout and protocol best
+        changed = head == "new" or num_classes not in (None, entry.num_classes)
+        if not changed and all(value is None for value in overrides.values()):
+            return from_slowfast(checkpoint)
+        description = read_cfg(checkpoint, entry.file_name)
+        assert isinstance(description.config, MViTConfig)
+        variant = Variant(description.config, description.protocol)
+    built = build(variant, num_classes=num_classes or entry.num_classes, **overrides)
+    found = to_pyslowfast_keys(find_weights(checkpoint, entry.file_name)[0], entry.file_name)
+    layout = infer_layout(built.config, set(found))
+    if layout != built.config:  # the published L is another model than its configuration gives
+        built = MViT(layout, built.protocol)
+    load_weights(built, checkpoint, head=head)
+    spec = built.protocol
+    if name == "ssv2" and "cfg" not in checkpoint:
+        # These models saw BGR frames, swapped behind the normalisation.
+        spec = replace(spec, mean=spec.mean[::-1], std=spec.std[::-1])
+        built.protocol = replace(spec, sampling="segment", num_clips=1, num_crops=3, short_side=spec.crop)
+    elif name.endswith("_torchvision"):
+        built.protocol = replace(spec, sampling="torchvision", pixels="torchvision")
+    return built.eval()

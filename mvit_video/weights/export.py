@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from mvit_video.errors import CheckpointError, ConfigError
-from mvit_video.model import ClipSpec, MViT, MViTConfig
-from mvit_video.model.variants import replace_fields
-from mvit_video.weights.checkpoint import METADATA_KEY, model_metadata
+from mvit_video.model.config import MViTConfig
+from mvit_video.model.mvit import MViT
+from mvit_video.weights.description import model_metadata, parse_metadata
+from mvit_video.weights.reading import EXPORTED, METADATA_KEY, brief
 
-SUFFIXES = (".onnx", ".pt2")
 MAX_BATCH = 1024  # of a program; ONNX has no limit
 
 Run = Callable[[Tensor], Tensor]
@@ -34,26 +34,35 @@ class ExportedModel(nn.Module):
     It takes the place of an ``MViT`` in ``Recognizer``. Clips must have the size it was exported for.
     """
 
-    def __init__(self, run: Run, metadata: dict[str, Any], name: str) -> None:
+    def __init__(self, run: Run, metadata: str | None, path: str) -> None:
         super().__init__()
+        if not metadata:
+            raise CheckpointError(f"{path}: holds no description of the model; was it made by mvit-export?")
         try:
-            self.config = replace_fields(MViTConfig(), metadata["config"])
-            self.protocol = replace_fields(ClipSpec(), metadata["protocol"])
-            names = metadata["class_names"]
-        except (ConfigError, KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{name}: its description of the model can't be used ({error!r})") from None
-        self.class_names: tuple[str, ...] | None = tuple(names) if names else None
-        self._run, self.path = run, name
+            values = json.loads(metadata)
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(
+                f"{path}: its description of the model can't be used ({brief(error)})"
+            ) from None
+        description = parse_metadata(values, path)
+        if not isinstance(description.config, MViTConfig):
+            raise CheckpointError(f"{path}: describes {description.config.name}, but only MViT is exported")
+        self.config, self.protocol = description.config, description.protocol
+        self.class_names = description.class_names
+        self._run, self.path = run, path
 
     def forward(self, clips: Tensor) -> Tensor:
-        """Raises ConfigError for clips of another size."""
+        """Raises ConfigError for clips of another size, CheckpointError where the file can't answer them."""
         size = (3, *self.config.input_size)
         if tuple(clips.shape[1:]) != size:
             raise ConfigError(
                 f"{self.path} was exported for clips of {size}, got {tuple(clips.shape[1:])}; "
                 "export it with these views"
             )
-        return self._run(clips)
+        logits = self._run(clips)
+        if tuple(logits.shape) != (expected := (len(clips), self.config.num_classes)):
+            raise CheckpointError(f"{self.path}: gives {tuple(logits.shape)}, its description {expected}")
+        return logits
 
 
 def export_model(model: MViT, path: str | Path, *, compiled: bool = False) -> None:
@@ -66,8 +75,8 @@ def export_model(model: MViT, path: str | Path, *, compiled: bool = False) -> No
         ConfigError: another suffix, or a package that this needs is missing.
     """
     path = Path(path)
-    if path.suffix not in SUFFIXES:
-        raise ConfigError(f"{path}: models are exported as {' or '.join(SUFFIXES)}")
+    if path.suffix not in EXPORTED:
+        raise ConfigError(f"{path}: models are exported as {' or '.join(EXPORTED)}")
     if compiled and path.suffix != ".pt2":
         raise ConfigError(f"{path}: only a .pt2 can be compiled")
     model = model.cpu().eval()
@@ -91,25 +100,33 @@ def export_model(model: MViT, path: str | Path, *, compiled: bool = False) -> No
             torch.export.save(program, path, extra_files={METADATA_KEY: metadata})
 
 
-def load_exported(path: str | Path, device: str | torch.device = "cpu") -> ExportedModel:
-    """Read a file of ``export_model``. A compiled ``.pt2`` is machine code: run only files that you trust.
+def load_exported(path: str | Path, device: str | torch.device = "cpu", trust: bool = False) -> ExportedModel:
+    """Read a file of ``export_model``.
+
+    Args:
+        trust: a ``.pt2`` is a program, compiled or not, and loading one can run any code: it is refused
+            unless you say that you trust where it comes from. ONNX files hold no code of their own.
 
     Raises:
-        CheckpointError: the file can't be read, or isn't one of this toolkit's.
+        CheckpointError: the file can't be read, isn't trusted, or isn't one of this toolkit's.
         ConfigError: onnxruntime isn't installed.
     """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
+    if path.suffix != ".onnx" and not trust:
+        raise CheckpointError(
+            f"{path}: refused, as a .pt2 is a program that can run any code when it is loaded; if you "
+            "made it or trust who did, set trust=true (in Python load_exported(path, trust=True)), "
+            "or export it as ONNX, which holds no code"
+        )
     if path.suffix == ".onnx":
         run, metadata = _load_onnx(path, device)
     elif _is_compiled(path):
         run, metadata = _load_compiled(path)
     else:
         run, metadata = _load_program(path, device)
-    if not metadata:
-        raise CheckpointError(f"{path}: holds no description of the model; was it made by mvit-export?")
-    return ExportedModel(run, json.loads(metadata), str(path))
+    return ExportedModel(run, metadata, str(path))
 
 
 def _export_onnx(model: MViT, clips: Tensor, shapes: Any, metadata: str, path: Path) -> None:
@@ -142,12 +159,13 @@ def _load_onnx(path: Path, device: str | torch.device) -> tuple[Run, str | None]
     try:
         session = runtime.InferenceSession(str(path), options, providers=[*wanted, "CPUExecutionProvider"])
     except Exception as error:  # its own exceptions have no common base
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{path}: not an ONNX model, or damaged ({reason})") from None
-    name = session.get_inputs()[0].name
+        raise CheckpointError(f"{path}: not an ONNX model, or damaged ({brief(error)})") from None
 
     def run(clips: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(None, {name: clips.float().cpu().numpy()})[0])
+        try:
+            return torch.from_numpy(session.run(["logits"], {"clips": clips.float().cpu().numpy()})[0])
+        except Exception as error:
+            raise CheckpointError(f"{path}: its program fails ({brief(error)})") from None
 
     return run, session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
 
@@ -157,8 +175,7 @@ def _load_program(path: Path, device: str | torch.device) -> tuple[Run, str | No
     try:
         program = torch.export.load(path, extra_files=extra)
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{path}: not a program of torch.export, or damaged ({reason})") from None
+        raise CheckpointError(f"{path}: not a program of torch.export, or damaged ({brief(error)})") from None
     if torch.device(device).type != "cpu":
         from torch.export.passes import move_to_device_pass
 
@@ -168,8 +185,11 @@ def _load_program(path: Path, device: str | torch.device) -> tuple[Run, str | No
 
 
 def _load_compiled(path: Path) -> tuple[Run, str | None]:
-    package: Any = torch._inductor.aoti_load_package(str(path))
-    return cast(Run, package), package.get_metadata().get(METADATA_KEY)
+    try:
+        package: Any = torch._inductor.aoti_load_package(str(path))
+        return cast(Run, package), package.get_metadata().get(METADATA_KEY)
+    except Exception as error:  # made for another processor or version
+        raise CheckpointError(f"{path}: its machine code can't be loaded ({brief(error)})") from None
 
 
 def _is_compiled(path: Path) -> bool:

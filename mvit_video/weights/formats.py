@@ -1,4 +1,4 @@
-"""Names and shapes of other implementations' weights, brought to those of the official checkpoints."""
+"""Names and shapes of other implementations' weights, brought to those of PySlowFast's checkpoints."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _TIMM = (
 )
 
 
-def official_names(weights: Mapping[str, Tensor], source: str = "state dict") -> dict[str, Tensor]:
+def to_pyslowfast_keys(weights: Mapping[str, Tensor], source: str = "state dict") -> dict[str, Tensor]:
     """The same weights by the names of PySlowFast, from torchvision's, timm's or these names themselves.
 
     Raises CheckpointError, which names ``source``, for timm's models with a class token: they compute
@@ -56,7 +56,7 @@ def official_names(weights: Mapping[str, Tensor], source: str = "state dict") ->
     return dict(weights)
 
 
-def adapted(name: str, value: Tensor, shape: tuple[int, ...], grid: Grid) -> tuple[Tensor, str] | None:
+def adapt_shape(name: str, value: Tensor, shape: tuple[int, ...], grid: Grid) -> tuple[Tensor, str] | None:
     """A weight in another shape, and how that was done; None where there is no sound way.
 
     ``grid`` is the one of tokens (T, H, W) that the model's absolute positions are made for.

@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import re
-import urllib.error
-from dataclasses import dataclass, replace
+import shutil
+import urllib.request
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, cast
 
 import torch
+from filelock import FileLock
+from rich.console import Console
+from rich.progress import wrap_file
 
-from mvit_video.errors import CheckpointError, ConfigError
+from mvit_video.errors import CheckpointError
 from mvit_video.io.fingerprint import file_sha256
-from mvit_video.model.mvit import MViT
-from mvit_video.model.variants import VARIANTS, Variant, build
-from mvit_video.weights.checkpoint import (
-    checkpoint_names,
-    described_by,
-    from_slowfast,
-    load_weights,
-    read_checkpoint,
-)
-from mvit_video.weights.slowfast import believe_weights
+from mvit_video.io.writing import replacing
+from mvit_video.weights.reading import read_checkpoint
 
 _SLOWFAST = "https://dl.fbaipublicfiles.com/pyslowfast/model_zoo"
-_TORCHVISION = "https://download.pytorch.org/models"
 
 
 @dataclass(frozen=True)
@@ -60,147 +55,81 @@ class PublishedWeights:
         return found[1] if found else None
 
 
-def _v2(file: str) -> str:
-    return f"{_SLOWFAST}/mvitv2/pysf_video_models/{file}"
+def _v2(model: str, name: str, file: str, views: str, top1: float, top5: float) -> PublishedWeights:
+    url = f"{_SLOWFAST}/mvitv2/pysf_video_models/{file}.pyth"
+    return PublishedWeights(model, name, 174 if name == "ssv2" else 400, url, views, top1, top5)
 
 
-# PySlowFast's MViTv2 page and model zoo; torchvision's weight enumerations.
+def _v1(num_classes: int, file: str, top1: float, top5: float) -> PublishedWeights:
+    name, url, saved_as = f"kinetics{num_classes}", f"{_SLOWFAST}/mvit/{file}", f"MViTv1_B_32x3_{file}"
+    return PublishedWeights("mvitv1_b_32x3", name, num_classes, url, "5x1", top1, top5, saved_as)
+
+
+def _torchvision(model: str, file: str, top1: float, top5: float) -> PublishedWeights:
+    name, url = "kinetics400_torchvision", f"https://download.pytorch.org/models/{file}.pth"
+    return PublishedWeights(model, name, 400, url, "5x1", top1, top5)
+
+
+# github.com/facebookresearch/SlowFast: projects/mvitv2/README.md at 73c3ee69, MODEL_ZOO.md at c6b7655f;
+# torchvision: MViT_V2_S_Weights and MViT_V1_B_Weights of torchvision/models/video/mvit.py.
 PUBLISHED = (
-    PublishedWeights(
-        "mvitv2_s_16x4", "kinetics400", 400, _v2("MViTv2_S_16x4_k400_f302660347.pyth"), "5x1", 81.0, 94.6
-    ),
-    PublishedWeights(
-        "mvitv2_b_32x3", "kinetics400", 400, _v2("MViTv2_B_32x3_k400_f304025456.pyth"), "5x1", 82.9, 95.7
-    ),
-    PublishedWeights(
-        "mvitv2_l_40x3", "kinetics400", 400, _v2("MViTv2_L_40x3_k400_f306903192.pyth"), "5x3", 86.1, 97.0
-    ),
-    PublishedWeights(
-        "mvitv2_s_16x4", "ssv2", 174, _v2("MViTv2_S_16x4_ssv2_f308341823.pyth"), "1x3", 68.2, 91.4
-    ),
-    PublishedWeights(
-        "mvitv2_b_32x3", "ssv2", 174, _v2("MViTv2_B_32x3_ssv2_f305803282.pyth"), "1x3", 70.5, 92.7
-    ),
-    PublishedWeights(
-        "mvitv2_l_40x3", "ssv2", 174, _v2("MViTv2_L_40x3_ssv2_f309603968.pyth"), "1x3", 73.3, 94.1
-    ),
-    PublishedWeights(
-        "mvitv2_s_16x4",
-        "kinetics400_torchvision",
-        400,
-        f"{_TORCHVISION}/mvit_v2_s-ae3be167.pth",
-        "5x1",
-        80.757,
-        94.665,
-    ),
-    PublishedWeights(
-        "mvitv1_b_16x4",
-        "kinetics400_torchvision",
-        400,
-        f"{_TORCHVISION}/mvit_v1_b-dbeb1030.pth",
-        "5x1",
-        78.477,
-        93.582,
-    ),
-    *(
-        PublishedWeights(
-            "mvitv1_b_32x3",
-            f"kinetics{classes}",
-            classes,
-            f"{_SLOWFAST}/mvit/k{classes}.pyth",
-            "5x1",
-            top1,
-            top5,
-            saved_as=f"MViTv1_B_32x3_k{classes}.pyth",
-        )
-        for classes, top1, top5 in ((400, 80.4, 94.8), (600, 83.9, 96.5))
-    ),
+    _v2("mvitv2_s_16x4", "kinetics400", "MViTv2_S_16x4_k400_f302660347", "5x1", 81.0, 94.6),
+    _v2("mvitv2_b_32x3", "kinetics400", "MViTv2_B_32x3_k400_f304025456", "5x1", 82.9, 95.7),
+    _v2("mvitv2_l_40x3", "kinetics400", "MViTv2_L_40x3_k400_f306903192", "5x3", 86.1, 97.0),
+    _v2("mvitv2_s_16x4", "ssv2", "MViTv2_S_16x4_ssv2_f308341823", "1x3", 68.2, 91.4),
+    _v2("mvitv2_b_32x3", "ssv2", "MViTv2_B_32x3_ssv2_f305803282", "1x3", 70.5, 92.7),
+    _v2("mvitv2_l_40x3", "ssv2", "MViTv2_L_40x3_ssv2_f309603968", "1x3", 73.3, 94.1),
+    _torchvision("mvitv2_s_16x4", "mvit_v2_s-ae3be167", 80.757, 94.665),
+    _torchvision("mvitv1_b_16x4", "mvit_v1_b-dbeb1030", 78.477, 93.582),
+    _v1(400, "k400.pyth", 80.4, 94.8),
+    _v1(600, "k600.pyth", 83.9, 96.5),
 )
-
-
-def create_published(
-    model: str,
-    name: str,
-    num_classes: int | None = None,
-    *,
-    head: Literal["strict", "new"] = "strict",
-    **overrides: Any,
-) -> MViT:
-    """Build a model with published weights, fetched on first use into torch hub's folder; in eval mode.
-
-    Args:
-        model, name: see ``PUBLISHED``.
-        num_classes: that of the weights where None; another needs ``head="new"``.
-        head: "new" gives a fresh head.
-        overrides: fields of ``MViTConfig``; tables for another size are interpolated.
-
-    Raises:
-        ConfigError: there are no such weights.
-        CheckpointError: the file can't be fetched, is damaged, or doesn't fit.
-    """
-    known = {entry.name: entry for entry in PUBLISHED if entry.model == model}
-    if name not in known:
-        names = ", ".join(known) or "none"
-        raise ConfigError(f"there are no weights {name!r} of {model}; published are: {names}")
-    entry = known[name]
-    checkpoint = fetch(entry)
-    changed = head == "new" or num_classes not in (None, entry.num_classes)
-    if "cfg" in checkpoint and not changed and all(value is None for value in overrides.values()):
-        return from_slowfast(checkpoint)
-    variant = VARIANTS[model]
-    if "cfg" in checkpoint:  # the file knows its layout and protocol best
-        variant = Variant(*described_by(checkpoint, entry.file_name))
-    built = build(variant, num_classes=num_classes or entry.num_classes, **overrides)
-    layout = believe_weights(built.config, checkpoint_names(checkpoint, entry.file_name))
-    if layout != built.config:  # the published L is another model than its configuration gives
-        built = MViT(layout, built.protocol)
-    load_weights(built, checkpoint, head=head)
-    if name == "ssv2" and "cfg" not in checkpoint:
-        crop = built.protocol.crop
-        built.protocol = replace(
-            built.protocol,
-            sampling="segment",
-            num_clips=1,
-            num_crops=3,
-            short_side=crop,
-            # These models saw BGR frames, swapped behind the normalisation.
-            mean=built.protocol.mean[::-1],
-            std=built.protocol.std[::-1],
-        )
-    elif name.endswith("_torchvision"):
-        built.protocol = replace(built.protocol, sampling="torchvision", pixels="torchvision")
-    return built.eval()
 
 
 def fetch(entry: PublishedWeights) -> dict[str, Any]:
     """Read a published file from torch hub's folder, downloading it there first if it is missing.
 
-    A download is verified by the hash in its name, or where it has none by being a readable file of weights,
-    and only then stays. Raises CheckpointError.
+    Of several processes one downloads and the others wait. A download is verified by the hash in its name,
+    or where it has none by being a readable file of weights, and only then stays. Raises CheckpointError.
     """
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     path = folder / entry.file_name
-    if path.is_file():
-        _check_hash(path, entry)
-        return read_checkpoint(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
     by_hand = f"put {entry.file_name} into {folder} by hand"
-    try:
-        torch.hub.download_url_to_file(entry.url, str(part), entry.hash_prefix)
-        checkpoint = read_checkpoint(part)
-        part.rename(path)
-    except (urllib.error.URLError, OSError) as error:
-        raise CheckpointError(f"{entry.url} can't be fetched ({error}); {by_hand}") from None
-    except (CheckpointError, RuntimeError) as error:
-        raise CheckpointError(f"{entry.url} arrived damaged ({error}); try again, or {by_hand}") from None
-    finally:
-        part.unlink(missing_ok=True)
-    return checkpoint
+    if not path.is_file():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock_file = folder / f".{entry.file_name}.lock"
+            with FileLock(lock_file):
+                try:
+                    if not path.is_file():
+                        _download(entry, path)
+                finally:
+                    lock_file.unlink(missing_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"{entry.url} can't be fetched ({error}); {by_hand}") from None
+        except CheckpointError as error:
+            raise CheckpointError(f"{entry.url} arrived damaged ({error}); try again, or {by_hand}") from None
+    _check_hash(path, entry)
+    return read_checkpoint(path)
+
+
+def _download(entry: PublishedWeights, path: Path) -> None:
+    with replacing(path) as file, urllib.request.urlopen(entry.url, timeout=60) as response:
+        size = int(response.headers.get("Content-Length") or 0)
+        with wrap_file(
+            cast(BinaryIO, response), size, description=entry.file_name, console=Console(stderr=True)
+        ) as reader:
+            shutil.copyfileobj(reader, file, 1 << 20)
+        file.flush()
+        arrived = Path(file.name)
+        if size and arrived.stat().st_size != size:
+            raise CheckpointError(f"{arrived.stat().st_size} of {size} bytes")
+        _check_hash(arrived, entry)
+        read_checkpoint(arrived)
 
 
 def _check_hash(path: Path, entry: PublishedWeights) -> None:
-    """CheckpointError where a file that was put there by hand isn't the published one."""
+    """CheckpointError where a file isn't the published one, such as one that was put there by hand."""
     if entry.hash_prefix is None:
         return
     found = file_sha256(path)[: len(entry.hash_prefix)]

@@ -14,7 +14,7 @@ import torch
 from conftest import Command
 
 import mvit_video as mv
-from mvit_video.weights.checkpoint import METADATA_KEY, model_metadata
+from mvit_video.weights import METADATA_KEY, model_metadata
 from mvit_video.weights.export import ExportedModel, load_exported
 
 
@@ -39,7 +39,7 @@ def check(command: Command, small: Path, two_classes: Path, tmp_path: Path, name
     assert "largest difference" in result.out
     assert not re.search(r"The value|No unused|Skipping", result.out + result.err)  # of the exporters
     assert [path.name for path in tmp_path.iterdir()] == [name]
-    exported, model = load_exported(name), mv.load_model(small)
+    exported, model = load_exported(name, trust=True), mv.load_model(small)
     assert exported.class_names == ("cats", "dogs and birds")
     assert exported.protocol == model.protocol
     for batch in (1, 2, 7):
@@ -48,7 +48,13 @@ def check(command: Command, small: Path, two_classes: Path, tmp_path: Path, name
             torch.testing.assert_close(exported(clips), model(clips), atol=1e-4, rtol=0)
     with pytest.raises(mv.ConfigError, match=r"clips of \(3, 4, 32, 32\)"):
         exported(torch.zeros(1, 3, 8, 32, 32))
-    result = command("predict", two_classes, f"weights={name}", "output=a.json", "num_workers=0")
+    arguments = [two_classes, f"weights={name}", "output=a.json", "num_workers=0"]
+    if name.endswith(".pt2"):
+        refused = command("predict", *arguments)
+        assert refused.code == 1
+        assert "trust=true" in refused.err
+        arguments.append("trust=true")
+    result = command("predict", *arguments)
     assert result.code == 0, result.err
     told = json.loads((tmp_path / "a.json").read_text())["videos"]
     for video, expected in zip(told, mv.predict(two_classes, small), strict=True):
@@ -90,8 +96,8 @@ def test_an_exported_model_gives_the_same_answers(
 def test_a_wrong_file_is_not_left(
     command: Command, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def wrong(path: Path) -> ExportedModel:
-        model = load_exported(path)
+    def wrong(path: Path, trust: bool) -> ExportedModel:
+        model = load_exported(path, trust=trust)
         run = model._run
         model._run = lambda clips: run(clips) + 2e-4
         return model
@@ -124,7 +130,7 @@ def test_what_can_not_be_exported_or_read_is_said(
     assert not list(tmp_path.iterdir())
     for name in ("damaged.onnx", "damaged.pt2"):
         (tmp_path / name).write_bytes(b"not a model")
-        result = command("predict", two_classes, f"weights={name}")
+        result = command("predict", two_classes, f"weights={name}", "trust=true")
         assert result.code == 1
         assert name in result.err
         assert "damaged" in result.err

@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 
 import mvit_video as mv
 from mvit_video.model.variants import VARIANTS
-from mvit_video.weights.checkpoint import METADATA_KEY, save_weights
-from mvit_video.weights.formats import official_names
-from mvit_video.weights.slowfast import slowfast_config, translate_config
+from mvit_video.weights import METADATA_KEY, save_weights
+from mvit_video.weights.formats import to_pyslowfast_keys
+from mvit_video.weights.pyslowfast import make_cfg, parse_cfg
 
 REFERENCE = Path(__file__).parents[1] / "reference"
 NAMES = json.loads((REFERENCE / "name_maps.json").read_text())
@@ -35,12 +35,12 @@ def tiny(**overrides) -> mv.MViT:
 def test_names_are_mapped_as_in_the_verified_tables(source: str) -> None:
     pairs = dict(NAMES[source])
     theirs = {name: torch.empty(0) for name in pairs.values()}
-    assert sorted(official_names(theirs)) == sorted(pairs)
+    assert sorted(to_pyslowfast_keys(theirs)) == sorted(pairs)
 
 
 def test_official_names_stay() -> None:
     state = tiny().state_dict()
-    assert list(official_names(state)) == list(state)
+    assert list(to_pyslowfast_keys(state)) == list(state)
 
 
 @pytest.mark.parametrize("version", ["v2", "v1"])
@@ -212,7 +212,7 @@ def test_bare_and_broken_safetensors(tmp_path: Path) -> None:
 
 def test_renaming_goes_both_ways() -> None:
     state = tiny().state_dict()
-    back = official_names(renamed(dict(state), TORCHVISION_NAMES))
+    back = to_pyslowfast_keys(renamed(dict(state), TORCHVISION_NAMES))
     assert sorted(back) == sorted(state)
 
 
@@ -294,9 +294,9 @@ def test_safetensors_metadata_that_describe_no_model(tmp_path: Path, text: str) 
 @pytest.mark.parametrize("name", [n for n in mv.list_models() if n != "mvitv2_nano_8x4"])
 def test_named_models_have_official_configurations(name: str) -> None:
     variant = VARIANTS[name]
-    config, protocol = translate_config(slowfast_config(variant.config, variant.protocol), name)
-    assert replace(config, kv_stride=variant.config.kv_stride) == variant.config
-    assert protocol == variant.protocol
+    described = parse_cfg(make_cfg(variant.config, variant.protocol), name)
+    assert replace(described.config, kv_stride=variant.config.kv_stride) == variant.config
+    assert described.protocol == variant.protocol
 
 
 def test_an_exported_configuration_reads_frames_as_ours_does() -> None:
@@ -308,11 +308,11 @@ def test_an_exported_configuration_reads_frames_as_ours_does() -> None:
         mean=variant.protocol.mean[::-1],
         std=(0.1, 0.2, 0.3),
     )
-    exported = slowfast_config(variant.config, segments)
+    exported = make_cfg(variant.config, segments)
     assert exported["DATA"]["REVERSE_INPUT_CHANNEL"] is True
     assert exported["DATA"]["MEAN"] == list(variant.protocol.mean)
-    assert translate_config(exported, "cfg")[1] == segments
-    assert slowfast_config(variant.config, variant.protocol)["DATA"]["USE_OFFSET_SAMPLING"] is True
+    assert parse_cfg(exported, "cfg").protocol == segments
+    assert make_cfg(variant.config, variant.protocol)["DATA"]["USE_OFFSET_SAMPLING"] is True
 
 
 @pytest.mark.parametrize(
@@ -324,9 +324,9 @@ def test_an_exported_configuration_reads_frames_as_ours_does() -> None:
     ],
 )
 def test_one_crop_is_cut_out_of_the_short_side_of_the_training(data: dict, short_side: int) -> None:
-    cfg = slowfast_config(VARIANTS["mvitv2_s_16x4"].config, VARIANTS["mvitv2_s_16x4"].protocol)
+    cfg = make_cfg(VARIANTS["mvitv2_s_16x4"].config, VARIANTS["mvitv2_s_16x4"].protocol)
     cfg["DATA"] = data
-    assert translate_config(cfg, "cfg")[1].short_side == short_side
+    assert parse_cfg(cfg, "cfg").protocol.short_side == short_side
 
 
 @pytest.mark.parametrize(
@@ -363,7 +363,7 @@ def test_pyslowfast_files_carry_their_configuration(options, tmp_path: Path) -> 
 def test_what_pyslowfast_cannot_express_is_named_and_left_out(options, named: str, tmp_path: Path) -> None:
     model = tiny(**options)
     with pytest.raises(mv.CheckpointError, match=f"PySlowFast has no options for a model with .*{named}"):
-        slowfast_config(model.config, model.protocol)
+        make_cfg(model.config, model.protocol)
     save_weights(model, tmp_path / "model.pyth")
     assert "cfg" not in torch.load(tmp_path / "model.pyth", weights_only=True)
     assert mv.load_model(tmp_path / "model.pyth").config == model.config

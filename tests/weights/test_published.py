@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+import multiprocessing
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,7 +20,7 @@ from conftest import Command
 import mvit_video as mv
 from mvit_video.weights import published
 from mvit_video.weights.published import PUBLISHED, PublishedWeights
-from mvit_video.weights.slowfast import slowfast_config
+from mvit_video.weights.pyslowfast import make_cfg
 
 NANO = "mvitv2_nano_8x4"
 
@@ -29,6 +31,7 @@ class Server:
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
         self.cut = False
+        self.delay = 0.0
         self.requests: list[str] = []
         outer = self
 
@@ -39,6 +42,7 @@ class Server:
                 if name not in outer.files:
                     self.send_error(404)
                     return
+                time.sleep(outer.delay)
                 content = outer.files[name]
                 self.send_response(200)
                 self.send_header("Content-Length", str(len(content)))
@@ -119,6 +123,23 @@ def test_a_broken_transfer_leaves_nothing(
     mv.create_model(NANO, weights="kinetics400")
 
 
+def test_processes_that_start_at_once_fetch_once(
+    monkeypatch, server: Server, model: mv.MViT, tmp_path: Path
+) -> None:
+    publish(monkeypatch, server, "nano.pyth", packed(model))
+    server.delay = 0.3
+    entry = published.PUBLISHED[0]
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=published.fetch, args=(entry,)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 4
+    assert server.requests == ["nano.pyth"]
+    assert [p.name for p in (tmp_path / "hub" / "checkpoints").iterdir()] == ["nano.pyth"]
+
+
 def test_torchvisions_weights_bring_its_protocol(monkeypatch, server: Server, model: mv.MViT) -> None:
     entry = PublishedWeights(NANO, "kinetics400_torchvision", 6, f"{server.url}/nano.pth", "5x1", 0.0, 0.0)
     server.files["nano.pth"] = packed(model)
@@ -129,7 +150,7 @@ def test_torchvisions_weights_bring_its_protocol(monkeypatch, server: Server, mo
 
 def test_a_wrong_hash_is_refused(monkeypatch, server: Server, model: mv.MViT, tmp_path: Path) -> None:
     publish(monkeypatch, server, "nano-00000000.pth", packed(model))
-    with pytest.raises(mv.CheckpointError, match=r"arrived damaged.*hash"):
+    with pytest.raises(mv.CheckpointError, match=r"arrived damaged.*SHA-256"):
         mv.create_model(NANO, weights="kinetics400")
     assert not list((tmp_path / "hub" / "checkpoints").iterdir())
 
@@ -229,7 +250,7 @@ def test_a_file_that_describes_another_layout_is_believed(monkeypatch, server: S
     torch.manual_seed(0)
     deeper = mv.create_model(NANO, num_classes=6, stages=(1, 2, 1))
     buffer = io.BytesIO()
-    cfg = slowfast_config(deeper.config, deeper.protocol)
+    cfg = make_cfg(deeper.config, deeper.protocol)
     torch.save({"model_state": deeper.state_dict(), "cfg": yaml.safe_dump(cfg)}, buffer)
     publish(monkeypatch, server, "deeper.pyth", buffer.getvalue())
     other = mv.create_model(NANO, num_classes=9, weights="kinetics400", head="new", drop_path=0.1)
