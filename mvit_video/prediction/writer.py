@@ -11,11 +11,11 @@ import io
 import json
 import logging
 import time
-from collections import Counter
+import zlib
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
-from itertools import chain
 from pathlib import Path
 from typing import IO, Any, Literal, cast, get_args
 
@@ -24,7 +24,6 @@ from mvit_video.io.console import csv_cell, valid_text
 from mvit_video.io.fingerprint import Fingerprint, file_stamp, require_same
 from mvit_video.io.writing import (
     append,
-    keep_whole_lines,
     naming,
     next_number,
     replacing,
@@ -38,11 +37,8 @@ log = logging.getLogger(__name__)
 Format = Literal["json", "jsonl", "csv", "parquet"]
 COLUMNS = ("path", "part", "start", "end", "rank", "class", "score", "error")
 _PARTS = "part-*.parquet"
-_HEADER = ",".join(COLUMNS) + "\n"
 _CLIPS_PER_PART, _SECONDS_PER_PART = 4_000, 60.0  # of a Parquet file, about; what comes first
 _SECONDS_PER_SYNC = 1.0  # of growing text: what a power loss may cost
-
-csv.field_size_limit(1 << 30)  # paths and class names may be long
 
 
 def format_of(path: str | Path, given: str | None = None) -> Format:
@@ -79,10 +75,13 @@ def rows_of(prediction: Prediction, *, per_clip: bool) -> list[dict[str, Any]]:
 
 def as_text(prediction: Prediction, format: Format, *, per_clip: bool) -> str:
     """One video's lines of a csv file or, with all its clips, of a file of JSON lines."""
-    if format == "csv":
-        return _csv(*rows_of(prediction, per_clip=per_clip))
-    path = valid_text(prediction.path)
-    return json.dumps(asdict(replace(prediction, path=path)), allow_nan=False) + "\n"
+    if format != "csv":
+        path = valid_text(prediction.path)
+        return json.dumps(asdict(replace(prediction, path=path)), allow_nan=False) + "\n"
+    text = io.StringIO()
+    rows = [map(csv_cell, row.values()) for row in rows_of(prediction, per_clip=per_clip)]
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
 
 
 class PredictionWriter:
@@ -115,11 +114,12 @@ class PredictionWriter:
             self.path.with_name(self.path.name + end)
             for end in (".run.json", ".videos.jsonl", ".unfinished.jsonl")
         )
-        self._rows_file = unfinished if format == "json" else self.path
+        self._text_file = unfinished if format == "json" else self.path
+        self._header = (",".join(COLUMNS) + "\n").encode() if format == "csv" else b""
         self._finished: set[str] = set()
         self._stamps: dict[str, Fingerprint] = {}
-        self._kept: list[Prediction] = []  # of the next Parquet part
-        self._saved_at = time.monotonic()
+        self._pending: list[Prediction] = []
+        self._synced_at = time.monotonic()
         self._files = ExitStack()
 
     def __enter__(self) -> PredictionWriter:
@@ -129,9 +129,8 @@ class PredictionWriter:
                 self._begin()
                 self._journal = stack.enter_context(_growing(self._journal_file))
                 if self.format != "parquet":
-                    self._rows = stack.enter_context(_growing(self._rows_file))
-                    if self.format == "csv" and self._rows.tell() == 0:
-                        append(self._rows, _HEADER)
+                    self._text = stack.enter_context(_growing(self._text_file))
+                    append(self._text, b"" if self._text.tell() else self._header)
                 self._files = stack.pop_all()
         except OSError as error:
             raise ConfigError(f"output={self.path} can't be written: {error.strerror or error}") from None
@@ -139,11 +138,7 @@ class PredictionWriter:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         with self._files:
-            if self.format == "parquet":
-                self._write_part()
-            elif kind is None:
-                append(self._rows, "")
-                append(self._journal, "")
+            self._flush(sync=True)
             if self.format == "json" and kind is None:
                 self._write_document()
 
@@ -155,68 +150,79 @@ class PredictionWriter:
 
     def add(self, prediction: Prediction) -> None:
         """Append one video's prediction; when this returns, it survives a kill (Parquet: a minute later)."""
-        since = time.monotonic() - self._saved_at
-        if self.format == "parquet":
-            self._kept.append(prediction)
-            clips = len(self._kept) * (1 + len(prediction.clips) * self.per_clip)
-            if since > _SECONDS_PER_PART or clips >= _CLIPS_PER_PART:
-                self._write_part()
-            return
-        text = as_text(prediction, self.format, per_clip=self.per_clip)
-        num_rows = len(rows_of(prediction, per_clip=self.per_clip)) if self.format == "csv" else 1
-        sync = since > _SECONDS_PER_SYNC
-        self._saved_at = time.monotonic() if sync else self._saved_at
-        append(self._rows, text, sync=sync)
-        self._vouch([(prediction, num_rows)], sync=sync)
+        self._pending.append(prediction)
+        since = time.monotonic() - self._synced_at
+        if self.format != "parquet":
+            self._flush(sync=since > _SECONDS_PER_SYNC)
+        elif since > _SECONDS_PER_PART or len(self._pending) * (1 + len(prediction.clips)) >= _CLIPS_PER_PART:
+            self._flush(sync=True)
 
-    def _vouch(self, done: Iterable[tuple[Prediction, int]], *, sync: bool) -> None:
-        """Note whole videos and how many rows they have; those with an error will be tried again."""
-        lines = [
-            json.dumps({"path": p.path, "rows": num_rows, **stamp}) + "\n"
-            for p, num_rows in done
-            if p.error is None and (stamp := self._stamps.get(p.path))
+    def _flush(self, *, sync: bool) -> None:
+        """Write what is pending, then vouch for it; videos with an error are tried again by the next run."""
+        places = self._write_part() if self.format == "parquet" else self._write_text(sync=sync)
+        entries = [
+            {"path": prediction.path, **stamp, **place}
+            for prediction, place in zip(self._pending, places, strict=True)
+            if prediction.error is None and (stamp := self._stamps.get(prediction.path))
         ]
-        append(self._journal, "".join(lines), sync=sync)
+        append(self._journal, _json_lines(entries), sync=sync)
+        self._pending = []
+        self._synced_at = time.monotonic() if sync else self._synced_at
 
-    def _write_part(self) -> None:
+    def _write_text(self, *, sync: bool) -> list[dict[str, Any]]:
+        """Returns where each video's text lies."""
+        start, places, texts = self._text.tell(), [], []
+        for prediction in self._pending:
+            text = as_text(prediction, self.format, per_clip=self.per_clip).encode()
+            places.append({"start": start, "length": len(text), "crc32": zlib.crc32(text)})
+            start += len(text)
+            texts.append(text)
+        append(self._text, b"".join(texts), sync=sync)
+        return places
+
+    def _write_part(self) -> list[dict[str, Any]]:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         number = next_number(self.path, _PARTS)
-        if not self._kept and number:
-            return
-        rows = [rows_of(prediction, per_clip=self.per_clip) for prediction in self._kept]
+        if not self._pending and number:
+            return []
+        part = self.path / _PARTS.replace("*", f"{number:05d}")
+        rows = [row for prediction in self._pending for row in rows_of(prediction, per_clip=self.per_clip)]
         kinds = {"start": pa.float64(), "end": pa.float64(), "rank": pa.int32(), "score": pa.float32()}
         schema = pa.schema([(name, kinds.get(name, pa.string())) for name in COLUMNS])
-        with replacing(self.path / _PARTS.replace("*", f"{number:05d}")) as file:
-            pq.write_table(pa.Table.from_pylist(list(chain(*rows)), schema), file)
-        self._vouch(zip(self._kept, map(len, rows), strict=True), sync=True)
-        self._kept, self._saved_at = [], time.monotonic()
+        with replacing(part) as file:
+            pq.write_table(pa.Table.from_pylist(rows, schema), file)
+        return [{"part": part.name} for _ in self._pending]
 
     def _write_document(self) -> None:
         try:
-            videos = [json.loads(line) for line in self._rows_file.read_text("utf-8").splitlines()]
+            videos = [json.loads(line) for line in self._text_file.read_bytes().splitlines()]
             with replacing(self.path, "w") as file:
                 json.dump(self.settings | {"videos": videos}, file, indent=2)
         except OSError:
-            log.error("all predictions are in %s; the same command goes on from there", self._rows_file)
+            log.error("all predictions are in %s; the same command goes on from there", self._text_file)
             raise
-        for extra in (self._rows_file, self._journal_file, self._run_file):
+        for extra in (self._text_file, self._journal_file, self._run_file):
             extra.unlink()
 
     def _begin(self) -> None:
         """Refuse what isn't ours, and leave only whole videos whose files are what they were."""
         if _holds_something(self.path) and not self._is_ours():
             raise ConfigError(f"{self.path} exists and mvit-predict hasn't written it; name another output")
-        parts = sorted(self.path.glob(_PARTS)) if self.format == "parquet" else [self._rows_file]
-        if self.resume and any(map(_holds_something, parts)):
+        files = sorted(self.path.glob(_PARTS)) if self.format == "parquet" else [self._text_file]
+        entries: list[dict[str, Any]] = []
+        if self.resume and any(map(_holds_something, files)):
             remedy = "name another output, or resume=false to write it anew"
             before = _read_json(self._run_file)
             require_same(before, self.settings, what=str(self.path), remedy=remedy, free={"weights"})
-            self._keep_finished(parts)
+            entries = self._keep_parts(files) if self.format == "parquet" else self._keep_text()
         else:
-            for old in (self._journal_file, *parts):
+            for old in files:
                 old.unlink(missing_ok=True)
+        self._finished = {entry["path"] for entry in entries}
+        with replacing(self._journal_file) as file:
+            file.write(_json_lines(entries))
         with replacing(self._run_file, "w") as file:
             json.dump(self.settings, file, indent=2)
         if self.format == "parquet":
@@ -228,95 +234,76 @@ class PredictionWriter:
         own_document = self.format == "json" and {"protocol", "videos"} <= _read_json(self.path).keys()
         return self._run_file.is_file() or own_document
 
-    def _keep_finished(self, parts: Sequence[Path]) -> None:
-        entries = {entry["path"]: entry for entry in _read_journal(self._journal_file)}
-        found = {part: _read_rows(part, self.format) for part in parts}
-        counts = Counter(name for rows in found.values() for name, _ in rows)
-        as_cell = csv_cell if self.format == "csv" else str
-        names = {path: as_cell(valid_text(path)) for path in entries}
-        self._finished = {
-            path
-            for path, entry in entries.items()
-            if counts[names[path]] == entry["rows"]
-            and file_stamp(path) in ({}, {"size": entry["size"], "mtime_ns": entry["mtime_ns"]})
-        }
-        whole = {names[path] for path in self._finished}
-        for part, rows in found.items():
-            if rows and (not part.exists() or not whole.issuperset(name for name, _ in rows)):
-                _write_rows(part, rows, whole, self.format)
-        with replacing(self._journal_file, "w") as file:
-            file.writelines(json.dumps(entries[path]) + "\n" for path in entries if path in self._finished)
+    def _keep_text(self) -> list[dict[str, Any]]:
+        content = self._text_file.read_bytes()
+        damaged, kept, texts = not content.startswith(self._header), [], [self._header]
+        end = len(self._header)
+        for entry in _read_journal(self._journal_file, start=int, length=int, crc32=int):
+            text = content[entry["start"] : entry["start"] + entry["length"]]
+            if zlib.crc32(text) != entry["crc32"]:
+                damaged = True
+            elif _is_current(entry):
+                kept.append(entry | {"start": end})
+                texts.append(text)
+                end += len(text)
+        if damaged:
+            set_aside(self._text_file, "some of its predictions are damaged")
+        if damaged or b"".join(texts) != content:
+            with replacing(self._text_file) as file:
+                file.writelines(texts)
+        return kept
 
-
-def _read_rows(part: Path, format: Format) -> list[tuple[str, str]]:
-    """The video and, of text, the line of each row; a file with damaged rows is set aside."""
-    if format == "parquet":
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        try:
-            return [(name, "") for name in pq.read_table(part, columns=["path"])["path"].to_pylist()]
-        except (pa.ArrowException, OSError) as error:
-            why = " ".join(str(error).split())[:100]
-            set_aside(part, f"its predictions can't be read ({why})", prefix="_")
-            return []
-    if not part.exists():
-        return []
-    keep_whole_lines(part)
-    text = part.read_bytes().decode("utf-8", "replace")
-    rows, is_whole = _parse_csv(text) if format == "csv" else _parse_json_lines(text)
-    if not is_whole:
-        set_aside(part, "some of its lines are damaged")
-    return rows
-
-
-def _parse_csv(text: str) -> tuple[list[tuple[str, str]], bool]:
-    found = [row for row in csv.reader(io.StringIO(text)) if row]
-    good = [row for row in found[1:] if len(row) == len(COLUMNS) and row[1] in ("video", "segment", "clip")]
-    rows = [(row[0], _csv(dict(zip(COLUMNS, row, strict=True)))) for row in good]
-    return rows, found[:1] == [list(COLUMNS)] and len(good) == len(found) - 1
-
-
-def _parse_json_lines(text: str) -> tuple[list[tuple[str, str]], bool]:
-    rows = []
-    lines = text.splitlines(keepends=True)
-    for line in lines:
-        with suppress(ValueError, TypeError, KeyError, RecursionError):
-            rows.append((str(json.loads(line)["path"]), line))
-    return rows, len(rows) == len(lines)
-
-
-def _write_rows(part: Path, rows: Sequence[tuple[str, str]], names: set[str], format: Format) -> None:
-    """Leave the rows of these videos in a file, and no others."""
-    if format == "parquet":
+    def _keep_parts(self, parts: Sequence[Path]) -> list[dict[str, Any]]:
         import pyarrow as pa
         import pyarrow.compute as pc
         import pyarrow.parquet as pq
 
-        table = pq.read_table(part)
-        with replacing(part) as file:
-            pq.write_table(table.filter(pc.is_in(table["path"], pa.array(names, pa.string()))), file)
-        return
-    with replacing(part, "w", newline="") as file:
-        file.write(_HEADER if format == "csv" else "")
-        file.writelines(line for name, line in rows if name in names)
+        entries = defaultdict(list)
+        for entry in _read_journal(self._journal_file, part=str):
+            entries[entry["part"]].append(entry)
+        kept = []
+        for part in parts:
+            try:
+                table = pq.read_table(part)
+                names = set(table["path"].to_pylist())
+            except (pa.ArrowException, OSError, KeyError) as error:
+                why = " ".join(str(error).split())[:100]
+                set_aside(part, f"its predictions can't be read ({why})", prefix="_")
+                continue
+            found = {valid_text(e["path"]): e for e in entries[part.name] if _is_current(e)}
+            kept += [entry for name, entry in found.items() if name in names]
+            if not names <= found.keys():
+                with replacing(part) as file:
+                    whole = pc.is_in(table["path"], pa.array(list(found), pa.string()))
+                    pq.write_table(table.filter(whole), file)
+        return kept
 
 
-def _read_journal(path: Path) -> Iterator[dict[str, Any]]:
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-    for line in lines:
+def _is_current(entry: dict[str, Any]) -> bool:
+    """Whether a video's file is what it was; what is no more keeps its prediction."""
+    return file_stamp(entry["path"]) in ({}, {key: entry[key] for key in ("size", "mtime_ns")})
+
+
+def _read_journal(path: Path, **place: type) -> Iterator[dict[str, Any]]:
+    """The entries that are whole: with a path, what its file was, and the place of its rows."""
+    kinds = {"path": str, "size": int, "mtime_ns": int, **place}
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
         with suppress(ValueError, RecursionError):
             entry = json.loads(line)
-            if isinstance(entry, dict) and entry.keys() == {"path", "rows", "size", "mtime_ns"}:
+            if isinstance(entry, dict) and {key: type(value) for key, value in entry.items()} == kinds:
                 yield entry
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def _json_lines(entries: Iterable[dict[str, Any]]) -> bytes:
+    return b"".join(json.dumps(entry).encode() + b"\n" for entry in entries)
 
 
 def _holds_something(path: Path) -> bool:
@@ -324,13 +311,6 @@ def _holds_something(path: Path) -> bool:
 
 
 @contextmanager
-def _growing(path: Path) -> Iterator[IO[Any]]:
-    with naming(path), path.open("a", encoding="utf-8", newline="") as file:
+def _growing(path: Path) -> Iterator[IO[bytes]]:
+    with naming(path), path.open("ab") as file:
         yield file
-
-
-def _csv(*rows: dict[str, Any]) -> str:
-    text = io.StringIO()
-    cells = ({name: csv_cell(value) for name, value in row.items()} for row in rows)
-    csv.DictWriter(text, COLUMNS, lineterminator="\n").writerows(cells)
-    return text.getvalue()
