@@ -124,7 +124,9 @@ def _is_users(error: BaseException) -> bool:
 
 
 def _is_first_process() -> bool:
-    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) == 0
+    from mvit_video.data.ranks import rank_and_size
+
+    return rank_and_size()[0] == 0
 
 
 def _of_several_processes(command: str, arguments: list[str]) -> list[str]:

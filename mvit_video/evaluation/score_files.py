@@ -79,14 +79,14 @@ class ScoreLog:
             self._file = path.open("xb")
         self._unsaved = io.BytesIO()
         self._stream = pa.ipc.new_stream(self._unsaved, self._schema)
-        self._saved = time.monotonic()
+        self._save_at = 0.0  # the first video at once
 
     def append(self, scores: VideoScores, file: Fingerprint) -> None:
         """Add one video's scores, and which file they are of."""
         spans = torch.tensor(scores.spans, dtype=torch.float64)
         batch = _batch([scores.video], scores.views[None], spans[None], self._schema)
         self._stream.write_batch(batch, custom_metadata={_FILE: json.dumps(file)})
-        if time.monotonic() - self._saved > _SAVE_EVERY_S:
+        if time.monotonic() >= self._save_at:
             self._save()
 
     def _save(self) -> None:
@@ -94,7 +94,7 @@ class ScoreLog:
         self._unsaved.seek(0)
         self._unsaved.truncate()
         append(self._file, content)
-        self._saved = time.monotonic()
+        self._save_at = time.monotonic() + _SAVE_EVERY_S
 
     def __enter__(self) -> ScoreLog:
         return self
