@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,8 @@ from torch import Tensor
 
 from mvit_video.data.datasets import OpenVideo
 from mvit_video.errors import VideoError
-from mvit_video.evaluation.metrics import Comparison, Confusion, Metrics, most_confused, reliability
+from mvit_video.evaluation.metrics import Confusion, Metrics, most_confused, reliability
+from mvit_video.io.console import printable
 from mvit_video.io.writing import replacing
 
 MAX_NAMED_CLASSES = 60  # more names than this don't fit beside a matrix or below bars
@@ -74,62 +74,41 @@ def write_report(
         results: what results.json holds; shown as it is.
     """
     pairs = most_confused(metrics.confusion, class_names, LISTED_PAIRS)
+    per_class = sorted(results["per_class"].items(), key=lambda row: row[1]["top1"])
     figures = {
         "confusion": ("Confusion matrix", plot_confusion(metrics.confusion, class_names, pairs)),
-        "per_class": ("Accuracy of each class", plot_per_class(metrics, class_names)),
+        "per_class": ("Accuracy of each class", plot_per_class(per_class, metrics.mean_class_accuracy)),
         "calibration": ("Calibration", plot_calibration(metrics)),
         "views": ("Accuracy against the number of views", plot_views(metrics.by_views)),
     }
-    if len(class_names) > MAX_NAMED_CLASSES:
-        names = dict.fromkeys(name for pair in pairs for name in (pair.true, pair.predicted))
-        chosen = [class_names.index(name) for name in list(names)[:MAX_NAMED_CLASSES]]
-        if len(chosen) > 1:
-            part = metrics.confusion[chosen][:, chosen]
-            figures["confusion_part"] = (
-                "The classes that are most confused",
-                plot_confusion(part, list(names)[:MAX_NAMED_CLASSES], ()),
-            )
+    confused = list(dict.fromkeys(name for pair in pairs for name in (pair.true, pair.predicted)))
+    if len(class_names) > MAX_NAMED_CLASSES and confused:
+        confused = confused[:MAX_NAMED_CLASSES]
+        chosen = [class_names.index(name) for name in confused]
+        part = plot_confusion(metrics.confusion[chosen][:, chosen], confused, ())
+        figures["confusion_part"] = ("The classes that are most confused", part)
     if any(mistake.strip for mistake in mistakes):
         figures["worst_mistakes"] = ("Worst mistakes", plot_mistakes(mistakes))
-    saved = _save(figures, folder)
-    saved.pop("worst_mistakes", None)  # the page shows them one by one
-    classes = sorted(
-        (
-            {"name": name, "videos": int(count), "accuracy": accuracy}
-            for name, count, accuracy in zip(
-                class_names, metrics.confusion.sum(1), metrics.per_class.tolist(), strict=True
-            )
-            if count
-        ),
-        key=lambda row: row["accuracy"],
-    )
     _render(
         folder / "report.html",
         results=results,
-        figures=saved,
+        figures=_save(figures, folder),
         pairs=pairs,
-        classes=classes,
+        classes=per_class,
         mistakes=[{**vars(m), "strip": _data_uri(m.strip, "jpeg") if m.strip else None} for m in mistakes],
     )
 
 
 def write_comparison(
-    folder: Path,
-    class_names: Sequence[str],
-    measured: Mapping[str, Metrics],
-    comparisons: Mapping[tuple[str, str], Comparison],
-    *,
-    results: Mapping[str, Any],
+    folder: Path, class_names: Sequence[str], measured: Mapping[str, Metrics], *, results: Mapping[str, Any]
 ) -> None:
     """Write report.html on several models' scores of the same videos, and comparison.png."""
     figures = {"comparison": ("Accuracy of each class", plot_comparison(measured, class_names))}
     differences = []
-    for (first, second), comparison in comparisons.items():
-        found = [
-            (name, value) for name, value in zip(class_names, comparison.per_class.tolist(), strict=True)
-        ]
-        known = sorted((f for f in found if not math.isnan(f[1]) and f[1]), key=lambda f: -abs(f[1]))
-        differences.append({"first": first, "second": second, "classes": known[:LISTED_PAIRS]})
+    for comparison in results["comparisons"]:
+        found = [row for row in comparison["per_class"].items() if row[1]]
+        found.sort(key=lambda row: -abs(row[1]))
+        differences.append({**comparison, "classes": found[:LISTED_PAIRS]})
     _render(
         folder / "report.html",
         results=results,
@@ -185,14 +164,9 @@ def plot_confusion(counts: Tensor, class_names: Sequence[str], pairs: Sequence[C
     return figure
 
 
-def plot_per_class(metrics: Metrics, class_names: Sequence[str]) -> Figure:
+def plot_per_class(per_class: Sequence[tuple[str, Mapping[str, Any]]], mean: float) -> Figure:
     """Bars of top-1 by class, worst first; of many classes the worst and the best."""
-    known = [
-        (accuracy, _plain(name))
-        for accuracy, name in zip(metrics.per_class.tolist(), class_names, strict=True)
-        if not math.isnan(accuracy)
-    ]
-    known.sort(key=lambda row: row[0])
+    known = [(row["top1"], _plain(name)) for name, row in per_class]
     cut = len(known) > MAX_NAMED_CLASSES
     half = MAX_NAMED_CLASSES // 2
     rows = known[:half] + known[-half:] if cut else known
@@ -201,9 +175,7 @@ def plot_per_class(metrics: Metrics, class_names: Sequence[str]) -> Figure:
     colours = [_RED] * half + [_BLUE] * half if cut else _BLUE
     axes.barh(range(len(rows)), [accuracy for accuracy, _ in rows], color=colours, height=0.7)
     axes.set_yticks(range(len(rows)), [name for _, name in rows], fontsize=8)
-    axes.axvline(
-        metrics.mean_class_accuracy, color=_GRAY, linestyle="--", linewidth=1, label="mean class accuracy"
-    )
+    axes.axvline(mean, color=_GRAY, linestyle="--", linewidth=1, label="mean class accuracy")
     axes.set(xlim=(0, 1), ylim=(len(rows) - 0.4, -0.6), xlabel="top-1 accuracy")
     if cut:
         axes.set_title(f"the {half} worst and the {half} best of {len(known)} classes")
@@ -272,7 +244,7 @@ def plot_comparison(measured: Mapping[str, Metrics], class_names: Sequence[str])
 
 
 def _plain(text: str) -> str:
-    return text.replace("$", r"\$")  # or matplotlib reads it as a formula
+    return printable(text).replace("$", r"\$")  # or matplotlib reads it as a formula
 
 
 def _save(figures: Mapping[str, tuple[str, Figure]], folder: Path) -> dict[str, dict[str, str]]:

@@ -154,7 +154,7 @@ def report_comparison(tables: Mapping[str, ScoreTable], output: Path, *, how: Co
         "data": None,
     }
     _write_json(results, output / "results.json")
-    write_comparison(output, class_names, measured, compared, results=results)
+    write_comparison(output, class_names, measured, results=results)
     print_table(
         f"{results['videos']} videos",
         ("scores", "top-1", "top-5"),
@@ -162,9 +162,9 @@ def report_comparison(tables: Mapping[str, ScoreTable], output: Path, *, how: Co
     )
     print_table(
         "McNemar's exact test on the videos that one alone gets right",
-        ("first", "second", "difference", "only first", "only second", "p"),
+        ("first", "second", "points", "only first", "only second", "p"),
         [
-            (*pair, c.difference, c.only_first, c.only_second, f"{c.p_value:.3g}")
+            (*pair, f"{100 * c.difference:+.2f}", c.only_first, c.only_second, f"{c.p_value:.3g}")
             for pair, c in compared.items()
         ],
     )

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,30 +78,17 @@ def score_data_set(
         ConfigError: the scores in ``output`` are of other work; the error says what differs.
         DataError: more videos are unreadable than allowed, or the model gives NaN.
     """
-    folder, bad_file = output / UNFINISHED, output / "bad_videos.csv"
-    wanted = identity({**provenance, "class_names": index.class_names})
-
-    def check(there: Mapping[str, Any]) -> None:
-        remedy = "choose another hydra.run.dir, or remove that folder"
-        require_same(identity(there), wanted, what=str(folder), remedy=remedy)
-
-    def unfinished() -> tuple[dict[str, Fingerprint], set[str]]:
-        files = {video.id: file_identity(video) for video in index.videos}
-        before = read_logs(folder, files, check)
-        bad_file.unlink(missing_ok=True)  # they are tried again
-        return files, {video.id for video in before.videos} if before else set()
-
-    files, done = ranks.broadcast_from_rank0(unfinished)
+    logs = _Logs(output / UNFINISHED, index, identity({**provenance, "class_names": index.class_names}))
+    bad_file = output / "bad_videos.csv"
+    files, done = ranks.broadcast_from_rank0(logs.files_and_done)
+    ranks.broadcast_from_rank0(lambda: bad_file.unlink(missing_ok=True))  # they are tried again
     log.info("%d videos; %s", len(index), model.protocol)
     if done:
-        log.info("resuming: %d of them have been scored before, see %s", len(done), folder)
+        log.info("resuming: %d of them have been scored before, see %s", len(done), logs.folder)
     videos = [video for video in index.videos if video.id not in done][ranks.rank :: ranks.size]
     bad = BadVideos(bad_file, allowed=allowed_bad_videos, total=len(index), go_on=True)
-    number = next_number(folder, f"*-{ranks.rank:04d}.arrows")
     with (
-        ScoreLog(
-            folder / f"{number:06d}-{ranks.rank:04d}.arrows", index.class_names, provenance
-        ) as score_log,
+        ScoreLog(logs.new_file(ranks.rank), index.class_names, provenance) as score_log,
         _progress(len(videos), combination, shown=ranks.rank == 0) as advance,
     ):
         for scores in score_videos(model, videos, **loading):
@@ -117,12 +104,37 @@ def score_data_set(
     if ranks.rank:
         return None
     bad.check()
-    table = read_logs(folder, files, check)
+    table = logs.read(files)
     if table is None:
         raise DataError("no video could be read")
-    return with_labels(
-        replace(table, provenance={**provenance, **_not_scored(index, bad)}), index.videos, index.class_names
-    )
+    provenance = {**provenance, **_not_scored(index, bad)}
+    return with_labels(replace(table, provenance=provenance), index.videos, index.class_names)
+
+
+@dataclass(frozen=True)
+class _Logs:
+    """The score logs in a folder, of evaluations of one identity."""
+
+    folder: Path
+    index: VideoIndex
+    identity: Fingerprint
+
+    def read(self, files: Mapping[str, Fingerprint]) -> ScoreTable | None:
+        """Raises ConfigError for logs of other work."""
+        return read_logs(self.folder, files, self._check)
+
+    def files_and_done(self) -> tuple[dict[str, Fingerprint], set[str]]:
+        """Which file each video is, and which videos have been scored."""
+        files = {video.id: file_identity(video) for video in self.index.videos}
+        before = self.read(files)
+        return files, {video.id for video in before.videos} if before else set()
+
+    def new_file(self, rank: int) -> Path:
+        return self.folder / f"{next_number(self.folder, f'*-{rank:04d}.arrows'):06d}-{rank:04d}.arrows"
+
+    def _check(self, there: Mapping[str, Any]) -> None:
+        remedy = "choose another hydra.run.dir, or remove that folder"
+        require_same(identity(there), self.identity, what=str(self.folder), remedy=remedy)
 
 
 def remove_logs(output: Path) -> None:

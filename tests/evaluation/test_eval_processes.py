@@ -137,3 +137,30 @@ def test_a_killed_evaluation_goes_on_with_the_same_command(
     table, whole = (read_scores(folder / "scores.parquet") for folder in (tmp_path / "run", alone))
     assert table.videos == whole.videos
     torch.testing.assert_close(table.views, whole.views, atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
+def test_slurm_s_tasks_need_no_number_per_node(two_classes: Path, checkpoint: Path, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    job = {"NTASKS": "2", "NNODES": "2", "JOB_ID": "123", "JOB_NAME": "eval", "NODELIST": "127.0.0.1"}
+    command = [
+        *EVAL,
+        f"data.root={two_classes}",
+        f"weights={checkpoint}",
+        "num_workers=0",
+        "hydra.run.dir=run",
+    ]
+    processes = [
+        start(
+            command,
+            tmp_path,
+            MASTER_PORT=str(port),
+            **{f"SLURM_{name}": value for name, value in {**job, "PROCID": rank, "LOCALID": "0"}.items()},
+        )
+        for rank in "01"
+    ]
+    for code, said in [finish(process) for process in processes]:
+        assert code == 0, said
+    assert len(read_scores(tmp_path / "run" / "scores.parquet")) == 2
