@@ -273,7 +273,7 @@ def test_prediction_gives_a_bad_file_a_row(
     assert len(fine["classes"]) == 2
 
     result = command("predict", "broken.mp4", f"weights={checkpoint}")
-    assert "no video could be read" in error_line(result, "predict")
+    assert "broken.mp4" in error_line(result, "predict")
 
 
 def test_a_run_that_goes_on_with_another_optimizer_is_refused(command: Command, two_classes: Path) -> None:
