@@ -384,7 +384,7 @@ def check(node: DictConfig, group: type[Group], parent: str = "") -> None:
         try:
             fitted = fit(plain, hint)
         except ValueError:
-            shown = "null" if plain is None else repr(plain)
+            shown = {"None": "null", "True": "true", "False": "false"}.get(repr(plain), repr(plain))
             shown = shown if len(shown) < 80 else f"{shown[:60]} ..."
             raise ConfigError(f"{key} is {shown}, expected {describe(hint)}") from None
         if type(fitted) is not type(plain) or fitted != plain:

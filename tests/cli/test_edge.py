@@ -1,0 +1,263 @@
+"""The edge of the commands: what an entry imports, signals, several jobs, places that can't be written."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+from conftest import Command, error_line
+from hydra.experimental.callback import Callback
+
+from mvit_video.errors import ConfigError
+
+HEAVY = (
+    "torch", "torchvision", "pytorch_lightning", "torchmetrics", "matplotlib", "pyarrow", "scipy", "gradio",
+    "tensorboard", "jinja2", "ray", "PIL", "av",
+)  # fmt: skip
+
+
+def run(code: str, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=300, cwd=cwd
+    )
+
+
+def imported_by(code: str, cwd: Path | None = None) -> set[str]:
+    """Which of the heavy packages a piece of code imports; what it prints goes to standard error."""
+    report = f"print('imported', *[name for name in {HEAVY} if name in sys.modules])"
+    done = run(f"import sys\ntry:\n    {code}\nexcept SystemExit:\n    pass\n{report}", cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("imported")]
+    return set(line.split()[1:])
+
+
+@pytest.mark.parametrize(
+    ("entry", "line"),
+    [
+        ("predict", "--help"),
+        ("train", "--help"),
+        ("train", "--cfg job"),
+        ("train", "lr=1"),
+        ("train", "data=kinetic"),
+        ("train", "data.root=. optim.lr=fast"),
+        ("train", "-sc query=bash"),
+        ("evaluate", "weights=x split=dev"),
+        ("demo", "port=-1"),
+        ("data", "prepair"),
+        ("info", "model=mvitv2_xs"),
+    ],
+)
+def test_what_needs_no_model_imports_none(entry: str, line: str, tmp_path: Path) -> None:
+    words = ["mvit", *line.split()]
+    assert (
+        imported_by(f"sys.argv = {words}; from mvit_video.cli.main import {entry}; {entry}()", tmp_path)
+        == set()
+    )
+
+
+@pytest.mark.parametrize(
+    ("code", "allowed"),
+    [
+        ("import mvit_video", set()),
+        ("import mvit_video.train, mvit_video.predict, mvit_video.data", set()),
+        ("import mvit_video as mv; mv.MViT, mv.ClipSpec, mv.list_models()", {"torch"}),
+        ("import mvit_video as mv; mv.create_model('mvitv2_nano_8x4')", {"torch"}),
+        ("import mvit_video as mv; mv.open_video, mv.predict, mv.Recognizer", {"torch", "PIL", "av"}),
+    ],
+)
+def test_the_package_imports_what_is_used(code: str, allowed: set[str]) -> None:
+    assert imported_by(code) <= allowed
+
+
+def test_predicting_imports_no_training(two_classes: Path, checkpoint: Path, tmp_path: Path) -> None:
+    words = ["mvit-predict", str(two_classes / "cats" / "0.mp4"), f"weights={checkpoint}", "num_workers=0"]
+    code = f"sys.argv = {words}; from mvit_video.cli.main import predict; predict()"
+    assert imported_by(code, tmp_path) <= {"torch", "PIL", "av"}
+    assert list(tmp_path.iterdir()) == []  # no log file beside the user's own
+
+
+# Sends a signal to its own process when a module is looked for.
+INTERRUPTED = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+class At:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, At())
+sys.argv[0] = "mvit-info"
+from mvit_video.cli.main import info
+info()
+"""
+
+
+@pytest.mark.parametrize("module", ["hydra", "omegaconf.errors", "torch", "torch.nn", "av"])
+def test_ctrl_c_during_imports_ends_with_one_line(module: str, tmp_path: Path) -> None:
+    done = run(INTERRUPTED.format(module=module), cwd=tmp_path)
+    assert done.returncode == 128 + signal.SIGINT
+    assert done.stderr == "mvit-info: interrupted\n"
+
+
+# A job that is sent a signal; what a job leaves behind it takes with it.
+SIGNALLED = """
+import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
+import mvit_video.cli.info as jobs
+def job(config):
+    try:
+        os.kill(os.getpid(), signal.{name})
+        time.sleep(60)
+    finally:
+        print("cleaned up")
+jobs.print_model = job
+sys.argv[0] = "mvit-info"
+from mvit_video.cli.main import info
+info()
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_job_that_is_stopped_cleans_up(name: str, tmp_path: Path) -> None:
+    done = run(SIGNALLED.format(name=name), cwd=tmp_path)
+    assert done.returncode == 128 + getattr(signal, name)
+    assert "cleaned up" in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_signals_are_as_before_when_a_command_has_ended(command: Command) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    command("info", "model=mvitv2_xs")
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_failed_job_of_a_sweep_does_not_end_the_others(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = []
+
+    def job(config):
+        done.append(config.optim.lr)
+        if config.optim.lr == 2:
+            raise ConfigError("two is too much")
+        if config.optim.lr == 3:
+            raise KeyError("a bug")
+        return config.optim.lr / 10
+
+    monkeypatch.setattr(importlib.import_module("mvit_video.cli.train"), "train", job)
+    result = command(
+        "train", "-m", "optim.lr=1,2,3,4", "data.root=a=b", "hydra.sweep.dir=sweep", "logger=csv"
+    )
+    assert result.code == 1
+    assert done == [1, 2, 3, 4]
+    assert "error in job 1: two is too much" in result.err
+    assert "jobs.csv" in result.out
+    with (tmp_path / "sweep" / "jobs.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["overrides"] for row in rows] == [f"optim.lr={n}" for n in (1, 2, 3, 4)]
+    assert [row["metric"] for row in rows] == ["0.1", "", "", "0.4"]
+    assert [bool(row["error"]) for row in rows] == [False, True, True, False]
+
+    again = command("train", "-m", "optim.lr=1", "data.root=x", "hydra.sweep.dir=sweep")
+    assert again.code == 0
+    with (tmp_path / "sweep" / "jobs.csv").open(newline="") as file:
+        assert len(list(csv.DictReader(file))) == 1  # the other sweep's results aren't these jobs'
+
+
+class Recorder(Callback):
+    """Keeps what jobs return, which is what a sweeper that optimises is given."""
+
+    returned: ClassVar[list[float]] = []
+
+    def on_job_end(self, config, job_return, **_):
+        self.returned.append(job_return.return_value)
+
+
+def test_a_sweeper_is_given_the_metric(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def job(config):
+        if config.seed:
+            raise ConfigError("no")
+        return 0.25
+
+    Recorder.returned.clear()
+    monkeypatch.setattr(importlib.import_module("mvit_video.cli.train"), "train", job)
+    recorder = f"+hydra.callbacks.recorder._target_={__name__}.Recorder"
+    command("train", "-m", "seed=0,1", "data.root=x", recorder)
+    assert Recorder.returned[0] == 0.25
+    assert math.isnan(Recorder.returned[1])
+
+
+@pytest.mark.parametrize(
+    ("make", "place"),
+    [
+        (lambda folder: (folder / "outputs").touch(), "outputs"),  # a file where a folder is needed
+        (lambda folder: (folder / "run" / "train.log").mkdir(parents=True), "run"),
+    ],
+)
+def test_a_place_that_can_not_be_written_ends_with_one_line(
+    command: Command, tmp_path: Path, make, place: str
+) -> None:
+    make(tmp_path)
+    arguments = ["hydra.run.dir=run"] if place == "run" else []
+    assert place in error_line(command("train", "data.root=x", *arguments), "train")
+
+
+def test_a_read_only_folder_is_enough_to_predict(
+    command: Command, two_classes: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    os.chmod(tmp_path, 0o555)  # noqa: PTH101
+    try:
+        result = command("predict", two_classes / "cats" / "0.mp4", f"weights={checkpoint}", "num_workers=0")
+    finally:
+        os.chmod(tmp_path, 0o755)  # noqa: PTH101
+    assert result.code == 0, result.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "hints"),
+    [
+        ("train", ["lr=1"], ["'lr'", "optim.lr"]),
+        ("train", ["epochs=3"], ["'epochs'", "trainer.max_epochs"]),
+        ("train", ["gpus=2"], ["'gpus'", "trainer.devices"]),
+        ("predict", ["a.mp4", "augment=light"], ["mvit-predict has no group 'augment'", "views"]),
+        ("predict", ["a.mp4", "trainer.devices=2"], ["trainer"]),
+        ("train", ["trainer=null"], ["trainer=null", "default"]),
+        ("train", ["~trainer", "data.root=x"], ["trainer"]),
+        ("train", ["batch_size=[1"], ["batch_size=[1", "quotes"]),
+        ("train", ["batch_size=1,2"], ["batch_size=1,2", "--multirun"]),
+        ("predict", ["a.mp4", "weights=epoch=3-step=99.ckpt"], ["epoch=3-step=99.ckpt"]),
+        ("predict", ["a.mp4", "weights=12"], ["12: no such file"]),
+        ("predict", ["videos=/a/b.mp4", "model=mvitv2_nano_8x4"], ["/a/b.mp4"]),
+        ("predict", ["~x.mp4", "model=mvitv2_nano_8x4"], ["~x.mp4"]),
+        ("train", ["data.root=~/x"], ["does not exist"]),
+        ("train", ["data.root=Übung"], ["Übung"]),
+        ("train", ["data.root="], ["data.root is ''"]),
+        ("predict", ["a.mp4", "save=s"], ["save is 's'", "srt"]),
+        ("predict", ["a.mp4", "window=0"], ["window is 0"]),
+        ("predict", ["a.mp4", "smoothing=nan"], ["smoothing is nan"]),
+        ("predict", ["a.mp4", "decoder.device=null"], ["decoder.device is null"]),
+        ("predict", ["a.mp4", "decoder.max_pixels=0.5"], ["max_pixels"]),
+        ("eval", ["weights=x", "data.root=x", "num_workers=99999"], ["num_workers is 99999", "1024"]),
+        ("train", ["data.root=x", "trainer.accumulate_grad_batches=0"], ["accumulate_grad_batches is 0"]),
+        ("train", ["data.root=x", "trainer.check_val_every_n_epoch=0"], ["check_val_every_n_epoch is 0"]),
+        ("train", ["data.root=x", "seed=-1"], ["seed is -1"]),
+        ("export", ["output=1", "weights=x", "tolerance=-1"], ["tolerance is -1"]),
+        ("demo", ["weights=x", "port=70000"], ["port is 70000"]),
+        ("data", ["prepare", "data.root=x", "frame_rate=0"], ["frame_rate is 0"]),
+        ("info", ["model.window=3"], ["model.window is 3"]),
+    ],
+)
+def test_a_line_that_can_not_work_says_what_is_possible(
+    command: Command, name: str, arguments: list[str], hints: list[str]
+) -> None:
+    line = error_line(command(name, *arguments), name)
+    for hint in hints:
+        assert hint in line
