@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from mvit_video.data import timing
 from mvit_video.data.datasets import OpenVideo
-from mvit_video.data.decode.cuda import SAMPLE
+from mvit_video.data.decode import device_of
 from mvit_video.errors import ConfigError
 from mvit_video.model import ClipSpec, VideoModel
 from mvit_video.model.variants import change_views
@@ -45,13 +45,12 @@ def build_model(config: DictConfig, num_classes: int | None = None) -> VideoMode
 
 
 def build_decoder(config: DictConfig) -> OpenVideo:
-    """What ``config.decoder`` opens files with, tried on a packaged clip.
+    """What ``config.decoder`` opens files with.
 
     Raises ConfigError for what isn't possible on this machine.
     """
     open_file = build(config.decoder)
-    with open_file(SAMPLE) as video:
-        device = video.get_frames([0]).device
+    device = device_of(open_file)
     if device.type != "cpu" and config.num_workers and config.get("loader") == "workers":
         raise ConfigError(f"decoding on {device} happens in threads of this process: loader=threads")
     return open_file

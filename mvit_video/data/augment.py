@@ -18,7 +18,7 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
-from mvit_video.data.pixels import RGB, training_clip
+from mvit_video.data.pixels import RGB, cut_and_resize, normalise
 from mvit_video.data.sampling import CropBox, SpatialView, random_resized_crop, random_short_side_crop
 
 
@@ -32,6 +32,9 @@ class RandAugment(NamedTuple):
 
 
 Colour = tuple[int, int, int]  # red, green, blue, 0 to 255
+
+# Picture, level in [0, 1], sign, what to show beyond the border -> picture.
+Operation = Callable[[Image.Image, float, float, Colour], Image.Image]
 
 
 @dataclass(frozen=True)
@@ -93,39 +96,70 @@ class Augment:
         _spatial_view(8, 8, 1, self, random.Random(0))
 
 
-def augmented_clips(
-    frames: Tensor, augment: Augment, size: int, *, mean: RGB, std: RGB, rng: random.Random
-) -> Tensor:
-    """Make ``augment.repeats`` training clips of the same frames, each with its own random choices.
+class _Plan(NamedTuple):
+    """The random choices for one version of a clip."""
+
+    view: CropBox | SpatialView
+    operations: list[tuple[Operation, float, float]]  # with level and sign
+    colours: list[tuple[Callable[[Tensor, float], Tensor], float]]  # with factor
+    erased: list[CropBox]
+    noise_seed: int
+
+
+class ClipAugmentation:
+    """Makes ``augment.repeats`` training clips of the same frames, each with its own random choices.
+
+    All is chosen when the size of the frames is known; after that each frame is by itself, so a decoder may
+    hand over a few at a time (``Video.get_frames``) and need not hold the whole pictures of a clip.
 
     Args:
-        frames: uint8 (T, 3, H, W).
         size: pixels of the square that the model sees.
-
-    Returns:
-        float (repeats, 3, T, size, size)
     """
-    if augment.short_side is not None:
-        from torchvision.transforms.v2.functional import resize  # a second to import, and often not needed
 
-        frames = resize(frames, [augment.short_side], antialias=True)
-    clips = []
-    for _ in range(augment.repeats):
-        pixels, view = frames, _spatial_view(frames.shape[2], frames.shape[3], size, augment, rng)
-        if augment.crop_first and isinstance(view, CropBox):
-            pixels, view = _cut(frames, view, size), CropBox(0, 0, size, size, view.flip)
-        if augment.rand_augment is not None:
-            settings = parse_rand_augment(augment.rand_augment)
-            pixels = rand_augment(pixels.flip(1) if augment.bgr else pixels, settings, rng, augment.fill)
-            pixels = pixels.flip(1) if augment.bgr else pixels
-        if augment.colour_jitter:
-            pixels = jitter_colours(pixels, augment.colour_jitter, rng)
-        clip = training_clip(pixels, view, size, mean=mean, std=std)
+    def __init__(self, augment: Augment, size: int, *, mean: RGB, std: RGB, rng: random.Random) -> None:
+        self._augment, self._size, self._mean, self._std, self._rng = augment, size, mean, std, rng
+        self._plans: list[_Plan] = []
+
+    def __call__(self, frames: Tensor) -> Tensor:
+        """uint8 (n, 3, H, W) -> float (n, repeats, 3, size, size)."""
+        if self._augment.short_side is not None:
+            from torchvision.transforms.v2.functional import resize  # a second to import, often not needed
+
+            frames = resize(frames, [self._augment.short_side], antialias=True)
+        if not self._plans:
+            height, width = frames.shape[-2:]
+            self._plans = [self._draw_plan(height, width) for _ in range(self._augment.repeats)]
+        return torch.stack([self._apply(plan, frames) for plan in self._plans], 1)
+
+    def to_clips(self, frames: Tensor) -> Tensor:
+        """Frames (T, repeats, 3, size, size) -> clips (repeats, 3, T, size, size), boxes of them erased."""
+        clips = frames.permute(1, 2, 0, 3, 4).contiguous()
+        for clip, plan in zip(clips, self._plans, strict=True):
+            _erase(clip, plan.erased, plan.noise_seed)
+        return clips
+
+    def _draw_plan(self, height: int, width: int) -> _Plan:
+        augment, rng, size = self._augment, self._rng, self._size
+        view = _spatial_view(height, width, size, augment, rng)
+        operations = [] if augment.rand_augment is None else draw_operations(augment.rand_augment, rng)
+        colours = _draw_colours(augment.colour_jitter, rng) if augment.colour_jitter else []
         boxes = random_erase_boxes(
             size, size, probability=augment.erase_probability, max_count=augment.erase_count, rng=rng
         )
-        clips.append(erased(clip, boxes, rng) if boxes else clip)
-    return torch.stack(clips)
+        return _Plan(view, operations, colours, boxes, rng.getrandbits(63) if boxes else 0)
+
+    def _apply(self, plan: _Plan, frames: Tensor) -> Tensor:
+        augment, view = self._augment, plan.view
+        if augment.crop_first and isinstance(view, CropBox):
+            frames = _cut_bicubic(frames, view, self._size)
+            view = CropBox(0, 0, self._size, self._size, view.flip)
+        if plan.operations:
+            frames = frames.flip(1) if augment.bgr else frames
+            frames = apply_operations(frames, plan.operations, augment.fill)
+            frames = frames.flip(1) if augment.bgr else frames
+        for change, factor in plan.colours:
+            frames = change(frames, factor)
+        return normalise(cut_and_resize(frames, view, self._size), self._mean, self._std)
 
 
 def _spatial_view(
@@ -150,7 +184,7 @@ def _spatial_view(
     )
 
 
-def _cut(frames: Tensor, box: CropBox, size: int) -> Tensor:
+def _cut_bicubic(frames: Tensor, box: CropBox, size: int) -> Tensor:
     """The box of uint8 frames (T, 3, H, W), resized to (T, 3, size, size)."""
     from torchvision.transforms.v2 import InterpolationMode
     from torchvision.transforms.v2.functional import resized_crop
@@ -189,26 +223,29 @@ def parse_rand_augment(notation: str) -> RandAugment:
     return RandAugment(values["m"], int(values["n"]), values["mstd"], values["p"])
 
 
-def rand_augment(
-    frames: Tensor, settings: RandAugment, rng: random.Random, fill: Colour = (128, 128, 128)
-) -> Tensor:
-    """Apply random operations, drawn with replacement, one strength and direction for the whole clip.
-
-    Args:
-        frames: uint8 (T, 3, H, W).
-        fill: what geometric operations show beyond the border.
-    """
-    plan = []
+def draw_operations(notation: str, rng: random.Random) -> list[tuple[Operation, float, float]]:
+    """Operations drawn with replacement, each with the level in [0, 1] and the sign that all frames get."""
+    settings = parse_rand_augment(notation)
+    drawn = []
     for name in rng.choices(list(OPERATIONS), k=settings.operations):
         if rng.random() > settings.probability:
             continue
         magnitude = rng.gauss(settings.magnitude, settings.std) if settings.std else settings.magnitude
         level = min(max(magnitude, 0.0), 10.0) / 10.0
-        plan.append((OPERATIONS[name], level, rng.choice((-1.0, 1.0))))
-    if not plan:
-        return frames
+        drawn.append((OPERATIONS[name], level, rng.choice((-1.0, 1.0))))
+    return drawn
+
+
+def apply_operations(
+    frames: Tensor, operations: Sequence[tuple[Operation, float, float]], fill: Colour = (128, 128, 128)
+) -> Tensor:
+    """Apply drawn operations to uint8 frames (N, 3, H, W).
+
+    Args:
+        fill: what geometric operations show beyond the border.
+    """
     images = [Image.fromarray(frame) for frame in frames.permute(0, 2, 3, 1).contiguous().cpu().numpy()]
-    for operation, level, sign in plan:
+    for operation, level, sign in operations:
         images = [operation(image, level, sign, fill) for image in images]
     changed = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
     return changed.permute(0, 3, 1, 2).to(frames.device)
@@ -234,8 +271,6 @@ def _factor(level: float, sign: float) -> float:
     return max(0.1, 1.0 + sign * (level * 0.9))
 
 
-# Picture, level in [0, 1], sign, what to show beyond the border -> picture.
-Operation = Callable[[Image.Image, float, float, Colour], Image.Image]
 OPERATIONS: dict[str, Operation] = {
     "AutoContrast": lambda image, level, sign, fill: ImageOps.autocontrast(image),
     "Equalize": lambda image, level, sign, fill: ImageOps.equalize(image),
@@ -267,14 +302,14 @@ OPERATIONS: dict[str, Operation] = {
 }
 
 
-def jitter_colours(frames: Tensor, strength: float, rng: random.Random) -> Tensor:
-    """Change brightness, contrast and saturation of uint8 (T, 3, H, W) in random order, frames alike."""
+def _draw_colours(
+    strength: float, rng: random.Random
+) -> list[tuple[Callable[[Tensor, float], Tensor], float]]:
+    """Changes of brightness, contrast and saturation in random order, with their factors."""
     from torchvision.transforms.v2 import functional as vision
 
     changes = [vision.adjust_brightness, vision.adjust_contrast, vision.adjust_saturation]
-    for change in rng.sample(changes, k=len(changes)):
-        frames = change(frames, rng.uniform(1 - strength, 1 + strength))
-    return frames
+    return [(change, rng.uniform(1 - strength, 1 + strength)) for change in rng.sample(changes, k=3)]
 
 
 def random_erase_boxes(
@@ -301,11 +336,9 @@ def random_erase_boxes(
     return boxes
 
 
-def erased(clip: Tensor, boxes: Sequence[CropBox], rng: random.Random) -> Tensor:
-    """A copy of a normalised clip (3, T, H, W) with independent N(0, 1) noise in the boxes of every frame."""
-    generator = torch.Generator(clip.device).manual_seed(rng.getrandbits(63))
-    clip = clip.clone()
+def _erase(clip: Tensor, boxes: Sequence[CropBox], seed: int) -> None:
+    """Put independent N(0, 1) noise into the boxes of every frame of a normalised clip (3, T, H, W)."""
+    generator = torch.Generator(clip.device).manual_seed(seed)
     for box in boxes:
         area = clip[:, :, box.top : box.top + box.height, box.left : box.left + box.width]
         area.copy_(torch.randn(area.shape, generator=generator, device=clip.device))
-    return clip

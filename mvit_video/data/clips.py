@@ -3,84 +3,92 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 
+import torch
 from torch import Tensor
 
-from mvit_video.data.augment import Augment, augmented_clips
+from mvit_video.data.augment import Augment, ClipAugmentation
 from mvit_video.data.decode import Video
-from mvit_video.data.pixels import test_clips
+from mvit_video.data.pixels import cut_views, resize_for_test, view_crops
 from mvit_video.data.sampling import (
     kinetics_frame_indices,
     random_frame_indices,
     random_segment_frame_indices,
     segment_frame_indices,
-    spatial_views,
     torchvision_frame_indices,
-    torchvision_spatial_view,
 )
 from mvit_video.model.clip_spec import ClipSpec
 
 
-def read_training_clips(video: Video, protocol: ClipSpec, augment: Augment, rng: random.Random) -> Tensor:
+def read_training_clips(video: Video, spec: ClipSpec, augment: Augment, rng: random.Random) -> Tensor:
     """One random clip of a video, augmented ``augment.repeats`` times, float (repeats, 3, T, H, W).
 
     Raises VideoError for a bad file.
     """
-    if protocol.sampling == "segment":
-        indices = random_segment_frame_indices(video.num_frames, clip_frames=protocol.clip_frames, rng=rng)
+    if spec.sampling == "segment":
+        indices = random_segment_frame_indices(video.num_frames, clip_frames=spec.clip_frames, rng=rng)
     else:
         indices = random_frame_indices(
             video.num_frames,
             video.fps,
-            clip_frames=protocol.clip_frames,
-            stride=protocol.stride,
-            target_fps=protocol.target_fps,
+            clip_frames=spec.clip_frames,
+            stride=spec.stride,
+            target_fps=spec.target_fps,
             rng=rng,
         )
-    frames = video.get_frames(indices)
-    return augmented_clips(frames, augment, protocol.crop, mean=protocol.mean, std=protocol.std, rng=rng)
+    augmentation = ClipAugmentation(augment, spec.crop, mean=spec.mean, std=spec.std, rng=rng)
+    return augmentation.to_clips(video.get_frames(indices, transform=augmentation))
 
 
-def read_test_views(video: Video, protocol: ClipSpec) -> tuple[Tensor, list[tuple[float, float]]]:
-    """All views of a video and their spans, as in ``VideoViews``. Raises VideoError for a bad file."""
-    if protocol.sampling == "segment":
-        clips = [segment_frame_indices(video.num_frames, clip_frames=protocol.clip_frames)]
-    elif protocol.sampling == "torchvision":
-        clips = torchvision_frame_indices(
-            video.num_frames,
-            video.fps,
-            clip_frames=protocol.clip_frames,
-            frame_rate=protocol.target_fps / protocol.stride,
-            num_clips=protocol.num_clips,
-        )
-    else:
-        clips = kinetics_frame_indices(
-            video.num_frames,
-            video.fps,
-            clip_frames=protocol.clip_frames,
-            stride=protocol.stride,
-            num_clips=protocol.num_clips,
-            target_fps=protocol.target_fps,
-        )
+def read_test_views(video: Video, spec: ClipSpec) -> tuple[Tensor, list[tuple[float, float]]]:
+    """All views of a video, float (V, 3, T, H, W), and their spans, as in ``VideoViews``.
+
+    Raises VideoError for a bad file.
+    """
+    clips = view_frame_indices(video.num_frames, video.fps, spec)
     needed = sorted({index for clip in clips for index in clip})
-    position = {index: i for i, index in enumerate(needed)}
-    positions = [[position[index] for index in clip] for clip in clips]
-    frames = video.get_frames(needed)  # one decode, however many views
-    height, width = frames.shape[-2:]
-    sizes = {"short_side": protocol.short_side, "crop": protocol.crop}
-    round_pixels = protocol.pixels != "slowfast"
-    if round_pixels:
-        crops = [torchvision_spatial_view(height, width, **sizes)]
-    else:
-        crops = spatial_views(height, width, num_crops=protocol.num_crops, **sizes)
+    rows = {index: row for row, index in enumerate(needed)}
+    frames = video.get_frames(needed, transform=partial(resize_for_test, spec=spec))  # one decode for all
+    crops = view_crops(video.height, video.width, spec)
     spans = [(video.frame_time(clip[0]), video.frame_time(clip[-1])) for clip in clips for _ in crops]
-    clip_pixels = test_clips(
-        frames,
-        positions,
-        crops,
-        mean=protocol.mean,
-        std=protocol.std,
-        round_pixels=round_pixels,
-        bicubic=protocol.pixels == "image",
+    return cut_views(frames, [[rows[index] for index in clip] for clip in clips], crops), spans
+
+
+def centre_views(clips: Tensor, spec: ClipSpec) -> Tensor:
+    """The centre crop of clips that were cut already, as a model sees it.
+
+    Args:
+        clips: uint8 (B, 3, T, H, W).
+
+    Returns:
+        float (B, 3, T, crop, crop)
+    """
+    height, width = clips.shape[-2:]
+    crops = view_crops(height, width, spec)
+    centre = crops[len(crops) // 2]
+    whole = range(clips.shape[2])
+    frames = (resize_for_test(clip.transpose(0, 1), spec) for clip in clips)
+    return torch.cat([cut_views(clip, [whole], [centre]) for clip in frames])
+
+
+def view_frame_indices(num_frames: int, fps: float, spec: ClipSpec) -> list[list[int]]:
+    """Frame numbers of the test clips."""
+    if spec.sampling == "segment":
+        return [segment_frame_indices(num_frames, clip_frames=spec.clip_frames)]
+    if spec.sampling == "torchvision":
+        return torchvision_frame_indices(
+            num_frames,
+            fps,
+            clip_frames=spec.clip_frames,
+            frame_rate=spec.target_fps / spec.stride,
+            num_clips=spec.num_clips,
+        )
+    return kinetics_frame_indices(
+        num_frames,
+        fps,
+        clip_frames=spec.clip_frames,
+        stride=spec.stride,
+        num_clips=spec.num_clips,
+        target_fps=spec.target_fps,
     )
-    return clip_pixels, spans

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mvit_video.data.class_names import ClassNames, read_class_names
-from mvit_video.data.decode.stills import entry_on_disk
+from mvit_video.data.decode.images import entry_on_disk
 from mvit_video.data.files import FileSearch, existing, existing_folder, lines_of, quoted
 from mvit_video.data.index import VideoIndex, VideoSplits, folder_splits, split_folder
 from mvit_video.data.lists import Row, VideoList, cells_of, index_of_list, read_csv, splits_of_lists

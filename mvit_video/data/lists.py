@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mvit_video.data.class_names import ClassNames, LabelOf, read_class_names
-from mvit_video.data.decode.stills import entry_on_disk
+from mvit_video.data.decode.images import entry_on_disk
 from mvit_video.data.files import (
     IMAGE_EXTENSIONS,
     VIDEO_EXTENSIONS,

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from mvit_video.data import timing
-from mvit_video.data.decode.cuda import SAMPLE
+from mvit_video.data.decode import device_of
 from mvit_video.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
@@ -171,8 +171,7 @@ class ClipLoader(Generic[Collated]):
                 future.cancel()
 
     def _start(self) -> _Pool:
-        with self._dataset.open_file(str(SAMPLE)) as video:
-            device = video.get_frames([0]).device
+        device = device_of(self._dataset.open_file)
         if device.type != "cpu" and self._kind == "workers":
             raise ConfigError(f"decoding on {device} happens in threads of this process: loader=threads")
         few = self._kind == "auto" and self._num_workers <= _FEW

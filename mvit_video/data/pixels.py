@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,56 +10,61 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mvit_video.data.sampling import CropBox, SpatialView
+from mvit_video.data.sampling import CropBox, SpatialView, spatial_views, torchvision_spatial_view
+from mvit_video.model.clip_spec import ClipSpec
 
 RGB = tuple[float, float, float]
 
 _PIXELS_AT_ONCE = 1 << 25  # resized together: as floats the frames of a 4K video would fill the memory
 
 
-def test_clips(
-    frames: Tensor,
-    clips: Sequence[Sequence[int]],
-    views: Sequence[SpatialView],
-    *,
-    mean: RGB,
-    std: RGB,
-    round_pixels: bool = False,  # noqa: PT028 (no test)
-    bicubic: bool = False,  # noqa: PT028
-) -> Tensor:
-    """Cut the views of one video: every clip with every crop, crops varying fastest.
+def view_crops(height: int, width: int, spec: ClipSpec) -> list[SpatialView]:
+    """The test crops of frames of a size, all of one resized picture."""
+    sizes = {"short_side": spec.short_side, "crop": spec.crop}
+    if spec.pixels != "slowfast":
+        return [torchvision_spatial_view(height, width, **sizes)]
+    return spatial_views(height, width, num_crops=spec.num_crops, **sizes)
 
-    Args:
-        frames: uint8 (N, 3, H, W), the frames that the clips need, each once.
-        clips: for each clip, positions in ``frames``.
-        views: crops of one resized picture.
-        mean, std: of RGB in [0, 1].
-        round_pixels: resized pictures have whole levels, as torchvision leaves them.
-        bicubic: resized as Pillow does it, antialiased.
 
-    Returns:
-        float (clips * views, 3, T, crop, crop)
+def resize_for_test(frames: Tensor, spec: ClipSpec) -> Tensor:
+    """Resize and normalise uint8 frames (N, 3, H, W) as a model's tests do: float (N, 3, h, w).
+
+    It is the one way from a ``ClipSpec`` to pixels: of files, windows, tensors and explanations.
     """
-    view = views[0]
-    if bicubic:
+    height, width = frames.shape[-2:]
+    view = view_crops(height, width, spec)[0]
+    if spec.pixels == "image":  # as Pillow does it, antialiased
         resized = _resize_bicubic(frames, view.resized_height, view.resized_width)
     else:  # bilinear without antialiasing, as in the official code; it commutes with normalisation
         resized = _resize(frames, view.resized_height, view.resized_width)
-    resized = normalise(resized.round() if round_pixels else resized, mean, std)
-    crops = [resized[:, :, v.top : v.top + v.crop, v.left : v.left + v.crop] for v in views]
-    return torch.stack([crop[list(clip)].transpose(0, 1) for clip in clips for crop in crops])
+    if spec.pixels != "slowfast":  # whole levels, as torchvision leaves them
+        resized = resized.round()
+    return normalise(resized, spec.mean, spec.std)
 
 
-def training_clip(frames: Tensor, view: CropBox | SpatialView, size: int, *, mean: RGB, std: RGB) -> Tensor:
-    """Cut one square out of all frames of a clip, mirrored where the view says so.
+def cut_views(frames: Tensor, clips: Sequence[Sequence[int]], crops: Sequence[SpatialView]) -> Tensor:
+    """Cut the views of one video: every clip with every crop, crops varying fastest.
 
     Args:
-        frames: uint8 (T, 3, H, W).
+        frames: float (N, 3, h, w), resized, the frames that the clips need, each once.
+        clips: for each clip, positions in ``frames``.
+
+    Returns:
+        float (clips * crops, 3, T, crop, crop)
+    """
+    cut = [frames[:, :, c.top : c.top + c.crop, c.left : c.left + c.crop] for c in crops]
+    return torch.stack([crop[list(clip)].transpose(0, 1) for clip in clips for crop in cut])
+
+
+def cut_and_resize(frames: Tensor, view: CropBox | SpatialView, size: int) -> Tensor:
+    """Cut one square out of uint8 frames (N, 3, H, W), mirrored where the view says so.
+
+    Args:
         view: a box of the frames, which is resized to a square, or a square of the resized frames.
         size: pixels of the square.
 
     Returns:
-        float (3, T, size, size)
+        float (N, 3, size, size), from 0 to 255.
     """
     if isinstance(view, CropBox):
         frames = frames[:, :, view.top : view.top + view.height, view.left : view.left + view.width]
@@ -66,15 +72,28 @@ def training_clip(frames: Tensor, view: CropBox | SpatialView, size: int, *, mea
     else:
         frames = _resize(frames, view.resized_height, view.resized_width)
         frames = frames[:, :, view.top : view.top + size, view.left : view.left + size]
-    clip = normalise(frames, mean, std)
-    return (clip.flip(-1) if view.flip else clip).transpose(0, 1).contiguous()
+    return frames.flip(-1) if view.flip else frames
 
 
 def normalise(frames: Tensor, mean: RGB, std: RGB) -> Tensor:
-    """(T, 3, H, W) in [0, 255] -> float (x / 255 - mean) / std."""
-    scale = frames.new_tensor([1 / (255 * s) for s in std], dtype=torch.float32)
-    shift = frames.new_tensor([-m / s for m, s in zip(mean, std, strict=True)], dtype=torch.float32)
-    return torch.addcmul(shift[:, None, None], frames.float(), scale[:, None, None])
+    """(N, 3, H, W) in [0, 255] -> float (x / 255 - mean) / std."""
+    scale, shift = _scale_and_shift(tuple(mean), tuple(std), frames.device)
+    return torch.addcmul(shift, frames.float(), scale)
+
+
+def denormalise(frames: Tensor, mean: RGB, std: RGB) -> Tensor:
+    """The contrary of ``normalise``, rounded to uint8."""
+    scale, shift = _scale_and_shift(tuple(mean), tuple(std), frames.device)
+    return ((frames - shift) / scale).round().clamp(0, 255).to(torch.uint8)
+
+
+@functools.lru_cache(maxsize=64)
+def _scale_and_shift(mean: RGB, std: RGB, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Each (3, 1, 1); kept, since copies to a GPU wait for it."""
+    with torch.inference_mode(mode=False):
+        scale = torch.tensor([1 / (255 * s) for s in std], dtype=torch.float32, device=device)
+        shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=device)
+    return scale[:, None, None], shift.float()[:, None, None]
 
 
 def _resize(frames: Tensor, height: int, width: int) -> Tensor:

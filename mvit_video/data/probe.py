@@ -9,13 +9,13 @@ import av
 import PIL
 
 from mvit_video.data.decode import open_video
-from mvit_video.data.decode.stills import pictures_of
+from mvit_video.data.decode.images import image_files
 from mvit_video.data.lists import NO_FILE
 from mvit_video.data.table import FileInfo
 from mvit_video.errors import VideoError
 from mvit_video.io.fingerprint import Fingerprint, file_sha256, fingerprint
 
-PROBE = 2  # one more whenever the same file would be described otherwise
+PROBE = 3  # one more whenever the same file would be described otherwise
 
 
 def settings(frame_rate: float) -> Fingerprint:
@@ -31,7 +31,7 @@ def stat_of(path: str) -> tuple[int, int]:
         VideoError: something isn't there, or is no file.
     """
     try:
-        found = [os.stat(file) for file in pictures_of(path)]  # noqa: PTH116 (speed)
+        found = [os.stat(file) for file in image_files(path)]  # noqa: PTH116 (speed)
     except FileNotFoundError as error:
         raise VideoError(path, NO_FILE) from error
     except (OSError, ValueError) as error:
@@ -55,7 +55,7 @@ def probe(path: str, frame_rate: float = 30.0) -> FileInfo:
         return FileInfo(error=error.reason)
     info = FileInfo(size, mtime_ns)
     try:
-        info = info._replace(sha256=file_sha256(*pictures_of(path)))
+        info = info._replace(sha256=file_sha256(*image_files(path)))
         with open_video(path, backend="pyav", frame_rate=frame_rate) as video:
             info = info._replace(
                 frames=video.num_frames,

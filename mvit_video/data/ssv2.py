@@ -9,7 +9,7 @@ from operator import itemgetter
 from pathlib import Path
 
 from mvit_video.data.class_names import ClassNames, read_class_names
-from mvit_video.data.decode.stills import entry_on_disk, run_of_pictures
+from mvit_video.data.decode.images import entry_on_disk, frame_pattern
 from mvit_video.data.files import (
     VIDEO_EXTENSIONS,
     existing,
@@ -179,7 +179,7 @@ def _pattern(file: Path, numbers: Sequence[int], paths: Sequence[str]) -> str:
     for number, before, path in zip(numbers[1:], paths, paths[1:], strict=False):
         if (len(path), path) <= (len(before), before):
             raise DataError(f"{file}, line {number}: {path} comes after {before}; expected rising numbers")
-    pattern = run_of_pictures(paths[0], paths[-1])
+    pattern = frame_pattern(paths[0], paths[-1])
     if pattern is not None:
         start, end = pattern.rpartition("[")[2].partition("]")[0].split("-")
         if int(end) - int(start) + 1 == len(paths):

@@ -17,13 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvit_video.data.batches import in_full_batches
-from mvit_video.data.clips import read_test_views
+from mvit_video.data.clips import centre_views, read_test_views
 from mvit_video.data.datasets import OpenVideo, TestViews, VideoViews
-from mvit_video.data.decode import open_video
-from mvit_video.data.decode.cuda import SAMPLE
+from mvit_video.data.decode import device_of, open_video
 from mvit_video.data.index import LabelledVideo
-from mvit_video.data.pixels import test_clips
-from mvit_video.data.sampling import spatial_views
 from mvit_video.errors import ConfigError, VideoError
 from mvit_video.model import ClipSpec, MViT, VideoModel
 from mvit_video.model.variants import change_views
@@ -161,8 +158,7 @@ class Recognizer:
     def _watch(
         self, source: Source, length: float, stride: float, follow: float | None, drop: bool
     ) -> Iterator[tuple[tuple[float, float], Tensor]]:
-        with self.open_file(str(SAMPLE)) as sample:
-            device = sample.get_frames([0]).device  # where decoded files end up
+        device = device_of(self.open_file)
 
         def views() -> Generator[VideoViews, None, None]:
             for window in iter_windows(source, length=length, stride=stride, follow=follow, device=device):
@@ -248,17 +244,7 @@ class Recognizer:
             raise ValueError(f"expected clips of shape (B, 3, T, H, W), got {tuple(clips.shape)}")
         if clips.is_floating_point():
             return clips
-        protocol = self.protocol
-        views = spatial_views(
-            *clips.shape[-2:], short_side=protocol.short_side, crop=protocol.crop, num_crops=1
-        )
-        whole = [range(clips.shape[2])]
-        return torch.cat(
-            [
-                test_clips(clip.transpose(0, 1), whole, views, mean=protocol.mean, std=protocol.std)
-                for clip in clips
-            ]
-        )
+        return centre_views(clips, self.protocol)
 
     @torch.inference_mode()
     def _softmax(self, clips: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 from PIL import Image, ImageDraw, ImageFont
 
-from mvit_video.data.decode.pictures import Look
+from mvit_video.data.decode.frames import FrameFormat
 from mvit_video.errors import VideoError
 from mvit_video.io.console import printable
 from mvit_video.io.writing import replacing
@@ -159,23 +159,23 @@ class _Painter:
         self._starts = [segment.start for segment in segments]
         self._step = int(1 / rate / tick)
         self._reformatter = VideoReformatter()
-        self._look: Look | None = None
+        self._format: FrameFormat | None = None
         self._first = self._last = -1
         self._strip: tuple[int, Picture] = (-1, np.empty((0, 0, 3), np.uint8))  # of which segment
 
     def paint(self, frame: VideoFrame) -> VideoFrame | None:
         """An upright copy of even height and width; None for a frame whose time doesn't follow."""
         pts = self._last + self._step if frame.pts is None else frame.pts
-        if self._look is None:
-            self._look, self._first = Look.of(frame), pts
+        if self._format is None:
+            self._format, self._first = FrameFormat.of(frame), pts
         elif pts <= self._last:
             return None
         self._last = pts
-        look = self._look
+        fmt = self._format
         rgb = self._reformatter.reformat(
-            frame, width=look.width, height=look.height, format="rgb24", threads=1
+            frame, width=fmt.width, height=fmt.height, format="rgb24", threads=1
         )
-        picture = look.turn.apply(cast(Picture, rgb.to_ndarray()))
+        picture = fmt.orientation.apply(cast(Picture, rgb.to_ndarray()))
         height, width = picture.shape[0] // 2 * 2, picture.shape[1] // 2 * 2  # yuv420p is even
         picture = np.array(picture[:height, :width], order="C")
         second = float((pts - self._first) * self.tick)

@@ -14,10 +14,10 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeAlias
 
-import av
 import torch
 from av.container import InputContainer
 from av.error import ExitError, FFmpegError
@@ -26,8 +26,15 @@ from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 from torch import Tensor
 
-from mvit_video.data.decode.files import check_file, why_not_opened
-from mvit_video.data.decode.pictures import Look, gather
+from mvit_video.data.decode.container import (
+    MAX_PIXELS,
+    Origin,
+    best_video_stream,
+    check_file,
+    open_container,
+    why_not_opened,
+)
+from mvit_video.data.decode.frames import FrameCollector, FrameFormat, Transform, make_buffer
 from mvit_video.errors import ConfigError, VideoError
 
 log = logging.getLogger(__name__)
@@ -67,18 +74,18 @@ class Window:
         frames: Sequence[_TimedFrame],
         span: tuple[float, float],
         *,
-        look: Look,
+        fmt: FrameFormat,
         reformatter: VideoReformatter,
         device: torch.device,
     ) -> None:
         self.path, rate, self.codec = frames[-1].source
         self.start, self.end = span
-        self._frames, self._look, self._reformatter, self._device = frames, look, reformatter, device
+        self._frames, self._format, self._reformatter, self.device = frames, fmt, reformatter, device
         self.num_frames = len(frames)
         first, last = frames[0].second, frames[-1].second
         self.fps = (len(frames) - 1) / (last - first) if last > first else rate
         self.duration = len(frames) / self.fps
-        self.height, self.width = look.upright_size
+        self.height, self.width = fmt.upright_size
 
     def __enter__(self) -> Window:
         return self
@@ -94,12 +101,15 @@ class Window:
         """Seconds from the window's first frame to frame ``index``."""
         return self._frames[index].second - self._frames[0].second
 
-    def get_frames(self, indices: Sequence[int]) -> Tensor:
+    def get_frames(self, indices: Sequence[int], *, transform: Transform | None = None) -> Tensor:
         """See ``Video.get_frames``."""
-        pictures = gather(len(indices), self._look, self._reformatter, self._device)
+        make = partial(make_buffer, fmt=self._format, reformatter=self._reformatter, device=self.device)
+        frames: FrameCollector[VideoFrame] = FrameCollector(
+            len(indices), make, size=self._format.upright_size, transform=transform
+        )
         for slot, index in enumerate(indices):
-            pictures.put(slot, self._frames[index].frame)
-        return pictures.finish().to(self._device)
+            frames.write(slot, self._frames[index].frame)
+        return frames.to_tensor().to(self.device)
 
 
 def iter_windows(
@@ -131,11 +141,11 @@ def iter_windows(
         if value is not None and not (0 < value < math.inf or (name == "follow" and value == 0)):
             raise ConfigError(f"windows need a positive, finite {name} in seconds, got {value:g}")
     reformatter = VideoReformatter()
-    look: Look | None = None
+    fmt: FrameFormat | None = None
     for span, frames in _slide(_timed_frames_of(source, follow), length, stride):
-        look = look or Look.of(frames[0].frame)
-        yield Window(frames, span, look=look, reformatter=reformatter, device=device or torch.device("cpu"))
-    if look is None:
+        fmt = fmt or FrameFormat.of(frames[0].frame)
+        yield Window(frames, span, fmt=fmt, reformatter=reformatter, device=device or torch.device("cpu"))
+    if fmt is None:
         raise VideoError(redact_credentials(source), "no frame can be decoded")
 
 
@@ -243,17 +253,19 @@ def _decoded(container: InputContainer, stream: VideoStream, name: str) -> Itera
 
 @contextmanager
 def open_stream(
-    source: Source, *, follow: float | None = None
+    source: Source, *, follow: float | None = None, max_pixels: int = MAX_PIXELS
 ) -> Iterator[tuple[InputContainer, VideoStream, str]]:
     """A container to be read from front to back, its video stream and a name for errors."""
     name = redact_credentials(source)
     place: Any = source
     options: dict[str, Any] = {}
     file: IO[bytes] | None = None
+    origin: Origin = "pipe"
     if isinstance(source, str | Path):
         if str(source) == "-":
             name, place = "standard input", "pipe:0"
         elif "://" in name:
+            origin = "address"
             options["timeout"] = _TIMEOUT
             if name.startswith("rtsp"):
                 options["options"] = {"rtsp_transport": "tcp"}  # UDP loses packets
@@ -261,19 +273,18 @@ def open_stream(
                 # A file goes on where it broke off; what has no end is opened again, see ``_shown``.
                 options["options"] = {"reconnect": "1", "reconnect_delay_max": str(math.ceil(follow))}
         elif name.startswith("/dev/video"):
-            options["format"] = "v4l2"
+            origin, options["format"] = "camera", "v4l2"
         else:
             check_file(name)
-            place = f"file:{name}"
-            options["options"] = {"protocol_whitelist": "file"}
+            origin, place = "file", f"file:{name}"
             if follow is not None:
                 file = Path(name).open("rb", buffering=0)  # noqa: SIM115 (closed below)
-                place, options = _Growing(file, follow), {}
+                origin, place = "pipe", _Growing(file, follow)
     elif not source.seekable():
         place = _OnlyRead(source)
     asked = time.monotonic()
     try:
-        container = av.open(place, "r", metadata_errors="replace", **options)
+        container = open_container(place, origin, **options)
     except (FFmpegError, OSError, ValueError) as error:
         if file is not None:
             file.close()
@@ -284,9 +295,7 @@ def open_stream(
         hint = "; is the address right, and is something sent there?" if "://" in name else ""
         raise VideoError(name, f"can't be opened: {_SILENCE if silent else _reason(error)}{hint}") from None
     try:
-        stream = container.streams.best("video")
-        if not isinstance(stream, VideoStream) or stream.codec_context is None:
-            raise VideoError(name, "there is no video in it")
+        stream = best_video_stream(container, name, max_pixels)
         stream.thread_type = "AUTO"
         yield container, stream, name
     finally:

@@ -16,11 +16,11 @@ from videos import write_numbered_video
 from mvit_video.data.augment import (
     OPERATIONS,
     Augment,
+    ClipAugmentation,
     RandAugment,
-    augmented_clips,
-    jitter_colours,
+    apply_operations,
+    draw_operations,
     parse_rand_augment,
-    rand_augment,
     random_erase_boxes,
 )
 from mvit_video.data.datasets import TrainingClips, training_loader
@@ -41,6 +41,23 @@ def picture(seed: int, height: int = 41, width: int = 57) -> np.ndarray:
 
 def as_frames(*pictures: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+
+
+def augmented_clips(
+    frames: torch.Tensor,
+    augment: Augment,
+    size: int,
+    *,
+    rng: random.Random,
+    mean: tuple[float, float, float] = MEAN,
+    std: tuple[float, float, float] = STD,
+) -> torch.Tensor:
+    augmentation = ClipAugmentation(augment, size, mean=mean, std=std, rng=rng)
+    return augmentation.to_clips(augmentation(frames))
+
+
+def rand_augment(frames: torch.Tensor, rng: random.Random) -> torch.Tensor:
+    return apply_operations(frames, draw_operations(RECIPE, rng))
 
 
 @pytest.mark.parametrize("magnitude", [0.0, 0.3, 4.4, 7.0, 9.99, 10.0])
@@ -77,11 +94,11 @@ def test_rand_augment_does_the_same_to_all_frames() -> None:
     frames = as_frames(picture(1), picture(2), picture(1))
     changed = 0
     for seed in range(30):
-        out = rand_augment(frames, parse_rand_augment(RECIPE), random.Random(seed))
+        out = rand_augment(frames, random.Random(seed))
         assert out.dtype == torch.uint8
         assert out.shape == frames.shape
         assert torch.equal(out[0], out[2])
-        alone = rand_augment(frames[1:2], parse_rand_augment(RECIPE), random.Random(seed))
+        alone = rand_augment(frames[1:2], random.Random(seed))
         assert torch.equal(out[1], alone[0])
         changed += not torch.equal(out, frames)
     assert 20 < changed <= 30
@@ -103,7 +120,7 @@ def test_operations_are_applied_half_of_the_time_at_the_right_strength(
     rng = random.Random(0)
     frame = as_frames(picture(0, 4, 4))
     for _ in range(3000):
-        rand_augment(frame, parse_rand_augment(RECIPE), rng)
+        rand_augment(frame, rng)
     names, levels, signs = zip(*applied, strict=True)
     assert len(applied) == pytest.approx(3000 * 4 * 0.5, rel=0.03)
     counts = [names.count(name) for name in OPERATIONS]
@@ -142,7 +159,7 @@ def test_several_boxes_share_the_area() -> None:
 def test_erasing_is_one_box_of_fresh_noise_in_every_frame() -> None:
     frames = torch.full((6, 3, 64, 64), 115, dtype=torch.uint8)
     augment = Augment(area=(1, 1), aspect=(1, 1), flip_probability=0, erase_probability=1)
-    (clip,) = augmented_clips(frames, augment, 64, mean=MEAN, std=STD, rng=random.Random(3))
+    (clip,) = augmented_clips(frames, augment, 64, rng=random.Random(3))
     changed = (clip - clip[0, 0, 0, 0]).abs() > 1e-6
     if changed[0, 0].float().mean() > 0.5:  # the corner was erased
         changed = (clip - (115 / 255 - 0.45) / 0.225).abs() > 1e-4
@@ -155,12 +172,26 @@ def test_erasing_is_one_box_of_fresh_noise_in_every_frame() -> None:
 
 
 def test_colours_change_alike_in_all_frames() -> None:
-    frames = as_frames(picture(1), picture(1))
-    out = jitter_colours(frames, 0.4, random.Random(0))
-    assert out.dtype == torch.uint8
-    assert torch.equal(out[0], out[1])
-    assert not torch.equal(out, frames)
-    assert torch.equal(jitter_colours(frames, 0.0, random.Random(0)), frames)
+    frames = as_frames(picture(1, 41, 41), picture(1, 41, 41))
+    whole = {"area": (1, 1), "aspect": (1, 1), "flip_probability": 0}
+    plain, changed = (
+        augmented_clips(frames, Augment(**whole, colour_jitter=strength), 41, rng=random.Random(0))[0]
+        for strength in (0.0, 0.4)
+    )
+    assert torch.equal(changed[:, 0], changed[:, 1])
+    assert not torch.equal(changed, plain)
+
+
+def test_clips_are_the_same_however_many_frames_come_at_a_time() -> None:
+    augment = Augment(
+        short_side=50, rand_augment=RECIPE, colour_jitter=0.3, erase_probability=1, repeats=2, bgr=True
+    )
+    frames = as_frames(*(picture(seed) for seed in range(5)))
+    for seed in range(5):
+        whole = augmented_clips(frames, augment, 32, rng=random.Random(seed))
+        augmentation = ClipAugmentation(augment, 32, mean=MEAN, std=STD, rng=random.Random(seed))
+        parts = torch.cat([augmentation(part) for part in frames.split(2)])
+        assert torch.equal(augmentation.to_clips(parts), whole)
 
 
 def test_scale_jitter_cuts_squares_and_does_not_mirror() -> None:
@@ -168,9 +199,7 @@ def test_scale_jitter_cuts_squares_and_does_not_mirror() -> None:
     ramp = np.broadcast_to(np.linspace(0, 255, 120)[None, :, None], (80, 120, 3)).astype(np.uint8)
     augment = Augment(short_side_range=(80, 100), flip_probability=0)
     for seed in range(20):
-        (clip,) = augmented_clips(
-            as_frames(ramp, ramp), augment, 64, mean=MEAN, std=STD, rng=random.Random(seed)
-        )
+        (clip,) = augmented_clips(as_frames(ramp, ramp), augment, 64, rng=random.Random(seed))
         assert clip.shape == (3, 2, 64, 64)
         assert (clip[0, 0, 0].diff() >= 0).all()
         # 64 pixels of a picture that became 120 to 150 wide show 43 to 53 % of the ramp
@@ -184,7 +213,7 @@ def test_bgr_lets_rand_augment_see_swapped_channels() -> None:
     different = 0
     for seed in range(20):
         plain, swapped, official = (
-            augmented_clips(given, Augment(**kept, bgr=bgr), 41, mean=MEAN, std=STD, rng=random.Random(seed))
+            augmented_clips(given, Augment(**kept, bgr=bgr), 41, rng=random.Random(seed))
             for given, bgr in ((frames, False), (frames, True), (frames.flip(1), False))
         )
         assert torch.equal(swapped, official.flip(1))
@@ -209,7 +238,7 @@ def test_a_box_can_be_cut_out_before_rand_augment() -> None:
     frames[..., 16:48, 16:48] = 255
     augment = Augment(crop_first=True, rand_augment=RECIPE, area=(0.25, 0.25), aspect=(1, 1))
     for seed in range(10):
-        clips = augmented_clips(frames, augment, 32, mean=MEAN, std=STD, rng=random.Random(seed))
+        clips = augmented_clips(frames, augment, 32, rng=random.Random(seed))
         assert clips.shape == (1, 3, 1, 32, 32)
     with pytest.raises(ValueError, match="crop_first"):
         Augment(crop_first=True, short_side_range=(64, 80))

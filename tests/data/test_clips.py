@@ -65,9 +65,9 @@ def test_one_decode_serves_all_views(videos: list[LabelledVideo]) -> None:
         video = open_video(path)
         get_frames = video.get_frames
 
-        def noted(indices):
+        def noted(indices, *, transform):
             asked.append(list(indices))
-            return get_frames(indices)
+            return get_frames(indices, transform=transform)
 
         video.get_frames = noted
         return video

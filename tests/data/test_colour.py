@@ -13,7 +13,7 @@ from av.video.reformatter import VideoReformatter
 from videos import write_video
 
 from mvit_video.data.decode.colour import BT601, BT709, BT2020, Colour, matrix_of, to_rgb
-from mvit_video.data.decode.pictures import Look, PlanePictures, RgbPictures
+from mvit_video.data.decode.frames import FrameFormat, PlaneBuffer, RgbBuffer
 
 CPU = torch.device("cpu")
 PIX_FMTS = [
@@ -42,10 +42,10 @@ def decoded(tmp_path_factory: pytest.TempPathFactory) -> list[VideoFrame]:
 
 
 def from_planes(frames: list[VideoFrame]) -> torch.Tensor:
-    pictures = PlanePictures(len(frames), Look.of(frames[0]), VideoReformatter(), CPU)
+    buffer = PlaneBuffer(len(frames), FrameFormat.of(frames[0]), VideoReformatter(), CPU)
     for slot, frame in enumerate(frames):
-        pictures.put(slot, frame)
-    return pictures.finish()
+        buffer.write(slot, frame)
+    return buffer.to_tensor()
 
 
 @pytest.mark.parametrize("full_range", [False, True], ids=["limited", "full"])
@@ -55,18 +55,20 @@ def test_close_to_swscale(decoded: list[VideoFrame], pix_fmt: str, colorspace: i
     frames = [frame.reformat(format=pix_fmt) for frame in decoded]
     for frame in frames:
         frame.colorspace, frame.color_range = colorspace, 2 if full_range else 1
-    deep = "10" in pix_fmt
+    high_bit_depth = "10" in pix_fmt
     # By itself swscale repeats the chroma of 8-bit planes, and interpolates that of all others.
     same_planes = [frame.reformat(format="yuv420p") if pix_fmt == "nv12" else frame for frame in frames]
     expected = np.stack(
         [
-            frame.reformat(format="rgb24", interpolation="POINT" if deep else None, threads=1).to_ndarray()
+            frame.reformat(
+                format="rgb24", interpolation="POINT" if high_bit_depth else None, threads=1
+            ).to_ndarray()
             for frame in same_planes
         ]
     )
     difference = np.abs(from_planes(frames).permute(0, 2, 3, 1).numpy().astype(int) - expected)
     assert difference.max() <= 3
-    assert difference.mean() < (1.5 if deep else 1.2)
+    assert difference.mean() < (1.5 if high_bit_depth else 1.2)
 
 
 @pytest.mark.parametrize("size", [(96, 131), (97, 128), (97, 131), (256, 427), (2, 3)], ids=str)
@@ -82,10 +84,10 @@ def test_rgb_of_the_cpu_at_any_size(pix_fmt: str, size: tuple[int, int]) -> None
         VideoFrame.from_ndarray(pixels, format="rgb24").reformat(format=pix_fmt)
         for pixels in (picture, picture[::-1].copy())
     ]
-    pictures = RgbPictures(2, Look.of(frames[0]), VideoReformatter())
+    buffer = RgbBuffer(2, FrameFormat.of(frames[0]), VideoReformatter())
     for slot, frame in enumerate(frames):
-        pictures.put(slot, frame)
-    difference = (pictures.finish().int() - from_planes(frames).int()).abs().float()
+        buffer.write(slot, frame)
+    difference = (buffer.to_tensor().int() - from_planes(frames).int()).abs().float()
     assert difference.max() <= 3
     assert difference.mean() < 1.2
 
@@ -132,12 +134,12 @@ def test_planes_are_turned_like_rgb(tmp_path: Path, decoded: list[VideoFrame]) -
         path = write_video(tmp_path / f"{degrees}.mp4", pictures, rotation=degrees)
         with av.open(str(path)) as container:
             frames = list(container.decode(video=0))
-        look = Look.of(frames[0])
-        rgb = RgbPictures(len(frames), look, VideoReformatter())
+        fmt = FrameFormat.of(frames[0])
+        rgb = RgbBuffer(len(frames), fmt, VideoReformatter())
         for slot, frame in enumerate(frames):
-            rgb.put(slot, frame)
-        expected = rgb.finish()
-        assert expected.shape[2:] == look.upright_size
+            rgb.write(slot, frame)
+        expected = rgb.to_tensor()
+        assert expected.shape[2:] == fmt.upright_size
         assert (from_planes(frames).int() - expected.int()).abs().max() <= 3
 
 

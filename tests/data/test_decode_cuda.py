@@ -18,7 +18,7 @@ import torch
 from videos import numbered_frame, read_number, write_numbered_video, write_video
 
 from mvit_video.data.decode import choice, cuda, open_video
-from mvit_video.data.decode.pictures import NotOnHardware
+from mvit_video.data.decode.frames import NotOnHardware
 from mvit_video.data.decode.pyav import PyAVVideo
 from mvit_video.errors import ConfigError
 
@@ -56,8 +56,8 @@ def test_the_faster_of_cpu_and_gpu_is_chosen(
         choice._best.cache_clear()
         monkeypatch.setattr(choice, "_clips_a_second", lambda device, nvdec, speeds=speeds: speeds[nvdec])
         with caplog.at_level(logging.INFO):
-            assert choice.resolve("auto") == (torch.device("cuda", 0), expected)
-        assert f"{speeds[True]:.0f} small clips/s there, {speeds[False]:.0f} on the CPU" in caplog.text
+            assert choice.resolve("auto") == (torch.device("cuda", 0) if expected else CPU, expected)
+        assert f"{speeds[True]:.0f} small clips/s on cuda:0, {speeds[False]:.0f} on cpu" in caplog.text
     choice._best.cache_clear()
 
 
@@ -70,7 +70,7 @@ def test_pictures_are_looked_at_before_a_decoder_is_trusted(monkeypatch: pytest.
     get_frames = PyAVVideo.get_frames
     calls: list[Any] = []
 
-    def spoilt(video: PyAVVideo, indices: Any) -> torch.Tensor:
+    def spoilt(video: PyAVVideo, indices: Any, **options: Any) -> torch.Tensor:
         calls.append(indices)
         return get_frames(video, indices).roll(0 if len(calls) < 3 else 1, 0)
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import random
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from videos import read_number, write_numbered_video
 
-from mvit_video.data.decode import complaints, engines, open_video
+from mvit_video.data.decode import engines, open_video
 from mvit_video.data.decode.pyav import PyAVVideo
 from mvit_video.errors import ConfigError, VideoError
 
@@ -102,54 +100,6 @@ def test_wrong_frames_of_an_engine_are_noticed(
         video.get_frames([5, 6])
 
 
-DAMAGED = {
-    "h264.mp4": {"options": X264 | {"g": "30"}},
-    "mpeg4.mp4": {"codec": "mpeg4"},
-    "vp9.webm": {"codec": "libvpx-vp9", "options": {"deadline": "realtime", "cpu-used": "8"}},
-    "hevc.mp4": {"codec": "libx265", "options": {"preset": "ultrafast", "x265-params": "log-level=none"}},
-}
-
-
-@pytest.mark.parametrize("backend", ["torchcodec", "decord"])
-@pytest.mark.parametrize("name", DAMAGED)
-def test_damage_is_never_painted_over(tmp_path: Path, backend: str, name: str) -> None:
-    """What PyAV refuses they refuse too; where they give frames, these are PyAV's."""
-    path = write_numbered_video(tmp_path / name, 60, **DAMAGED[name])
-    sound, refused = path.read_bytes(), 0
-    for seed in range(20):
-        some = random.Random(seed)
-        data = bytearray(sound)
-        place, count = some.randrange(len(data) // 20, len(data) * 9 // 10), some.choice([1, 4, 40])
-        data[place : place + count] = some.randbytes(count)
-        path.write_bytes(data)
-        indices = list(range(0, 50, 7))
-        try:
-            with open_video(path) as video:
-                expected = video.get_frames(indices) if video.num_frames >= 50 else None
-        except VideoError:
-            expected = None
-        try:
-            with open_video(path, backend=usable(backend)) as video:
-                frames = video.get_frames(indices)
-        except (VideoError, ValueError):
-            refused += 1
-            continue
-        assert expected is not None, f"seed {seed}: damage at {place} painted over"
-        assert (frames.float() - expected.float()).abs().mean() < 3, f"seed {seed}"
-    assert 1 <= refused < 20
-
-
-@pytest.mark.parametrize("backend", ["torchcodec", "decord"])
-def test_sound_files_are_decoded_once(tmp_path: Path, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write_numbered_video(tmp_path / "sound.mp4", 30, options=X264)
-    with open_video(path, backend=usable(backend)) as video:
-        monkeypatch.setattr(PyAVVideo, "get_frames", None)
-        assert [read_number(frame) for frame in video.get_frames([3, 29])] == [3, 29]
-        monkeypatch.undo()
-        monkeypatch.setattr(complaints, "_heard", complaints.number_heard() + 1)  # of whatever file
-        assert [read_number(frame) for frame in video.get_frames([3, 29])] == [3, 29]
-
-
 def test_decord_is_refused_where_marks_of_key_frames_are_false(tmp_path: Path) -> None:
     path = write_numbered_video(tmp_path / "no_marks.mp4", 30, options={"g": "250", "bf": "0"})
     path.write_bytes(path.read_bytes().replace(b"stss", b"free"))  # every packet counts as a key frame then
@@ -157,19 +107,6 @@ def test_decord_is_refused_where_marks_of_key_frames_are_false(tmp_path: Path) -
         open_video(path, backend="decord")
     with open_video(path) as video:
         assert [read_number(frame) for frame in video.get_frames([22, 26])] == [22, 26]
-
-
-@pytest.mark.parametrize("backend", ["torchcodec", "decord"])
-def test_pyav_looks_again_where_ffmpeg_can_not_be_heard(
-    tmp_path: Path, backend: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    usable(backend)
-    complaints.listen.cache_clear()
-    monkeypatch.setattr(complaints, "_MAPS", tmp_path / "nowhere")
-    path = write_numbered_video(tmp_path / "sound.mp4", 30, options=X264)
-    with open_video(path, backend=backend) as video, open_video(path) as exact:
-        assert torch.equal(video.get_frames([3, 29]), exact.get_frames([3, 29]))
-    complaints.listen.cache_clear()
 
 
 def test_auto_is_pyav(tmp_path: Path) -> None:

@@ -24,7 +24,12 @@ _MAX_THREADS = 7  # as many NVDEC units as an H100 has
 
 
 def resolve(device: str, *, nvdec_possible: bool = True) -> tuple[torch.device, bool]:
-    """The device where frames end up, and whether PyAV decodes on it. Raises `ConfigError`."""
+    """The device where frames end up, and whether PyAV decodes on it.
+
+    Where the CPU decodes best, "auto" is the CPU: its loaders are then free to use processes.
+
+    Raises `ConfigError`.
+    """
     if device == "cpu":
         return torch.device("cpu"), False
     if device == "auto":
@@ -68,7 +73,7 @@ def _is_right(device: torch.device, *, nvdec: bool) -> bool:
 def _parse(device: str) -> torch.device:
     try:
         target = torch.device(device)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         target = torch.device("meta")
     if target.type != "cuda":
         raise ConfigError(f"decoder device {device!r} is not possible, choose 'auto', 'cpu' or 'cuda'")
@@ -86,21 +91,22 @@ def _best() -> tuple[torch.device, bool]:
     device = _parse("cuda")
     no_nvdec = why_no_nvdec(device.index)
     if no_nvdec is not None:
-        log.info("decoding with PyAV on the CPU, colours on %s: %s", device, no_nvdec)
-        return device, False
-    on_cpu, on_gpu = (_clips_a_second(device, nvdec) for nvdec in (False, True))
+        log.info("decoding with PyAV on the CPU: %s", no_nvdec)
+        return torch.device("cpu"), False
+    cpu = torch.device("cpu")
+    on_cpu, on_gpu = _clips_a_second(cpu, nvdec=False), _clips_a_second(device, nvdec=True)
+    chosen = device if on_gpu > on_cpu else cpu
     log.info(
-        "decoding with PyAV on %s: %.0f small clips/s there, %.0f on the CPU",
-        device if on_gpu > on_cpu else "the CPU",
-        on_gpu,
-        on_cpu,
+        "decoding with PyAV on %s: %.0f small clips/s on %s, %.0f on cpu", chosen, on_gpu, device, on_cpu
     )
-    return device, on_gpu > on_cpu
+    return chosen, on_gpu > on_cpu
 
 
 def _clips_a_second(device: torch.device, nvdec: bool) -> float:
-    """Of the packaged clip, by as many threads as a loader would have."""
-    threads = min(os.cpu_count() or 1, _MAX_THREADS)
+    """Of the packaged clip, by as many threads as could work at once there."""
+    threads = os.cpu_count() or 1
+    if nvdec:
+        threads = min(threads, _MAX_THREADS)
 
     def decode(count: int) -> None:
         for _ in range(count):

@@ -5,6 +5,7 @@ Making a decoder takes about 0.1 s, more than decoding a clip, so each thread ke
 
 from __future__ import annotations
 
+import errno
 import functools
 import logging
 import threading
@@ -12,7 +13,8 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, cast
+from types import TracebackType
+from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 import av
 import torch
@@ -24,7 +26,7 @@ from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
-from mvit_video.data.decode.pictures import NotOnHardware
+from mvit_video.data.decode.frames import NotOnHardware
 
 log = logging.getLogger(__name__)
 
@@ -40,18 +42,41 @@ _KEPT = 8  # decoders a thread; each holds some 20 surfaces of its picture size
 fallbacks: Counter[str] = Counter()  # files decoded on the CPU though the GPU was asked for, by reason
 _lock = threading.Lock()
 
+_Kind: TypeAlias = tuple["int | None", str, str, "str | None"]  # device, codec, pixel format, profile
+
+# Kinds that this GPU lacks, as an H100 lacks AV1, found by trying a picture of usual size.
+_lacking: set[_Kind] = set()
+_USUAL_SIZES = range(128, 4097)
+
 
 class HardwareDecoder:
-    """A kept decoder, set up for the packets of one file. Used like a PyAV codec context."""
+    """A kept decoder, set up for the packets of one file. Used like a PyAV codec context.
 
-    def __init__(self, context: VideoCodecContext, stream: VideoStream, *, is_new: bool) -> None:
-        self._context, self.is_new = context, is_new
+    As a context manager it is forgotten where it turns out to be of no use: one that went over to software
+    would stay there.
+    """
+
+    def __init__(self, context: VideoCodecContext, stream: VideoStream, key: _Key, *, is_new: bool) -> None:
+        self._context, self._key, self.is_new = context, key, is_new
         # The container may know better than the decoder how far pictures are out of order.
         context.reorder_depth = max(context.reorder_depth, stream.codec_context.reorder_depth)
         self._filter: BitStreamFilterContext | None = None
         if context.name in ("h264", "hevc"):
             # The parameter sets go before every key frame, or the decoder would use a former file's.
             self._filter = BitStreamFilterContext(f"{context.name}_mp4toannexb,dump_extra", in_stream=stream)
+
+    def __enter__(self) -> HardwareDecoder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            return
+        _kept.forget(self._key)
+        if isinstance(error, torch.OutOfMemoryError):
+            torch.cuda.empty_cache()  # FFmpeg can't take what PyTorch has in reserve
+            raise NotOnHardware("the GPU's memory is full") from error
 
     @property
     def skip_frame(self) -> Literal["DEFAULT", "NONREF"]:
@@ -69,6 +94,8 @@ class HardwareDecoder:
         """
         frames = self._decode(packet)
         if any(frame.format.name != "cuda" for frame in frames):
+            if self.is_new and self._context.width in _USUAL_SIZES and self._context.height in _USUAL_SIZES:
+                _lacking.add(self._key.kind)
             raise NotOnHardware(f"NVDEC can't decode this kind of {self._context.name}")
         return frames
 
@@ -98,14 +125,29 @@ def decoder_for(
     if codec.width % 2 or codec.height % 2:
         # FFmpeg would look for the chroma a row too early, and give a picture that is padded to even sizes.
         raise NotOnHardware("NVDEC doesn't decode odd sizes")
+    kind = (device.index, name, pix_fmt, codec.profile)
+    if kind in _lacking:
+        raise NotOnHardware(f"NVDEC can't decode this kind of {name}")
     # H.264 and HEVC carry their headers in the packets; for others they are part of what a decoder is.
     headers = None if name in ("h264", "hevc") else codec.extradata
-    key = (device.index, name, pix_fmt, codec.width, codec.height, codec.profile, headers)
+    # FFmpeg makes its hardware decoder anew where one of these differs, which takes longer than a clip.
+    look = (codec.width, codec.height, codec.sample_aspect_ratio, codec.colorspace, codec.color_range)
+    key = _Key(kind, look, headers if name != "hevc" else codec.extradata)
     try:
         context, is_new = _kept.get(key, functools.partial(_create, name, headers, device), anew=anew)
-        return HardwareDecoder(context, stream, is_new=is_new)
+        return HardwareDecoder(context, stream, key, is_new=is_new)
     except FFmpegError as error:
+        if error.errno == errno.ENOMEM:
+            raise NotOnHardware("the GPU's memory is full") from error
         raise NotOnHardware(f"no NVDEC decoder for {name} could be made ({error.strerror})") from error
+
+
+class _Key(NamedTuple):
+    """What a decoder can be kept for."""
+
+    kind: _Kind
+    look: tuple[object, ...]
+    headers: bytes | None
 
 
 class _KeptDecoders(threading.local):
@@ -126,6 +168,9 @@ class _KeptDecoders(threading.local):
         if len(self._contexts) > _KEPT:
             self._contexts.popitem(last=False)
         return context, kept is None
+
+    def forget(self, key: object) -> None:
+        self._contexts.pop(key, None)
 
 
 _kept = _KeptDecoders()

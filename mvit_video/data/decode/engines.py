@@ -2,8 +2,7 @@
 
 Our own index says how many frames there are and when each is shown. An engine whose own count, size or times
 differ is refused, and so are the kinds of file on which it is known to give other frames without a word.
-Damage inside a file these engines paint over: where FFmpeg complains meanwhile, or would not tell, PyAV reads
-the frames again and reports it. On a GPU nobody would tell.
+These engines are for comparison: damage inside a file they paint over, and nothing tells.
 """
 
 from __future__ import annotations
@@ -20,30 +19,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mvit_video.data.decode import complaints
 from mvit_video.data.decode.cuda import SAMPLE
+from mvit_video.data.decode.frames import Transform
 from mvit_video.data.decode.pyav import PyAVVideo
 from mvit_video.data.timing import timed
 from mvit_video.errors import ConfigError, VideoError
 
 _Read = Callable[[list[int]], Tensor]  # rising frame indices -> uint8 (T, 3, H, W)
 _SAME_TIME = 1e-3  # seconds
-_TELLING = ("h264", "mpeg4", "mpeg2video", "vp8", "vp9", "av1")  # HEVC's decoder is silent on some damage
 _FFMPEG_LIBRARIES = ("avcodec", "avdevice", "avfilter", "avformat", "avutil", "swresample", "swscale")
 
 
 class EngineVideo:
     """An open video file whose frames another library reads; see `Video`."""
 
-    def __init__(
-        self, facts: PyAVVideo, read: _Read, *, device: torch.device, quiet_since: int | None
-    ) -> None:
-        self._facts, self._read, self._device = facts, read, device
-        self._quiet_since = quiet_since  # complaints heard before it was opened; None: none can be heard
-        self.path, self.num_frames = facts.path, facts.num_frames
-        self.fps, self.duration = facts.fps, facts.duration
-        self.height, self.width, self.codec = facts.height, facts.width, facts.codec
-        self._is_order_doubtful = facts.is_order_doubtful
+    def __init__(self, indexed: PyAVVideo, read: _Read, device: torch.device) -> None:
+        self._indexed, self._read, self.device = indexed, read, device
+        self.path, self.num_frames = indexed.path, indexed.num_frames
+        self.fps, self.duration = indexed.fps, indexed.duration
+        self.height, self.width, self.codec = indexed.height, indexed.width, indexed.codec
 
     def __enter__(self) -> EngineVideo:
         return self
@@ -59,116 +53,114 @@ class EngineVideo:
 
     def frame_time(self, index: int) -> float:
         """See `Video.frame_time`."""
-        return self._facts.frame_time(index)
+        return self._indexed.frame_time(index)
 
     @timed("decode")
-    def get_frames(self, indices: Sequence[int]) -> Tensor:
-        """See `Video.get_frames`."""
+    def get_frames(self, indices: Sequence[int], *, transform: Transform | None = None) -> Tensor:
+        """See `Video.get_frames`; here all frames are decoded before any is transformed."""
         asked = list(indices)
-        self._facts.check_range(asked)
+        self._indexed.check_range(asked)
         if not asked:
             return torch.empty(0, 3, self.height, self.width, dtype=torch.uint8)
         wanted = sorted(set(asked))
         frames = self._read(wanted)
-        if self._is_doubtful():
-            with PyAVVideo(self.path, device=self._device) as exact:
-                return exact.get_frames(asked)
         if frames.shape != (len(wanted), 3, self.height, self.width):
             raise VideoError(self.path, f"frames of shape {tuple(frames.shape)}; decode it with PyAV")
-        if wanted == asked:
-            return frames
-        return frames[[bisect.bisect_left(wanted, index) for index in asked]]
-
-    def _is_doubtful(self) -> bool:
-        # Since it was opened, as later pictures build on those that were patched up. NVDEC tells nothing.
-        silent = self.codec not in _TELLING and self._device.type == "cpu"
-        complained = self._quiet_since != complaints.number_heard()
-        return silent or complained or self._is_order_doubtful
+        frames = frames if transform is None else transform(frames)
+        return frames if wanted == asked else frames[[bisect.bisect_left(wanted, index) for index in asked]]
 
 
-def open_with_torchcodec(path: str | Path, device: torch.device) -> EngineVideo:
-    """Raises `ConfigError` where torchcodec can't be used, `VideoError` for a file that it gets wrong."""
+def open_with_torchcodec(path: str | Path, device: torch.device, **options: Any) -> EngineVideo:
+    """Raises `ConfigError` where torchcodec can't be used, `VideoError` for a file that it gets wrong.
+
+    Args:
+        options: as of `PyAVVideo`.
+    """
     decoders = import_torchcodec()
-    quiet_since = complaints.number_heard() if complaints.listen("torchcodec") else None
-    with PyAVVideo(path) as facts:
-        _refuse_uncounted(facts, "torchcodec")
+    with PyAVVideo(path, **options) as indexed:
+        _refuse_guessed_order(indexed, "torchcodec")
         try:
             decoder = decoders.VideoDecoder(
                 str(Path(path).absolute()), device=str(device), num_ffmpeg_threads=1
             )
         except (RuntimeError, ValueError) as error:
-            raise VideoError(facts.path, f"torchcodec can't read it ({_first_line(error)})") from error
-    if decoder.metadata.num_frames != facts.num_frames:
-        raise _refusal(facts, "torchcodec", f"counts {decoder.metadata.num_frames} frames")
+            raise VideoError(indexed.path, f"torchcodec can't read it ({_first_line(error)})") from error
+        if decoder.metadata.num_frames != indexed.num_frames:
+            raise _refusal(indexed, "torchcodec", f"counts {decoder.metadata.num_frames} frames")
 
-    def read(wanted: list[int]) -> Tensor:
-        try:
-            batch = decoder.get_frames_at(wanted)
-        except (RuntimeError, ValueError, IndexError) as error:
-            raise VideoError(facts.path, f"torchcodec can't read it ({_first_line(error)})") from error
-        # These are the times of the pictures that were decoded, not of those that were asked for.
-        for index, seconds in zip(wanted, batch.pts_seconds.tolist(), strict=True):
-            if abs(seconds - facts.start - facts.frame_time(index)) > _SAME_TIME:
-                raise _refusal(facts, "torchcodec", f"gives another picture as frame {index}")
-        return batch.data
+        def read(wanted: list[int]) -> Tensor:
+            try:
+                batch = decoder.get_frames_at(wanted)
+            except (RuntimeError, ValueError, IndexError) as error:
+                raise VideoError(indexed.path, f"torchcodec can't read it ({_first_line(error)})") from error
+            # These are the times of the pictures that were decoded, not of those that were asked for.
+            for index, seconds in zip(wanted, batch.pts_seconds.tolist(), strict=True):
+                if abs(seconds - indexed.start - indexed.frame_time(index)) > _SAME_TIME:
+                    raise _refusal(indexed, "torchcodec", f"gives another picture as frame {index}")
+            return batch.data
 
-    return EngineVideo(facts, read, device=device, quiet_since=quiet_since)
+        return EngineVideo(indexed, read, device)
 
 
-def open_with_decord(path: str | Path) -> EngineVideo:
-    """Raises `ConfigError` where decord can't be used, `VideoError` for a file that it gets wrong."""
+def open_with_decord(path: str | Path, device: torch.device, **options: Any) -> EngineVideo:
+    """Raises `ConfigError` where decord can't be used, `VideoError` for a file that it gets wrong.
+
+    Args:
+        device: the CPU.
+        options: as of `PyAVVideo`.
+    """
     decord = import_decord()
-    quiet_since = complaints.number_heard() if complaints.listen("decord") else None
-    with PyAVVideo(path) as facts:
-        _refuse_uncounted(facts, "decord")
-        assert facts.index is not None
-        problem = _decord_problem(facts)
+    with PyAVVideo(path, **options) as indexed:
+        _refuse_guessed_order(indexed, "decord")
+        problem = _decord_problem(indexed)
         if problem is not None:
-            raise _refusal(facts, "decord", problem)
+            raise _refusal(indexed, "decord", problem)
         try:
             reader = decord.VideoReader(str(Path(path).absolute()), num_threads=1)
         except (decord.DECORDError, RuntimeError) as error:
-            raise VideoError(facts.path, f"decord can't read it ({_first_line(error)})") from error
-    if len(reader) != facts.num_frames:
-        raise _refusal(facts, "decord", f"counts {len(reader)} frames")
+            raise VideoError(indexed.path, f"decord can't read it ({_first_line(error)})") from error
+        if len(reader) != indexed.num_frames:
+            raise _refusal(indexed, "decord", f"counts {len(reader)} frames")
 
-    def read(wanted: list[int]) -> Tensor:
-        try:
-            batch = reader.get_batch(wanted)  # torch's, if somebody has set decord's bridge so
-        except (decord.DECORDError, RuntimeError) as error:
-            raise VideoError(facts.path, f"decord can't read it ({_first_line(error)})") from error
-        frames = batch if isinstance(batch, Tensor) else torch.from_numpy(batch.asnumpy())
-        return frames.permute(0, 3, 1, 2)
+        def read(wanted: list[int]) -> Tensor:
+            try:
+                batch = reader.get_batch(wanted)  # torch's, if somebody has set decord's bridge so
+            except (decord.DECORDError, RuntimeError) as error:
+                raise VideoError(indexed.path, f"decord can't read it ({_first_line(error)})") from error
+            frames = batch if isinstance(batch, Tensor) else torch.from_numpy(batch.asnumpy())
+            return frames.permute(0, 3, 1, 2)
 
-    return EngineVideo(facts, read, device=torch.device("cpu"), quiet_since=quiet_since)
+        return EngineVideo(indexed, read, device)
 
 
-def _decord_problem(facts: PyAVVideo) -> str | None:
+def _decord_problem(indexed: PyAVVideo) -> str | None:
     """Why decord, which doesn't tell the times of what it decoded, would give other frames."""
-    index = facts.index
+    index = indexed.index
     assert index is not None
     if index.hides_frames:
         return "does not follow its edit list"
     if index.has_open_gops:
         return "is a frame late after a seek in open groups of pictures"
-    if facts.start_ticks != 0:
+    if indexed.start_ticks != 0:
         return "loses frames of a clock that doesn't start at 0"
-    if facts.container_format not in ("mp4", "matroska"):
-        return f"seeks badly in this container ({facts.container_format})"
-    if facts.has_false_keys:
+    if indexed.container_format not in ("mp4", "matroska"):
+        return f"seeks badly in this container ({indexed.container_format})"
+    if indexed.has_false_keys:
         return "seeks to pictures that are wrongly marked as key frames"
-    if facts.holes:
+    if indexed.lost_packets:
         return "repeats pictures where packets are lost"
     return None
 
 
-def _refuse_uncounted(facts: PyAVVideo, engine: str) -> None:
-    if facts.index is None or facts.has_guessed_times:
-        raise _refusal(facts, engine, "relies on its timestamps, which are wrong or missing")
+def _refuse_guessed_order(indexed: PyAVVideo, engine: str) -> None:
+    if indexed.index is not None:
+        indexed.get_frames([0])  # a decoder knows whether it reorders once it has decoded
+    if indexed.index is None or indexed.has_guessed_times or indexed.needs_reordering:
+        raise _refusal(indexed, engine, "relies on its timestamps, which are wrong or missing")
 
 
-def _refusal(facts: PyAVVideo, engine: str, problem: str) -> VideoError:
-    return VideoError(facts.path, f"{engine} {problem}; decode it with decoder=pyav")
+def _refusal(indexed: PyAVVideo, engine: str, problem: str) -> VideoError:
+    return VideoError(indexed.path, f"{engine} {problem}; decode it with decoder=pyav")
 
 
 @functools.cache

@@ -1,47 +1,63 @@
 """The exact decoder: PyAV, on the CPU or with NVDEC.
 
 Frame i is the i-th picture that a plain front-to-back decode of the file shows: never a header's count,
-never time x rate. Opening a video reads all its packets (no decoding) into an index; asking for frames
-plans which stretches of packets to decode, seeks to each and decodes only what is needed. A file whose
-timestamps can't be trusted is decoded from the front and its pictures are counted instead.
+never time x rate. Opening a video for the first time reads all its packets (no decoding) into an index;
+asking for frames plans which ranges of packets to decode, seeks to each and decodes only what is needed. A
+file whose timestamps can't be trusted is decoded from the front and its frames are counted instead.
 """
 
 from __future__ import annotations
 
 import bisect
+import functools
 import operator
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeAlias, cast
+from typing import TypeAlias
 
-import av
-import numpy as np
-import numpy.typing as npt
 import torch
 from av.error import FFmpegError
+from av.format import Flags
 from av.packet import Packet
-from av.stream import Disposition
 from av.video.frame import PictureType, VideoFrame
 from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 from torch import Tensor
 
 from mvit_video.data.decode import cuda, mpeg4
-from mvit_video.data.decode.files import check_file, has_telling_header, why_not_opened
+from mvit_video.data.decode.container import (
+    MAX_PIXELS,
+    best_video_stream,
+    check_file,
+    has_telling_header,
+    is_encrypted,
+    open_file,
+    require_pixels,
+    size_without_zeros,
+)
+from mvit_video.data.decode.frames import (
+    FrameCollector,
+    FrameFormat,
+    NotOnHardware,
+    PlaneBuffer,
+    Transform,
+    make_buffer,
+)
+from mvit_video.data.decode.index_cache import FileIndex, IndexCache
 from mvit_video.data.decode.packets import (
+    DecodeRange,
     Index,
     Key,
     PacketList,
-    Stretch,
     build_index,
     filled,
-    find_holes,
-    plan,
+    find_lost_packets,
+    plan_ranges,
 )
-from mvit_video.data.decode.pictures import Look, NotOnHardware, Pictures, PlanePictures, gather
+from mvit_video.data.decode.times import measure_times, warn_of_jumps
 from mvit_video.data.timing import timed
 from mvit_video.errors import VideoError
 
@@ -60,45 +76,55 @@ _PROBE = {"skip_frame": "all"}
 _NO_PROBING = {"probesize": "32"}  # bytes, the least that FFmpeg takes
 
 # Containers with a table of all packets, which tells when some are missing.
-_LISTED = ("mp4", "avi")
+_HAS_SAMPLE_TABLE = ("mp4", "avi")
 
 # Containers whose header gives the size of the first picture; of others it is guessed from some packets.
-_SIZED = ("mp4", "matroska", "avi")
+_HEADER_HAS_SIZE = ("mp4", "matroska", "avi")
 
-_Slots: TypeAlias = dict[int, int]  # frame index, rising -> place among the pictures asked for
-_Put: TypeAlias = Callable[[int, VideoFrame], None]  # takes a picture for its place
+_Slots: TypeAlias = dict[int, int]  # frame index, rising -> place in the request
+_Write: TypeAlias = Callable[[int, VideoFrame], None]  # takes a frame for its place
 
 
 class PyAVVideo:
     """An open video file; see `Video`. Not thread-safe: each thread opens its own.
 
-    `device` is where the frames end up; `nvdec` decodes on it too, where it can decode the file's codec.
+    Args:
+        device: where the frames end up; None: the CPU.
+        nvdec: decode on the device, where it can decode the file's codec.
+        max_pixels: of a frame; a file with larger ones is refused.
+        index_cache: folder where the index is kept, see `IndexCache`.
     """
 
-    def __init__(self, path: str | Path, *, device: torch.device | None = None, nvdec: bool = False) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        device: torch.device | None = None,
+        nvdec: bool = False,
+        max_pixels: int = MAX_PIXELS,
+        index_cache: str | Path | None = None,
+    ) -> None:
         self.path = str(path)
         self.device = device or torch.device("cpu")
-        self._nvdec = nvdec
+        self._nvdec, self._max_pixels = nvdec, max_pixels
         self._hardware: cuda.HardwareDecoder | None = None  # decodes in the place of `_codec`
         self._reformatter = VideoReformatter()  # kept: setting it up costs more than converting a frame
         self._demuxer: Iterator[Packet[VideoStream]] = iter(())
         self._position = 0  # of the packet that `_demuxer` gives next, in decoding order
-        self._times_shown: dict[int, int] | None = None  # by time stored, where the file does not tell them
-        self.has_guessed_times = False  # FFmpeg guesses when frames are shown, and may be wrong
-        self.holes: list[int] = []
-        self._sound = 0  # frames before the first damage; only of files without an index
-        self._look: Look | None = None  # until a picture is decoded
+        self._presentation_times: dict[int, int] | None = None  # see `FileIndex`
+        self._size: int | None = None  # bytes of the file that count, where not all do
         check_file(self.path)
         self._probing = _NO_PROBING if has_telling_header(self.path) else {}
         self._open()
         try:
-            self.index = self._read_index()
-            if self.index is not None:
-                self._set_times(self.index.pts)
-            else:
-                self._count_frames()
+            self._cache = IndexCache(self.path, index_cache)
+            found = self._cache.load()
+            if found is None:
+                found = self._read_file()
+                self._cache.save(found)
+            self._use(found)
             if not self.num_frames:
-                raise VideoError(self.path, _NOTHING)
+                raise self._error(_NOTHING)
         except BaseException:
             self.close()
             raise
@@ -119,33 +145,48 @@ class PyAVVideo:
     @property
     def height(self) -> int:
         """Pixels of the upright picture; asked before any frame was decoded, it decodes the first."""
-        return self.look().upright_size[0]
+        return self.frame_format().upright_size[0]
 
     @property
     def width(self) -> int:
         """See `height`."""
-        return self.look().upright_size[1]
+        return self.frame_format().upright_size[1]
 
-    def look(self) -> Look:
-        """What the first picture looks like, as all frames are made to. Raises `VideoError` without any."""
-        if self._look is None:
-            first = next((frame for frame in self._shown() if frame is not None), None)
+    def frame_format(self) -> FrameFormat:
+        """That of the first frame, which all are converted to. Raises `VideoError` without any."""
+        if self._found.fmt is None:
+            first = next((frame for frame in self._iter_frames() if frame is not None), None)
             if first is None:
-                raise VideoError(self.path, _NOTHING)
-            self._look = Look.of(first)
-        return self._look
+                raise self._error(_NOTHING)
+            self._keep_format(FrameFormat.of(first))
+        assert self._found.fmt is not None
+        return self._found.fmt
+
+    def _keep_format(self, fmt: FrameFormat) -> None:
+        self._found.fmt = fmt
+        self._cache.save(self._found)
 
     @property
-    def is_order_doubtful(self) -> bool:
+    def index(self) -> Index | None:
+        """None where the packets don't tell which frames there are."""
+        return self._found.index
+
+    @property
+    def lost_packets(self) -> list[int]:
+        """Positions where packets are missing."""
+        return self._found.lost_packets
+
+    @property
+    def needs_reordering(self) -> bool:
         """Whether the decoder, which has decoded a picture, reorders them though their times don't say so."""
         return self.index is not None and self._codec.has_b_frames and not self.index.reorders
 
     @property
     def has_false_keys(self) -> bool:
         """Whether the container's table marks other packets as key frames than are."""
-        if self.index is None or self.container_format not in _LISTED:
+        if self.index is None or self.container_format not in _HAS_SAMPLE_TABLE:
             return False
-        return sum(entry.is_keyframe for entry in self._stream.index_entries) > len(self.index.keys)
+        return sum(entry.is_keyframe for entry in self._stream.index_entries) > self.index.num_keys
 
     def frame_time(self, index: int) -> float:
         """Seconds from the first frame to frame `index`."""
@@ -153,65 +194,70 @@ class PyAVVideo:
         return float(self._times[index])
 
     @timed("decode")
-    def get_frames(self, indices: Sequence[int]) -> Tensor:
+    def get_frames(self, indices: Sequence[int], *, transform: Transform | None = None) -> Tensor:
         """See `Video.get_frames`. A damaged file may look sound to NVDEC: the CPU decoder sees more."""
         asked = [operator.index(index) for index in indices]
         self.check_range(asked)
         wanted = sorted(set(asked))
         try:
-            frames = self._decode({index: slot for slot, index in enumerate(wanted)})
+            frames = self._decode({index: slot for slot, index in enumerate(wanted)}, transform)
         except (FFmpegError, OSError) as error:
             raise VideoError(self.path, "the file can't be read any more") from error
         if wanted != asked:
             frames = frames[[bisect.bisect_left(wanted, index) for index in asked]]
         return frames
 
-    def _decode(self, slots: _Slots) -> Tensor:
+    def _decode(self, slots: _Slots, transform: Transform | None) -> Tensor:
         if self._nvdec:
             try:
-                return self._decode_on_gpu(slots)
+                return self._decode_on_gpu(slots, transform)
             except NotOnHardware as reason:
                 self._nvdec = False
                 cuda.fall_back(self.path, str(reason))
         self._hardware = None
-        pictures: Pictures | None = None
+        frames: FrameCollector[VideoFrame] | None = None
 
-        def put(slot: int, frame: VideoFrame) -> None:
-            nonlocal pictures
-            if pictures is None:
-                pictures = gather(len(slots), self._look_by(frame), self._reformatter, self.device)
-            pictures.put(slot, frame)
+        def begin(fmt: FrameFormat) -> FrameCollector[VideoFrame]:
+            make = functools.partial(make_buffer, fmt=fmt, reformatter=self._reformatter, device=self.device)
+            return FrameCollector(len(slots), make, size=fmt.upright_size, transform=transform)
+
+        def write(slot: int, frame: VideoFrame) -> None:
+            nonlocal frames
+            if frames is None:
+                frames = begin(self._format_by(frame))
+            frames.write(slot, frame)
 
         if self.index is not None:
-            missing = self._decode_indexed(self.index, slots, put)
+            missing = self._decode_indexed(self.index, slots, write)
             if missing:
-                self._distrust_index(self.index, missing[0])
+                self._fall_back_to_sequential(self.index, missing[0])
         if self.index is None:
-            self._decode_from_front(slots, put)
-        pictures = pictures or gather(0, self.look(), self._reformatter, self.device)  # none was asked for
-        return pictures.finish().to(self.device)
+            self._decode_from_front(slots, write)
+        frames = frames or begin(self.frame_format())  # none was asked for
+        return frames.to_tensor().to(self.device)
 
-    def _look_by(self, frame: VideoFrame) -> Look:
-        """See `look`; any frame will do if it has the size of the first one."""
-        if self._look is None:
+    def _format_by(self, frame: VideoFrame) -> FrameFormat:
+        """See `frame_format`; any frame will do if it has the size of the first one."""
+        if self._found.fmt is None:
             if (frame.width, frame.height) == self._first_size:
-                self._look = Look.of(frame)
-            else:
-                with PyAVVideo(self.path) as other:  # this one is being decoded
-                    self._look = other.look()
-        return self._look
+                self._keep_format(FrameFormat.of(frame))
+            else:  # this file is being decoded
+                with PyAVVideo(self.path, max_pixels=self._max_pixels) as other:
+                    self._keep_format(other.frame_format())
+        return self.frame_format()
 
-    def _decode_on_gpu(self, slots: _Slots) -> Tensor:
+    def _decode_on_gpu(self, slots: _Slots, transform: Transform | None) -> Tensor:
         if self.index is None:
             raise NotOnHardware("its timestamps are no index of its frames")
-        look = self.look()
+        fmt = self.frame_format()
+        make = functools.partial(PlaneBuffer, fmt=fmt, reformatter=self._reformatter, device=self.device)
         for anew in (False, True):
-            self._hardware = cuda.decoder_for(self._stream, look.pix_fmt, self.device, anew=anew)
-            pictures = PlanePictures(len(slots), look, self._reformatter, self.device)
-            if not self._decode_indexed(self.index, slots, pictures.put):
-                return pictures.finish()
-            if self._hardware.is_new:  # a kept one may have too few surfaces for this file's references
-                break
+            with cuda.decoder_for(self._stream, fmt.pix_fmt, self.device, anew=anew) as self._hardware:
+                frames = FrameCollector(len(slots), make, size=fmt.upright_size, transform=transform)
+                if not self._decode_indexed(self.index, slots, frames.write):
+                    return frames.to_tensor()
+                if self._hardware.is_new:  # a kept one may have too few surfaces for this file's references
+                    break
         raise NotOnHardware("NVDEC did not give all frames")  # the CPU decoder says what is wrong
 
     def check_range(self, indices: Sequence[int]) -> None:
@@ -224,131 +270,142 @@ class PyAVVideo:
 
     @timed("demux")
     def _open(self) -> None:
-        try:
-            # "file:" keeps FFmpeg from taking a name like "http://x" or "a:b.mp4" for a protocol, the white
-            # list keeps playlists from fetching anything. PyAV silences FFmpeg's log by default.
-            self._container = av.open(
-                f"file:{self.path}",
-                "r",
-                container_options={"protocol_whitelist": "file", **self._probing},
-                options=_PROBE,
-                metadata_errors="replace",
-            )
-        except (FFmpegError, OSError, ValueError) as error:
-            raise VideoError(self.path, why_not_opened(self.path, error)) from error
+        options = {**_PROBE, "max_pixels": str(self._max_pixels)}
+        self._container = open_file(
+            self.path, size=self._size, options=options, container_options=self._probing
+        )
         if self._probing and len(self._container.streams.video) > 1:  # which is best, FFmpeg sees by packets
             self._probing = {}
             self._container.close()
             self._open()
             return
-        stream = self._container.streams.best("video")
         try:
-            self._stream = self._usable(cast("VideoStream | None", stream))
+            self._stream = best_video_stream(self._container, self.path, self._max_pixels)
         except VideoError:
             self._container.close()
             raise
         self.container_format = _short_name(self._container.format.name)
         self._codec = self._stream.codec_context
         self.codec = self._codec.codec.canonical_name  # "av1", whichever decoder is at work
-        self._codec.thread_type = "NONE"  # clips are decoded in parallel instead: same speed, less CPU time
-        self._codec.thread_count = 1
-        sized = self.container_format in _SIZED
+        # Clips are decoded in parallel instead: same speed, less CPU time.
+        self._codec.thread_type, self._codec.thread_count = "NONE", 1
+        # AVI tells no times of presentation: FFmpeg guesses them, and may be wrong.
+        self.has_guessed_times = self.container_format == "avi" and bool(self._codec.has_b_frames)
+        sized = self.container_format in _HEADER_HAS_SIZE
         self._first_size = (self._codec.width, self._codec.height) if sized else None
-        self._codec.options = {"err_detect": "explode"}  # fail where FFmpeg would paint over damage
+        # Fail where FFmpeg would paint over damage.
+        self._codec.options = {"err_detect": "explode", "max_pixels": str(self._max_pixels)}
         self._demuxer = self._demux()
         self._position = 0
 
     def _demux(self) -> Iterator[Packet[VideoStream]]:
         packets = filled(self._container.demux(self._stream))
-        if self._times_shown is not None:
-            packets = mpeg4.unpacked(self._stream, packets, self._times_shown)
+        if self._presentation_times is not None:
+            packets = mpeg4.unpacked(self._stream, packets, self._presentation_times)
         return packets
 
-    def _usable(self, stream: VideoStream | None) -> VideoStream:
-        if stream is None or stream.disposition & Disposition.attached_pic:
-            raise VideoError(self.path, "the file has no video stream")
-        if cast("object | None", stream.codec_context) is None:
-            raise VideoError(self.path, "FFmpeg has no decoder for its video stream")
-        return stream
-
     @timed("demux")
-    def _read_index(self) -> Index | None:
-        """None where it would mislead."""
+    def _read_file(self) -> FileIndex:
+        packets, kinds = self._read_packets()
+        self._position = len(packets)
+        told = None
+        is_usable = True
+        if self.has_guessed_times:
+            told = mpeg4.times_shown(packets.dts, kinds)
+            is_usable = told is not None
+            if told is not None:
+                packets.pts = array("q", [told[time] for time in packets.dts])
+        index = build_index(packets) if is_usable else None
+        self._presentation_times = None if index is None else told
+        lost = find_lost_packets(packets)
+        if index is None:
+            return self._count_frames(packets, lost)
+        return FileIndex(packets, index, index.pts, told, lost, size=self._size)
+
+    def _read_packets(self) -> tuple[PacketList, list[int | None]]:
+        """Of the whole file, and the kinds of pictures whose time depends on it."""
         packets = PacketList(self.codec, self.container_format)
-        kinds: list[int | None] = []  # of pictures whose time depends on it
-        self.has_guessed_times = self.container_format == "avi" and bool(self._codec.has_b_frames)
+        kinds: list[int | None] = []
         if self.has_guessed_times and self.codec == "mpeg4":
-            self._times_shown = {}
+            self._presentation_times = {}
             self._demuxer = self._demux()
         try:
             for packet in self._demuxer:
                 packets.add(packet)
-                if self._times_shown is not None:
+                if self._presentation_times is not None:
                     kinds.append(mpeg4.kind_of(packet))
         except FFmpegError as error:
+            size = size_without_zeros(self.path) if self.container_format == "mpegts" else 0
+            if self._size is None and 0 < size < Path(self.path).stat().st_size:
+                self._size = size  # a camera allocates ahead, and was switched off
+                self._container.close()
+                self._open()
+                return self._read_packets()
             raise VideoError(self.path, "the file can't be read to its end, it is damaged") from error
-        entries = self._stream.index_entries if self.container_format in _LISTED else ()
+        entries = self._stream.index_entries if self.container_format in _HAS_SAMPLE_TABLE else ()
         listed = len(packets) if len(entries) <= len(packets) else sum(entry.size > 0 for entry in entries)
         if listed > len(packets):
             raise VideoError(
                 self.path, f"the file is cut off: {len(packets)} of its {listed} frames are there"
             )
-        self._position = len(packets)
-        self.holes = find_holes(packets)
-        if self.has_guessed_times:
-            self._times_shown = mpeg4.times_shown(packets.dts, kinds)
-            if self._times_shown is None:
-                return None
-            packets.pts = array("q", [self._times_shown[time] for time in packets.dts])
-        index = build_index(packets)
-        if index is None:
-            self._times_shown = None
-        return index
+        return packets, kinds
 
-    def _set_times(self, pts: Sequence[int | None]) -> None:
-        self.num_frames = len(pts)
-        tick = float(self._stream.time_base or 0)  # seconds
-        self.start_ticks = next((p for p in pts if p is not None), 0)
-        self.start = self.start_ticks * tick  # seconds on the stream's clock
-        self.fps = float(self._stream.average_rate or self._stream.guessed_rate or 25)
-        times = (np.array(pts, np.float64) - self.start_ticks) * tick  # NaN where a frame has no time
-        if len(pts) > 1 and not np.isnan(times).any() and times[-1] > 0:
-            ticks = cast(int, pts[-1]) - self.start_ticks
-            # In fractions: 29.999999999999996 for 30 costs a clip's last frame.
-            self.fps = float((len(pts) - 1) / (ticks * cast(Fraction, self._stream.time_base)))
-        else:
-            times = np.arange(len(pts)) / self.fps
-        self._times: npt.NDArray[Any] = times
-        self.duration = len(pts) / self.fps
+    def _use(self, found: FileIndex) -> None:
+        self._found = found
+        if found.size != self._size:
+            self._size = found.size
+            self._container.close()
+            self._open()
+        if found.presentation_times != self._presentation_times:
+            self._presentation_times = found.presentation_times
+            self._demuxer = self._demux()
+        declared = float(self._stream.average_rate or self._stream.guessed_rate or 25)
+        clock_may_jump = Flags.ts_discont in Flags(self._container.format.flags)
+        tick = self._stream.time_base
+        times = measure_times(found.pts, tick or Fraction(1), declared, clock_may_jump=clock_may_jump)
+        if times.num_jumps:
+            warn_of_jumps(self.path, times.num_jumps, times.fps)
+        self._times, self.fps, self.start_ticks = times.seconds, times.fps, times.start_ticks
+        self.start = self.start_ticks * float(tick or 0)  # seconds on the stream's clock
+        self.num_frames = len(found.pts)
+        self.duration = self.num_frames / self.fps
+
+    def _error(self, reason: str) -> VideoError:
+        """For frames that don't come."""
+        if self._codec.width and self._codec.height:
+            require_pixels(self._codec.width, self._codec.height, self._max_pixels, self.path)
+        if self.container_format in ("mp4", "matroska") and is_encrypted(self.path):
+            reason = "the video is encrypted (DRM), and can't be decoded without its key"
+        return VideoError(self.path, reason)
 
     # Decoding by the index
 
-    def _decode_indexed(self, index: Index, slots: _Slots, put: _Put) -> list[int]:
-        """Gather the frames; returns those that did not come."""
+    def _decode_indexed(self, index: Index, slots: _Slots, write: _Write) -> list[int]:
+        """Write the frames; returns those that did not come."""
         missing: list[int] = []
-        for stretch in plan(index, list(slots)):
-            late = self._decode_stretch(index, stretch, slots, put)
-            if late and stretch.key > 0:  # a decoder may need a longer run-up, as with periodic intra refresh
-                longer = Stretch(stretch.key - 1, stretch.last, late)
-                late = self._decode_stretch(index, longer, slots, put)
+        for range_ in plan_ranges(index, list(slots)):
+            late = self._decode_range(index, range_, slots, write)
+            if late and range_.key > 0:  # a decoder may need a longer run-up, as with periodic intra refresh
+                longer = DecodeRange(range_.key - 1, range_.last, late)
+                late = self._decode_range(index, longer, slots, write)
             missing += late
         return missing
 
-    def _decode_stretch(self, index: Index, stretch: Stretch, slots: _Slots, put: _Put) -> list[int]:
-        key = index.keys[stretch.key]
-        wanted = {index.pts[i]: i for i in stretch.frames}
+    def _decode_range(self, index: Index, range_: DecodeRange, slots: _Slots, write: _Write) -> list[int]:
+        key = index.key(range_.key)
+        wanted = {index.pts[i]: i for i in range_.frames}
         came: set[int] = set()
-        damage = list(self.holes)  # positions of packets that are lost or don't decode well
+        damage = list(self.lost_packets)  # positions of packets that are lost or don't decode well
         newest, is_first = key.pts, key.is_shown
         (self._hardware or self._codec).flush_buffers()
-        for packet in self._packets(index, key, stretch.last):
+        for packet in self._packets(index, key, range_.last):
             pts = None if packet is None else packet.pts  # decoding may empty the packet
             decoder = self._hardware or self._codec  # the latter may have been opened anew
             try:
                 # Pictures that nobody wants or refers to are dropped undecoded: it is lossless. In a doubtful
                 # order all are decoded, and have to come in the order of their times. The key frame is asked
                 # for in any case: dav1d goes by what it is opened with.
-                needed = packet is None or pts in wanted or pts == key.pts or self.is_order_doubtful
+                needed = packet is None or pts in wanted or pts == key.pts or self.needs_reordering
                 decoder.skip_frame = "DEFAULT" if needed else "NONREF"
                 frames = decoder.decode(packet)
             except FFmpegError:
@@ -363,21 +420,21 @@ class PyAVVideo:
                 position = index.position(frame.pts)
                 # Not the order of the timestamps, or no key frame where one is marked: the index is wrong.
                 if position is None or frame.pts < newest or (is_first and not frame.key_frame):
-                    return stretch.frames
+                    return range_.frames
                 newest, is_first = frame.pts, False
                 if frame.is_corrupt:
                     damage.append(position)
                 elif frame.pts in wanted:
                     came.add(wanted[frame.pts])
-                    put(slots[wanted[frame.pts]], frame)
-        return [i for i in stretch.frames if i not in came or index.is_spoilt(i, damage)]
+                    write(slots[wanted[frame.pts]], frame)
+        return [i for i in range_.frames if i not in came or index.is_corrupted(i, damage)]
 
     def _packets(self, index: Index, key: Key, last: int) -> Iterator[Packet[VideoStream] | None]:
         """Packets from a key frame to position `last`, then None to force out what the decoder holds."""
         packet = self._go_to(index, key)
         while packet is not None:
             yield packet
-            delay = _LONGEST_DELAY if self.is_order_doubtful else 0
+            delay = _LONGEST_DELAY if self.needs_reordering else 0
             packet = self._next_packet() if self._position <= last + delay else None
             self._position += packet is not None
         yield None
@@ -419,58 +476,58 @@ class PyAVVideo:
 
     # Decoding from the front
 
-    def _distrust_index(self, index: Index, missing: int) -> None:
+    def _fall_back_to_sequential(self, index: Index, missing: int) -> None:
         """A promised frame did not come: either the file is damaged or its packets are no index of it."""
-        promised = self.num_frames
-        times, self._times_shown = self._times_shown, None
-        self._count_frames()
-        if self._sound < self.num_frames:
-            self._times_shown = times
-            self._set_times(index.pts)
-            raise VideoError(
-                self.path, f"frame {missing} of {promised} can't be decoded, the file is damaged"
-            )
-        self.index = None
+        times, self._presentation_times = self._presentation_times, None
+        counted = self._count_frames(self._found.packets, self._found.lost_packets)
+        if counted.num_intact < len(counted.pts):
+            self._presentation_times = times
+            which = f"frame {missing} of {self.num_frames}"
+            raise self._error(f"{which} can't be decoded, the file is damaged")
+        self._cache.save(counted)
+        self._use(counted)
 
-    def _count_frames(self) -> None:
+    def _count_frames(self, packets: PacketList, lost_packets: list[int]) -> FileIndex:
         pts: list[int | None] = []
         last_key = 0
-        sound: int | None = None
-        for frame in self._shown():
+        num_intact: int | None = None
+        fmt: FrameFormat | None = None
+        for frame in self._iter_frames(lost_packets):
             if frame is not None and frame.key_frame:
                 last_key = len(pts)
-            if frame is not None and self._look is None:
-                self._look = Look.of(frame)
-            lost = frame is None or frame.is_corrupt or (not pts and _is_predicted(frame))
-            if lost and sound is None:
-                sound = last_key  # pictures in between may refer to the damaged one
+            if frame is not None and fmt is None:
+                fmt = FrameFormat.of(frame)
+            damaged = frame is None or frame.is_corrupt or (not pts and _is_predicted(frame))
+            if damaged and num_intact is None:
+                num_intact = last_key  # pictures in between may refer to the damaged one
             if frame is not None:
                 pts.append(frame.pts)
-        self._sound = len(pts) if sound is None else sound
-        self._set_times(pts)
+        num_intact = len(pts) if num_intact is None else num_intact
+        return FileIndex(packets, None, pts, None, lost_packets, num_intact, fmt, self._size)
 
-    def _decode_from_front(self, slots: _Slots, put: _Put) -> None:
+    def _decode_from_front(self, slots: _Slots, write: _Write) -> None:
         for index in slots:
-            if index >= self._sound:
+            if index >= self._found.num_intact:
                 which = f"frame {index} of {max(self.num_frames, index + 1)}"
-                raise VideoError(self.path, f"{which} can't be decoded, the file is damaged")
+                raise self._error(f"{which} can't be decoded, the file is damaged")
         last = max(slots, default=-1)
-        shown = (frame for frame in self._shown() if frame is not None)
+        shown = (frame for frame in self._iter_frames() if frame is not None)
         for number in range(last + 1):
             frame = next(shown, None)
             if frame is None:
                 raise VideoError(self.path, "the file changed while it was read")
             if number in slots:
-                put(slots[number], frame)
+                write(slots[number], frame)
 
-    def _shown(self) -> Iterator[VideoFrame | None]:
+    def _iter_frames(self, lost_packets: Sequence[int] | None = None) -> Iterator[VideoFrame | None]:
         """All pictures in the order shown, with None for each damaged packet."""
+        lost = self.lost_packets if lost_packets is None else lost_packets
         self._container.close()
         self._open()
         try:
             for position, packet in enumerate(self._demuxer):
                 self._position = position + 1
-                if position in self.holes:
+                if position in lost:
                     yield None
                 yield from self._decode_or_none(packet)
         except FFmpegError:

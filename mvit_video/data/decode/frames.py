@@ -1,12 +1,17 @@
-"""Where decoded frames are gathered: as RGB on the CPU, or as planes that become RGB on their device."""
+"""From decoded frames to tensors: as RGB on the CPU, or as planes that become RGB on their device.
+
+A caller's transform is applied to a few frames at a time while others are still to be decoded, so that a clip
+takes the memory of what the transform leaves and not of its pictures.
+"""
 
 from __future__ import annotations
 
 import math
 import mmap
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
-from typing import Any, TypeAlias, cast
+from typing import Any, Generic, Protocol, TypeAlias, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +23,10 @@ from av.video.reformatter import ColorRange, VideoReformatter
 from torch import Tensor
 
 from mvit_video.data.decode.colour import Colour, matrix_of, to_rgb
-from mvit_video.data.timing import timed
+from mvit_video.data.timing import stage, timed
+
+# uint8 (n, 3, H, W) -> (n, ...): what is made of some frames, each by itself.
+Transform: TypeAlias = Callable[[Tensor], Tensor]
 
 # Layouts that are converted from planes, and the step of a sample that is one 8-bit level.
 _UNITS = {
@@ -27,9 +35,23 @@ _UNITS = {
     **dict.fromkeys(("gray10le", "yuv420p10le", "yuv422p10le", "yuv444p10le"), 4),
     "p010le": 256,
 }
-_AT_ONCE = 16  # pictures converted together: as floats they take much more memory than as bytes
+_CONVERTED_AT_ONCE = 16  # frames: as floats they take much more memory than as bytes
+_PIXELS_AT_ONCE = 1 << 23  # of frames transformed together
 _LARGE = 1 << 25  # bytes; what is smaller, the C library gives out again without asking the system
-_STEPS = 16  # a size that all kinds of chroma divide
+_ANY_SIZE = 16  # pixels, which all kinds of chroma divide
+
+
+Frame_contra = TypeVar("Frame_contra", contravariant=True)
+
+
+class FrameBuffer(Protocol[Frame_contra]):
+    """A place for some frames of one kind."""
+
+    def write(self, row: int, frame: Frame_contra) -> None:
+        """Keep a frame as the row-th."""
+
+    def to_tensor(self) -> Tensor:
+        """uint8 (N, 3, H, W), upright."""
 
 
 class NotOnHardware(Exception):  # noqa: N818 (never leaves this package)
@@ -37,7 +59,7 @@ class NotOnHardware(Exception):  # noqa: N818 (never leaves this package)
 
 
 @dataclass(frozen=True)
-class Turn:
+class Orientation:
     """How the stored picture becomes upright: the display matrix, by its signs."""
 
     transpose: bool = False
@@ -45,7 +67,7 @@ class Turn:
     flip_y: bool = False
 
     @classmethod
-    def of(cls, frame: VideoFrame) -> Turn:
+    def of(cls, frame: VideoFrame) -> Orientation:
         data = cast(Any, frame.side_data).get(SideDataType.DISPLAYMATRIX)
         if data is None:
             return cls()
@@ -70,7 +92,7 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class Look:
+class FrameFormat:
     """What a file's frames look like, from one that was decoded on the CPU.
 
     Kept decoders may carry a former file's colour range along, so it is never asked of their frames.
@@ -78,36 +100,39 @@ class Look:
 
     height: int  # as stored, before turning
     width: int
-    turn: Turn
+    orientation: Orientation
     pix_fmt: str
     matrix: tuple[float, float]
     full_range: bool
-    as_planes: bool  # whether the planes can be converted without swscale
-    step: tuple[int, int]  # rows and columns that a chroma sample stands for
-    deep: bool  # more than 8 bits
+    has_planes: bool  # whether the planes can be converted without swscale
+    chroma_subsampling: tuple[int, int]  # rows and columns that a chroma sample stands for
+    high_bit_depth: bool  # more than 8 bits
 
     @property
     def upright_size(self) -> tuple[int, int]:
         """Height and width."""
-        return (self.width, self.height) if self.turn.transpose else (self.height, self.width)
+        return (self.width, self.height) if self.orientation.transpose else (self.height, self.width)
 
     @classmethod
-    def of(cls, frame: VideoFrame) -> Look:
+    def of(cls, frame: VideoFrame) -> FrameFormat:
         pix_fmt = frame.format.name
         return cls(
             frame.height,
             frame.width,
-            Turn.of(frame),
+            Orientation.of(frame),
             pix_fmt,
             matrix_of(frame.colorspace),
             frame.color_range == ColorRange.JPEG or pix_fmt.startswith("yuvj"),
             pix_fmt in _UNITS and all(plane.line_size > 0 for plane in frame.planes),
-            (_STEPS // frame.format.chroma_height(_STEPS), _STEPS // frame.format.chroma_width(_STEPS)),
+            (
+                _ANY_SIZE // frame.format.chroma_height(_ANY_SIZE),
+                _ANY_SIZE // frame.format.chroma_width(_ANY_SIZE),
+            ),
             frame.format.components[0].bits > 8,
         )
 
 
-class RgbPictures:
+class RgbBuffer:
     """Frames converted one by one by swscale: on the CPU that is the fastest way.
 
     Chroma is repeated, as `to_rgb` does. Where a size cuts chroma samples in two, swscale would stretch the
@@ -115,19 +140,19 @@ class RgbPictures:
     more, which is cut off again.
     """
 
-    def __init__(self, count: int, look: Look, reformatter: VideoReformatter) -> None:
-        self._look, self._reformatter = look, reformatter
+    def __init__(self, count: int, fmt: FrameFormat, reformatter: VideoReformatter) -> None:
+        self._format, self._reformatter = fmt, reformatter
         self._padded: VideoFrame | None = None  # kept
-        self._frames = _space_for(count, *look.upright_size, 3)
-        self._slots = self._frames.numpy()
+        self._frames = _empty_frames(count, *fmt.upright_size, 3)
+        self._rows = self._frames.numpy()
 
     @timed("convert")
-    def put(self, slot: int, frame: VideoFrame) -> None:
-        """Gather a frame."""
-        look = self._look
-        height, width = look.height, look.width
-        if look.as_planes and (height % look.step[0] or width % look.step[1]):
-            frame = self._pad(_as_first(frame, look, self._reformatter))
+    def write(self, row: int, frame: VideoFrame) -> None:
+        """Keep a frame as the row-th."""
+        fmt = self._format
+        height, width = fmt.height, fmt.width
+        if fmt.has_planes and (height % fmt.chroma_subsampling[0] or width % fmt.chroma_subsampling[1]):
+            frame = self._pad(_in_format(frame, fmt, self._reformatter))
             height, width = frame.height, frame.width
         # swscale's defaults are what the published weights were trained on; of deep chroma they interpolate.
         same = (frame.height, frame.width) == (height, width)
@@ -136,23 +161,23 @@ class RgbPictures:
             width=width,
             height=height,
             format="rgb24",
-            interpolation="POINT" if look.deep and same else None,
+            interpolation="POINT" if fmt.high_bit_depth and same else None,
             threads=1,
         )
-        picture = _rows(rgb.planes[0])[:height, : width * 3].reshape(height, width, 3)
-        self._slots[slot] = look.turn.apply(picture[: look.height, : look.width])
+        picture = _bytes_of(rgb.planes[0])[:height, : width * 3].reshape(height, width, 3)
+        self._rows[row] = fmt.orientation.apply(picture[: fmt.height, : fmt.width])
 
     def _pad(self, frame: VideoFrame) -> VideoFrame:
         """The same picture with its last row or column repeated up to whole samples of chroma."""
         if self._padded is None:
-            down, across = self._look.step
+            down, across = self._format.chroma_subsampling
             size = -(-frame.width // across) * across, -(-frame.height // down) * down
             self._padded = VideoFrame(*size, frame.format.name)
         padded = self._padded
         padded.colorspace, padded.color_range = frame.colorspace, frame.color_range
-        item = 2 if self._look.deep else 1
+        item = 2 if self._format.high_bit_depth else 1
         for source, target in zip(frame.planes, padded.planes, strict=True):
-            old, new = _rows(source), _rows(target)[: target.height]
+            old, new = _bytes_of(source), _bytes_of(target)[: target.height]
             shared = min(old.shape[1], new.shape[1])
             new[: source.height, :shared] = old[: source.height, :shared]
             new[source.height :] = new[source.height - 1]
@@ -163,43 +188,48 @@ class RgbPictures:
         return padded
 
     @timed("convert")
-    def finish(self) -> Tensor:
+    def to_tensor(self) -> Tensor:
         """uint8 (N, 3, H, W), upright."""
         return self._frames.permute(0, 3, 1, 2)
 
 
-class PlanePictures:
+class PlaneBuffer:
     """Frames kept as YUV planes, 1.5 bytes a pixel, and converted together on `device` at the end.
 
     They come from NVDEC, and stay on the GPU, or from a CPU decoder, and travel through pinned memory.
     """
 
-    def __init__(self, count: int, look: Look, reformatter: VideoReformatter, device: torch.device) -> None:
-        self._count, self._look, self._reformatter, self._device = count, look, reformatter, device
+    def __init__(
+        self, count: int, fmt: FrameFormat, reformatter: VideoReformatter, device: torch.device
+    ) -> None:
+        self._count, self._format, self._reformatter, self._device = count, fmt, reformatter, device
         self._planes: list[Tensor] = []  # each (N, h, w) or, with U and V in turn, (N, h, w, 2)
-        self._pix_fmt = look.pix_fmt
+        self._pix_fmt = fmt.pix_fmt
         self._on_gpu = False
 
     @timed("convert")
-    def put(self, slot: int, frame: VideoFrame) -> None:
-        """Gather a frame. Raises `NotOnHardware` for one of another size, which only swscale resizes."""
-        look = self._look
+    def write(self, row: int, frame: VideoFrame) -> None:
+        """Keep a frame as the row-th.
+
+        Raises `NotOnHardware` for one of another size than the first, which only swscale resizes.
+        """
+        fmt = self._format
         self._on_gpu = frame.format.name == "cuda"
         if self._on_gpu:
-            if (frame.height, frame.width) != (look.height, look.width):
+            if (frame.height, frame.width) != (fmt.height, fmt.width):
                 raise NotOnHardware("its pictures change size")
             assert frame.sw_format is not None
             self._pix_fmt = frame.sw_format.name
             if self._pix_fmt not in _UNITS:
                 raise NotOnHardware(f"NVDEC gives {self._pix_fmt}")
         else:
-            frame = _as_first(frame, look, self._reformatter)
+            frame = _in_format(frame, fmt, self._reformatter)
         planes = _planes_of(frame)
         with self._decoding_stream():
             if not self._planes:
                 self._planes = [self._empty(plane) for plane in planes]
             for all_planes, plane in zip(self._planes, planes, strict=True):
-                all_planes[slot].copy_(plane)  # now, since the decoder will use its surface again
+                all_planes[row].copy_(plane)  # now, since the decoder will use its surface again
 
     def _decoding_stream(self) -> AbstractContextManager[Any]:
         # FFmpeg decodes on the default stream: what is queued there next sees the finished picture.
@@ -214,32 +244,88 @@ class PlanePictures:
         )
 
     @timed("convert")
-    def finish(self) -> Tensor:
+    def to_tensor(self) -> Tensor:
         """uint8 (N, 3, H, W) on the device, upright, ordered after what its current stream holds."""
         if not self._planes:  # no frame was asked for
-            return RgbPictures(0, self._look, self._reformatter).finish().to(self._device)
+            return RgbBuffer(0, self._format, self._reformatter).to_tensor().to(self._device)
         if self._on_gpu:
             current = torch.cuda.current_stream(self._device)
             current.wait_stream(torch.cuda.default_stream(self._device))
             for plane in self._planes:
                 plane.record_stream(current)
         moved = [plane.to(self._device, non_blocking=True) for plane in self._planes]
-        parts = zip(*(plane.split(_AT_ONCE) for plane in moved), strict=True)
-        frames = torch.cat([_rgb_of(list(part), self._look, self._pix_fmt) for part in parts])
-        return self._look.turn.apply_all(frames)
+        parts = zip(*(plane.split(_CONVERTED_AT_ONCE) for plane in moved), strict=True)
+        frames = torch.cat([_rgb_of(list(part), self._format, self._pix_fmt) for part in parts])
+        return self._format.orientation.apply_all(frames)
 
 
-Pictures: TypeAlias = RgbPictures | PlanePictures
-
-
-def gather(count: int, look: Look, reformatter: VideoReformatter, device: torch.device) -> Pictures:
+def make_buffer(
+    count: int, fmt: FrameFormat, reformatter: VideoReformatter, device: torch.device
+) -> FrameBuffer[VideoFrame]:
     """A place for so many frames of a CPU decoder that are to be on a device."""
-    if device.type == "cpu" or not look.as_planes:
-        return RgbPictures(count, look, reformatter)
-    return PlanePictures(count, look, reformatter, device)
+    if device.type == "cpu" or not fmt.has_planes:
+        return RgbBuffer(count, fmt, reformatter)
+    return PlaneBuffer(count, fmt, reformatter, device)
 
 
-def _space_for(*shape: int) -> Tensor:
+class FrameCollector(Generic[Frame_contra]):
+    """Takes the frames of a request as they are decoded, in any order, and transforms some at a time.
+
+    Args:
+        count: how many frames the request has.
+        make: gives a buffer for so many frames.
+        size: height and width of the upright frames.
+        transform: None leaves them as they are, in one buffer.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        make: Callable[[int], FrameBuffer[Frame_contra]],
+        *,
+        size: tuple[int, int],
+        transform: Transform | None = None,
+    ) -> None:
+        self._count, self._make, self._transform = count, make, transform
+        self._at_once = count if transform is None else max(1, _PIXELS_AT_ONCE // math.prod(size))
+        self._rows: dict[int, int] = {}  # of each frame of the request, among all that were transformed
+        self._done: list[Tensor] = []
+        self._num_done = self._num_held = 0
+        self._begin()
+
+    def _begin(self) -> None:
+        # Frames that are decoded a second time may make it more than were asked for.
+        self._capacity = min(self._at_once, max(self._count - self._num_done, 1))
+        self._buffer = self._make(self._capacity if self._count else 0)
+
+    def write(self, slot: int, frame: Frame_contra) -> None:
+        """Take the slot-th frame of the request; one that comes again replaces the former."""
+        row = self._rows.get(slot, -1)
+        if row < self._num_done:
+            if self._num_held == self._capacity:
+                self._finish_buffer()
+                self._begin()
+            row = self._rows[slot] = self._num_done + self._num_held
+            self._num_held += 1
+        self._buffer.write(row - self._num_done, frame)
+
+    def _finish_buffer(self) -> None:
+        frames = self._buffer.to_tensor()
+        if self._transform is not None and self._num_held:
+            with stage("transform"):
+                frames = self._transform(frames[: self._num_held])
+        self._done.append(frames)
+        self._num_done, self._num_held = self._num_done + self._num_held, 0
+
+    def to_tensor(self) -> Tensor:
+        """(N, ...), in the order of the request, all of which must have come."""
+        self._finish_buffer()
+        frames = self._done[0] if len(self._done) == 1 else torch.cat(self._done)
+        rows = [self._rows[slot] for slot in range(self._count)]
+        return frames if rows == list(range(len(frames))) else frames[rows]
+
+
+def _empty_frames(*shape: int) -> Tensor:
     """A uint8 tensor; a large one in huge pages, since fetching small ones is a sixth of decoding 1080p."""
     size = math.prod(shape)
     if size >= _LARGE and hasattr(mmap, "MADV_HUGEPAGE"):
@@ -250,12 +336,12 @@ def _space_for(*shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.uint8)
 
 
-def _as_first(frame: VideoFrame, look: Look, reformatter: VideoReformatter) -> VideoFrame:
+def _in_format(frame: VideoFrame, fmt: FrameFormat, reformatter: VideoReformatter) -> VideoFrame:
     """In the size and format of the first frame: the same one where it has them."""
-    return reformatter.reformat(frame, width=look.width, height=look.height, format=look.pix_fmt, threads=1)
+    return reformatter.reformat(frame, width=fmt.width, height=fmt.height, format=fmt.pix_fmt, threads=1)
 
 
-def _rows(plane: VideoPlane) -> npt.NDArray[np.uint8]:
+def _bytes_of(plane: VideoPlane) -> npt.NDArray[np.uint8]:
     """The plane's own memory in bytes, with what pads its rows."""
     return np.frombuffer(cast(Any, plane), np.uint8).reshape(-1, plane.line_size)
 
@@ -266,8 +352,8 @@ def _planes_of(frame: VideoFrame) -> list[Tensor]:
     return [torch.utils.dlpack.from_dlpack(plane.__dlpack__()) for plane in frame.planes]
 
 
-def _rgb_of(planes: list[Tensor], look: Look, pix_fmt: str) -> Tensor:
+def _rgb_of(planes: list[Tensor], fmt: FrameFormat, pix_fmt: str) -> Tensor:
     """uint8 (N, 3, H, W), not turned yet, of planes (N, h, w[, 2])."""
     luma, *rest = planes
     chroma = rest[0].unbind(-1) if len(rest) == 1 else tuple(rest)
-    return to_rgb(luma, cast(Any, chroma or None), Colour(look.matrix, look.full_range, _UNITS[pix_fmt]))
+    return to_rgb(luma, cast(Any, chroma or None), Colour(fmt.matrix, fmt.full_range, _UNITS[pix_fmt]))

@@ -1,0 +1,259 @@
+"""Pictures as videos: an image file is a video of one frame, or of those of an animation; a folder or a
+numbered run of extracted frames is one of many.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from mvit_video.data.decode.container import MAX_PIXELS, require_pixels
+from mvit_video.data.decode.frames import FrameCollector, Transform
+from mvit_video.data.files import IMAGE_EXTENSIONS
+from mvit_video.errors import VideoError
+
+Picture: TypeAlias = npt.NDArray[np.uint8]  # (H, W, 3)
+
+MAX_FRAMES = 1_000_000  # of a numbered run: more than nine hours at 30 a second
+
+# "clip_[000001-000042].jpg": pictures numbered from the first to the last, both included.
+_PATTERN = re.compile(r"(?P<start>.*)\[(?P<first>\d{1,18})-(?P<last>\d{1,18})\](?P<suffix>\.\w+)$", re.DOTALL)
+
+_DEFAULT_SECONDS = 0.1  # that a frame of an animation is shown which doesn't say it, as browsers have it
+
+
+def is_images(path: str | Path) -> bool:
+    """Whether a path means pictures: an image file, a numbered run of them, or a folder."""
+    return str(path).lower().endswith(IMAGE_EXTENSIONS) or Path(path).is_dir()
+
+
+def frame_pattern(first: str, last: str) -> str | None:
+    """The path that means all pictures from `first` to `last`, or None: they differ by more than a number."""
+    one, other = re.search(r"(\d+)(\.\w+)$", first), re.search(r"(\d+)(\.\w+)$", last)
+    if one is None or other is None or one[2] != other[2] or first[: one.start()] != last[: other.start()]:
+        return None
+    return f"{first[: one.start()]}[{one[1]}-{other[1]}]{one[2]}"
+
+
+def entry_on_disk(path: str) -> str:
+    """What has to exist where a path says so: the folder of a numbered run, else the path itself."""
+    return os.path.dirname(path) if _PATTERN.match(path) else path  # noqa: PTH120 (240,000 a second)
+
+
+def image_files(path: str) -> list[str]:
+    """The files that a path means, in the order of their numbers.
+
+    Raises:
+        VideoError: a folder has no pictures, a number between two of them is missing, or a numbered run has
+            more than `MAX_FRAMES`.
+    """
+    run = None if Path(path).exists() else _PATTERN.match(path)
+    if run is not None:
+        # Zero-padded numbers are as wide as the first one.
+        first, last, width = int(run["first"]), int(run["last"]), len(run["first"])
+        if not 0 <= last - first < MAX_FRAMES:
+            raise VideoError(path, f"a numbered run is of 1 to {MAX_FRAMES} pictures, not {last - first + 1}")
+        return [f"{run['start']}{i:0{width}}{run['suffix']}" for i in range(first, last + 1)]
+    if not Path(path).is_dir():
+        return [path]
+    try:
+        names = os.listdir(path)  # noqa: PTH208 (names are all that is needed)
+    except OSError as error:
+        raise VideoError(path, f"the folder can't be read ({error.strerror})") from error
+    names = [name for name in names if name.lower().endswith(IMAGE_EXTENSIONS) and not name.startswith(".")]
+    if not names:
+        raise VideoError(path, "this is a directory, not a video file, and has no pictures either")
+    numbered = sorted((_number(name), name) for name in names)
+    for (before, _), (number, name) in itertools.pairwise(numbered):
+        if number == before:
+            raise VideoError(path, f"two of its pictures have the number of {name}")
+        if number != before + 1:
+            raise VideoError(path, f"picture {before + 1} is missing before {name}")
+    return [os.path.join(path, name) for _, name in numbered]  # noqa: PTH118
+
+
+class ImageSequence:
+    """Pictures as an open video; see `Video`.
+
+    Frame i is the i-th picture, whatever the rate, or the i-th of an animation (WebP, APNG), which tells how
+    long each of its frames is shown.
+
+    Args:
+        frame_rate: at which pictures were extracted, which they don't tell.
+        max_pixels: of a picture.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        device: torch.device | None = None,
+        frame_rate: float = 30.0,
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
+        self.path = str(path)
+        self.device = device or torch.device("cpu")
+        self._files = image_files(self.path)
+        self._max_pixels = max_pixels
+        with self._open(self._files[0]) as first:
+            self.codec = (first.format or "").lower()
+            self.height, self.width = _upright_size(first)
+            stored = getattr(first, "n_frames", 1) if first.format in _ANIMATED else 1
+            self._is_animation = len(self._files) == 1 and stored > 1
+            # What a PNG shows where animations aren't known need not be a frame of it.
+            self._hidden = int(self._is_animation and bool(first.info.get("default_image")))
+            self.num_frames = stored - self._hidden if self._is_animation else len(self._files)
+            times = self._animation_times(first) if self._is_animation else None
+        if times is None:
+            times = np.arange(self.num_frames + 1) / float(frame_rate)
+        self._times = times[:-1]
+        self.fps = (self.num_frames - 1) / times[-2] if self.num_frames > 1 else 1 / times[-1]
+        self.duration = self.num_frames / self.fps
+
+    def __enter__(self) -> ImageSequence:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Nothing stays open."""
+
+    def frame_time(self, index: int) -> float:
+        """See `Video.frame_time`."""
+        self._check_range([index])
+        return float(self._times[index])
+
+    def get_frames(self, indices: Sequence[int], *, transform: Transform | None = None) -> Tensor:
+        """See `Video.get_frames`; each picture is decoded once."""
+        asked = list(indices)
+        self._check_range(asked)
+        wanted = sorted(set(asked))
+        size = (self.height, self.width)
+        frames = FrameCollector(
+            len(wanted), functools.partial(_ImageBuffer, *size), size=size, transform=transform
+        )
+        for slot, picture in enumerate(self._decode(wanted)):
+            frames.write(slot, picture)
+        found = frames.to_tensor()
+        if wanted != asked:
+            slots = {index: slot for slot, index in enumerate(wanted)}
+            found = found[[slots[index] for index in asked]]
+        return found.to(self.device)
+
+    def _decode(self, wanted: list[int]) -> Iterator[Picture]:
+        if not self._is_animation:
+            for index in wanted:
+                with self._open(self._files[index]) as image:
+                    yield self._pixels(image, self._files[index])
+        elif wanted:
+            with self._open(self.path) as image:
+                for index in wanted:
+                    self._go_to(image, index)
+                    yield self._pixels(image, self.path)
+
+    def _animation_times(self, image: Image.Image) -> npt.NDArray[np.float64]:
+        """Seconds of each frame since the first, and of the end."""
+        seconds = []
+        for index in range(self.num_frames):
+            self._go_to(image, index)
+            seconds.append(image.info.get("duration", 0) / 1000 or _DEFAULT_SECONDS)
+        return np.concatenate([[0.0], np.cumsum(seconds)])
+
+    def _go_to(self, image: Image.Image, index: int) -> None:
+        try:
+            image.seek(index + self._hidden)
+            image.load()
+        except (OSError, ValueError, SyntaxError, EOFError) as error:
+            message = f"frame {index} can't be decoded, the file is damaged ({error})"
+            raise VideoError(self.path, message) from error
+
+    def _pixels(self, image: Image.Image, file: str) -> Picture:
+        name = _named(file, self.path)
+        try:
+            picture = _to_rgb(ImageOps.exif_transpose(image))
+        except (OSError, ValueError, SyntaxError) as error:
+            raise VideoError(self.path, f"{name}is damaged ({error})") from error
+        if picture.shape[:2] != (self.height, self.width):
+            size = f"{picture.shape[1]}x{picture.shape[0]}, the first picture {self.width}x{self.height}"
+            raise VideoError(self.path, f"{name}is {size}")
+        return picture
+
+    def _check_range(self, indices: Sequence[int]) -> None:
+        for index in indices:
+            if not 0 <= index < self.num_frames:
+                raise ValueError(f"frame {index} was asked of {self.path}, which has {self.num_frames}")
+
+    def _open(self, file: str) -> Image.Image:
+        name = _named(file, self.path)
+        try:
+            if not os.path.getsize(file):  # noqa: PTH202 (thousands a second)
+                raise VideoError(self.path, f"{name}is empty")
+            image = Image.open(file)
+        except FileNotFoundError as error:
+            missing = "no such file" if file == self.path else f"{Path(file).name} is missing"
+            raise VideoError(self.path, missing) from error
+        except (UnidentifiedImageError, SyntaxError) as error:
+            raise VideoError(self.path, f"{name}is no picture, or a damaged one") from error
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            raise VideoError(self.path, f"{name}can't be read ({error})") from error
+        require_pixels(*image.size, self._max_pixels, self.path)
+        return image
+
+
+_ANIMATED = ("WEBP", "PNG")  # formats whose further pictures are shown after the first; a TIFF's are pages
+
+
+class _ImageBuffer:
+    """See `FrameBuffer`."""
+
+    def __init__(self, height: int, width: int, count: int) -> None:
+        self._frames = torch.empty(count, height, width, 3, dtype=torch.uint8)
+
+    def write(self, row: int, frame: Picture) -> None:
+        self._frames[row] = torch.from_numpy(frame)
+
+    def to_tensor(self) -> Tensor:
+        return self._frames.permute(0, 3, 1, 2)
+
+
+def _to_rgb(image: Image.Image) -> Picture:
+    """Pillow clips what has more than 8 bits; 16 bits are scaled here, and floats that lie in [0, 1]."""
+    if image.mode not in ("F", "I") and not image.mode.startswith("I;16"):
+        return np.array(image.convert("RGB"))
+    samples = np.asarray(image, np.float64)
+    if image.mode == "F":
+        levels = samples * 255 if samples.max(initial=0) <= 1 else samples
+    else:
+        levels = samples / 257
+    gray = np.nan_to_num(levels).round().clip(0, 255).astype(np.uint8)
+    return np.repeat(gray[:, :, None], 3, axis=2)
+
+
+def _named(file: str, path: str) -> str:
+    return "the file " if file == path else f"{Path(file).name} "
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # the EXIF orientation
+    return (image.width, image.height) if turned else (image.height, image.width)
+
+
+def _number(name: str) -> int:
+    """The number that a name ends with; an unnumbered picture counts as 0."""
+    found = re.search(r"(\d{1,18})\D*$", Path(name).stem)
+    return int(found[1]) if found else 0
