@@ -362,7 +362,9 @@ class PyAVVideo:
         declared = float(self._stream.average_rate or self._stream.guessed_rate or 25)
         clock_may_jump = Flags.ts_discont in Flags(self._container.format.flags)
         tick = self._stream.time_base
-        times = measure_times(found.pts, tick or Fraction(1), declared, clock_may_jump=clock_may_jump)
+        guessed = self.has_guessed_times and found.index is None  # an AVI file has one rate throughout
+        pts = [None] * len(found.pts) if guessed else found.pts
+        times = measure_times(pts, tick or Fraction(1), declared, clock_may_jump=clock_may_jump)
         if times.num_jumps:
             warn_of_jumps(self.path, times.num_jumps, times.fps)
         self._times, self.fps, self.start_ticks = times.seconds, times.fps, times.start_ticks
