@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from rich.progress import track
 from torch.utils.data import DataLoader
 
-from mvit_video.data.decode.stills import entry_on_disk, is_stills
+from mvit_video.data.decode.images import entry_on_disk, is_images
 from mvit_video.data.files import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, FileSearch
 from mvit_video.data.index import LabelledVideo, VideoSplits
 from mvit_video.data.lists import NO_FILE
@@ -245,7 +245,7 @@ def _still_true(
         path: info
         for path, info in known.items()
         if info.error is None
-        and not ("frame_rate" in changed and (entry_on_disk(path) != path or is_stills(path)))
+        and not ("frame_rate" in changed and (entry_on_disk(path) != path or is_images(path)))
     }
 
 
