@@ -172,9 +172,7 @@ class _Painter:
             return None
         self._last = pts
         fmt = self._format
-        rgb = self._reformatter.reformat(
-            frame, width=fmt.width, height=fmt.height, format="rgb24", threads=1
-        )
+        rgb = self._reformatter.reformat(frame, width=fmt.width, height=fmt.height, format="rgb24", threads=1)
         picture = fmt.orientation.apply(cast(Picture, rgb.to_ndarray()))
         height, width = picture.shape[0] // 2 * 2, picture.shape[1] // 2 * 2  # yuv420p is even
         picture = np.array(picture[:height, :width], order="C")
