@@ -115,11 +115,12 @@ class ImageSequence:
             # What a PNG shows where animations aren't known need not be a frame of it.
             self._hidden = int(self._is_animation and bool(first.info.get("default_image")))
             self.num_frames = stored - self._hidden if self._is_animation else len(self._files)
-            times = self._animation_times(first) if self._is_animation else None
-        if times is None:
-            times = np.arange(self.num_frames + 1) / float(frame_rate)
-        self._times = times[:-1]
-        self.fps = (self.num_frames - 1) / times[-2] if self.num_frames > 1 else 1 / times[-1]
+            if self._is_animation:
+                times = self._animation_times(first)
+                self._times, self.fps = times[:-1], (self.num_frames - 1) / float(times[-2])
+            else:
+                self.fps = float(frame_rate)
+                self._times = np.arange(self.num_frames) / self.fps
         self.duration = self.num_frames / self.fps
 
     def __enter__(self) -> ImageSequence:
