@@ -117,7 +117,8 @@ class ImageSequence:
             self.num_frames = stored - self._hidden if self._is_animation else len(self._files)
             if self._is_animation:
                 times = self._animation_times(first)
-                self._times, self.fps = times[:-1], (self.num_frames - 1) / float(times[-2])
+                distances = max(self.num_frames - 1, 1)
+                self._times, self.fps = times[:-1], distances / float(times[distances])
             else:
                 self.fps = float(frame_rate)
                 self._times = np.arange(self.num_frames) / self.fps
