@@ -150,7 +150,8 @@ class Decoder(Group):
     backend: Literal["auto", "pyav", "torchcodec", "decord"]
     device: str
     frame_rate: Rate
-    max_pixels: Annotated[int, Range(1, 1e12)] | None
+    max_pixels: Annotated[int, Range(1, 1e12)]
+    index_cache: str | None
 
 
 class Augment(Group):
