@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mvit_video.data.files import existing_folder, find_first, lines_of, quoted
 from mvit_video.data.index import VideoSplits
-from mvit_video.data.lists import Row, VideoList, index_of_list
+from mvit_video.data.lists import Row, VideoList, splits_of_lists
 from mvit_video.errors import ConfigError, DataError
 
 _HMDB_SPLITS = {"1": "train", "2": "val", "0": "neither"}
@@ -28,8 +28,11 @@ def ucf101_splits(root: str | Path, *, fold: int = 1, max_missing: float = 0.2) 
     folder = find_first(root, ["ucfTrainTestlist", "annotations"]) or root
     videos = find_first(root, ["UCF-101", "UCF101", "videos"]) or root
     names = _ucf_classes(folder / "classInd.txt")
-    lists = [_ucf_list(folder / f"{split}list{fold:02}.txt", names) for split in ("train", "test")]
-    return VideoSplits(*(index_of_list(rows, names, videos, max_missing=max_missing) for rows in lists))
+    lists = {
+        split: _ucf_list(folder / f"{name}list{fold:02}.txt", names, videos)
+        for split, name in (("train", "train"), ("val", "test"))
+    }
+    return splits_of_lists(lists, names, max_missing=max_missing)
 
 
 def hmdb51_splits(root: str | Path, *, fold: int = 1, max_missing: float = 0.2) -> VideoSplits:
@@ -62,8 +65,8 @@ def hmdb51_splits(root: str | Path, *, fold: int = 1, max_missing: float = 0.2) 
             raise DataError(f"{file} marks no video to train on; expected lines of a file name and 0, 1 or 2")
     videos = find_first(root, ["hmdb51_org", "videos", "hmdb51"]) or root
     source = folder / f"*_test_split{fold}.txt"
-    lists = [VideoList(source, rows[split]) for split in ("train", "val")]
-    return VideoSplits(*(index_of_list(rows, classes, videos, max_missing=max_missing) for rows in lists))
+    lists = {split: VideoList(source, rows[split], base=videos) for split in ("train", "val")}
+    return splits_of_lists(lists, classes, max_missing=max_missing)
 
 
 def _check_fold(fold: int) -> None:
@@ -81,7 +84,7 @@ def _ucf_classes(file: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _ucf_list(file: Path, names: tuple[str, ...]) -> VideoList:
+def _ucf_list(file: Path, names: tuple[str, ...], videos: Path) -> VideoList:
     labels = {str(label): name for label, name in enumerate(names, start=1)}
     rows: list[Row] = []
     for number, line in _existing_lines(file):
@@ -93,7 +96,7 @@ def _ucf_list(file: Path, names: tuple[str, ...]) -> VideoList:
                 f"{file}, line {number}: label {found[2][:20]} isn't {quoted(name)} in classInd.txt"
             )
         rows.append(Row(number, path, name))
-    return VideoList(file, rows)
+    return VideoList(file, rows, base=videos)
 
 
 def _existing_lines(file: Path) -> list[tuple[int, str]]:

@@ -11,8 +11,8 @@ from typing import NamedTuple
 from mvit_video.data.class_names import ClassNames, read_class_names
 from mvit_video.data.decode.images import entry_on_disk
 from mvit_video.data.files import FileSearch, existing, existing_folder, lines_of, quoted
-from mvit_video.data.index import VideoIndex, VideoSplits, folder_splits, split_folder
-from mvit_video.data.lists import Row, VideoList, cells_of, index_of_list, read_csv, splits_of_lists
+from mvit_video.data.index import VideoSplits, folder_splits, split_folder
+from mvit_video.data.lists import Row, VideoList, cells_of, read_csv, splits_of_lists
 from mvit_video.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -73,23 +73,18 @@ def kinetics_splits(
     for split in ("train", "val"):
         if lists[split] is None:
             raise DataError(f"{root} has no {split} list; give data.{split}=FILE ({_usual_names(split)})")
-    columns = {file: _columns(file) for file in lists.values() if file is not None}
+    columns = {split: _columns(file) for split, file in lists.items() if file is not None}
     on_disk = _clips_below(root) if any(columns.values()) else {}
-
-    def read(split: str, file: Path, share: float) -> VideoIndex:
-        labels = split != "test"
-        if columns[file]:
-            rows = _official_rows(file, columns[file], root, _SPLITS[split], on_disk)
-            there = {path for paths in on_disk.values() for path in paths}
-            remedy = f"videos are looked for below {root} by their names, <youtube id>_<start>_<end>.mp4"
-            return index_of_list(
-                rows, names, root, max_missing=share, labels=labels, there=there, remedy=remedy
-            )
-        video_list = read_csv(file)
-        base = _base_of(video_list, root, split)
-        return index_of_list(video_list, names, base, max_missing=share, labels=labels)
-
-    return splits_of_lists(lists, read, max_missing=max_missing, test_is_given=test is not None)
+    found: dict[str, VideoList] = {}
+    for split, file in lists.items():
+        if file is not None and columns[split]:
+            found[split] = _read_official(file, columns[split], root, split, on_disk)
+        elif file is not None:
+            found[split] = read_csv(file)
+            found[split].base = _base_of(found[split], root, split)
+    if "test" in found:  # its list comes with every copy, its videos seldom do
+        found["test"].optional = test is None
+    return splits_of_lists(found, names, max_missing=max_missing)
 
 
 def parse_clip_name(stem: str) -> Clip | None:
@@ -137,10 +132,11 @@ def _columns(file: Path) -> list[str]:
     return columns if "youtube_id" in columns else []
 
 
-def _official_rows(
-    file: Path, columns: list[str], root: Path, folders: tuple[str, ...], on_disk: dict[Clip, list[str]]
+def _read_official(
+    file: Path, columns: list[str], root: Path, split: str, on_disk: dict[Clip, list[str]]
 ) -> VideoList:
     rows: list[Row] = []
+    folders = _SPLITS[split]
     for number, line in list(lines_of(file))[1:]:
         cells = cells_of(file, number, line)
         if len(cells) != len(columns):
@@ -157,7 +153,9 @@ def _official_rows(
         path = _choose(on_disk.get(clip, []), folders, root)
         path = path or os.path.join(root, folders[0], clip.name + ".mp4")  # noqa: PTH118 (speed)
         rows.append(Row(number, path, values.get("label") or None, clip.name))
-    return VideoList(file, rows)
+    there = {path for paths in on_disk.values() for path in paths}
+    remedy = f"videos are looked for below {root} by their names, <youtube id>_<start>_<end>.mp4"
+    return VideoList(file, rows, there=there, remedy=remedy)
 
 
 def _seconds(text: str) -> int:

@@ -11,6 +11,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,10 +60,25 @@ class Row(NamedTuple):
     file: Path | None = None
 
 
-class VideoList(NamedTuple):
+@dataclass
+class VideoList:
+    """The rows of a list, and where its videos are.
+
+    Attributes:
+        unit: what `Row.number` counts.
+        base: where relative paths start; by default in the folder of the list.
+        there: the paths that exist, where the reader of the list has looked already.
+        remedy: what to do about missing videos, the end of an error.
+        optional: none of its videos needs to exist; without any there is no such split.
+    """
+
     file: Path
     rows: list[Row]
-    unit: str = "line"  # what `Row.number` counts
+    unit: str = "line"
+    base: Path | None = None
+    there: Collection[str] | None = None
+    remedy: str | None = None
+    optional: bool = False
 
     def where(self, row: Row) -> str:
         """Where a row stands, as the beginning of an error."""
@@ -77,6 +93,7 @@ def csv_splits(
     root: str | Path | None = None,
     class_names: ClassNames | None = None,
     max_missing: float = 0.2,
+    read: Callable[[Path], VideoList] | None = None,
 ) -> VideoSplits:
     """Index lists with one `path label` or `path,label` a line, as PySlowFast's and mmaction2's are.
 
@@ -91,99 +108,59 @@ def csv_splits(
         root: where relative paths start; by default in the folder of their list.
         class_names: in label order, or where to find them (`read_class_names`). By default they come from the
             training list: its names in sorted order, or "0" to the highest of its numbers.
-        max_missing: how large a share of a list's videos may be missing on disk; they are left out.
+        max_missing: how large a share of a list's videos may be missing on disk; they are left out. Of the
+            test list one has to be there.
+        read: another form of list.
 
     Raises:
         DataError: a file is missing, empty or unreadable, a line has no label, a label is unknown or out of
             range, a video comes twice, or too many of the videos don't exist.
     """
-    return _list_splits(read_csv, train, val, test, root, class_names, max_missing)
+    files = {"train": train, "val": val, "test": test}
+    lists = {split: (read or read_csv)(existing(file)) for split, file in files.items() if file is not None}
+    for video_list in lists.values():
+        video_list.base = None if root is None else existing_folder(root)
+    names = names_in_rows(lists["train"]) if class_names is None else read_class_names(class_names)
+    return splits_of_lists(lists, names, max_missing=max_missing)
 
 
-def json_splits(
-    train: str | Path,
-    val: str | Path,
-    *,
-    test: str | Path | None = None,
-    root: str | Path | None = None,
-    class_names: ClassNames | None = None,
-    max_missing: float = 0.2,
-) -> VideoSplits:
+def json_splits(train: str | Path, val: str | Path, **options: Any) -> VideoSplits:
     """Index JSON lists of `{"path": ..., "label": name or integer, "id": optional}`.
 
     Arguments and errors are those of `csv_splits`.
     """
-    return _list_splits(_read_json, train, val, test, root, class_names, max_missing)
-
-
-def _list_splits(
-    read: Callable[[Path], VideoList],
-    train: str | Path,
-    val: str | Path,
-    test: str | Path | None,
-    root: str | Path | None,
-    class_names: ClassNames | None,
-    max_missing: float,
-) -> VideoSplits:
-    lists = [read(existing(file)) for file in (train, val, test) if file is not None]
-    names = names_in_rows(lists[0]) if class_names is None else read_class_names(class_names)
-    found: list[VideoIndex] = []
-    for number, video_list in enumerate(lists):
-        base = video_list.file.parent if root is None else existing_folder(root)
-        found.append(index_of_list(video_list, names, base, max_missing=max_missing, labels=number < 2))
-    return VideoSplits(*found)
+    return csv_splits(train, val, read=_read_json, **options)
 
 
 def splits_of_lists(
-    files: Mapping[str, Path | None],
-    read: Callable[[str, Path, float], VideoIndex],
-    *,
-    max_missing: float,
-    test_is_given: bool,
+    lists: Mapping[str, VideoList], names: tuple[str, ...], *, max_missing: float
 ) -> VideoSplits:
-    """The splits of a data set that comes with a list for each; a list of test videos may go without them.
-
-    Args:
-        files: the lists by split, those of train and val never None.
-        read: makes an index of a split, its list and the share of its videos that may be missing.
-        test_is_given: the user has named the test list: without any of its videos it is an error.
-    """
-    found: dict[str, VideoIndex] = {}
-    for split, file in files.items():
-        if file is None:
-            continue
-        try:
-            found[split] = read(split, file, 1.0 if split == "test" else max_missing)
-        except NothingThereError as error:
-            # A list of the test videos comes with every copy, the videos themselves seldom do.
-            if split != "test" or test_is_given:
-                raise
-            log.info("no test split: %s", error)
-    return VideoSplits(found["train"], found["val"], found.get("test"))
-
-
-def index_of_list(
-    video_list: VideoList,
-    names: tuple[str, ...],
-    base: str | Path,
-    *,
-    max_missing: float,
-    labels: bool = True,
-    there: Collection[str] | None = None,
-    remedy: str | None = None,
-) -> VideoIndex:
-    """Turn the rows of a list into an index of the videos that exist.
-
-    Args:
-        base: where relative paths start.
-        labels: False where rows may lack a label.
-        there: the paths that exist, where the caller has looked already.
-        remedy: what to do about missing videos, the end of an error.
+    """The splits of a data set from a list for each, of which `test` may have no labels and may lack.
 
     Raises:
         DataError: as `csv_splits`.
     """
-    base = os.path.abspath(base)  # noqa: PTH100 (for a list in the current folder)
+    found: dict[str, VideoIndex] = {}
+    for split, video_list in lists.items():
+        share = 1.0 if split == "test" else max_missing
+        try:
+            found[split] = index_of_list(video_list, names, max_missing=share, labels=split != "test")
+        except NothingThereError as error:
+            if not video_list.optional:
+                raise
+            log.info("no %s split: %s", split, error)
+    return VideoSplits(found["train"], found["val"], found.get("test"))
+
+
+def index_of_list(
+    video_list: VideoList, names: tuple[str, ...], *, max_missing: float, labels: bool = True
+) -> VideoIndex:
+    """Turn the rows of a list into an index of the videos that exist; without `labels` rows may lack one.
+
+    Raises:
+        DataError: as `csv_splits`.
+    """
+    base = os.path.abspath(video_list.base or video_list.file.parent)  # noqa: PTH100 (or in the current folder)
     if not video_list.rows:
         raise DataError(f"no videos found in {video_list.file}; it lists none")
     label_of = LabelOf(names)
@@ -200,6 +177,7 @@ def index_of_list(
             places = f"{video_list.unit} {other.number} and {video_list.unit} {row.number}"
             raise DataError(f"{row.file or video_list.file}: {video_id} comes twice, in {places}")
         videos.append(LabelledVideo(path, label, video_id))
+    there = video_list.there
     if there is None:
         there = existing_paths(entry_on_disk(video.path) for video in videos)
     return leave_out(
@@ -207,7 +185,7 @@ def index_of_list(
         {video.id: NO_FILE for video in videos if entry_on_disk(video.path) not in there},
         source=video_list.file,
         max_missing=max_missing,
-        remedy=remedy or f"relative paths start at root={base}",
+        remedy=video_list.remedy or f"relative paths start at root={base}",
     )
 
 

@@ -20,8 +20,8 @@ from mvit_video.data.files import (
     parse_json,
     quoted,
 )
-from mvit_video.data.index import VideoIndex, VideoSplits
-from mvit_video.data.lists import Row, VideoList, existing_paths, index_of_list, splits_of_lists
+from mvit_video.data.index import VideoSplits
+from mvit_video.data.lists import Row, VideoList, existing_paths, splits_of_lists
 from mvit_video.errors import DataError
 
 _PREFIX = "something-something-v2-"
@@ -67,30 +67,19 @@ def ssv2_splits(
         folders = [existing_folder(videos)]
     else:
         folders = [root / name for name in _VIDEO_FOLDERS if (root / name).is_dir()] + [root]
-    files: dict[str, Path | None] = {}
-    for split, given in {"train": train, "val": val, "test": test}.items():
-        files[split] = existing(given) if given is not None else _find(root, _NAMES[split])
-        if files[split] is None and split != "test":
-            raise DataError(f"{root} has no {_NAMES[split][0]}.json; give data.{split}=FILE")
-    if frame_lists is not None:
-        files["test"] = None  # PySlowFast has no frame list for it
     there = _entries(folders[0]) if frame_lists is None else {}
-
-    def read(split: str, file: Path, share: float) -> VideoIndex:
-        paths = there
+    lists: dict[str, VideoList] = {}
+    for split, given in {"train": train, "val": val, "test": test}.items():
+        file = existing(given) if given is not None else _find(root, _NAMES[split])
+        if file is None and split != "test":
+            raise DataError(f"{root} has no {_NAMES[split][0]}.json; give data.{split}=FILE")
+        if file is None or (frame_lists is not None and split == "test"):
+            continue  # PySlowFast has no frame list of the test videos
         if frame_lists is not None:
-            paths = _frame_patterns(existing(root / frame_lists[split == "val"]), folders)
-        return index_of_list(
-            _rows(file, folders[0], paths, split),
-            names,
-            folders[0],
-            max_missing=share,
-            labels=split != "test",
-            there={entry_on_disk(path) for path in paths.values()},
-            remedy=f"videos are looked for in {folders[0]}: give data.videos=FOLDER",
-        )
-
-    return splits_of_lists(files, read, max_missing=max_missing, test_is_given=test is not None)
+            there = _frame_patterns(existing(root / frame_lists[split == "val"]), folders)
+        lists[split] = _read(file, folders[0], there, split)
+        lists[split].optional = split == "test" and given is None
+    return splits_of_lists(lists, names, max_missing=max_missing)
 
 
 def _find(root: Path, names: tuple[str, ...]) -> Path | None:
@@ -111,7 +100,7 @@ def _entries(folder: Path) -> dict[str, str]:
     return found
 
 
-def _rows(file: Path, folder: Path, paths: dict[str, str], split: str) -> VideoList:
+def _read(file: Path, folder: Path, paths: dict[str, str], split: str) -> VideoList:
     entries = parse_json(file)
     if not isinstance(entries, list):
         raise DataError(f'{file}: expected a list of {{"id": ..., "template": ...}}')
@@ -128,7 +117,9 @@ def _rows(file: Path, folder: Path, paths: dict[str, str], split: str) -> VideoL
                 )
         missing = os.path.join(folder, f"{video}.webm")  # noqa: PTH118
         rows.append(Row(number, paths.get(str(video), missing), label, str(video)))
-    return VideoList(file, rows, "entry")
+    there = {entry_on_disk(path) for path in paths.values()}
+    remedy = f"videos are looked for in {folder}: give data.videos=FOLDER"
+    return VideoList(file, rows, "entry", there=there, remedy=remedy)
 
 
 # PySlowFast's lists of frames
