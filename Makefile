@@ -52,6 +52,7 @@ bench: setup
 
 docs: setup
 	$(BIN)/python docs/make_configuration.py
+	$(BIN)/python docs/make_architecture.py
 
 # Fails where the model lost more than a tenth of its recorded lead over torchvision's.
 bench-check: setup

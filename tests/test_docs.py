@@ -15,12 +15,33 @@ from mvit_video.cli.help import read
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def generator():
-    spec = importlib.util.spec_from_file_location("make_configuration", ROOT / "docs/make_configuration.py")
+def generator_of(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"docs/{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def generator():
+    return generator_of("make_configuration")
+
+
+@pytest.fixture(scope="module")
+def architecture():
+    return generator_of("make_architecture")
+
+
+def test_the_picture_of_the_rooms_is_that_of_the_imports(architecture) -> None:
+    assert architecture.TARGET.read_text(encoding="utf-8") == architecture.picture(ROOT / "mvit_video"), (
+        "run `make docs`"
+    )
+
+
+def test_rooms_that_import_in_a_circle_are_refused(architecture) -> None:
+    assert architecture.levels({"a": {"b"}, "b": set(), "c": {"a", "b"}}) == [["b"], ["a"], ["c"]]
+    with pytest.raises(ValueError, match="circle"):
+        architecture.levels({"a": {"b"}, "b": {"a"}})
 
 
 def test_the_reference_is_that_of_the_configuration(generator) -> None:

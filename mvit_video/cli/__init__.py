@@ -1,0 +1,1 @@
+"""The commands: arguments and configuration in, one clear line out."""

@@ -1,0 +1,1 @@
+"""Videos from disk to batches: lists, decoding, sampling, augmentation, loading."""

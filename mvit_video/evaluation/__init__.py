@@ -1,0 +1,1 @@
+"""Scores of labelled videos, and the figures and reports made of them."""

@@ -1,0 +1,91 @@
+"""Draws docs/architecture.svg from the imports in mvit_video/: a box a room, arrows to what it builds on."""
+
+from __future__ import annotations
+
+import ast
+import sys
+import textwrap
+from html import escape
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+TARGET = ROOT / "docs" / "architecture.svg"
+_WIDTH, _BOX, _HEIGHT, _GAP = 860, 250, 84, 44  # pixels
+
+_HEAD = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif">
+<defs><marker id="tip" viewBox="0 0 10 10" refX="9" refY="5" markerWidth="8" markerHeight="8" orient="auto">
+<path d="M0 0 10 5 0 10z" fill="#57606a"/></marker></defs>
+<rect width="{width}" height="{height}" fill="#ffffff"/>"""
+
+
+def imports(package: Path) -> dict[str, set[str]]:
+    """The rooms (packages, and errors) and which others each imports from."""
+    rooms = {path.parent.name for path in package.glob("*/__init__.py")} | {"errors"}
+    found: dict[str, set[str]] = {room: set() for room in rooms}
+    for file in package.rglob("*.py"):
+        room = file.relative_to(package).parts[0].removesuffix(".py")
+        if room not in rooms or file.name == "__main__.py":
+            continue
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            parts = [name.split(".") for name in names if name.startswith(f"{package.name}.")]
+            found[room] |= {part[1] for part in parts} & rooms - {room}
+    return found
+
+
+def levels(found: dict[str, set[str]]) -> list[list[str]]:
+    """Rooms from the ground up, each above what it imports from; ValueError where imports go in a circle."""
+    placed: list[list[str]] = []
+    below: set[str] = set()
+    while len(below) < len(found):
+        level = sorted(room for room in found.keys() - below if found[room] <= below)
+        if not level:
+            raise ValueError(f"imports in a circle: {sorted(found.keys() - below)}")
+        placed.append(level)
+        below |= set(level)
+    return placed
+
+
+def _direct(found: dict[str, set[str]], room: str) -> set[str]:
+    """What a room imports from and none of these do: the arrows that say all."""
+    return {other for other in found[room] if not any(other in found[via] for via in found[room])}
+
+
+def picture(package: Path) -> str:
+    """The drawing as SVG."""
+    found = imports(package)
+    rows = levels(found)[::-1]
+    height = len(rows) * (_HEIGHT + _GAP)
+    parts = [_HEAD.format(width=_WIDTH, height=height)]
+    place = {}
+    for number, row in enumerate(rows):
+        for index, room in enumerate(row):
+            place[room] = (_WIDTH * (2 * index + 1) // (2 * len(row)), _GAP // 2 + number * (_HEIGHT + _GAP))
+    for room, (x, y) in place.items():
+        for other in sorted(_direct(found, room)):
+            to_x, to_y = place[other]
+            parts.append(
+                f'<line x1="{x}" y1="{y + _HEIGHT}" x2="{to_x}" y2="{to_y}" '
+                'stroke="#57606a" stroke-width="1.5" marker-end="url(#tip)"/>'
+            )
+    for room, (x, y) in place.items():
+        parts.append(_box(package, room, x - _BOX // 2, y))
+    return "\n".join([*parts, "</svg>\n"])
+
+
+def _box(package: Path, room: str, x: int, y: int) -> str:
+    file = package / f"{room}.py" if (package / f"{room}.py").is_file() else package / room / "__init__.py"
+    about = (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").partition("\n")[0]
+    box = f'<rect x="{x}" y="{y}" width="{_BOX}" height="{_HEIGHT}" rx="8" fill="#f6f8fa" stroke="#57606a"/>'
+    name = f'<text x="{x + 12}" y="{y + 24}" font-size="15" font-weight="bold" fill="#0550ae">{room}</text>'
+    lines = [
+        f'<text x="{x + 12}" y="{y + 45 + 17 * number}" font-size="12" fill="#24292f">{escape(line)}</text>'
+        for number, line in enumerate(textwrap.wrap(about, 40)[:2])
+    ]
+    return "\n".join([box, name, *lines])
+
+
+if __name__ == "__main__":
+    TARGET.write_text(picture(ROOT / "mvit_video"), encoding="utf-8")
+    sys.stdout.write(f"{TARGET}\n")
