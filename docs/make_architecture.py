@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 TARGET = ROOT / "docs" / "architecture.svg"
-_WIDTH, _BOX, _HEIGHT, _GAP = 860, 250, 84, 44  # pixels
+_WIDTH, _BOX, _HEIGHT, _GAP = 860, 250, 96, 44  # pixels
 
 _HEAD = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif">
 <defs><marker id="tip" viewBox="0 0 10 10" refX="9" refY="5" markerWidth="8" markerHeight="8" orient="auto">
@@ -81,7 +81,7 @@ def _box(package: Path, room: str, x: int, y: int) -> str:
     name = f'<text x="{x + 12}" y="{y + 24}" font-size="15" font-weight="bold" fill="#0550ae">{room}</text>'
     lines = [
         f'<text x="{x + 12}" y="{y + 45 + 17 * number}" font-size="12" fill="#24292f">{escape(line)}</text>'
-        for number, line in enumerate(textwrap.wrap(about, 40)[:2])
+        for number, line in enumerate(textwrap.wrap(about, 36)[:3])
     ]
     return "\n".join([box, name, *lines])
 
