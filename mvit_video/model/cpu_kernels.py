@@ -68,6 +68,8 @@ def _plain_gradients(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of ``plain(*inputs)`` that have gradients themselves."""
     wanted = [isinstance(x, Tensor) and x.requires_grad for x in inputs]
+    # Views, as one input may have been computed from another: its gradient must end here.
+    inputs = [x.view_as(x) if is_wanted else x for x, is_wanted in zip(inputs, wanted, strict=True)]
     leaves = [x for x, is_wanted in zip(inputs, wanted, strict=True) if is_wanted]
     grads = iter(torch.autograd.grad(plain(*inputs), leaves, grad, create_graph=True))
     return tuple(next(grads) if is_wanted else None for is_wanted in wanted)
