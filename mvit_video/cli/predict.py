@@ -2,40 +2,34 @@
 
 from __future__ import annotations
 
-import hashlib
+import io
 import json
 import logging
 import os
 import signal
 import sys
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
 from mvit_video.cli import app
 from mvit_video.errors import ConfigError, DataError, VideoError
-from mvit_video.io.console import print_table, printable
+from mvit_video.io.console import print_table, printable, track
 from mvit_video.io.fingerprint import Fingerprint, fingerprint
 from mvit_video.io.writing import append, keep_whole_lines, sole_writer
 from mvit_video.model import VideoModel
 from mvit_video.model.inference import prepare
-from mvit_video.prediction.explain import write_overlay_video, write_strip
 from mvit_video.prediction.inputs import STDIN, expand
 from mvit_video.prediction.prediction import NOT_FINITE, Prediction
 from mvit_video.prediction.ray import Predict, predict_with_ray
 from mvit_video.prediction.recognizer import Recognizer
-from mvit_video.prediction.render import annotate_video, plot_timeline
+from mvit_video.prediction.saving import output_names, save_explanation, save_timeline
 from mvit_video.prediction.stream import redact_credentials
-from mvit_video.prediction.timeline import write_srt, write_vtt
-from mvit_video.prediction.writer import COLUMNS, PredictionWriter, as_text, format_of
+from mvit_video.prediction.writer import COLUMNS, PredictionWriter, as_text, format_of, rows_of
 from mvit_video.weights import weights_sha256
 from mvit_video.weights.export import ExportedModel, load_exported
 from mvit_video.weights.reading import EXPORTED
@@ -43,7 +37,6 @@ from mvit_video.weights.reading import EXPORTED
 log = logging.getLogger(__name__)
 
 MAX_TABLE = 100  # videos; the others are in the output
-_MAX_NAME = 200  # bytes of a saved file's name, so that a suffix has room on every file system
 
 
 def predict_files(config: DictConfig, files: list[str]) -> None:
@@ -74,9 +67,12 @@ def predict_files(config: DictConfig, files: list[str]) -> None:
             todo = stack.enter_context(writer).remaining(videos)
             if len(todo) < len(videos):
                 log.info("resuming: %d of them are in %s already", len(videos) - len(todo), config.output)
+        predictions = _predictions(config, recognizer, todo, names)
         if text_format == "csv":
+            if isinstance(sys.stdout, io.TextIOWrapper):
+                sys.stdout.reconfigure(encoding="utf-8")  # as the file would be, whatever the locale
             _print(",".join(COLUMNS) + "\n")
-        for prediction in _tracked(_predictions(config, recognizer, todo, names), len(videos), len(todo)):
+        for prediction in track(predictions, len(videos), done=len(videos) - len(todo), what="predicting"):
             if prediction.error is not None:
                 if prediction.error == NOT_FINITE and not failed:
                     log.warning("%s: %s", prediction.path, NOT_FINITE)
@@ -117,32 +113,7 @@ def watch(config: DictConfig, recognizer: Recognizer, source: str) -> None:
                 _print(line)
             else:
                 best = ", ".join(f"{n} {s:.3f}" for n, s in zip(clip.classes, clip.scores, strict=True))
-                _print(f"{_span(clip.start, clip.end)}  {printable(best)}\n")
-
-
-def output_names(videos: Sequence[str]) -> dict[str, Path]:
-    """For each video a path without suffix, below one folder and all of them different."""
-    parents = [os.path.dirname(os.path.abspath(video)) for video in videos]  # noqa: PTH100, PTH120 (links stay)
-    common = os.path.commonpath(parents) if parents else ""
-    whole = {v: Path(p).relative_to(common) / Path(v).name for v, p in zip(videos, parents, strict=True)}
-    stems = Counter(path.with_suffix("") for path in whole.values())
-    # a.mp4 and a.webm side by side keep their suffixes, and so does what would be called like one of these
-    with_suffix = {path for path in whole.values() if stems[path.with_suffix("")] > 1}
-    names = {
-        video: path if path in with_suffix or path.with_suffix("") in with_suffix else path.with_suffix("")
-        for video, path in whole.items()
-    }
-    if len(set(names.values())) < len(set(whole.values())):
-        names = whole
-    return {video: _shortened(name) for video, name in names.items()}
-
-
-def _shortened(path: Path) -> Path:
-    name = os.fsencode(path.name)
-    if len(name) <= _MAX_NAME:
-        return path
-    kept = name[:_MAX_NAME].decode("utf-8", "ignore")
-    return path.with_name(f"{kept}-{hashlib.sha256(name).hexdigest()[:8]}")
+                _print(f"{clip.start:.2f} - {clip.end:.2f}  {printable(best)}\n")
 
 
 def _check(config: DictConfig, arguments: Sequence[str]) -> None:
@@ -193,35 +164,22 @@ def _predict_here(
         return
     for prediction in recognizer.iterate(videos):
         if config.explain and prediction.error is None:
-            name = folder / f"{names[prediction.path]}.{config.explain}"
             try:
                 explanation = recognizer.explain(prediction.path, method=config.explain)
-                write_strip(explanation, Path(f"{name}.png"))
-                write_overlay_video(explanation, Path(f"{name}.mp4"))
+                save_explanation(explanation, folder / names[prediction.path])
             except VideoError as error:  # the prediction is there all the same
                 log.warning("%s", error)
         yield prediction
 
 
 def _through_windows(config: DictConfig, recognizer: Recognizer, video: str, name: Path) -> Prediction:
+    stride = config.stride or config.window / 2
     try:
-        timeline = recognizer.timeline(
-            video, length=config.window, stride=config.stride or config.window / 2
-        ).smoothed(config.smoothing)
+        timeline = recognizer.timeline(video, length=config.window, stride=stride).smoothed(config.smoothing)
     except VideoError as error:
         return Prediction(video, error=error.reason)
     segments = timeline.segments(config.min_score)
-    if "srt" in config.save:
-        write_srt(segments, Path(f"{name}.srt"))
-    if "vtt" in config.save:
-        write_vtt(segments, Path(f"{name}.vtt"))
-    if "png" in config.save:
-        plot_timeline(timeline, segments, Path(f"{name}.timeline.png"))
-    if "video" in config.save:
-        try:
-            annotate_video(video, segments, Path(f"{name}.annotated.mp4"))
-        except VideoError as error:  # the prediction is there all the same
-            log.warning("%s", error)
+    save_timeline(video, timeline, segments, name, config.save)
     return Prediction.from_scores(
         video, timeline.scores, timeline.spans, recognizer.class_names, config.topk, segments=segments
     )
@@ -273,24 +231,6 @@ def _build_model(config: DictConfig, device: str) -> VideoModel | ExportedModel:
     return model
 
 
-def _tracked(predictions: Iterable[Prediction], total: int, todo: int) -> Iterator[Prediction]:
-    """Show on standard error, where that is a terminal, how many of the videos are done and what is left."""
-    console = Console(stderr=True)
-    columns = (
-        "predicting",
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        "left",
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        task = progress.add_task("", total=total, completed=total - todo)
-        for prediction in predictions:
-            progress.advance(task)
-            yield prediction
-
-
 def _summarize(config: DictConfig, count: int, failed: Sequence[Prediction]) -> None:
     more = f"; the table shows the first {MAX_TABLE}" if config.output and count > MAX_TABLE else ""
     where = f": {config.output}" if config.output else ""
@@ -305,29 +245,21 @@ def _summarize(config: DictConfig, count: int, failed: Sequence[Prediction]) -> 
 
 
 def _show(predictions: Sequence[Prediction], *, title: str, per_clip: bool) -> None:
-    rows = [row for prediction in predictions for row in _rows(prediction, per_clip=per_clip)]
+    rows = [row for prediction in predictions for row in _table_rows(prediction, per_clip=per_clip)]
     if rows:
         print_table(title, ("video", "seconds", "class", "score"), rows)
 
 
-def _rows(prediction: Prediction, *, per_clip: bool) -> list[tuple[str, str, str, str]]:
-    """Table rows of one video; its name and each span are said once."""
+def _table_rows(prediction: Prediction, *, per_clip: bool) -> list[tuple[str, str, str, str]]:
+    """A video's name and each span are shown once."""
     if prediction.error:
         return [(prediction.path, "", f"error: {prediction.error}", "")]
-    found: list[tuple[str, Any, Any]] = [("all", prediction.classes, prediction.scores)]
-    found += [(_span(s.start, s.end), (s.class_name,), (s.score,)) for s in prediction.segments]
-    if per_clip:
-        found += [(_span(c.start, c.end), c.classes, c.scores) for c in prediction.clips]
-    rows = [
-        (span if rank == 0 else "", class_name, f"{score:.4f}")
-        for span, classes, scores in found
-        for rank, (class_name, score) in enumerate(zip(classes, scores, strict=True))
-    ]
-    return [(prediction.path if index == 0 else "", *row) for index, row in enumerate(rows)]
-
-
-def _span(start: float, end: float) -> str:
-    return f"{start:.2f} - {end:.2f}"
+    table: list[tuple[str, str, str, str]] = []
+    for row in rows_of(prediction, per_clip=per_clip):
+        span = "all" if row["part"] == "video" else f"{row['start']:.2f} - {row['end']:.2f}"
+        name = "" if table else prediction.path
+        table.append((name, span if row["rank"] == 1 else "", row["class"], f"{row['score']:.4f}"))
+    return table
 
 
 def _print(text: str) -> None:

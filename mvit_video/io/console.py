@@ -11,12 +11,15 @@ import logging
 import os
 import sys
 import unicodedata
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
+
+Item = TypeVar("Item")
 
 # Control and formatting characters (some turn the direction of text), lone surrogates, and ends of lines.
 _UNSAFE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
@@ -89,6 +92,17 @@ def accept_all_text() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def track(items: Iterable[Item], total: int, *, done: int, what: str) -> Iterator[Item]:
+    """The same items; a bar on standard error, where that is a terminal, shows how many and what is left."""
+    console = Console(stderr=True)
+    bar = (what, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), "left", TimeRemainingColumn())
+    with Progress(*bar, console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task("", total=total, completed=done)
+        for item in items:
+            progress.advance(task)
+            yield item
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

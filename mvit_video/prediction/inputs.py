@@ -60,7 +60,7 @@ def _expand_one(name: str) -> Iterator[str]:
 
 def _find_videos(name: str) -> list[str]:
     if os.path.isfile(name):  # noqa: PTH113 (it takes any name)
-        return [name]
+        return [str(Path(name))]
     path = Path(name) if os.path.lexists(name) else _expand_home(name)
     return find_videos(path.absolute() if str(path).startswith("~") else path)
 

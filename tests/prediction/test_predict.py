@@ -7,6 +7,7 @@ import errno
 import io
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -20,8 +21,8 @@ from videos import write_numbered_video
 import mvit_video as mv
 from mvit_video.cli import predict as predict_module
 from mvit_video.cli.arguments import split_arguments
-from mvit_video.cli.predict import output_names
 from mvit_video.prediction.inputs import expand
+from mvit_video.prediction.saving import output_names
 from mvit_video.prediction.timeline import Timeline
 
 
@@ -302,3 +303,29 @@ def test_the_module_does_not_hide_the_function() -> None:
 
     assert callable(mv.predict)
     assert callable(render.annotate_video)
+
+
+@pytest.mark.parametrize("options", [[], ["format=csv"], ["window=1", "live=true"]])
+def test_a_locale_without_the_letters(
+    two_classes: Path, checkpoint: Path, tmp_path: Path, options: list
+) -> None:
+    shutil.copy(two_classes / "cats" / "0.mp4", tmp_path / "\u8996\u983b ü.mp4")
+    program = [
+        sys.executable,
+        "-m",
+        "mvit_video.predict",
+        "\u8996\u983b ü.mp4",
+        f"weights={checkpoint}",
+        *options,
+    ]
+    done = subprocess.run(
+        program,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONIOENCODING": "latin-1"},
+        capture_output=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"Traceback" not in done.stderr
+    if options == ["format=csv"]:
+        assert "\u8996\u983b ü.mp4,video" in done.stdout.decode("utf-8")

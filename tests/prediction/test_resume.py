@@ -6,8 +6,10 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import pytest
 import torch
 from conftest import Command, error_line
 from test_writer import rows_in
+from videos import write_numbered_video
 
 import mvit_video as mv
 from mvit_video.prediction.prediction import Prediction
@@ -243,3 +246,23 @@ def test_a_document_replaces_one_of_before(
         told = json.loads((tmp_path / "a.json").read_text())
         assert [Path(v["path"]).name for v in told["videos"]] == [f"{number}.mp4"]
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_run_that_is_asked_to_end_writes_what_it_has(checkpoint: Path, tmp_path: Path) -> None:
+    """Parquet keeps predictions for a minute, but a service manager's SIGTERM doesn't cost them."""
+    (tmp_path / "videos").mkdir()
+    first = write_numbered_video(tmp_path / "videos" / "000.mp4", 30, height=48, width=64)
+    for number in range(1, 400):
+        os.link(first, tmp_path / "videos" / f"{number:03}.mp4")
+    program = [sys.executable, "-m", "mvit_video.predict", "videos", f"weights={checkpoint}"]
+    program += ["window=1", "save=[srt]", "output=a.parquet"]
+    with subprocess.Popen(program, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as run:
+        deadline = time.monotonic() + 240
+        while time.monotonic() < deadline and len(list((tmp_path / "saved").glob("*.srt"))) < 5:
+            time.sleep(0.02)
+        run.terminate()
+        _, err = run.communicate(timeout=120)
+    assert run.returncode == 128 + signal.SIGTERM
+    assert "Traceback" not in err
+    assert 4 <= len({row["path"] for row in rows_in(tmp_path / "a.parquet")}) < 400
+    assert not [path for path in tmp_path.rglob("*") if ".unfinished" in path.name or path.suffix == ".lock"]

@@ -1,0 +1,74 @@
+"""Files beside the predictions: subtitles, pictures and videos, under a name of its own for each video."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections import Counter
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from mvit_video.errors import VideoError
+from mvit_video.prediction.explain import Explanation, write_overlay_video, write_strip
+from mvit_video.prediction.prediction import Segment
+from mvit_video.prediction.render import annotate_video, plot_timeline
+from mvit_video.prediction.timeline import Timeline, write_srt, write_vtt
+
+log = logging.getLogger(__name__)
+
+_MAX_NAME = 200  # bytes, so that a suffix has room on every file system
+
+
+def output_names(videos: Sequence[str]) -> dict[str, Path]:
+    """For each video a relative path without suffix, all of them different."""
+    parents = [os.path.dirname(os.path.abspath(video)) for video in videos]  # noqa: PTH100, PTH120 (links stay)
+    common = os.path.commonpath(parents) if parents else ""
+    full = {v: Path(p).relative_to(common) / Path(v).name for v, p in zip(videos, parents, strict=True)}
+    stems = Counter(path.with_suffix("") for path in full.values())
+    # a.mp4 and a.webm side by side keep their suffixes, and so does what would be called like one of these
+    clashing = {path for path in full.values() if stems[path.with_suffix("")] > 1}
+    names = {
+        video: path if {path, path.with_suffix("")} & clashing else path.with_suffix("")
+        for video, path in full.items()
+    }
+    if len(set(names.values())) < len(set(full.values())):
+        names = full
+    return {video: _shortened(name) for video, name in names.items()}
+
+
+def _shortened(path: Path) -> Path:
+    name = os.fsencode(path.name)
+    if len(name) <= _MAX_NAME:
+        return path
+    kept = name[:_MAX_NAME].decode("utf-8", "ignore")
+    return path.with_name(f"{kept}-{hashlib.sha256(name).hexdigest()[:8]}")
+
+
+def save_timeline(
+    video: str, timeline: Timeline, segments: Sequence[Segment], name: Path, kinds: Collection[str]
+) -> None:
+    """Write those ``kinds`` of "srt", "vtt", "png" and "video" (an annotated copy) that are asked for.
+
+    Args:
+        name: of the files, without suffix.
+
+    Raises OSError. A video that can't be annotated is only logged.
+    """
+    if "srt" in kinds:
+        write_srt(segments, Path(f"{name}.srt"))
+    if "vtt" in kinds:
+        write_vtt(segments, Path(f"{name}.vtt"))
+    if "png" in kinds:
+        plot_timeline(timeline, segments, Path(f"{name}.timeline.png"))
+    if "video" in kinds:
+        try:
+            annotate_video(video, segments, Path(f"{name}.annotated.mp4"))
+        except VideoError as error:
+            log.warning("%s", error)
+
+
+def save_explanation(explanation: Explanation, name: Path) -> None:
+    """Write a picture and a video of an explanation. Raises OSError."""
+    write_strip(explanation, Path(f"{name}.{explanation.method}.png"))
+    write_overlay_video(explanation, Path(f"{name}.{explanation.method}.mp4"))
