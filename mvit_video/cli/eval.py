@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from mvit_video.cli import app
 from mvit_video.data.bad_videos import allowed_bad_videos
 from mvit_video.data.class_names import read_class_names
 from mvit_video.data.datasets import OpenVideo
+from mvit_video.data.files import existing
 from mvit_video.data.index import VideoIndex, VideoSplits
 from mvit_video.data.ranks import Ranks, process_group, use_own_gpu
 from mvit_video.errors import ConfigError, DataError
@@ -103,8 +104,9 @@ def _data_set(data: DictConfig) -> dict[str, Any]:
     settings: Any = OmegaConf.to_container(data, resolve=True)
     settings.pop("max_missing", None)
     for key, value in settings.items():
-        if isinstance(value, str) and Path(value).expanduser().exists():
-            settings[key] = str(Path(value).expanduser().absolute())
+        if isinstance(value, str):
+            with suppress(DataError, RuntimeError):  # it is no path
+                settings[key] = str(existing(value).absolute())
     return settings
 
 

@@ -33,9 +33,10 @@ def provenance_of(model: VideoModel, weights: str | None, **settings: Any) -> Fi
         weights: their file, or the name of published ones.
         settings: further JSON values: class_map, decoder, split, data.
     """
+    file = Path(weights or "").expanduser()
     return fingerprint(
         weights=weights or "random",
-        weights_sha256=file_sha256(weights) if weights and Path(weights).is_file() else None,
+        weights_sha256=file_sha256(file) if file.is_file() else None,
         model_sha256=weights_sha256(model),
         model=asdict(model.config),
         protocol=asdict(model.protocol),
