@@ -102,7 +102,6 @@ def _score_data_set(config: DictConfig, output: Path, ranks: Ranks) -> tuple[Sco
 def _data_set(data: DictConfig) -> dict[str, Any]:
     """The settings that say which videos these are; paths mean the same from another folder."""
     settings: Any = OmegaConf.to_container(data, resolve=True)
-    settings.pop("max_missing", None)
     for key, value in settings.items():
         if isinstance(value, str):
             with suppress(DataError, RuntimeError):  # it is no path

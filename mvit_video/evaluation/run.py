@@ -30,6 +30,8 @@ from mvit_video.model import VideoModel
 log = logging.getLogger(__name__)
 
 UNFINISHED = "unfinished"  # folder of the score logs that a killed evaluation leaves
+# Which videos can be read may change, not what they give.
+_FREE = ("data.max_missing", "decoder.max_pixels", "decoder.index_cache")
 
 
 def output_folder(resume: str | None, output: Path) -> Path:
@@ -134,7 +136,7 @@ class _Logs:
 
     def _check(self, there: Mapping[str, Any]) -> None:
         remedy = "choose another hydra.run.dir, or remove that folder"
-        require_same(identity(there), self.identity, what=str(self.folder), remedy=remedy)
+        require_same(identity(there), self.identity, what=str(self.folder), remedy=remedy, free=_FREE)
 
 
 def remove_logs(output: Path) -> None:

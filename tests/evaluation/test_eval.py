@@ -187,7 +187,7 @@ def test_a_killed_evaluation_goes_on(
     more = {
         "same folder": [f"hydra.run.dir={killed}"],
         "named": [f"resume={killed}", "hydra.run.dir=other"],
-        "last": ["resume=last", f"hydra.run.dir={tmp_path}/runs/day/later"],
+        "last": ["resume=last", f"hydra.run.dir={tmp_path}/runs/day/later", "decoder.max_pixels=9999999"],
     }
     result = command("eval", *arguments, *more[how], "max_bad_videos=0")
     assert result.code == 0, result.err
