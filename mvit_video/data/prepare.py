@@ -72,6 +72,8 @@ def prepare(
         DataError: an older index can't be read, the new one can't be written, or a process died.
         ConfigError: another run is writing the same index.
     """
+    if file.exists() and not file.is_file():
+        raise DataError(f"{file} is no file; name another: index=FILE")
     listed = list(_videos_of(splits))
     paths = list(dict.fromkeys(video.path for _, video in listed))
     made_with = settings(frame_rate)

@@ -27,7 +27,8 @@ log = logging.getLogger(__name__)
 def replacing(path: str | Path, mode: str = "wb", **options: Any) -> Iterator[IO[Any]]:
     """A new file that takes the place of ``path`` when the block ends well, in one step, synced to the disk.
 
-    If the block raises, ``path`` is as it was and nothing else is left. Missing parent folders are made.
+    If the block raises, ``path`` is as it was and nothing else is left. Missing parent folders are made. A
+    link goes on leading to its file; a device or a pipe, which holds nothing, is written to as it stands.
 
     Args:
         mode, options: as of ``open``; text is UTF-8 unless ``encoding`` is given.
@@ -35,9 +36,13 @@ def replacing(path: str | Path, mode: str = "wb", **options: Any) -> Iterator[IO
     Raises:
         OSError: with ``path`` as its file name.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
     if "b" not in mode:
         options.setdefault("encoding", "utf-8")
+    if path.exists() and not path.is_file() and not path.is_dir():
+        with naming(path), path.open(mode, **options) as file:
+            yield file
+        return
     unfinished = path.with_name(f".unfinished-{secrets.token_hex(4)}{path.suffix}")
     with naming(path):
         try:

@@ -476,6 +476,16 @@ def test_a_file_in_the_place_of_the_journal_is_kept(command: Command, data: Path
     assert (data / "precious.parquet").read_text() == "precious"
 
 
+def test_an_index_is_a_file(command: Command, data: Path) -> None:
+    os.mkfifo(data / "pipe")
+    refused = command("data", "prepare", *arguments(data), "num_workers=0", f"index={data}/pipe")
+    assert refused.code == 1
+    assert "pipe is no file" in refused.err
+    assert (data / "pipe").is_fifo()
+    prepare(command, data, f"index={data}/cats")
+    assert (data / "cats" / "index.parquet").is_file()
+
+
 def test_a_journal_of_other_settings_is_not_gone_on_with(command: Command, mixed: Path) -> None:
     line = [
         "prepare",

@@ -44,6 +44,22 @@ def test_a_missing_folder_is_made_and_a_file_in_its_place_is_named(tmp_path: Pat
         pass
 
 
+def test_links_pipes_and_devices_stay_what_they_are(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("target")
+    (tmp_path / "target").write_text("old")
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    for name in ("link", "pipe"):
+        with replacing(tmp_path / name, "w") as file:
+            file.write("new")
+    assert os.read(reader, 9) == b"new"
+    os.close(reader)
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "target").read_text() == "new"
+    assert (tmp_path / "pipe").is_fifo()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "pipe", "target"]
+
+
 def test_appended_rows_are_there_at_once(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     with path.open("a") as file:
