@@ -66,7 +66,11 @@ class Ranks:
 
 @contextmanager
 def process_group() -> Iterator[Ranks]:
-    """Join the processes that torchrun or Slurm has started; alone without them."""
+    """Join the processes that torchrun or Slurm has started; alone without them.
+
+    Raises:
+        ConfigError: they can't find each other.
+    """
     rank, size = rank_and_size()
     if size == 1:
         yield Ranks()
@@ -74,9 +78,13 @@ def process_group() -> Iterator[Ranks]:
     import torch.distributed as dist
 
     address = "env://" if "MASTER_ADDR" in os.environ else _slurm_address()
-    dist.init_process_group(
-        "gloo", init_method=address, rank=rank, world_size=size, timeout=timedelta(minutes=10)
-    )
+    try:
+        dist.init_process_group(
+            "gloo", init_method=address, rank=rank, world_size=size, timeout=timedelta(minutes=10)
+        )
+    except (RuntimeError, ValueError) as error:  # a port in use, a variable that lacks
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"rank {rank} of {size}: the processes can't find each other: {reason}") from None
     try:
         # One process may have far more to do than another; one that dies is noticed at once all the same.
         group = dist.new_group(backend="gloo", timeout=timedelta(days=7))

@@ -54,7 +54,7 @@ def read_foreign_scores(path: Path) -> ScoreTable:
     """
     try:
         content = parse_json(path) if path.suffix == ".json" else _read_pickle(path)
-        scores, labels = _scores_and_labels(content)
+        scores, labels = _scores_and_labels(content, most=path.stat().st_size)
     except _UNEXPECTED as error:
         raise DataError(
             f"{path}: neither PySlowFast's (scores, labels) nor mmaction2's list of pred_score and gt_label "
@@ -112,37 +112,44 @@ def _in_order_of(table: ScoreTable, videos: Sequence[LabelledVideo], path: Path)
     return replace(table, videos=tuple(videos))
 
 
-def _scores_and_labels(content: Any) -> tuple[Tensor, list[float] | None]:
-    """float64 (N, C) and, where they are known, N labels."""
+def _scores_and_labels(content: Any, most: int) -> tuple[Tensor, list[float] | None]:
+    """float64 (N, C) and, where they are known, N labels.
+
+    Args:
+        most: how many numbers there can be, a byte of the file for each; a pickle can claim any number.
+    """
     if isinstance(content, list | tuple) and len(content) == 2 and np.ndim(content[0]) == 2:
-        scores, labels = _matrix(content[0]), _floats(content[1])
+        scores, labels = _matrix(content[0], most), _floats(content[1], most)
         if labels.shape != scores.shape[:1]:
             raise ValueError(f"{len(scores)} rows of scores, labels of shape {labels.shape}")
         return scores, labels.tolist()
     rows = list(content)
     if not rows or not isinstance(rows[0], dict):
-        return _matrix(rows), None
-    scores = _matrix([_item(row, "pred_score", "pred_scores") for row in rows])
+        return _matrix(rows, most), None
+    scores = _matrix([_item(row, "pred_score", "pred_scores") for row in rows], most)
     if not any("gt_label" in row or "gt_labels" in row for row in rows):
         return scores, None
-    return scores, [_floats(_item(row, "gt_label", "gt_labels")).item() for row in rows]
+    return scores, [_floats(_item(row, "gt_label", "gt_labels"), 1).item() for row in rows]
 
 
 def _item(row: dict[str, Any], name: str, old_name: str) -> Any:
     return row[name] if name in row else row[old_name]["item"]
 
 
-def _matrix(rows: Any) -> Tensor:
-    scores = torch.from_numpy(np.stack([_floats(row) for row in rows]))
-    if scores.ndim != 2 or not scores.numel():
-        raise ValueError(f"scores of shape {tuple(scores.shape)}, expected videos x classes")
-    return scores
+def _matrix(rows: Any, most: int) -> Tensor:
+    whole = hasattr(rows, "shape")
+    array = _floats(rows, most) if whole else np.stack([_floats(row, most // len(rows)) for row in rows])
+    if array.ndim != 2 or not array.size:
+        raise ValueError(f"scores of shape {array.shape}, expected videos x classes")
+    return torch.from_numpy(array)
 
 
-def _floats(values: Any) -> Any:
+def _floats(values: Any, most: int) -> Any:
     array = np.asarray(values)
     if array.dtype.kind not in "fiu":
         raise TypeError(f"values of type {array.dtype}, expected numbers")
+    if array.size > most:
+        raise ValueError(f"{array.size} numbers, more than the file can hold")
     return array.astype(np.float64)
 
 

@@ -293,6 +293,17 @@ def test_two_evaluations_do_not_write_to_one_folder(
     assert not (tmp_path / "run" / "unfinished").exists()
 
 
+def test_processes_that_cannot_meet_say_so(
+    command: Command, arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    line = error_line(command("eval", *arguments, "hydra.run.dir=run"), "eval")
+    assert "rank 0 of 2" in line
+    assert "MASTER_PORT" in line
+
+
 # Not a number
 
 

@@ -367,6 +367,7 @@ def test_tables_are_aligned_and_put_together() -> None:
 
 SCORES = torch.tensor([[3.0, 1.0, 1.0], [0.5, 4.0, 0.5]])
 LABELS = [0, 2]
+SHARED_ROW = [0.5] * 10_000  # a pickle holds it once
 
 
 @pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4, 5])
@@ -462,6 +463,8 @@ class Storage:
         ([{"pred_score": SCORES[0], "gt_label": 0}, 3], "neither PySlowFast's"),
         ([[0.1, 0.9], [0.3]], "neither PySlowFast's"),
         ([["0.1", "0.9"]], "neither PySlowFast's"),
+        ([torch.zeros(1).expand(10**7, 10**6), torch.tensor([0])], "more than the file can hold"),
+        ([SHARED_ROW] * 10_000, "more than the file can hold"),
         (None, "neither PySlowFast's"),
         (3.0, "neither PySlowFast's"),
         ([{"pred_label": 1}], "pred_score"),
