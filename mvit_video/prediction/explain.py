@@ -1,4 +1,4 @@
-"""Why a model says what it says: where and when in a clip it looks, as maps, pictures and videos."""
+"""Grad-CAM and attention rollout: maps over a clip, importance over time, and what is drawn of them."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from av.video.frame import VideoFrame
 from torch import Tensor
 
 from mvit_video.data.clips import read_test_views
-from mvit_video.errors import ConfigError
+from mvit_video.errors import ConfigError, VideoError
 from mvit_video.io.console import printable
 from mvit_video.io.writing import replacing
 from mvit_video.model import ClipSpec, MViT
 from mvit_video.model.config import Grid
+from mvit_video.prediction.prediction import NOT_FINITE
 
 Method = Literal["gradcam", "rollout"]
 
@@ -59,7 +60,7 @@ def explain(
     topk: int = 3,
     protocol: ClipSpec | None = None,
 ) -> Explanation:
-    """Explain the answer for the view of a video that is surest of the video's class.
+    """Explain the prediction for the view of a video that is surest of the video's class.
 
     Args:
         video: from ``open_video``, or a window of a long one.
@@ -68,7 +69,7 @@ def explain(
 
     Raises:
         ConfigError: an unknown method, or rollout of a model with attention inside windows.
-        VideoError: the video can't be decoded.
+        VideoError: the video can't be decoded, or its scores aren't finite.
     """
     if method not in get_args(Method):
         raise ConfigError(f"explain={method} is not possible; it takes {', '.join(get_args(Method))}")
@@ -77,6 +78,8 @@ def explain(
     clips, spans = read_test_views(video, protocol)
     with torch.inference_mode():
         scores = torch.cat([model(clip[None].to(device)).float().softmax(-1).cpu() for clip in clips])
+    if not scores.isfinite().all():
+        raise VideoError(video.path, NOT_FINITE)
     best = scores.mean(0).topk(min(topk, scores.shape[1]))
     view = int(scores[:, best.indices[0]].argmax())
     clip = clips[view, None].to(device)
@@ -92,7 +95,7 @@ def explain(
         tuple(names[label] for label in labels),
         tuple(best.values.tolist()),
         spans[view],
-        _pictures(clips[view], protocol),
+        _to_frames(clips[view], protocol),
         _unit(maps),
         torch.stack([_unit(row) for row in importance.cpu()]),
     )
@@ -118,11 +121,11 @@ def grad_cam(model: MViT, clip: Tensor, labels: Sequence[int]) -> Tensor:
             # The clip's gradient makes a graph even where all parameters are frozen.
             logits = model(clip.detach().clone().requires_grad_())
     maps = []
-    first = int(model.cls_token is not None)
+    prefix = model.config.num_prefix_tokens
     for label in labels:
         (gradient,) = torch.autograd.grad(logits[0, label], seen["tokens"], retain_graph=True)
-        weights = gradient[0, first:].mean(0)  # (C,)
-        maps.append((seen["tokens"][0, first:].detach() @ weights).relu().unflatten(0, seen["grid"]))
+        weights = gradient[0, prefix:].mean(0)  # (C,)
+        maps.append((seen["tokens"][0, prefix:].detach() @ weights).relu().unflatten(0, seen["grid"]))
     return torch.stack(maps).float()
 
 
@@ -132,7 +135,7 @@ def attention_rollout(model: MViT, clip: Tensor) -> Tensor:
 
     What the head reads is followed back block by block: half of it comes through the skip connection from
     the tokens that were pooled into each query, half through the mean attention of the heads from the tokens
-    that were pooled into each key; a pooled token comes from the cells of its stride in equal parts.
+    that were pooled into each key; a pooled token comes from the patch tokens of its stride in equal parts.
 
     Args:
         clip: float (1, 3, T, H, W).
@@ -150,7 +153,7 @@ def attention_rollout(model: MViT, clip: Tensor) -> Tensor:
             handle = attention.register_forward_pre_hook(lambda _, inputs: calls.append(inputs))
             hooks.callback(handle.remove)
         model(clip)
-    first = int(model.cls_token is not None)
+    prefix = model.config.num_prefix_tokens
     shares: Tensor | None = None
     for block, (tokens, grid) in zip(reversed(model.blocks), reversed(calls), strict=True):
         attention = block.attn
@@ -162,30 +165,30 @@ def attention_rollout(model: MViT, clip: Tensor) -> Tensor:
             ) from None
         if shares is None:
             shares = torch.zeros(weights.shape[1], device=weights.device)
-            if first and not model.config.mean_pooling:
+            if prefix and not model.config.mean_pooling:
                 shares[0] = 1
             else:
-                shares[first:] = 1 / len(shares[first:])
+                shares[prefix:] = 1 / len(shares[prefix:])
         shares = (
-            _spread(shares, q_grid, grid, first) + _spread(shares @ weights[0], k_grid, grid, first)
+            _spread(shares, q_grid, grid, prefix) + _spread(shares @ weights[0], k_grid, grid, prefix)
         ) / 2
     assert shares is not None
-    return shares[first:].unflatten(0, calls[0][1]).float()
+    return shares[prefix:].unflatten(0, calls[0][1]).float()
 
 
-def _spread(shares: Tensor, pooled: Grid, grid: Grid, first: int) -> Tensor:
-    """Hand the shares of pooled tokens down to the cells that they were pooled from."""
-    cells = shares[first:].unflatten(0, pooled)
+def _spread(shares: Tensor, pooled: Grid, grid: Grid, num_prefix_tokens: int) -> Tensor:
+    """Hand the shares of pooled tokens down to the patch tokens that they were pooled from."""
+    tokens = shares[num_prefix_tokens:].unflatten(0, pooled)
     for axis, (few, many) in enumerate(zip(pooled, grid, strict=True)):
-        source = torch.arange(many, device=cells.device) * few // many
+        source = torch.arange(many, device=tokens.device) * few // many
         counts = torch.bincount(source, minlength=few).clamp(min=1)
         shape = [1, 1, 1]
         shape[axis] = few
-        cells = (cells / counts.reshape(shape)).index_select(axis, source)
-    return torch.cat([shares[:first], cells.flatten()])
+        tokens = (tokens / counts.reshape(shape)).index_select(axis, source)
+    return torch.cat([shares[:num_prefix_tokens], tokens.flatten()])
 
 
-def _pictures(clip: Tensor, protocol: ClipSpec) -> Tensor:
+def _to_frames(clip: Tensor, protocol: ClipSpec) -> Tensor:
     """A prepared clip (3, T, H, W) as uint8 frames (T, 3, H, W) again."""
     mean, std = (torch.tensor(values)[:, None, None, None] for values in (protocol.mean, protocol.std))
     return ((clip.cpu() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8).transpose(0, 1)
@@ -213,9 +216,9 @@ def write_strip(explanation: Explanation, path: Path) -> None:
     shown = np.linspace(0, num_frames - 1, min(MAX_PICTURES, num_frames)).round().astype(int)
     figure = Figure(figsize=(1.8 * len(shown), 6), layout="constrained")
     rows = figure.add_gridspec(3, len(shown))
-    pictures = (explanation.frames, overlays(explanation))
+    frame_rows = (explanation.frames, overlays(explanation))
     seconds = np.linspace(*explanation.span, num_frames)
-    for row, frames in enumerate(pictures):
+    for row, frames in enumerate(frame_rows):
         for column, index in enumerate(shown):
             axes = figure.add_subplot(rows[row, column])
             axes.imshow(frames[index].permute(1, 2, 0).numpy())

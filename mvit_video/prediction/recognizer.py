@@ -40,7 +40,7 @@ Files = str | Path | Iterable[str | Path]
 
 
 class Recognizer:
-    """Says what happens in videos; load it once, call it as often as you like, from any thread.
+    """Classifies videos; load it once, call it as often as you like, from any thread.
 
     The clips of several videos fill each batch, and ``num_workers`` threads decode while the model works.
 
@@ -55,12 +55,12 @@ class Recognizer:
 
     Args:
         model: a model, or a file of one: a checkpoint of ``mvit-train`` or PySlowFast, or an exported model.
-        topk: how many classes to tell.
-        num_clips, num_crops: views of each video; None: what the model's protocol says.
+        topk: how many classes a prediction has.
+        num_clips, num_crops: views of each video; None: what the model's ``ClipSpec`` says.
         batch_size: clips that go through the model at once.
         num_workers: threads that decode ahead; 0: the calling one.
         device: where the model runs.
-        open_file: what decodes.
+        open_file: opens a file for decoding, as ``mvit_video.open_video`` does.
 
     Raises:
         CheckpointError: the file can't be read. ValueError: a number is out of range.
@@ -180,7 +180,8 @@ class Recognizer:
         """Vectors (N, C) of length 1 for files or clips, similar where the content is: the head's input.
 
         Raises:
-            VideoError: a file can't be read. ConfigError: the model is no MViT, or an exported one.
+            VideoError: a file can't be read, or its vectors aren't finite.
+            ConfigError: the model is no MViT, or an exported one.
         """
         if not isinstance(self._model, MViT):
             raise ConfigError("this model gives scores only; embeddings need the checkpoint of an MViT")
@@ -192,11 +193,13 @@ class Recognizer:
         for views, features in self.score_views(read, self._features):
             if views.error is not None:
                 raise VideoError(views.video.path, views.error)
+            if not features.isfinite().all():
+                raise VideoError(views.video.path, NOT_FINITE)
             vectors.append(features.mean(0))
         return F.normalize(torch.stack(vectors), dim=-1)
 
     def explain(self, path: str | Path, *, method: Literal["gradcam", "rollout"] = "gradcam") -> Explanation:
-        """Where and when in a video file the model finds its answer; see ``mvit_video.explain``.
+        """Where and when in a video file the evidence for its class is; see ``prediction.explain``.
 
         >>> explanation = recognizer.explain(folder / "cats" / "0.mp4")
         >>> explanation.maps.shape, explanation.importance.shape

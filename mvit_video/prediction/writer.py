@@ -215,6 +215,8 @@ class PredictionWriter:
         if self.resume and any(map(_holds_something, files)):
             remedy = "name another output, or resume=false to write it anew"
             before = _read_json(self._run_file)
+            if not before.keys() >= self.settings.keys():
+                raise ConfigError(f"{self.path} comes from another version of mvit-predict; {remedy}")
             require_same(before, self.settings, what=str(self.path), remedy=remedy, free={"weights"})
             entries = self._keep_parts(files) if self.format == "parquet" else self._keep_text()
         else:

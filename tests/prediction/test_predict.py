@@ -169,20 +169,20 @@ def test_a_pipe_that_breaks_elsewhere_is_an_error(
 
 
 @pytest.fixture
-def damaged_weights(checkpoint: Path, tmp_path: Path) -> Path:
+def overflowing_weights(checkpoint: Path, tmp_path: Path) -> Path:
     content = torch.load(checkpoint, weights_only=True)
-    content["state_dict"]["model.head.projection.bias"][0] = math.nan
-    torch.save(content, tmp_path / "nan.ckpt")
-    return tmp_path / "nan.ckpt"
+    content["state_dict"]["model.head.projection.weight"].fill_(3e38)  # whose products overflow
+    torch.save(content, tmp_path / "huge.ckpt")
+    return tmp_path / "huge.ckpt"
 
 
 @pytest.mark.parametrize(
     "options", [["output=a.json"], ["output=a.jsonl"], ["format=csv"], ["window=1", "format=jsonl"]]
 )
 def test_scores_that_are_not_finite_are_errors(
-    command: Command, two_classes: Path, damaged_weights: Path, tmp_path: Path, options: list[str]
+    command: Command, two_classes: Path, overflowing_weights: Path, tmp_path: Path, options: list[str]
 ) -> None:
-    result = command("predict", two_classes / "cats", f"weights={damaged_weights}", *options)
+    result = command("predict", two_classes / "cats", f"weights={overflowing_weights}", *options)
     assert "NaN" in error_line(result, "predict")
     text = (tmp_path / options[0].partition("=")[2]).read_text() if options[0][:3] == "out" else result.out
     assert text.count("NaN or infinite scores") == 6
@@ -192,12 +192,14 @@ def test_scores_that_are_not_finite_are_errors(
     assert "nan," not in text
 
 
-def test_scores_that_are_not_finite_in_python(two_classes: Path, damaged_weights: Path) -> None:
-    recognizer = mv.Recognizer(damaged_weights)
+def test_scores_that_are_not_finite_in_python(two_classes: Path, overflowing_weights: Path) -> None:
+    recognizer = mv.Recognizer(overflowing_weights)
     clips = torch.zeros(2, 3, 8, 64, 64)
     assert [(p.classes, "NaN" in str(p.error)) for p in recognizer(clips)] == [((), True)] * 2
     with pytest.raises(mv.VideoError, match="NaN"):
         list(recognizer.watch(two_classes / "cats" / "0.mp4", length=1, stride=1))
+    with pytest.raises(mv.VideoError, match="NaN"):
+        recognizer.explain(two_classes / "cats" / "0.mp4")
 
 
 LINKS = ["d1/x.mp4", "d2/x.mp4"]

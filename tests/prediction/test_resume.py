@@ -266,3 +266,12 @@ def test_a_run_that_is_asked_to_end_writes_what_it_has(checkpoint: Path, tmp_pat
     assert "Traceback" not in err
     assert 4 <= len({row["path"] for row in rows_in(tmp_path / "a.parquet")}) < 400
     assert not [path for path in tmp_path.rglob("*") if ".unfinished" in path.name or path.suffix == ".lock"]
+
+
+def test_what_another_version_left_is_refused(tmp_path: Path) -> None:
+    videos = videos_in(tmp_path, 1)
+    write(tmp_path / "a.csv", videos)
+    (tmp_path / "a.csv.run.json").write_text('{"weights": "best.ckpt"}')
+    with pytest.raises(mv.ConfigError, match="resume=false"):
+        write(tmp_path / "a.csv", videos, weights="best.ckpt", topk="5")
+    assert classes_in(tmp_path / "a.csv") == {"0.mp4": "cats"}
