@@ -52,7 +52,7 @@ def test_scores_are_those_of_the_evaluation(
         if video.error is None:
             scores = dict(zip(prediction.classes, prediction.scores, strict=True))
             assert [scores[name] for name in recognizer.class_names] == pytest.approx(
-                video.mean.tolist(), abs=1e-6
+                video.views.mean(0).tolist(), abs=1e-6
             )
 
 
