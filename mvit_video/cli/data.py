@@ -30,8 +30,6 @@ _SHOWN = 10  # paths of a kind
 def prepare_index(config: DictConfig) -> None:
     """Probe every video of ``config.data``, write its index; the report goes to the output folder."""
     workers = os.cpu_count() or 1 if config.num_workers is None else config.num_workers
-    if workers < 0:
-        raise ConfigError(f"num_workers must be at least 0, got {workers}")
     if "path" in config.data:
         raise ConfigError("data=index is what prepare makes; give the data set itself: data=folder, ...")
     file = _index_path(config)

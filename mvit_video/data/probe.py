@@ -13,6 +13,7 @@ from mvit_video.data.decode.images import image_files
 from mvit_video.data.lists import NO_FILE
 from mvit_video.data.table import FileInfo
 from mvit_video.errors import VideoError
+from mvit_video.io.console import valid_text
 from mvit_video.io.fingerprint import Fingerprint, file_sha256, fingerprint
 
 PROBE = 3  # one more whenever the same file would be described otherwise
@@ -52,7 +53,7 @@ def probe(path: str, frame_rate: float = 30.0) -> FileInfo:
     try:
         size, mtime_ns = stat_of(path)
     except VideoError as error:
-        return FileInfo(error=error.reason)
+        return FileInfo(error=valid_text(error.reason))
     info = FileInfo(size, mtime_ns)
     try:
         info = info._replace(sha256=file_sha256(*image_files(path)))
@@ -67,7 +68,7 @@ def probe(path: str, frame_rate: float = 30.0) -> FileInfo:
             )
             video.get_frames([0, video.num_frames // 2, video.num_frames - 1])
     except VideoError as error:
-        return info._replace(error=error.reason)
+        return info._replace(error=valid_text(error.reason))
     except (OSError, MemoryError) as error:
         return info._replace(error=f"the file can't be read ({getattr(error, 'strerror', None) or error!r})")
     return info

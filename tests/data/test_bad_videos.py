@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import shutil
 from pathlib import Path
 
 import pytest
+from conftest import Command
 
 from mvit_video.data.bad_videos import BadVideos, allowed_bad_videos
 from mvit_video.data.datasets import BadVideo
@@ -57,3 +59,19 @@ def test_numbers_and_shares_of_bad_videos(value: float, total: int, allowed: int
 def test_broken_numbers_of_bad_videos(value: float) -> None:
     with pytest.raises(ConfigError, match="max_bad_videos"):
         allowed_bad_videos(value, 9)
+
+
+def test_an_evaluation_stops_where_it_would_fail_anyway(
+    command: Command, two_classes: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    for name in ("cats", "dogs and birds"):
+        shutil.copytree(two_classes / name, tmp_path / "data" / "train" / name)
+        for number in range(10):
+            broken = tmp_path / "data" / "val" / name / f"{number}.mp4"
+            broken.parent.mkdir(parents=True, exist_ok=True)
+            broken.write_text("no video")
+    line = ["data.root=data", f"weights={checkpoint}", "num_workers=0", "hydra.run.dir=run"]
+    result = command("eval", *line, "max_bad_videos=2")
+    assert result.code == 1
+    assert "max_bad_videos" in result.err
+    assert len(rows(tmp_path / "run" / "bad_videos.csv")) == 4  # with the header: not all twenty
