@@ -2,114 +2,32 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import socket
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from omegaconf import DictConfig
 
 from mvit_video.cli import app
-from mvit_video.errors import ConfigError, DataError, MVitVideoError
-from mvit_video.model import VideoModel
-from mvit_video.prediction.explain import write_overlay_video, write_strip
-from mvit_video.prediction.recognizer import Recognizer
-from mvit_video.prediction.render import annotate_video, plot_timeline
+from mvit_video.errors import ConfigError, MVitVideoError
+from mvit_video.prediction.overview import NO_MAP, Demo, Overview
 
 log = logging.getLogger(__name__)
 
-NO_MAP = "none"
 _METHODS = [("none", NO_MAP), ("Grad-CAM", "gradcam"), ("attention rollout", "rollout")]
 _HEIGHT = 360  # pixels of a video on the page
 _DELETE_CACHE = (600, 3600)  # seconds: how often gradio looks, and how old its copies of files get
 _FOCUS = "input:focus-visible { outline: 3px solid currentColor; outline-offset: 2px }"
-
-Progress = Callable[..., Any]  # takes a share of the work, and what comes next as desc=
-
-
-class Answer(NamedTuple):
-    """What the page shows of a video; paths of files."""
-
-    scores: dict[str, float]
-    annotated: str
-    timeline: str
-    strip: str | None
-    overlay: str | None
-    json_file: str
-
-
-class Demo:
-    """Predictions for the page.
-
-    Args:
-        max_seconds: longer videos are refused.
-    """
-
-    def __init__(self, model: VideoModel, *, topk: int, max_seconds: float, **recognizing: Any) -> None:
-        self.model, self.topk, self.max_seconds, self.recognizing = model, topk, max_seconds, recognizing
-        self._files = tempfile.TemporaryDirectory(prefix="mvit-demo-")  # of the newest answer
-
-    def answer(
-        self, path: str | None, num_clips: int, explain: str, progress: Progress = lambda *_, **__: None
-    ) -> Answer:
-        """The classes of a video, as a whole and over time, and a map for ``explain`` other than "none".
-
-        The files of an answer stay until the next one, or the end of the process.
-
-        Raises:
-            DataError: there is no video, it is too long, or its scores aren't finite.
-            VideoError: it can't be read.
-        """
-        if path is None:
-            raise DataError("Please upload a video first")
-        progress(0, desc="classifying")
-        recognizer = Recognizer(self.model, topk=self.topk, num_clips=int(num_clips), **self.recognizing)
-        with recognizer.open_file(path) as video:
-            duration = video.duration
-        if duration > self.max_seconds:
-            raise DataError(
-                f"the video is {duration:.0f} s long, this page takes {self.max_seconds:g} s at most; "
-                "mvit-predict with window= has no limit"
-            )
-        (prediction,) = recognizer([path])
-        if prediction.error is not None:
-            raise DataError(prediction.error)
-        self._files.cleanup()
-        self._files = tempfile.TemporaryDirectory(prefix="mvit-demo-")
-        name = Path(self._files.name) / Path(path).stem
-        spec = self.model.protocol
-        length = spec.clip_frames * spec.stride / spec.target_fps
-        windows = Recognizer(self.model, topk=self.topk, num_clips=1, **self.recognizing)
-        progress(0.2, desc="classes over time")
-        timeline = windows.timeline(path, length=length, stride=length / 4).smoothed(length / 2)
-        segments = timeline.segments()
-        plot_timeline(timeline, segments, plot := Path(f"{name}.timeline.png"))
-        progress(0.6, desc="writing the annotated video")
-        annotated = annotate_video(path, segments, Path(f"{name}.annotated.mp4"))
-        strip = overlay = None
-        if explain != NO_MAP:
-            progress(0.9, desc="explaining")
-            explanation = recognizer.explain(path, method=explain)  # type: ignore[arg-type]  # a choice
-            strip, overlay = f"{name}.{explain}.png", f"{name}.{explain}.mp4"
-            write_strip(explanation, Path(strip))
-            write_overlay_video(explanation, Path(overlay))
-        told = asdict(prediction) | {"path": Path(path).name, "segments": [asdict(s) for s in segments]}
-        json_file = Path(f"{name}.json")
-        json_file.write_text(json.dumps(told, indent=2, allow_nan=False), encoding="utf-8")
-        scores = dict(zip(prediction.classes, prediction.scores, strict=True))
-        return Answer(scores, str(annotated), str(plot), strip, overlay, str(json_file))
 
 
 def build_page(demo: Demo, *, title: str) -> Any:
     """The page, a ``gradio.Blocks``."""
     gradio = _gradio()
 
-    def answer(path: str | None, num_clips: int, explain: str, progress: Any = gradio.Progress()) -> Answer:  # noqa: B008
+    def answer(path: str | None, num_clips: int, explain: str, progress: Any = gradio.Progress()) -> Overview:  # noqa: B008
         try:
             return demo.answer(path, num_clips, explain, progress)
         except MVitVideoError as error:

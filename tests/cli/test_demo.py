@@ -22,7 +22,8 @@ from gradio_client import Client, handle_file
 from videos import write_numbered_video
 
 import mvit_video as mv
-from mvit_video.cli.demo import Demo, build_page, launch
+from mvit_video.cli.demo import build_page, launch
+from mvit_video.prediction.overview import Demo
 
 
 @pytest.fixture(scope="module")
