@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from mvit_video.data.files import existing_folder, find_first, lines_of, quoted
+from mvit_video.data.files import existing, existing_folder, find_first, lines_of, quoted
 from mvit_video.data.index import VideoSplits
 from mvit_video.data.lists import Row, VideoList, splits_of_lists
 from mvit_video.errors import ConfigError, DataError
@@ -76,7 +76,7 @@ def _check_fold(fold: int) -> None:
 
 def _ucf_classes(file: Path) -> tuple[str, ...]:
     names: list[str] = []
-    for number, line in _existing_lines(file):
+    for number, line in lines_of(existing(file)):
         index, _, name = line.partition(" ")
         if index != str(len(names) + 1) or not name.strip():
             raise DataError(f"{file}, line {number}: expected `{len(names) + 1} <class>`, got {quoted(line)}")
@@ -87,7 +87,7 @@ def _ucf_classes(file: Path) -> tuple[str, ...]:
 def _ucf_list(file: Path, names: tuple[str, ...], videos: Path) -> VideoList:
     labels = {str(label): name for label, name in enumerate(names, start=1)}
     rows: list[Row] = []
-    for number, line in _existing_lines(file):
+    for number, line in lines_of(existing(file)):
         found = re.fullmatch(r"(.*\S)\s+(\d+)", line)  # of the training list; a name may have spaces
         path = line if found is None else found[1]
         name = os.path.dirname(path)  # noqa: PTH120 (a class, not a folder)
@@ -97,12 +97,6 @@ def _ucf_list(file: Path, names: tuple[str, ...], videos: Path) -> VideoList:
             )
         rows.append(Row(number, path, name))
     return VideoList(file, rows, base=videos)
-
-
-def _existing_lines(file: Path) -> list[tuple[int, str]]:
-    if not file.is_file():
-        raise DataError(f"{file} does not exist")
-    return list(lines_of(file))
 
 
 def _hmdb_files(folder: Path, ending: str) -> dict[str, Path]:

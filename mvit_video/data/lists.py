@@ -149,6 +149,9 @@ def splits_of_lists(
             if not video_list.optional:
                 raise
             log.info("no %s split: %s", split, error)
+    both = {video.path for video in found["train"].videos} & {video.path for video in found["val"].videos}
+    if both:
+        log.warning("%d videos are in the training and the validation list, such as %s", len(both), min(both))
     return VideoSplits(found["train"], found["val"], found.get("test"))
 
 

@@ -249,6 +249,14 @@ def test_csv_forms(videos: Path, text: str) -> None:
     )
 
 
+def test_videos_to_train_and_to_validate_on_are_told(videos: Path, caplog: pytest.LogCaptureFixture) -> None:
+    train = write(videos / "train.csv", "v/a.mp4 0\nv/b.mp4 1\n")
+    csv_splits(train, write(videos / "val.csv", "v/b c.mp4 0\n"))
+    assert not caplog.text
+    csv_splits(train, write(videos / "val.csv", f"{videos}/v/a.mp4 0\n"))
+    assert "1 videos are in the training and the validation list, such as" in caplog.text
+
+
 def test_root_and_absolute_paths(videos: Path) -> None:
     file = write(videos / "train.csv", f"./a.mp4 0\n{videos}/v/x.mp4 0\n/elsewhere/y.mp4 0\n")
     touch(videos, "v/x.mp4")
