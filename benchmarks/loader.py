@@ -43,9 +43,9 @@ class Epochs:
     """``run`` has what runs an epoch of each kind and gives its number of clips; workers stay."""
 
     def __init__(self, clips: TrainingClips) -> None:
-        kinds: dict[str, Any] = {"threads": "threads", "processes": "workers"}
+        kinds: dict[str, Any] = {"threads": "thread", "processes": "process"}
         self._loaders = {
-            name: training_loader(clips, batch_size=BATCH, num_workers=WORKERS, kind=kind)
+            name: training_loader(clips, batch_size=BATCH, num_workers=WORKERS, worker_type=kind)
             for name, kind in kinds.items()
         }
         keys: Any = [(0, index) for index in range(len(clips))]

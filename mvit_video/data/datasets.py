@@ -71,7 +71,23 @@ class VideoViews:
 
 
 class TrainingClips(Dataset[TrainingSample]):
-    """One random clip of each video; keys are (epoch, index), or an index alone for epoch 0."""
+    """One random clip of each video; keys are (epoch, index), or an index alone for the epoch that was set.
+
+    In a loop of one's own::
+
+        loader = DataLoader(clips, batch_size=8, shuffle=True, num_workers=4, collate_fn=collate_training)
+        for epoch in range(epochs):
+            clips.set_epoch(epoch)  # else each epoch would have the same crops and moments
+            for batch in loader: ...
+
+    Args:
+        seed: random choices depend on it, the epoch and the video alone.
+        open_file: opens the file of a video.
+
+    Raises:
+        ConfigError: sizes of ``augment`` are too small for the crops.
+        DataError: when a sample is made, if many videos in a row can't be read.
+    """
 
     def __init__(
         self,
@@ -88,12 +104,18 @@ class TrainingClips(Dataset[TrainingSample]):
             )
         self.videos, self.protocol, self.augment, self.seed = videos, protocol, augment, seed
         self.open_file = open_file
+        self.sample_nbytes = augment.repeats * _clip_nbytes(protocol)
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # reaches workers that go on
+
+    def set_epoch(self, epoch: int) -> None:
+        """The epoch of keys that name none."""
+        self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
         return len(self.videos)
 
     def __getitem__(self, key: tuple[int, int] | int) -> TrainingSample:
-        epoch, index = key if isinstance(key, tuple) else (0, key)
+        epoch, index = key if isinstance(key, tuple) else (int(self._epoch), key)
         rng = random.Random(f"{self.seed} {epoch} {index}")
         bad: list[BadVideo] = []
         for _ in range(MAX_REPLACEMENTS):
@@ -119,6 +141,7 @@ class TestViews(Dataset[VideoViews]):
         self, videos: Sequence[LabelledVideo], protocol: ClipSpec, *, open_file: OpenVideo = open_video
     ) -> None:
         self.videos, self.protocol, self.open_file = videos, protocol, open_file
+        self.sample_nbytes = protocol.num_clips * protocol.num_crops * _clip_nbytes(protocol)
 
     def __len__(self) -> int:
         return len(self.videos)
@@ -133,35 +156,39 @@ class TestViews(Dataset[VideoViews]):
         return VideoViews(video, clips, spans)
 
 
+def _clip_nbytes(protocol: ClipSpec) -> int:
+    return 4 * 3 * protocol.clip_frames * protocol.crop**2  # float32 RGB
+
+
 def training_loader(
     dataset: TrainingClips,
     *,
     batch_size: int,
-    process: int = 0,
-    processes: int = 1,
+    rank: int = 0,
+    num_replicas: int = 1,
     shuffle: bool = True,
     pin_memory: bool = False,
     **loading: Any,
 ) -> ClipLoader[Batch]:
     """Batches of random clips in the order of ``EpochBatches``; ``loading`` as of ``ClipLoader``."""
     batches = EpochBatches(
-        len(dataset), batch_size, seed=dataset.seed, process=process, processes=processes, shuffle=shuffle
+        len(dataset), batch_size, seed=dataset.seed, rank=rank, num_replicas=num_replicas, shuffle=shuffle
     )
-    return ClipLoader(dataset, batches, partial(_collate_training, pin_memory=pin_memory), **loading)
+    return ClipLoader(dataset, batches, partial(collate_training, pin_memory=pin_memory), **loading)
 
 
 def validation_loader(
     dataset: TestViews,
     *,
     batch_size: int,
-    process: int = 0,
-    processes: int = 1,
+    rank: int = 0,
+    num_replicas: int = 1,
     pin_memory: bool = False,
     **loading: Any,
 ) -> ClipLoader[Batch]:
     """Batches of all views of ``batch_size`` labelled videos; ``loading`` as of ``ClipLoader``."""
-    batches = AllVideos(len(dataset), batch_size, process=process, processes=processes)
-    return ClipLoader(dataset, batches, partial(_collate_views, pin_memory=pin_memory), **loading)
+    batches = AllVideos(len(dataset), batch_size, rank=rank, num_replicas=num_replicas)
+    return ClipLoader(dataset, batches, partial(collate_views, pin_memory=pin_memory), **loading)
 
 
 def views_loader(dataset: TestViews, *, pin_memory: bool = False, **loading: Any) -> ClipLoader[VideoViews]:
@@ -169,7 +196,7 @@ def views_loader(dataset: TestViews, *, pin_memory: bool = False, **loading: Any
     return ClipLoader(dataset, AllVideos(len(dataset), 1), partial(_only, pin_memory=pin_memory), **loading)
 
 
-def _collate_training(samples: list[TrainingSample], *, pin_memory: bool) -> Batch:
+def collate_training(samples: list[TrainingSample], *, pin_memory: bool = False) -> Batch:
     """Versions of one clip stay next to each other, as the official mixing expects them."""
     return Batch(
         _cat([sample.clips for sample in samples], pin_memory),
@@ -179,7 +206,8 @@ def _collate_training(samples: list[TrainingSample], *, pin_memory: bool) -> Bat
     )
 
 
-def _collate_views(videos: list[VideoViews], *, pin_memory: bool) -> Batch:
+def collate_views(videos: list[VideoViews], *, pin_memory: bool = False) -> Batch:
+    """The views of several videos, without the bad ones; a batch of bad ones alone has no clips."""
     good = [views for views in videos if views.error is None]
     labels = [views.video.label for views in good for _ in views.spans]
     return Batch(

@@ -1,52 +1,61 @@
-"""Batches made ahead, by threads or by processes; which batches, and in which order, depends on neither.
+"""Batches made ahead by threads or by processes; which samples, in which order, depends on neither.
 
 Samples are made one by one from their keys, handed over in the order of the keys, and put together by the
 process that trains. A bounded number of them is under way.
 
 Threads share memory and so make more clips a second than processes, which send theirs
-(benchmarks/README.md). But they also share one interpreter, which each holds for a fifth to two fifths of its
-time. So few workers are threads and more are processes; where a GPU decodes, whose memory belongs to one
-process, all are threads.
+(benchmarks/README.md). But they also share one interpreter, whose lock each holds for a fifth to two fifths
+of its time. So few workers are threads and more are processes; where a GPU decodes, whose memory belongs to
+one process, all are threads.
 """
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import logging
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
-import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+import traceback
+import warnings
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import fields, is_dataclass
 from functools import partial
 from multiprocessing import connection
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from mvit_video.data import timing
 from mvit_video.data.decode import device_of
+from mvit_video.data.threads import threaded_map
 from mvit_video.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
 
-Kind = Literal["auto", "threads", "workers"]
-KINDS = ("auto", "threads", "workers")
+WorkerType = Literal["auto", "thread", "process"]
+WORKER_TYPES: dict[str, WorkerType] = {  # by what the config key ``loader`` may say
+    "auto": "auto",
+    "threads": "thread",
+    "thread": "thread",
+    "workers": "process",
+    "processes": "process",
+    "process": "process",
+}
 
-_GRACE = 5  # seconds that processes have to end
-_PATIENCE = 60  # seconds after which a sample that doesn't come is talked about
-_LONGEST_NOTE = 4096  # bytes
-_FEW = 2  # workers that one interpreter keeps busy
-_SHARE = 1 / 8  # of the memory that samples made ahead may fill
+MAX_THREADS = 2  # that one interpreter keeps busy
+PREFETCH_MEMORY_FRACTION = 1 / 8  # of the memory that samples made ahead may fill
+WARN_AFTER_S = 60.0  # a sample that takes longer is named
+JOIN_TIMEOUT_S = 5.0  # for threads and processes that were told to end
+
+_LONGEST_PATH = 4096  # bytes, with the process's number
 
 
 class Batches(Protocol):
@@ -64,6 +73,7 @@ class Clips(Protocol):
     """Makes a sample from its key, and opens files with ``open_file`` for it."""
 
     open_file: Callable[[str], Any]
+    sample_nbytes: int  # of one sample's tensors, for the bound on memory
 
     def __getitem__(self, key: Any) -> Any: ...
 
@@ -72,7 +82,7 @@ Collated = TypeVar("Collated")
 
 
 class ClipLoader(Generic[Collated]):
-    """Batches of ``dataset``, again and again, an epoch for each ``iter()``.
+    """Batches of ``dataset``, again and again, an epoch for each ``iter()``; one is iterated over at a time.
 
     Where it was in an epoch is its state: a loader with the same arguments that loads it gives the next batch
     first. Batches count once they are handed out, however many more were made ahead.
@@ -82,16 +92,15 @@ class ClipLoader(Generic[Collated]):
         batches: the keys of an epoch's batches.
         collate: makes a batch from its samples.
         num_workers: threads or processes; 0 makes samples when they are asked for.
-        kind: "threads" of this process, "workers" that are processes of their own, or "auto": threads if they
-            are at most two, else workers; and always threads, each with a stream of its own, where files are
-            decoded on a GPU, which only they can.
-        ahead: how many samples are under way at most; None: two batches and one more for each worker. There
-            are fewer where they are large: together they fill an eighth of the memory (of the GPU, where they
-            lie there), unless every worker is to have one.
+        worker_type: "thread" of this process, "process", or "auto": threads if there are at most two, else
+            processes; and always threads, each with a stream of its own, where files are decoded on a GPU.
+        prefetch: how many samples are under way at most; None: two batches and one more for each worker,
+            but fewer where they would fill more than an eighth of the memory (of the GPU, where they lie
+            there), unless every worker is to have one.
 
     Raises, when iterated over:
         DataError: a process was killed; it names the video that it was reading.
-        ConfigError: workers were asked for, but files are decoded on a GPU.
+        ConfigError: processes were asked for, but files are decoded on a GPU.
         Whatever the dataset raises.
     """
 
@@ -102,15 +111,15 @@ class ClipLoader(Generic[Collated]):
         collate: Callable[[list[Any]], Collated],
         *,
         num_workers: int,
-        kind: Kind = "auto",
-        ahead: int | None = None,
+        worker_type: WorkerType = "auto",
+        prefetch: int | None = None,
     ) -> None:
         self.batches = batches
         self.batch_sampler = SimpleNamespace(sampler=batches)  # where Lightning looks for ``set_epoch``
         self._dataset, self._collate = dataset, collate
-        self._num_workers, self._kind, self._ahead = num_workers, kind, ahead
-        self._pool: _Pool | None = None
-        self._largest = 0  # bytes of a sample, so far
+        self._num_workers, self._worker_type, self._prefetch = num_workers, worker_type, prefetch
+        self._workers: _Threads | _Processes | None = None
+        self._samples: Generator[Any, None, None] | None = None  # of the newest iteration
         self._first = 0  # batches that the next epoch leaves out: a former run has had them
         self._delivered = 0  # batches of this epoch
 
@@ -128,7 +137,7 @@ class ClipLoader(Generic[Collated]):
     def __iter__(self) -> Iterator[Collated]:
         batches = list(self.batches)[self._first :]
         self._delivered, self._first = self._first, 0
-        samples = self._samples([key for keys in batches for key in keys], max(map(len, batches), default=0))
+        samples = self._iterate([key for keys in batches for key in keys])
         for keys in batches:
             batch = self._collate([next(samples) for _ in keys])
             self._delivered += 1
@@ -136,48 +145,59 @@ class ClipLoader(Generic[Collated]):
 
     def close(self) -> None:
         """End threads and processes; the loader may still be iterated over, with new ones."""
-        if self._pool is not None:
-            self._pool.close()
-            self._pool = None
+        if self._samples is not None:
+            self._samples.close()
+        if isinstance(self._workers, _Processes):
+            self._workers.close()
+        self._workers = None
 
-    def _samples(self, keys: Sequence[Any], batch_size: int) -> Iterator[Any]:
+    def _iterate(self, keys: Sequence[Any]) -> Iterator[Any]:
         if not self._num_workers:
             for key in keys:
                 with timing.stage("transform"):
                     sample = self._dataset[key]
                 yield sample
             return
-        if self._pool is None:
-            self._pool = self._start()
-        pool = self._pool
-        most = self._ahead or 2 * batch_size + self._num_workers
-        pending: deque[Future[Any]] = deque()
+        if isinstance(self._workers, _Processes) and self._workers.is_broken:
+            self.close()
+        if self._workers is None:
+            self._workers = self._start()
+        if self._samples is not None:
+            self._samples.close()
+        workers, clock = self._workers, timing.clock()
+        self._samples = samples = workers.map(keys)
         try:
-            for number in range(len(keys)):
-                fitting = pool.memory() * _SHARE // self._largest if self._largest else 0
-                ahead = min(most, max(self._num_workers, fitting))
-                for key in keys[number + len(pending) : number + int(ahead)]:
-                    pending.append(pool.submit(key))
-                with timing.stage("wait for data"):
-                    sample = pool.take(pending[0])
-                pending.popleft()
-                self._largest = max(self._largest, sum(tensor.nbytes for tensor in _tensors(sample)))
+            for _ in keys:
+                with timing.stage("wait for data"), _naming_slow_files(workers.current_files):
+                    sample, seconds = next(samples)
+                if clock is not None:
+                    clock.add_sample(seconds)
                 yield sample
-        except BrokenProcessPool:
-            self._pool = None
-            raise DataError(pool.why_broken()) from None
         finally:
-            for future in pending:
-                future.cancel()
+            samples.close()
 
-    def _start(self) -> _Pool:
+    def _start(self) -> _Threads | _Processes:
         device = device_of(self._dataset.open_file)
-        if device.type != "cpu" and self._kind == "workers":
+        on_gpu = device.type != "cpu"
+        if on_gpu and self._worker_type == "process":
             raise ConfigError(f"decoding on {device} happens in threads of this process: loader=threads")
-        few = self._kind == "auto" and self._num_workers <= _FEW
-        if device.type != "cpu" or self._kind == "threads" or few:
-            return _Threads(self._dataset, self._num_workers, device)
-        return _Processes(self._dataset, self._num_workers)
+        largest = max((len(keys) for keys in self.batches), default=1)
+        most = self._prefetch or 2 * largest + self._num_workers
+        size = self._dataset.sample_nbytes
+        fitting = int(memory_of(device) * PREFETCH_MEMORY_FRACTION / size) if size else most
+        prefetch = min(most, max(self._num_workers, fitting))
+        few = self._worker_type == "auto" and self._num_workers <= MAX_THREADS
+        if on_gpu or few or self._worker_type == "thread":
+            return _Threads(self._dataset, self._num_workers, prefetch, device)
+        return _Processes(self._dataset, self._num_workers, prefetch)
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes of the memory that samples lie in: of the GPU, or this process's share of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or 1
+    return memory_limit() // int(here)
 
 
 def memory_limit(system: Path = Path("/")) -> int:
@@ -194,183 +214,23 @@ def memory_limit(system: Path = Path("/")) -> int:
     return min(limits)
 
 
-class _Pool:
-    """Workers of either kind."""
+@contextmanager
+def _naming_slow_files(current_files: Callable[[], list[str]]) -> Iterator[None]:
+    """Say which files are being read when the block takes very long."""
 
-    executor: Executor
+    def warn() -> None:
+        log.warning("no sample for %g s; being read: %s", WARN_AFTER_S, ", ".join(current_files()))
 
-    def submit(self, key: Any) -> Future[Any]:
-        """Its result is the sample, as ``take`` needs it, and the seconds of its stages."""
-        raise NotImplementedError
-
-    def take(self, future: Future[Any]) -> Any:
-        """The sample, ready for this thread; says so if it takes very long."""
-        while not wait([future], _PATIENCE).done:
-            log.warning("no sample for %d s; being read: %s", _PATIENCE, ", ".join(self.held()))
-        sample, seconds = future.result()
-        clock = timing.clock()
-        if clock is not None:
-            clock.add_sample(seconds)
-        return sample
-
-    def held(self) -> list[str]:
-        """The paths that are being read."""
-        raise NotImplementedError
-
-    def memory(self) -> int:
-        """Bytes of the memory that samples lie in, this process's share."""
-        here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or 1
-        return memory_limit() // int(here)
-
-    def why_broken(self) -> str:
-        return "a process of the loader died"
-
-    def close(self) -> None:
-        self.executor.shutdown(wait=True, cancel_futures=True)
+    timer = threading.Timer(WARN_AFTER_S, warn)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
 
 
-class _Threads(_Pool):
-    """Threads of this process. On a GPU they need nothing but streams and events to hand samples over."""
-
-    def __init__(self, dataset: Clips, count: int, device: torch.device) -> None:
-        self._dataset, self._device = copy.copy(dataset), device
-        self._measured = timing.clock() is not None
-        self._thread = threading.local()
-        self._held: dict[int, str] = {}  # by thread
-        self._dataset.open_file = partial(self._open, dataset.open_file)
-        self._barrier = threading.Barrier(count + 1)
-        self.executor = ThreadPoolExecutor(count, "clips", self._start)
-        torch_threads = torch.get_num_threads()
-        for _ in range(count):
-            self.executor.submit(self._barrier.wait)
-        self._barrier.wait()
-        torch.set_num_threads(torch_threads)  # of this thread, and of those to come
-
-    def _open(self, open_file: Callable[[str], Any], path: str) -> Any:
-        self._held[threading.get_ident()] = path
-        return open_file(path)
-
-    def _start(self) -> None:
-        torch.get_num_threads()  # asked first, this thread's own number is no longer that of all
-        torch.set_num_threads(1)
-        if self._device.type == "cuda":
-            torch.cuda.set_device(self._device)  # new threads are on the first GPU
-            self._thread.stream = torch.cuda.Stream(self._device)
-
-    def submit(self, key: Any) -> Future[Any]:
-        return self.executor.submit(self._make, key)
-
-    def _make(self, key: Any) -> tuple[tuple[Any, torch.cuda.Event | None], dict[str, float]]:
-        try:
-            if self._device.type != "cuda":
-                sample, seconds = _make(self._dataset, key, self._measured)
-                return (sample, None), seconds
-            with torch.cuda.stream(self._thread.stream):
-                sample, seconds = _make(self._dataset, key, self._measured)
-                return (sample, self._thread.stream.record_event()), seconds
-        finally:
-            self._held.pop(threading.get_ident(), None)
-
-    def take(self, future: Future[Any]) -> Any:
-        sample, made = super().take(future)
-        if made is not None:
-            current = torch.cuda.current_stream(self._device)
-            current.wait_event(made)  # the GPU waits, not this thread
-            for tensor in _tensors(sample):
-                if tensor.is_cuda:  # all but the placeholder for a bad video
-                    tensor.record_stream(current)  # its memory is free again after this stream's work on it
-        return sample
-
-    def held(self) -> list[str]:
-        return list(self._held.values())
-
-    def memory(self) -> int:
-        if self._device.type == "cuda":
-            return torch.cuda.mem_get_info(self._device)[1]
-        return super().memory()
-
-
-class _Processes(_Pool):
-    """Processes of their own, which tell what they are reading for the case that one is killed."""
-
-    def __init__(self, dataset: Clips, count: int) -> None:
-        context = multiprocessing.get_context()
-        self._notes = [context.Array("c", _LONGEST_NOTE, lock=False) for _ in range(count)]
-        started, measured = context.Value("i", 0), timing.clock() is not None
-        self._pool = ProcessPoolExecutor(
-            count, context, _start_process, (dataset, self._notes, started, measured)
-        )
-        self.executor = self._pool
-        self._processes: dict[int, Any] = {}  # by id
-
-    def submit(self, key: Any) -> Future[Any]:
-        future = self.executor.submit(_make_in_process, key)
-        if len(self._processes) < len(self._notes):
-            self._processes |= self._pool._processes or {}
-        return future
-
-    def held(self) -> list[str]:
-        return [path for _, path in self._read_notes() if path]
-
-    def _read_notes(self) -> list[tuple[int, str]]:
-        """Process id and path, empty between two videos, of every process."""
-        notes = [note.value.partition(b" ") for note in self._notes]
-        return [(int(pid), os.fsdecode(path)) for pid, _, path in notes if pid]
-
-    def why_broken(self) -> str:
-        died: list[Any] = []
-        deadline = time.monotonic() + 5
-        while not died and time.monotonic() < deadline:
-            died = [process for process in self._processes.values() if process.exitcode is not None]
-            time.sleep(0.01)
-        for process in self._processes.values():
-            process.kill()  # the pool waits for the others, which don't listen to its SIGTERM
-        if not died:
-            return super().why_broken()
-        code = died[0].exitcode
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
-        reading = dict(self._read_notes()).get(died[0].pid)
-        where = f"while it read {reading}" if reading else "between two videos"
-        advice = " (out of memory? fewer num_workers need less)" if code == -signal.SIGKILL else ""
-        return f"a process of the loader {how} {where}{advice}"
-
-    def close(self) -> None:
-        """Kill those that don't end."""
-        self.executor.shutdown(wait=False, cancel_futures=True)
-        running = {process.sentinel: process for process in self._processes.values()}
-        deadline = time.monotonic() + _GRACE
-        while running and (ended := connection.wait(running, max(0.0, deadline - time.monotonic()))):
-            for sentinel in ended:
-                del running[sentinel]
-        for process in running.values():
-            process.kill()
-        super().close()
-
-
-class _Process:
-    """What a process of the loader knows."""
-
-    dataset: Clips
-    note: Any
-    measured: bool
-
-
-def _start_process(dataset: Clips, notes: list[Any], started: Any, measured: bool) -> None:
-    # Ctrl-C and a scheduler's signals reach all processes; the one that trains decides what happens then.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_die_with_parent, daemon=True).start()
-    torch.set_num_threads(1)
-    with started.get_lock():
-        _Process.note = notes[started.value]
-        started.value += 1
-    _write_note("")
-    _Process.measured = measured
-    _Process.dataset = copy.copy(dataset)
-    _Process.dataset.open_file = partial(_open_noted, dataset.open_file)
-
-
-def _make(dataset: Clips, key: Any, measured: bool) -> tuple[Any, dict[str, float]]:
+def _make_timed(dataset: Any, key: Any, measured: bool) -> tuple[Any, dict[str, float]]:
     """A sample, and the seconds of its stages."""
     if not measured:
         return dataset[key], {}
@@ -379,27 +239,48 @@ def _make(dataset: Clips, key: Any, measured: bool) -> tuple[Any, dict[str, floa
     return sample, dict(clock.seconds)
 
 
-def _die_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+class _Threads:
+    """Threads of this process. On a GPU they need nothing but streams and events to hand samples over."""
 
+    def __init__(self, dataset: Clips, num_workers: int, prefetch: int, device: torch.device) -> None:
+        self._num_workers, self._prefetch, self._device = num_workers, prefetch, device
+        self._measured = timing.clock() is not None
+        self._thread = threading.local()
+        self._current_files: dict[int, str] = {}  # by thread
+        self._dataset = copy.copy(dataset)
+        self._dataset.open_file = partial(self._open, dataset.open_file)
 
-def _make_in_process(key: Any) -> Any:
-    try:
-        return _make(_Process.dataset, key, _Process.measured)
-    finally:
-        _write_note("")
+    def map(self, keys: Sequence[Any]) -> Generator[tuple[Any, dict[str, float]], None, None]:
+        for sample, seconds, made in threaded_map(
+            self._make, keys, self._num_workers, prefetch=self._prefetch
+        ):
+            if made is not None:
+                current = torch.cuda.current_stream(self._device)
+                current.wait_event(made)  # the GPU waits, not this thread
+                for tensor in _tensors(sample):
+                    if tensor.is_cuda:  # all but the placeholder for a bad video
+                        tensor.record_stream(current)  # its memory is free after this stream's work on it
+            yield sample, seconds
 
+    def current_files(self) -> list[str]:
+        return list(self._current_files.values())
 
-def _open_noted(open_file: Callable[[str], Any], path: str) -> Any:
-    _write_note(path)
-    return open_file(path)
+    def _make(self, key: Any) -> tuple[Any, dict[str, float], torch.cuda.Event | None]:
+        try:
+            if self._device.type != "cuda":
+                return *_make_timed(self._dataset, key, self._measured), None
+            if not hasattr(self._thread, "stream"):
+                torch.cuda.set_device(self._device)  # new threads are on the first GPU
+                self._thread.stream = torch.cuda.Stream(self._device)
+            with torch.cuda.stream(self._thread.stream):
+                sample, seconds = _make_timed(self._dataset, key, self._measured)
+                return sample, seconds, self._thread.stream.record_event()
+        finally:
+            self._current_files.pop(threading.get_ident(), None)
 
-
-def _write_note(path: str) -> None:
-    _Process.note.value = (b"%d " % os.getpid() + os.fsencode(path))[: _LONGEST_NOTE - 1]
+    def _open(self, open_file: Callable[[str], Any], path: str) -> Any:
+        self._current_files[threading.get_ident()] = path
+        return open_file(path)
 
 
 def _tensors(sample: Any) -> Iterator[Tensor]:
@@ -409,5 +290,167 @@ def _tensors(sample: Any) -> Iterator[Tensor]:
     elif isinstance(sample, tuple | list):
         for part in sample:
             yield from _tensors(part)
-    elif dataclasses.is_dataclass(sample):
-        yield from _tensors([getattr(sample, field.name) for field in dataclasses.fields(sample)])
+    elif is_dataclass(sample):
+        yield from _tensors([getattr(sample, field.name) for field in fields(sample)])
+
+
+class _Processes:
+    """The processes of a ``DataLoader``, kept from epoch to epoch."""
+
+    def __init__(self, dataset: Clips, num_workers: int, prefetch: int) -> None:
+        self._worker_side = _WorkerSide(dataset, num_workers)
+        self._num_workers, self._prefetch_factor = num_workers, max(prefetch // num_workers, 1)
+        self._keys: list[Any] = []
+        self._loader: DataLoader[Any] | None = None
+        # No frame of an exception refers to this iterator, so that its threads end when it is dropped.
+        self._samples: Iterator[Any] = iter(())
+        self._processes: list[Any] = []
+        self._threads: list[threading.Thread] = []
+
+    @property
+    def is_broken(self) -> bool:
+        return any(process.exitcode is not None for process in self._processes)
+
+    def map(self, keys: Sequence[Any]) -> Generator[tuple[Any, dict[str, float]], None, None]:
+        self._keys[:] = keys
+        if self._loader is None:
+            self._start()
+        else:
+            self._samples = iter(self._loader)
+        for _ in keys:
+            try:
+                found = next(self._samples)
+            except Exception:  # torch's, or that of a connection to a process that is no more
+                died = self._what_died()
+                if died is None:
+                    raise
+                found = DataError(died), ""
+            if isinstance(found[0], Exception):
+                error, trace = found
+                raise error from (RuntimeError(trace) if trace else None)
+            yield found
+
+    def current_files(self) -> list[str]:
+        return [path for path in self._worker_side.current_files().values() if path]
+
+    def close(self) -> None:
+        """Kill the processes, for one may hang, and wait until they and their threads have ended."""
+        for process in self._processes:
+            process.kill()
+        self._loader, self._samples = None, iter(())
+        for ending in (*self._processes, *self._threads):
+            ending.join(JOIN_TIMEOUT_S)
+
+    def _start(self) -> None:
+        sigchld = signal.getsignal(signal.SIGCHLD)
+        others, other_threads = multiprocessing.active_children(), threading.enumerate()
+        with interrupts_deferred(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*worker processes in total.*")
+            self._loader = DataLoader(
+                self._worker_side,
+                batch_size=None,
+                sampler=self._keys,
+                persistent_workers=True,
+                collate_fn=_as_it_is,
+                worker_init_fn=_ignore_signals,
+                generator=torch.Generator(),  # else each epoch would draw from the global one
+                num_workers=self._num_workers,
+                prefetch_factor=self._prefetch_factor,
+            )
+            self._samples = iter(self._loader)
+            if threading.current_thread() is threading.main_thread():
+                # torch's handler raises wherever the main thread is just then. Without it, a process that
+                # died is noticed by whoever waits for its sample, a few seconds later.
+                signal.signal(signal.SIGCHLD, sigchld or signal.SIG_DFL)
+            self._processes = [child for child in multiprocessing.active_children() if child not in others]
+            self._threads = [
+                thread
+                for thread in threading.enumerate()
+                if thread not in other_threads and thread.name.startswith("QueueFeederThread")
+            ]
+
+    def _what_died(self) -> str | None:
+        processes = {process.sentinel: process for process in self._processes}
+        ended = connection.wait(processes, timeout=1)
+        if not ended:
+            return None
+        died = processes[ended[0]]
+        died.join(JOIN_TIMEOUT_S)
+        code = died.exitcode
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+        reading = self._worker_side.current_files().get(died.pid)
+        where = f"while it read {reading}" if reading else "between two videos"
+        advice = " (out of memory? fewer num_workers need less)" if code == -signal.SIGKILL else ""
+        return f"a process of the loader {how} {where}{advice}"
+
+
+class _WorkerSide(Dataset[Any]):
+    """What lies in each process: makes samples, and tells which file is being read in case it is killed."""
+
+    def __init__(self, dataset: Clips, num_workers: int) -> None:
+        context = multiprocessing.get_context()
+        self._files = [context.Array("c", _LONGEST_PATH, lock=False) for _ in range(num_workers)]
+        self._measured = timing.clock() is not None
+        self._dataset = copy.copy(dataset)
+        self._dataset.open_file = partial(self._open, dataset.open_file)
+
+    def __getitem__(self, key: Any) -> tuple[Any, Any]:
+        """A sample and the seconds of its stages, or an exception and its stack trace."""
+        try:
+            return _make_timed(self._dataset, key, self._measured)
+        except Exception as error:
+            return _portable(error), "".join(traceback.format_exception(error))
+        finally:
+            self._note("")
+
+    def current_files(self) -> dict[int, str]:
+        """By process id; empty between two videos."""
+        notes = [bytes(file.value).partition(b" ") for file in self._files]
+        return {int(pid): os.fsdecode(path) for pid, _, path in notes if pid}
+
+    def _open(self, open_file: Callable[[str], Any], path: str) -> Any:
+        self._note(path)
+        return open_file(path)
+
+    def _note(self, path: str) -> None:
+        worker = get_worker_info()
+        assert worker is not None
+        self._files[worker.id].value = (b"%d " % os.getpid() + os.fsencode(path))[: _LONGEST_PATH - 1]
+
+
+def _portable(error: Exception) -> Exception:
+    """The error as another process can raise it."""
+    try:
+        return cast(Exception, pickle.loads(pickle.dumps(error)))
+    except Exception:  # it holds something that stays in its process
+        return RuntimeError(f"{type(error).__name__}: {error}")
+
+
+def _as_it_is(sample: Any) -> Any:
+    return sample
+
+
+def _ignore_signals(_: int) -> None:
+    """Ctrl-C and a scheduler's signals reach all processes; the one that trains decides what happens then."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def interrupts_deferred() -> Iterator[None]:
+    """Ctrl-C takes effect when the block has ended.
+
+    Python drops exceptions in what it runs after a fork, and so would drop KeyboardInterrupt.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    deferred: list[Any] = []
+    signal.signal(signal.SIGINT, lambda *frame: deferred.append(frame))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if deferred:
+            handler(*deferred[0])

@@ -13,11 +13,13 @@ class EpochBatches:
     """Every video once an epoch, in an order that depends on the seed and the epoch alone.
 
     A batch is a list of (epoch, index), so that a sample's random choices follow from its key, whoever makes
-    it. Of several processes, each takes every ``processes``-th video of the same order: the batches of a step
-    together are what one process would have as one batch, whatever their number. An incomplete last batch is
-    dropped, unless it is the only one.
+    it. Of several processes, each takes every ``num_replicas``-th video of the same order: the batches of a
+    step together are what one process would have as one batch, whatever their number. An incomplete last
+    batch is dropped, unless it is the only one.
 
     Args:
+        batch_size: videos of one process.
+        rank, num_replicas: number of this process, and how many there are.
         shuffle: False gives the order of epoch 0 again and again.
 
     Raises DataError where there are fewer videos than processes.
@@ -29,15 +31,15 @@ class EpochBatches:
         batch_size: int,
         *,
         seed: int,
-        process: int = 0,
-        processes: int = 1,
+        rank: int = 0,
+        num_replicas: int = 1,
         shuffle: bool = True,
     ) -> None:
-        if num_videos < processes:
-            raise DataError(f"{processes} processes can't share {num_videos} training videos")
+        if num_videos < num_replicas:
+            raise DataError(f"{num_replicas} processes can't share {num_videos} training videos")
         self.num_videos, self.seed, self.epoch = num_videos, seed, 0
-        self.process, self.processes, self.shuffle = process, processes, shuffle
-        share = num_videos // processes
+        self.rank, self.num_replicas, self.shuffle = rank, num_replicas, shuffle
+        share = num_videos // num_replicas
         self.batch_size = min(batch_size, share)
         self._length = share // self.batch_size
 
@@ -50,7 +52,7 @@ class EpochBatches:
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order = list(range(self.num_videos))
         random.Random(f"{self.seed} {self.epoch}").shuffle(order)
-        keys = [(self.epoch, index) for index in order[self.process :: self.processes]]
+        keys = [(self.epoch, index) for index in order[self.rank :: self.num_replicas]]
         for start in range(0, self._length * self.batch_size, self.batch_size):
             yield keys[start : start + self.batch_size]
 
@@ -58,16 +60,16 @@ class EpochBatches:
 class AllVideos:
     """Every video once, in order, a batch of ``batch_size`` at a time.
 
-    Of several processes, each takes every ``processes``-th video; all have equally many batches, so those of
-    some may be empty at the end. Raises DataError where there are fewer videos than processes.
+    Of several processes, each takes every ``num_replicas``-th video; all have equally many batches, so those
+    of some may be empty at the end. Raises DataError where there are fewer videos than processes.
     """
 
-    def __init__(self, num_videos: int, batch_size: int, *, process: int = 0, processes: int = 1) -> None:
-        if 0 < num_videos < processes:
-            raise DataError(f"{processes} processes can't share {num_videos} validation videos")
-        self._share = list(range(process, num_videos, processes))
+    def __init__(self, num_videos: int, batch_size: int, *, rank: int = 0, num_replicas: int = 1) -> None:
+        if 0 < num_videos < num_replicas:
+            raise DataError(f"{num_replicas} processes can't share {num_videos} validation videos")
+        self._share = list(range(rank, num_videos, num_replicas))
         self._batch_size = batch_size
-        self._length = math.ceil(math.ceil(num_videos / processes) / batch_size)
+        self._length = math.ceil(math.ceil(num_videos / num_replicas) / batch_size)
 
     def set_epoch(self, epoch: int) -> None:
         """It is the same in all epochs."""

@@ -6,15 +6,14 @@ stage costs a look at a variable of its thread.
 
 from __future__ import annotations
 
-import functools
 import json
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -24,9 +23,6 @@ from torch import nn
 LOADER_STAGES = ("demux", "decode", "convert", "transform")
 MAIN_STAGES = ("wait for data", "transfer", "model", "rest")
 _ON_GPU = ("transfer", "model")  # which only queue work there
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 
 class Clock:
@@ -87,7 +83,7 @@ def measured(stage: str) -> Iterator[Clock]:
 
 @contextmanager
 def stage(name: str) -> Iterator[None]:
-    """A stage, where this thread is being measured."""
+    """A block of code, or as a decorator a function, is a stage where this thread is being measured."""
     current = _thread.clock
     if current is None:
         yield
@@ -99,24 +95,7 @@ def stage(name: str) -> Iterator[None]:
         current.switch(outer)
 
 
-def timed(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Make a function a stage."""
-
-    def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        @functools.wraps(function)
-        def run(*args: P.args, **kwargs: P.kwargs) -> R:
-            current = _thread.clock
-            if current is None:
-                return function(*args, **kwargs)
-            outer = current.switch(name)
-            try:
-                return function(*args, **kwargs)
-            finally:
-                current.switch(outer)
-
-        return run
-
-    return decorate
+timed = stage  # as decorators are called
 
 
 def watch(model: nn.Module) -> None:

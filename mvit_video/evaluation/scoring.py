@@ -12,7 +12,7 @@ from mvit_video.data.batches import in_full_batches
 from mvit_video.data.datasets import OpenVideo, TestViews, views_loader
 from mvit_video.data.decode import open_video
 from mvit_video.data.index import LabelledVideo
-from mvit_video.data.loader import Kind
+from mvit_video.data.loader import WORKER_TYPES
 from mvit_video.data.timing import stage
 from mvit_video.errors import DataError
 from mvit_video.evaluation.scores import VideoScores
@@ -25,7 +25,7 @@ def score_videos(
     *,
     batch_size: int = 8,
     num_workers: int = 0,
-    loader: Kind = "auto",
+    loader: str = "auto",
     device: str | torch.device = "cpu",
     open_file: OpenVideo = open_video,
 ) -> Iterator[VideoScores]:
@@ -41,7 +41,7 @@ def score_videos(
     videos_views = views_loader(
         TestViews(videos, model.protocol, open_file=open_file),
         num_workers=num_workers,
-        kind=loader,
+        worker_type=WORKER_TYPES[loader],
         pin_memory=torch.device(device).type == "cuda" and num_workers > 0,
     )
     model = model.to(device).eval()

@@ -1,0 +1,69 @@
+"""Threads that work ahead of whoever takes their results."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from typing import TypeVar
+
+import torch
+
+In = TypeVar("In")
+Out = TypeVar("Out")
+
+
+def threaded_map(
+    function: Callable[[In], Out], items: Iterable[In], num_workers: int, *, prefetch: int | None = None
+) -> Generator[Out, None, None]:
+    """``map`` by threads that work ahead of the reader; results come in the order of the items.
+
+    FFmpeg and torch release the interpreter's lock while they work. Each thread uses one thread of torch; the
+    number of the calling thread, and of those to come, stays as it is.
+
+    Args:
+        items: taken one by one, when there is room for another result.
+        num_workers: threads; 0 calls the function when its result is asked for.
+        prefetch: how many items are taken ahead of the reader at most; None: two for each thread.
+
+    Yields the results; an exception of the function ends it. When it ends or is closed, so have the threads.
+    """
+    if num_workers == 0:
+        yield from map(function, items)
+        return
+    rest = iter(items)
+    pending: deque[Future[Out]] = deque()
+    pool = _start_pool(num_workers)
+    try:
+        while True:
+            wanted = (prefetch or 2 * num_workers) - len(pending)
+            pending.extend(pool.submit(function, item) for item in islice(rest, wanted))
+            if not pending:
+                return
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_pool(num_workers: int) -> ThreadPoolExecutor:
+    all_started = threading.Barrier(num_workers + 1)
+    torch_threads = torch.get_num_threads()
+
+    def start() -> None:
+        torch.get_num_threads()  # until it was asked for, a new thread's number is that of all threads
+        torch.set_num_threads(1)  # also the number of threads to come
+
+    pool = ThreadPoolExecutor(num_workers, "decode", start)
+    try:
+        for _ in range(num_workers):
+            pool.submit(all_started.wait)
+        all_started.wait()
+    except BaseException:  # Ctrl-C
+        all_started.abort()
+        pool.shutdown(wait=True, cancel_futures=True)
+        raise
+    finally:
+        torch.set_num_threads(torch_threads)
+    return pool
