@@ -37,7 +37,7 @@ from mvit_video.data.datasets import TestViews, TrainingClips, training_loader, 
 from mvit_video.data.decode import open_video
 from mvit_video.data.index import VideoSplits
 from mvit_video.model import MViT
-from mvit_video.training.module import History
+from mvit_video.training.metrics import EpochLogger, ResumableMetrics
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -76,10 +76,14 @@ def train(config: DictConfig, *, twin: bool, seed: int) -> list[dict[str, float]
     classifier = instantiate(config.optim, model=TorchvisionTwin(ours) if twin else ours, _convert_="all")
     augment = instantiate(config.augment, _convert_="all")
     loading = {"batch_size": config.batch_size, "num_workers": config.num_workers, "pin_memory": False}
-    history = History()
+    history = EpochLogger()
     with tempfile.TemporaryDirectory() as folder:
         trainer = instantiate(
-            config.trainer, callbacks=[history], logger=False, default_root_dir=folder, _convert_="all"
+            config.trainer,
+            callbacks=[ResumableMetrics(), history],
+            logger=False,
+            default_root_dir=folder,
+            _convert_="all",
         )
         trainer.fit(
             classifier,

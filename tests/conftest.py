@@ -28,11 +28,6 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # Lightning sets their number for several processes, else
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """First the tests that fork: once autograd has threads, as some tests make it start, it forbids that."""
-    items.sort(key=lambda item: item.path.name != "test_resume.py")
-
-
 class Result(NamedTuple):
     code: int
     out: str

@@ -35,6 +35,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from mvit_video.data import timing
 from mvit_video.data.decode import device_of
+from mvit_video.data.ranks import processes_per_node
 from mvit_video.data.threads import threaded_map
 from mvit_video.errors import ConfigError, DataError
 
@@ -196,8 +197,7 @@ def memory_of(device: torch.device) -> int:
     """Bytes of the memory that samples lie in: of the GPU, or this process's share of the machine's."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
-    here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or 1
-    return memory_limit() // int(here)
+    return memory_limit() // processes_per_node()
 
 
 def memory_limit(system: Path = Path("/")) -> int:
@@ -352,7 +352,7 @@ class _Processes:
                 sampler=self._keys,
                 persistent_workers=True,
                 collate_fn=_as_it_is,
-                worker_init_fn=_ignore_signals,
+                worker_init_fn=_start_worker,
                 generator=torch.Generator(),  # else each epoch would draw from the global one
                 num_workers=self._num_workers,
                 prefetch_factor=self._prefetch_factor,
@@ -430,10 +430,18 @@ def _as_it_is(sample: Any) -> Any:
     return sample
 
 
-def _ignore_signals(_: int) -> None:
-    """Ctrl-C and a scheduler's signals reach all processes; the one that trains decides what happens then."""
+def _start_worker(_: int) -> None:
+    # Ctrl-C and a scheduler's signals reach all processes; the one that trains decides what happens then.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+
+
+def _die_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 @contextmanager

@@ -94,6 +94,20 @@ def set_aside(path: Path, why: str, *, prefix: str = "") -> Path:
     return aside
 
 
+def keep_former(path: Path) -> None:
+    """Give what another run has left, if anything, the name ``<name>.former``, and say so."""
+    if path.exists():
+        former = _free_name(path.with_name(f"{path.name}.former"))
+        path.rename(former)
+        log.warning("%s of a former run is now %s", path, former)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what ``replacing`` of a killed run has left in a folder that this run alone writes to."""
+    for file in folder.glob(".unfinished-*"):
+        file.unlink(missing_ok=True)
+
+
 def next_number(folder: Path, pattern: str) -> int:
     """One more than the highest number in the names of a folder's files, 0 where there is none.
 

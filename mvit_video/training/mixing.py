@@ -16,10 +16,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Mixing:
-    """Mixes a batch with itself in reverse order, one share for the whole batch.
+    """Mixes a batch with itself in reverse order, one lam for the whole batch.
 
     Attributes:
-        mixup, cutmix: alpha of the Beta distribution that the share comes from; 0: off.
+        mixup, cutmix: alpha of the Beta distribution that lam comes from; 0: off.
         probability: that a batch is mixed.
         switch_probability: that it is CutMix, where both are on.
 
@@ -43,7 +43,7 @@ class Mixing:
             raise ValueError("mixup and cutmix are both 0; probability=0 is how mixing is turned off")
 
     def __call__(self, clips: Tensor, rng: np.random.RandomState) -> tuple[Tensor, float]:
-        """Mix clips (B, 3, T, H, W) with their reverse; also the share of a clip's own class, in [0, 1].
+        """Mix clips (B, 3, T, H, W) with their reverse; also lam, the share of a clip's own class, in [0, 1].
 
         The random numbers are drawn as in the official code. A batch of one stays as it is.
         """
@@ -53,11 +53,11 @@ class Mixing:
         if self.mixup and self.cutmix:
             cuts = bool(rng.rand() < self.switch_probability)
         alpha = self.cutmix if cuts else self.mixup
-        own = float(rng.beta(alpha, alpha))
+        lam = float(rng.beta(alpha, alpha))
         if not cuts:
-            return torch.lerp(clips.flip(0), clips, own), own
+            return torch.lerp(clips.flip(0), clips, lam), lam
         height, width = clips.shape[-2:]
-        top, bottom, left, right = _random_box(height, width, 1 - own, rng)
+        top, bottom, left, right = _random_box(height, width, 1 - lam, rng)
         mixed = clips.clone()
         mixed[..., top:bottom, left:right] = clips.flip(0)[..., top:bottom, left:right]
         return mixed, 1 - (bottom - top) * (right - left) / (height * width)
@@ -78,17 +78,17 @@ def _random_box(
     )
 
 
-def soft_targets(labels: Tensor, num_classes: int, *, own: float, smoothing: float) -> Tensor:
+def soft_targets(labels: Tensor, num_classes: int, *, lam: float, smoothing: float) -> Tensor:
     """Smoothed targets of a batch that was mixed with its reverse.
 
     Args:
         labels: int64 (B,).
-        own: share of a clip's own class; 1 for a batch that wasn't mixed.
+        lam: share of a clip's own class; 1 for a batch that wasn't mixed.
         smoothing: share of the target that is spread over all classes.
 
     Returns:
         float (B, num_classes), each row sums to 1.
     """
     hard = F.one_hot(labels, num_classes).float()
-    mixed = own * hard + (1 - own) * hard.flip(0)
+    mixed = lam * hard + (1 - lam) * hard.flip(0)
     return (1 - smoothing) * mixed + smoothing / num_classes

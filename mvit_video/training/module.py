@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytorch_lightning as pl
@@ -17,17 +17,19 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from torchmetrics.classification import MulticlassAccuracy
 
 from mvit_video.data.datasets import Batch
-from mvit_video.errors import ConfigError, TrainingError
+from mvit_video.errors import ConfigError, DataError, TrainingError
+from mvit_video.io.writing import replacing
 from mvit_video.model import MViT, VideoModel, layer_groups
+from mvit_video.training.metrics import Means
 from mvit_video.training.mixing import Mixing, soft_targets
-from mvit_video.training.plots import plot_batch
 from mvit_video.training.sharding import FullySharded, shard
 from mvit_video.weights import METADATA_KEY, model_metadata
 
 log = logging.getLogger(__name__)
+
+_REMEDIES = "Lower optim.lr, lengthen optim.warmup, set trainer.gradient_clip_val=1"
 
 
 def learning_rate(
@@ -158,12 +160,9 @@ class Classifier(pl.LightningModule):
         self.weight_decay, self.layer_decay, self.label_smoothing = weight_decay, layer_decay, label_smoothing
         self.lr_batch_size, self.batch_size = lr_batch_size, batch_size
         self.mixing, self.seed = mixing, seed
-        num_classes = model.config.num_classes
-        self.train_top1 = MulticlassAccuracy(num_classes, average="micro")
-        self.val_top1 = MulticlassAccuracy(num_classes, average="micro")
-        self.val_top5 = MulticlassAccuracy(num_classes, average="micro", top_k=min(5, num_classes))
+        self.train_means = Means(("train/loss", "train/top1", "clips/s"))
+        self.val_means = Means(("val/loss", "val/top1", "val/top5"))
         self._step_end = time.perf_counter()
-        self._pictured = False
 
     def configure_model(self) -> None:
         strategy = self.trainer.strategy
@@ -173,45 +172,70 @@ class Classifier(pl.LightningModule):
     def forward(self, clips: Tensor) -> Tensor:
         return self.model(clips)
 
+    def mix(self, batch: Batch, batch_index: int) -> tuple[Tensor, float]:
+        """The batch's clips, mixed with their reverse, and lam, the share of a clip's own class."""
+        if self.mixing is None:
+            return batch.clips, 1.0
+        key = (self.seed, self.current_epoch, batch_index, self.global_rank)
+        return self.mixing(batch.clips, np.random.RandomState(key))
+
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
-        clips, own = batch.clips, 1.0
-        if self.mixing is not None:
-            key = (self.seed, self.current_epoch, batch_index, self.global_rank)
-            clips, own = self.mixing(clips, np.random.RandomState(key))
-        targets = soft_targets(
-            batch.labels, self.model.config.num_classes, own=own, smoothing=self.label_smoothing
-        )
-        if not self._pictured and self.trainer.is_global_zero:
-            self._picture(clips, targets)
+        """The loss of a batch, which is logged with its top-1 and clips/s.
+
+        Raises TrainingError where it isn't finite.
+        """
+        clips, lam = self.mix(batch, batch_index)
+        num_classes = self.model.config.num_classes
+        targets = soft_targets(batch.labels, num_classes, lam=lam, smoothing=self.label_smoothing)
         logits = self(clips)
         loss = F.cross_entropy(logits, targets)
         if not torch.isfinite(loss):
             self._stop(batch, clips, targets, logits)
-        self.train_top1(logits.softmax(-1), targets.argmax(1))
+        top1 = (logits.argmax(1) == targets.argmax(1)).float().mean()
         now = time.perf_counter()
-        clips_per_second = len(batch.labels) / (now - self._step_end)
+        speed = torch.tensor(len(batch.labels) / (now - self._step_end))
         self._step_end = now
-        size = len(batch.labels)
-        self.log(
-            "train/loss", loss, prog_bar=True, on_step=True, on_epoch=True, batch_size=size, sync_dist=True
-        )
-        self.log("train/top1", self.train_top1, prog_bar=True, on_step=True, on_epoch=True)
-        self.log("clips/s", clips_per_second, prog_bar=True, on_step=True, on_epoch=True, batch_size=size)
+        self.train_means.add({"train/loss": loss, "train/top1": top1, "clips/s": speed}, len(batch.labels))
+        # Processes agree on a number only where it is logged.
+        every = cast(Any, self.trainer).log_every_n_steps
+        is_logged = bool(every) and (self.trainer.global_step + 1) % every == 0
+        self.log("train/loss_step", loss, prog_bar=True, sync_dist=is_logged)
+        self.log("train/top1_step", top1, prog_bar=True, sync_dist=is_logged)
+        self.log("clips/s_step", speed, prog_bar=True)
         return loss
 
     def on_train_epoch_start(self) -> None:
         self._step_end = time.perf_counter()
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
-        if not len(batch.labels):
+        """Add a batch, which is empty if none of its videos could be read, to loss and accuracies.
+
+        Raises TrainingError where the model's output isn't finite.
+        """
+        size = len(batch.labels)
+        if not size:
+            self.val_means.add({}, 0)
             return
         logits = self(batch.clips)
-        size = len(batch.labels)
-        self.log("val/loss", F.cross_entropy(logits, batch.labels), batch_size=size, sync_dist=True)
-        probabilities = logits.softmax(-1)
-        for name, metric in (("val/top1", self.val_top1), ("val/top5", self.val_top5)):
-            metric(probabilities, batch.labels)
-            self.log(name, metric, prog_bar=name == "val/top1", batch_size=size)
+        if not logits.isfinite().all():
+            raise TrainingError(
+                f"the model's output isn't finite in the validation of epoch {self.current_epoch + 1}: its "
+                f"weights or the data aren't. {_REMEDIES}"
+            )
+        hits = logits.topk(min(5, logits.shape[1])).indices == batch.labels[:, None]
+        loss = F.cross_entropy(logits, batch.labels)
+        top1, top5 = hits[:, 0].float().mean(), hits.any(1).float().mean()
+        self.val_means.add({"val/loss": loss, "val/top1": top1, "val/top5": top5}, size)
+
+    def on_validation_epoch_end(self) -> None:
+        means = self.val_means.take()
+        self._step_end = time.perf_counter()
+        if means["val/loss"].isnan():
+            if not self.trainer.sanity_checking:  # which sees a few videos
+                raise DataError("no validation video can be read")
+            return
+        for name, mean in means.items():
+            self.log(name, mean, prog_bar=name == "val/top1")
 
     def configure_optimizers(self) -> Any:
         groups = parameter_groups(self.model, self.weight_decay, self.layer_decay)
@@ -250,41 +274,13 @@ class Classifier(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[METADATA_KEY] = model_metadata(self.model)
 
-    def _picture(self, clips: Tensor, targets: Tensor) -> None:
-        self._pictured = True
-        path = Path(self.trainer.default_root_dir) / "batch.png"
-        protocol = self.model.protocol
-        plot_batch(clips, targets, self.model.class_names, path, mean=protocol.mean, std=protocol.std)
-        log.info("what the model sees: %s", path)
-
     def _stop(self, batch: Batch, clips: Tensor, targets: Tensor, logits: Tensor) -> None:
         """Save what gave a loss that isn't finite, and raise TrainingError."""
         path = Path(self.trainer.default_root_dir) / f"nan_batch_rank{self.global_rank}.pt"
         saved = {"clips": clips, "targets": targets, "logits": logits.detach(), "paths": list(batch.paths)}
-        torch.save(saved, path)
+        with replacing(path) as file:
+            torch.save(saved, file)
         raise TrainingError(
             f"the loss isn't finite in epoch {self.current_epoch + 1}, step {self.global_step}; the batch is "
-            f"saved in {path}. Lower optim.lr, lengthen optim.warmup, set trainer.gradient_clip_val=1 or "
-            f"another trainer.precision (now {self.trainer.precision})"
+            f"saved in {path}. {_REMEDIES} or another trainer.precision (now {self.trainer.precision})"
         )
-
-
-class History(pl.Callback):
-    """Keeps the metrics of every epoch, through resumes, and says them in one line each."""
-
-    def __init__(self) -> None:
-        self.epochs: list[dict[str, float]] = []
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        names = ("train/loss_epoch", "train/top1_epoch", "val/loss", "val/top1", "val/top5", "clips/s_epoch")
-        metrics = {n.removesuffix("_epoch"): trainer.callback_metrics.get(n) for n in names}
-        row = {name: float(value) for name, value in metrics.items() if value is not None}
-        self.epochs.append({"epoch": trainer.current_epoch + 1, **row})
-        said = ", ".join(f"{name} {value:.3f}" for name, value in row.items())
-        log.info("epoch %d/%s: %s", trainer.current_epoch + 1, trainer.max_epochs, said)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"epochs": self.epochs}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.epochs = list(state_dict["epochs"])

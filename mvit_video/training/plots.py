@@ -31,18 +31,20 @@ def plot_history(epochs: Sequence[dict[str, float]], path: Path) -> None:
 
 def plot_batch(
     clips: Tensor,
-    targets: Tensor,
+    labels: Tensor,
+    lam: float,
     class_names: Sequence[str] | None,
     path: Path,
     *,
     mean: Sequence[float],
     std: Sequence[float],
 ) -> None:
-    """A row for each of the first six clips, as the model sees them: eight frames and the likeliest targets.
+    """A row for each of the first six clips, as the model sees them: eight frames and the classes.
 
     Args:
-        clips: normalised float (B, 3, T, H, W).
-        targets: float (B, num_classes).
+        clips: normalised float (B, 3, T, H, W), mixed with their reverse.
+        labels: int64 (B,), before they were mixed.
+        lam: share of a clip's own class; 1 for a batch that wasn't mixed.
     """
     shown = clips[:6].detach().float().cpu()
     moments = (torch.tensor(values)[:, None, None, None] for values in (std, mean))
@@ -50,14 +52,14 @@ def plot_batch(
     frames = torch.linspace(0, clips.shape[2] - 1, min(8, clips.shape[2])).round().int().tolist()
     figure = Figure(figsize=(1.6 * len(frames), 1.9 * len(shown)), layout="constrained")
     grid = figure.subplots(len(shown), len(frames), squeeze=False)
-    for row, (clip, target) in enumerate(zip(pixels, targets[: len(shown)].cpu(), strict=True)):
+    pairs = zip(pixels, labels.tolist(), labels.flip(0).tolist(), strict=False)
+    for row, (clip, label, partner) in enumerate(pairs):
         for axes, frame in zip(grid[row], frames, strict=True):
             axes.imshow(clip[:, frame].permute(1, 2, 0).clamp(0, 1).numpy())
             axes.set_axis_off()
-        best = target.topk(min(2, len(target)))
-        pairs = zip(best.values.tolist(), best.indices.tolist(), strict=True)
-        said = [f"{class_names[i] if class_names else i} {share:.2f}" for share, i in pairs if share > 0.05]
-        grid[row][0].set_title(", ".join(said), loc="left", fontsize=8)
+        name, other = (class_names[i] if class_names else str(i) for i in (label, partner))
+        title = name if lam == 1 else f"{lam:.2f} {name} + {1 - lam:.2f} {other}"
+        grid[row][0].set_title(title, loc="left", fontsize=8)
     figure.savefig(path, dpi=100)
 
 

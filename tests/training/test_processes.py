@@ -211,8 +211,8 @@ def test_a_run_in_shards_averages_its_weights_and_goes_on_exactly(
 
 STOPPED = """
 import os, signal
-from mvit_video import train
-from mvit_video.recipe import Classifier
+from mvit_video.cli import train
+from mvit_video.training.module import Classifier
 
 step, batches = Classifier.validation_step, iter(range(100))
 

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 import mvit_video as mv
 from mvit_video.data.datasets import Batch
 from mvit_video.errors import ConfigError
-from mvit_video.training.forecast import Forecast, duration
+from mvit_video.training.callbacks import BatchPicture, EstimatedTime, duration
 from mvit_video.training.mixing import Mixing, soft_targets
 from mvit_video.training.module import Classifier, freeze, learning_rate, parameter_groups
 from mvit_video.training.plots import describe_labels
@@ -88,7 +88,7 @@ def test_values_out_of_range_are_named(name: str, value: float) -> None:
 def test_targets_are_the_official_ones() -> None:
     facts = MIXUP["target"]
     labels = torch.tensor(facts["labels"])
-    found = soft_targets(labels, facts["num_classes"], own=facts["lam"], smoothing=facts["smoothing"])
+    found = soft_targets(labels, facts["num_classes"], lam=facts["lam"], smoothing=facts["smoothing"])
     torch.testing.assert_close(found, torch.tensor(facts["value"]), atol=1e-7, rtol=0)
 
 
@@ -99,7 +99,7 @@ def test_mixed_batches_are_the_official_ones() -> None:
     for number, batch in enumerate(MIXUP["batches"]):
         clips = torch.from_numpy(unit(f"mix{number}", 4 * 3 * 2 * 8 * 12)).reshape(4, 3, 2, 8, 12)
         before = clips.clone()
-        mixed, own = Mixing()(clips, rng)
+        mixed, lam = Mixing()(clips, rng)
         assert torch.equal(clips, before)
         cut += bool((mixed == before).any())
         shown = torch.tensor(batch["sample0_frame0_chan0"])
@@ -107,7 +107,7 @@ def test_mixed_batches_are_the_official_ones() -> None:
         torch.testing.assert_close(mixed.flatten()[: len(batch["first"])], torch.tensor(batch["first"]))
         assert mixed.mean().item() == pytest.approx(batch["out_mean"], abs=1e-6)
         assert mixed.abs().mean().item() == pytest.approx(batch["out_abs_mean"], abs=1e-6)
-        targets = soft_targets(torch.tensor([0, 1, 2, 3]), 6, own=own, smoothing=0.1)
+        targets = soft_targets(torch.tensor([0, 1, 2, 3]), 6, lam=lam, smoothing=0.1)
         torch.testing.assert_close(targets[0], torch.tensor(batch["target_row0"]), atol=1e-6, rtol=0)
     assert 0 < cut < len(MIXUP["batches"])
 
@@ -117,31 +117,31 @@ def test_mixing_mixes_what_it_says(settings: dict) -> None:
     clips = torch.stack([torch.zeros(3, 2, 16, 16), torch.ones(3, 2, 16, 16)])
     mixing, shares = Mixing(**settings), []
     for seed in range(40):
-        mixed, own = mixing(clips, np.random.RandomState(seed))
-        assert mixed[1].mean().item() == pytest.approx(own, abs=1e-6)
-        assert mixed[0].mean().item() == pytest.approx(1 - own, abs=1e-6)
+        mixed, lam = mixing(clips, np.random.RandomState(seed))
+        assert mixed[1].mean().item() == pytest.approx(lam, abs=1e-6)
+        assert mixed[0].mean().item() == pytest.approx(1 - lam, abs=1e-6)
         binary = ((mixed == 0) | (mixed == 1)).all().item()
         if settings == {"probability": 0}:
-            assert own == 1
+            assert lam == 1
         elif "mixup" in settings:
             assert binary
         elif "cutmix" in settings:
             assert not binary
-        shares.append(own)
+        shares.append(lam)
     assert len(set(shares)) > 20 or settings == {"probability": 0}
 
 
 def test_a_batch_of_one_and_an_odd_one_work() -> None:
     rng = np.random.RandomState(0)
     assert Mixing()(torch.rand(1, 3, 1, 8, 8), rng)[1] == 1.0
-    mixed, own = Mixing(cutmix=0)(torch.rand(3, 3, 1, 8, 8), rng)
+    mixed, lam = Mixing(cutmix=0)(torch.rand(3, 3, 1, 8, 8), rng)
     assert mixed.shape == (3, 3, 1, 8, 8)
-    assert 0 < own < 1
+    assert 0 < lam < 1
 
 
 def test_smoothed_targets_without_mixing_are_label_smoothing() -> None:
     logits, labels = torch.randn(5, 7), torch.tensor([0, 6, 3, 3, 1])
-    soft = F.cross_entropy(logits, soft_targets(labels, 7, own=1.0, smoothing=0.1))
+    soft = F.cross_entropy(logits, soft_targets(labels, 7, lam=1.0, smoothing=0.1))
     torch.testing.assert_close(soft, F.cross_entropy(logits, labels, label_smoothing=0.1))
 
 
@@ -204,7 +204,7 @@ def test_parts_are_frozen_by_name() -> None:
         freeze(model, ["patch_embed", "cls_token", "blocks", "norm", "head"])
 
 
-def fit(folder: Path, *, videos: int = 4, epochs: int = 1, accumulate: int = 1, **settings) -> Classifier:
+def fit(folder: Path, *, videos: int = 4, epochs: int = 1, callbacks=(), **settings) -> Classifier:
     """Train a tiny model on noise, all on one device."""
     torch.manual_seed(0)
     model = mv.create_model("mvitv2_nano_8x4", 3, embed_dim=8, stages=(1, 1), crop_size=16, num_frames=2)
@@ -216,13 +216,12 @@ def fit(folder: Path, *, videos: int = 4, epochs: int = 1, accumulate: int = 1, 
         accelerator="cpu",
         devices=1,
         max_epochs=epochs,
-        accumulate_grad_batches=accumulate,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=folder,
-        callbacks=[Forecast()],
+        callbacks=list(callbacks),
     )
     trainer.fit(classifier, DataLoader(batches, batch_size=None))
     return classifier
@@ -262,9 +261,9 @@ def test_mixing_follows_from_seed_epoch_and_batch(tmp_path: Path) -> None:
 
     class Watching(Mixing):
         def __call__(self, clips, rng):
-            mixed, own = super().__call__(clips, rng)
+            mixed, lam = super().__call__(clips, rng)
             seen.append(mixed)
-            return mixed, own
+            return mixed, lam
 
     for seed in (1, 1, 2):
         fit(tmp_path, lr=0.0, mixing=Watching(), seed=seed, epochs=2)
@@ -279,7 +278,7 @@ def test_what_the_model_sees_is_drawn_and_the_time_is_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level("INFO", "mvit_video"):
-        fit(tmp_path, lr=0.1, epochs=3)
+        fit(tmp_path, lr=0.1, epochs=3, callbacks=[EstimatedTime(), BatchPicture(tmp_path / "batch.png")])
     assert (tmp_path / "batch.png").stat().st_size > 5000
     told = [message for message in caplog.messages if "one epoch will take about" in message]
     assert len(told) == 1

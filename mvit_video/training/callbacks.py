@@ -1,0 +1,221 @@
+"""What a person sees of a training, and what ends it early."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import threading
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import ProgressBar
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from mvit_video.data.bad_videos import BadVideos
+from mvit_video.data.datasets import Batch
+from mvit_video.training.plots import plot_batch
+
+log = logging.getLogger(__name__)
+
+
+class BadVideoPolicy(pl.Callback):
+    """Notes the unreadable videos of every batch. Raises DataError as soon as they are too many.
+
+    Attributes:
+        bad_videos: where to; it is set before training, when the number of videos is known.
+    """
+
+    bad_videos: BadVideos
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Batch, batch_idx: int) -> None:
+        self.bad_videos.note(batch.bad)
+
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self.bad_videos.note(batch.bad)
+
+
+class EstimatedTime(pl.Callback):
+    """Says once, after the first steps, how long an epoch and the rest of the training will take."""
+
+    WARMUP, MEASURED = 5, 20  # steps
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.steps, self.start = 0, time.perf_counter()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+        self.steps += 1
+        in_epoch = int(trainer.num_training_batches)
+        warmup = min(self.WARMUP, in_epoch - 1)
+        measured = min(self.MEASURED, in_epoch - warmup)
+        if self.steps == warmup:
+            self.start = time.perf_counter()
+        if self.steps == warmup + measured:
+            epoch = (time.perf_counter() - self.start) / measured * in_epoch
+            left = (trainer.max_epochs or 1) - trainer.current_epoch
+            log.info(
+                "one epoch will take about %s, the training %s (%d epochs, validation not counted)",
+                duration(epoch),
+                duration(epoch * left),
+                left,
+            )
+
+
+def duration(seconds: float) -> str:
+    """For people: "3 d 4 h", "2 h 5 min", "12 min", "40 s"."""
+    minutes = round(seconds / 60)
+    if minutes >= 24 * 60:
+        hours = round(seconds / 3600)
+        return f"{hours // 24} d {hours % 24} h"
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min" if minutes >= 2 else f"{max(round(seconds), 1)} s"
+
+
+class BatchPicture(pl.Callback):
+    """Draws the first batch as the model sees it, augmented and mixed: ``batch.png``."""
+
+    def __init__(self, path: Path) -> None:
+        self.path: Path | None = path
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Batch, batch_idx: int) -> None:
+        if self.path is None or not trainer.is_global_zero:
+            return
+        clips, lam = pl_module.mix(batch, batch_idx)
+        model = pl_module.model
+        spec = model.protocol
+        plot_batch(clips, batch.labels, lam, model.class_names, self.path, mean=spec.mean, std=spec.std)
+        log.info("the first batch as the model sees it: %s", self.path)
+        self.path = None
+
+
+class Interrupts(pl.Callback):
+    """Ctrl-C ends a run even where Python drops its exception, as in a destructor: with the next batch."""
+
+    def __init__(self) -> None:
+        self._interrupted = False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Not where it is ignored, as in a background job.
+        if signal.getsignal(signal.SIGINT) == signal.default_int_handler and _in_main_thread():
+            signal.signal(signal.SIGINT, self._interrupt)
+
+    def _interrupt(self, number: int, frame: Any) -> None:
+        self._interrupted = True
+        raise KeyboardInterrupt
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        if self._interrupted:
+            raise KeyboardInterrupt
+
+    def on_validation_batch_start(self, *_: Any) -> None:
+        if self._interrupted:
+            raise KeyboardInterrupt
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if signal.getsignal(signal.SIGINT) == self._interrupt and _in_main_thread():
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+class EpochProgress(ProgressBar):
+    """A bar for the epoch and one for its validation, below the log; only on terminals."""
+
+    SHOWN: ClassVar = {
+        "train/loss_step": "loss {:.3f}",
+        "train/top1_step": "top-1 {:.3f}",
+        "val/top1": "val {:.3f}",
+        "clips/s_step": "{:.1f} clips/s",
+    }
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._is_enabled = True
+        self._progress: Progress | None = None
+        self._task = TaskID(0)
+        self._open = ExitStack()
+
+    def disable(self) -> None:
+        self._is_enabled = False
+
+    def enable(self) -> None:
+        self._is_enabled = True
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        self._show(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}", self.total_train_batches)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._progress is None:  # a run that goes on in the middle of an epoch
+            self.on_train_epoch_start(trainer)
+        self._advance(batch_idx, trainer)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._show("validation", sum(self.num_val_batches(trainer)))
+
+    def on_validation_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        self._advance(batch_idx, trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.on_train_epoch_start(trainer)
+
+    def on_exception(self, *_: Any) -> None:
+        self._close()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._close()
+
+    @staticmethod
+    def num_val_batches(trainer: pl.Trainer) -> list[int]:
+        batches = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
+        return [int(number) for number in (batches if isinstance(batches, list) else [batches])]
+
+    def _show(self, description: str, total: float) -> None:
+        if not self._is_enabled:
+            return
+        if self._progress is None:
+            self._start()
+        assert self._progress is not None
+        self._progress.reset(self._task, total=total, description=description)
+
+    def _start(self) -> None:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(20),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[metrics]}"),
+        )
+        self._progress = Progress(*columns, transient=True)
+        self._task = self._progress.add_task("", metrics="")
+        stdout, stderr = sys.stdout, sys.stderr
+        self._open.enter_context(self._progress)  # what is printed from here on comes above the bar
+        for handler in logging.getLogger().handlers:
+            if isinstance(handler, logging.StreamHandler) and handler.stream in (stdout, stderr):
+                self._open.callback(handler.setStream, handler.stream)
+                handler.setStream(sys.stdout if handler.stream is stdout else sys.stderr)
+
+    def _advance(self, batch_idx: int, trainer: pl.Trainer) -> None:
+        if self._progress is None:
+            return
+        fields: dict[str, Any] = {}
+        if self._progress.console.is_terminal:
+            values = trainer.progress_bar_metrics
+            found = [text.format(values[name]) for name, text in self.SHOWN.items() if name in values]
+            fields = {"metrics": "  ".join(found)}
+        self._progress.update(self._task, completed=batch_idx + 1, **fields)
+
+    def _close(self) -> None:
+        self._progress = None
+        self._open.close()

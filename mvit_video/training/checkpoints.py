@@ -1,0 +1,169 @@
+"""When and how checkpoints are written: after epochs, every so many steps, and when a run is asked to end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import IO, Any, cast
+
+import pytorch_lightning as pl
+import torch
+from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
+from pytorch_lightning.callbacks import Checkpoint
+from pytorch_lightning.utilities.exceptions import SIGTERMException
+
+from mvit_video.data.ranks import in_slurm
+from mvit_video.io.writing import replacing
+from mvit_video.training import processes
+
+LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
+_ASK_EVERY = 10  # steps, where several processes have to agree
+
+
+class AtomicCheckpoints(TorchCheckpointIO):
+    """A file is there wholly and safely on the disk, or as it was before; the last but one is kept too.
+
+    (Lightning's own writing goes through a temporary folder, from where a file may be copied bit by bit.)
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
+    ) -> None:
+        target = Path(path)
+        with replacing(target) as file:
+            watched = _WatchedFile(file)
+            try:
+                torch.save(checkpoint, cast(Any, watched))
+            except RuntimeError:  # torch's, with a stack trace of its own, in the place of the system's
+                if watched.error is None:
+                    raise
+                raise watched.error from None
+            file.flush()
+            os.fsync(file.fileno())
+            if target.name == LAST and target.exists():
+                target.replace(target.with_name(PREVIOUS))
+
+
+class _WatchedFile:
+    """A file that remembers why it couldn't be written."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.error = file, cast(OSError | None, None)
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+class LastCheckpoint(Checkpoint):
+    """Keeps ``last.ckpt`` in a folder: after every epoch, every so many steps, and when asked to end.
+
+    SIGTERM asks, and in a Slurm job SIGUSR1 too, upon which the job is queued again.
+
+    A checkpoint of a step that validation follows is written in the validation, and leads to it.
+
+    Args:
+        every_n_steps: None: after epochs alone.
+    """
+
+    def __init__(self, folder: Path, every_n_steps: int | None) -> None:
+        self.path, self.every_n_steps = folder / LAST, every_n_steps
+        self._step = 0  # of the optimizer, after the batch before
+        self._gathering = False  # gradients of several batches, which aren't saved
+        self._terminated = self._requeues = False  # asked to end by SIGTERM, by SIGUSR1
+        self._leads_to_validation = False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._step = trainer.global_step
+        # In the place of Lightning's handlers, which save in the middle of a step, and after which processes
+        # may wait for one another in vain.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._terminate)
+            if in_slurm():
+                signal.signal(signal.SIGUSR1, self._requeue)
+
+    def _terminate(self, number: int, frame: Any) -> None:
+        """After this batch; asked a second time, at once."""
+        if self._terminated:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
+        self._terminated = True
+
+    def _requeue(self, number: int, frame: Any) -> None:
+        self._requeues = True
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        self._gathering = step == self._step
+        self._step = step
+        loop = trainer.fit_loop
+        validates = loop.epoch_loop._should_check_val_fx(cast(Any, loop._data_fetcher))
+        if self._gathering or validates or batch_idx + 1 == trainer.num_training_batches:
+            return
+        end = (trainer.world_size == 1 or step % _ASK_EVERY == 0) and self._ends(trainer)
+        if end or self._is_due():
+            self._save(trainer)
+        if end:
+            self._end(trainer)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.sanity_checking:  # there is nothing to save yet
+            return
+        end = self._ends(trainer)
+        in_epoch = trainer.fit_loop.batch_idx + 1 < trainer.num_training_batches
+        if end or (in_epoch and self._is_due()):
+            self._save_in_validation(trainer)
+        if end:
+            self._end(trainer)
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if not trainer.sanity_checking and self._ends(trainer):
+            self._save_in_validation(trainer)
+            self._end(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._save(trainer)
+        if self._ends(trainer):
+            self._end(trainer)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self._leads_to_validation:
+            # What Lightning takes for a validation that was left in its first batch.
+            begun = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+            progress = {"total": begun, "current": dict.fromkeys(begun, 0), "is_last_batch": False}
+            checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"] = progress
+
+    def _is_due(self) -> bool:
+        return self.every_n_steps is not None and self._step % self.every_n_steps == 0
+
+    def _ends(self, trainer: pl.Trainer) -> bool:
+        """Whether any process was asked to end."""
+        return trainer.strategy.reduce_boolean_decision(self._terminated or self._requeues, all=False)
+
+    def _end(self, trainer: pl.Trainer) -> None:
+        if self._requeues and trainer.is_global_zero:
+            processes.requeue()
+        raise SIGTERMException
+
+    def _save_in_validation(self, trainer: pl.Trainer) -> None:
+        if self._gathering or trainer.global_step == trainer.max_steps:
+            return  # nothing would lead to it; the checkpoint before does
+        self._leads_to_validation = True
+        self._save(trainer)
+        self._leads_to_validation = False
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        if not cast(Any, trainer).fast_dev_run:
+            trainer.save_checkpoint(self.path)

@@ -1,0 +1,77 @@
+"""Fit, and end in words that a person can act on."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+
+from mvit_video.errors import ConfigError, MVitVideoError, TrainingError
+
+
+def fit(
+    trainer: pl.Trainer, module: pl.LightningModule, training: Any, validation: Any, ckpt_path: Path | None
+) -> None:
+    """``trainer.fit``.
+
+    Raises:
+        KeyboardInterrupt: on Ctrl-C, for which Lightning ends the process without a word.
+        SIGTERMException: a signal asked to end.
+        TrainingError: memory isn't enough.
+        ConfigError: Lightning refuses a setting, or the checkpoint doesn't fit.
+    """
+    steps = _FirstStep()
+    trainer.callbacks.append(steps)  # type: ignore[attr-defined]
+    try:
+        with lightning_errors():
+            trainer.fit(module, training, validation, ckpt_path=ckpt_path, weights_only=True)
+    except SystemExit:
+        if trainer.interrupted:
+            raise KeyboardInterrupt from None
+        raise
+    except (RuntimeError, ValueError, KeyError) as error:
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+            raise TrainingError(
+                "out of memory: lower batch_size (trainer.accumulate_grad_batches makes up for that), or set "
+                "model.checkpoint_blocks=true or trainer.precision=bf16-mixed"
+            ) from None
+        if ckpt_path is None or steps.begun or isinstance(error, MVitVideoError):
+            raise
+        raise ConfigError(
+            f"{ckpt_path} can't be resumed with these settings ({_first_line(error)}); give those that it "
+            f"was started with, or start a new run with weights={ckpt_path}"
+        ) from None
+
+
+@contextmanager
+def lightning_errors() -> Iterator[None]:
+    """Raise Lightning's own complaints about settings as ConfigError."""
+    try:
+        yield
+    except (MisconfigurationException, ValueError, ZeroDivisionError) as error:
+        origin = traceback.extract_tb(error.__traceback__)[-1].filename
+        if not isinstance(error, MisconfigurationException) and "pytorch_lightning" not in Path(origin).parts:
+            raise
+        raise ConfigError(f"trainer: {_first_line(error)}") from None
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device, or the CPU, had too little memory."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+class _FirstStep(pl.Callback):
+    begun = False
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.begun = True
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -1,0 +1,138 @@
+"""What an epoch's lines, curves and best checkpoint are made of: means over the videos that were seen."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+
+log = logging.getLogger(__name__)
+
+MEANS_KEY = "train_means"  # of a checkpoint
+
+
+class Means(nn.ModuleDict):
+    """Means by name, over all samples of all processes: each counts by the samples that it has seen."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        super().__init__({name: MeanMetric(nan_strategy="disable") for name in names})
+
+    def add(self, means: Mapping[str, Tensor], count: int) -> None:
+        """Scalars by name, the means of ``count`` samples of this process; no samples need no means."""
+        for name, metric in self.items():
+            cast(Any, metric).update(means[name].detach().expand(count) if count else torch.empty(0))
+
+    def take(self) -> dict[str, Tensor]:
+        """The means, NaN where there were no samples, and begin anew. All processes have to call it."""
+        means = {}
+        for name, metric in cast(Iterable[tuple[str, MeanMetric]], self.items()):
+            means[name] = metric.compute()
+            metric.reset()
+        return means
+
+
+class ResumableMetrics(pl.Callback):
+    """Logs an epoch's training means, of the whole epoch where it was stopped in between too.
+
+    It comes before callbacks that read them.
+    """
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint[MEANS_KEY] = {
+            name: {
+                state: trainer.strategy.reduce(value.clone(), reduce_op="sum")
+                for state, value in metric.metric_state.items()
+            }
+            for name, metric in _train_means(pl_module).items()
+        }
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if not trainer.is_global_zero:  # the first process takes up the sums of all
+            return
+        for name, states in checkpoint.get(MEANS_KEY, {}).items():
+            metric = _train_means(pl_module)[name]
+            metric.update(torch.empty(0))  # else it would warn that it has seen nothing
+            for state, value in states.items():
+                setattr(metric, state, value.to(metric.device))
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for name, mean in _train_means(pl_module).take().items():
+            pl_module.log(f"{name}_epoch", mean)
+
+
+def _train_means(module: pl.LightningModule) -> Any:
+    return module.train_means
+
+
+class EpochLogger(pl.Callback):
+    """Keeps the metrics of every epoch, through resumes, and logs a line of each."""
+
+    state_key = "History"  # in checkpoints
+
+    def __init__(self) -> None:
+        self.epochs: list[dict[str, float]] = []
+        self._has_validated = False
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._has_validated = not trainer.sanity_checking
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        names = ["train/loss_epoch", "train/top1_epoch"]
+        if self._has_validated:  # else these are the numbers of an earlier epoch
+            names += ["val/loss", "val/top1", "val/top5"]
+        metrics = {
+            n.removesuffix("_epoch"): trainer.callback_metrics.get(n) for n in [*names, "clips/s_epoch"]
+        }
+        row = {name: float(value) for name, value in metrics.items() if value is not None}
+        self.epochs.append({"epoch": trainer.current_epoch + 1, **row})
+        self._has_validated = False
+        line = ", ".join(f"{name} {value:.3f}" for name, value in row.items())
+        log.info("epoch %d/%s: %s", trainer.current_epoch + 1, trainer.max_epochs, line)
+
+    def best(self) -> float | None:
+        """The highest validation top-1; None without a validation."""
+        return max((row["val/top1"] for row in self.epochs if "val/top1" in row), default=None)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epochs": self.epochs}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.epochs = list(state_dict["epochs"])
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Keeps the weights of the highest validation top-1, and of several such those of the lowest loss."""
+
+    def __init__(self, folder: Any) -> None:
+        super().__init__(folder, "best", monitor="val/top1", mode="max", enable_version_counter=False)
+        self._loss = float("inf")
+
+    @property
+    def state_key(self) -> str:
+        return super().state_key.replace(type(self).__qualname__, ModelCheckpoint.__qualname__)
+
+    def check_monitor_top_k(self, trainer: pl.Trainer, current: Tensor | None = None) -> bool:
+        loss = float(trainer.callback_metrics.get("val/loss", float("inf")))
+        is_better = super().check_monitor_top_k(trainer, current)
+        ties = current is not None and self.best_model_score is not None and current == self.best_model_score
+        if is_better or (ties and loss < self._loss):
+            self._loss = loss
+            return True
+        return False
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "best_loss": self._loss}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._loss = state_dict.get("best_loss", float("inf"))
