@@ -193,6 +193,7 @@ def _fingerprint(
     """What the run is made of; ``settings`` may change when it is resumed."""
     plain = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
     trainer, model = plain["trainer"], classifier.model
+    fields = asdict(cast(Any, model.config))
     optimizer = classifier.make_optimizer([{"params": [torch.nn.Parameter(torch.empty(1))]}])
     return fingerprint(
         batch={
@@ -210,7 +211,7 @@ def _fingerprint(
         clips=asdict(model.protocol),
         augment=plain["augment"],
         mixing=plain["mixing"],
-        model={**asdict(cast(Any, model.config)), "checkpoint_blocks": None},  # the same numbers, less memory
+        model={key: value for key, value in fields.items() if key != "checkpoint_blocks"},  # same numbers
         freeze=plain["freeze"],
         ema=config.ema,
         optim={key: value for key, value in plain["optim"].items() if key not in ("_target_", "_partial_")},

@@ -31,8 +31,8 @@ def fit(
     try:
         with lightning_errors():
             trainer.fit(module, training, validation, ckpt_path=ckpt_path, weights_only=True)
-    except SystemExit:
-        if trainer.interrupted:
+    except SystemExit as end:
+        if trainer.interrupted and end.code == 1:
             raise KeyboardInterrupt from None
         raise
     except (RuntimeError, ValueError, KeyError) as error:

@@ -12,7 +12,16 @@ import pytest
 
 from mvit_video.errors import ConfigError
 from mvit_video.io.fingerprint import differences, file_sha256, file_stamp, fingerprint, require_same
-from mvit_video.io.writing import append, keep_whole_lines, next_number, replacing, set_aside, sole_writer
+from mvit_video.io.writing import (
+    append,
+    keep_former,
+    keep_whole_lines,
+    next_number,
+    remove_unfinished,
+    replacing,
+    set_aside,
+    sole_writer,
+)
 
 
 def test_a_block_that_raises_changes_nothing(tmp_path: Path) -> None:
@@ -153,3 +162,24 @@ def test_the_hash_of_several_files_is_that_of_their_contents_in_a_row(tmp_path: 
         (tmp_path / name).write_bytes(content)
     assert file_sha256(tmp_path / "a", tmp_path / "b") == file_sha256(tmp_path / "c")
     assert file_sha256(tmp_path / "b", tmp_path / "a") != file_sha256(tmp_path / "c")
+
+
+def test_what_a_former_run_has_left_keeps_its_content(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    for content in ("first", "second"):
+        folder.mkdir()
+        (folder / "file").write_text(content)
+        keep_former(folder)
+    keep_former(folder)  # nothing is there
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["run.former", "run.former.1"]
+    assert (tmp_path / "run.former" / "file").read_text() == "first"
+
+
+def test_what_a_killed_writer_has_left_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "kept").touch()
+    with replacing(tmp_path / "file") as file:
+        (unfinished,) = set(tmp_path.iterdir()) - {tmp_path / "kept"}
+        (tmp_path / unfinished.name.replace("unfinished-", "unfinished-1")).touch()
+        file.write(b"x")
+    remove_unfinished(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"kept", "file"}

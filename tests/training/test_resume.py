@@ -5,24 +5,31 @@ from __future__ import annotations
 import csv
 import multiprocessing
 import os
+import resource
 import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from conftest import Command, error_line
+from pytorch_lightning.callbacks import EMAWeightAveraging
+from pytorch_lightning.loops.training_epoch_loop import _TrainingEpochLoop
 
 from mvit_video.cli import main
 from mvit_video.data.decode import open_video
+from mvit_video.io.writing import sole_writer
 from mvit_video.model import MViT
+from mvit_video.training.metrics import MEANS_KEY
 from mvit_video.training.module import Classifier
-from mvit_video.training.resume import find_checkpoint
+from mvit_video.training.resume import FINGERPRINT_KEY, find_checkpoint
 
 SMALL = [
     "data=folder",
@@ -42,7 +49,7 @@ SMALL = [
 
 # Not forked from this process: where autograd has threads, it can't be used in a fork.
 CHILDREN = multiprocessing.get_context("forkserver")
-CHILDREN.set_forkserver_preload(["mvit_video.cli.train", "mvit_video.cli.eval"])
+CHILDREN.set_forkserver_preload(["mvit_video.cli.main", "mvit_video.cli.train", "mvit_video.cli.eval"])
 
 
 def nothing() -> None: ...
@@ -227,7 +234,7 @@ def test_sigterm_saves_and_ends(
 ) -> None:
     arguments = [*arguments, "num_workers=2", "hydra.run.dir=run"]
     assert train_in_child(arguments, signal_in_batch(batch, signal.SIGTERM)) == 128 + signal.SIGTERM
-    assert "ckpt_path=last goes on from the last checkpoint" in (tmp_path / "run" / "train.log").read_text()
+    assert "ckpt_path=last resumes" in (tmp_path / "run" / "train.log").read_text()
     last = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
     assert last["global_step"] == saved
     assert command("train", *arguments).code == 0
@@ -440,7 +447,7 @@ def interrupt_group(group: Path, *, swallowed: bool) -> None:
 
 def assert_group_has_ended(group: int) -> None:
     """Else the test never ends; multiprocessing's own helper ends a little later than the others."""
-    with pytest.raises(ProcessLookupError):
+    with suppress(ProcessLookupError):
         while True:
             os.killpg(group, 0)
             time.sleep(0.05)
@@ -489,3 +496,133 @@ def test_a_killed_process_of_the_loader_ends_a_run_with_the_name_of_its_video(
     line = error_line(command("train", *arguments, *options), "train")
     assert "was killed by SIGKILL while it read" in line
     assert "cats/3.mp4 (out of memory?" in line
+
+
+CHANGES = {
+    "batch_size=5": "batch: size 2 -> 5",
+    "trainer.accumulate_grad_batches=2": "batch: accumulate_grad_batches",
+    "seed=1": "seed 0 -> 1",
+    "optim.lr=1e-3": "optim: lr 0.01 -> 0.001",
+    "optim=sgd": "optimizer",
+    "augment=no_flip": "augment: flip_probability",
+    "mixing=mixup_cutmix": "mixing: probability",
+    "ema=0.9": "ema null -> 0.9",
+    "freeze=backbone": "freeze null -> ",
+    "model.stages=[1,2]": "model: stages",
+    "views.stride=2": "clips: stride",
+    "data.val_fraction=0.5": "data: train",
+    "trainer.max_epochs=1": "trainer.max_epochs=1",
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_run_goes_on_as_the_same_run_or_not_at_all(
+    command: Command, arguments: list[str], whole: Path, tmp_path: Path, change: str
+) -> None:
+    run = shutil.copytree(whole, tmp_path / "run")
+    before = (run / "checkpoints" / "last.ckpt").read_bytes()
+    line = error_line(command("train", *arguments, "hydra.run.dir=run", change), "train")
+    assert CHANGES[change] in line
+    assert str(run / "checkpoints" / "last.ckpt") in line
+    assert (run / "checkpoints" / "last.ckpt").read_bytes() == before
+
+
+def test_other_data_are_another_run(
+    command: Command, arguments: list[str], two_classes: Path, whole: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    shutil.copytree(two_classes, tmp_path / "data")
+    (tmp_path / "data" / "cats" / "1.mp4").rename(tmp_path / "data" / "cats" / "one.mp4")
+    line = error_line(command("train", *arguments, "hydra.run.dir=run", "data.root=data"), "train")
+    assert "data: train" in line
+    (tmp_path / "data" / "cats").rename(tmp_path / "data" / "tigers")
+    line = error_line(command("train", *arguments, "hydra.run.dir=run", "data.root=data"), "train")
+    assert "data: classes" in line
+
+
+def test_what_may_change_is_taken_over_and_said(
+    command: Command, arguments: list[str], whole: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    free = ["trainer.max_epochs=4", "num_workers=1", "save_every_n_steps=2", "trainer.limit_val_batches=1"]
+    result = command("train", *arguments, "hydra.run.dir=run", *free)
+    assert result.code == 0, result.err
+    for said in ("max_epochs 3 -> 4", "num_workers 0 -> 1", "save_every_n_steps 3 -> 2", "limit_val_batches"):
+        assert said in result.out
+    assert sorted(losses(tmp_path / "run")) == [15, 16, 17, 18, 19]
+
+
+OLD = {
+    None: None,
+    "optim=sgd": "optimizer: options",
+    "model.embed_dim=8": "model: embed_dim 16 -> 8",
+    "optim.layer_decay=0.5": "can't be resumed",
+}
+
+
+@pytest.mark.parametrize("change", OLD)
+def test_a_checkpoint_without_a_fingerprint_goes_on_with_a_warning(
+    command: Command, arguments: list[str], whole: Path, tmp_path: Path, change: str | None
+) -> None:
+    run = shutil.copytree(whole, tmp_path / "run")
+    last = run / "checkpoints" / "last.ckpt"
+    state = torch.load(last, weights_only=True)
+    for key in (FINGERPRINT_KEY, MEANS_KEY):
+        del state[key]
+    torch.save(state, last)
+    arguments = [*arguments, "hydra.run.dir=run", "trainer.max_epochs=4", *([change] if change else [])]
+    result = command("train", *arguments)
+    if change is None:
+        assert result.code == 0, result.err
+        assert "doesn't say which settings it comes from" in result.out
+        assert "epoch 4/4" in result.out
+    else:
+        assert OLD[change] in error_line(result, "train")
+
+
+def test_two_runs_in_one_folder_and_what_a_former_run_has_left(
+    command: Command, arguments: list[str], whole: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(whole, tmp_path / "run")
+    former = (run / "checkpoints" / "best.ckpt").read_bytes()
+    anew = [*arguments, "hydra.run.dir=run", "ckpt_path=null", "trainer.max_epochs=1", "num_workers=0"]
+    with sole_writer(run / "checkpoints"):
+        assert "another run is writing there" in error_line(command("train", *anew), "train")
+    assert (run / "checkpoints" / "best.ckpt").read_bytes() == former
+    result = command("train", *anew)
+    assert result.code == 0, result.err
+    assert (run / "checkpoints.former" / "best.ckpt").read_bytes() == former
+    names = {file.name for file in (run / "checkpoints").iterdir()}
+    assert names == {"best.ckpt", "last.ckpt", "previous.ckpt"}
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_and_says_which_file(
+    arguments: list[str], whole: Path, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(whole, tmp_path / "run"))
+    last = run / "checkpoints" / "last.ckpt"
+    before = last.read_bytes()
+    assert len(before) > 60_000
+    said = tmp_path / "said"
+    more = [f"hydra.run.dir={run}", "trainer.max_epochs=4", "num_workers=0"]
+    assert train_in_child([*arguments, *more], partial(fill_disk_and_keep, said)) == 1
+    assert said.read_text().splitlines()[-1].startswith(f"mvit-train: error: {run}/checkpoints/")
+    assert "Traceback" not in said.read_text()
+    assert last.read_bytes() == before
+    assert not list((run / "checkpoints").glob(".unfinished*"))
+
+
+def fill_disk_and_keep(said: Path) -> None:
+    """As with a full disk, the system refuses to write more than some bytes to a file."""
+    sys.stderr = said.open("w", buffering=1)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+
+
+def test_lightning_s_internals_are_those_of_its_version() -> None:
+    """What is used of them though it isn't public; look at each again with another version."""
+    assert pl.__version__.startswith("2.6.")
+    assert callable(_TrainingEpochLoop._should_check_val_fx)
+    assert "_data_fetcher" in vars(pl.Trainer(logger=False, enable_checkpointing=False).fit_loop)
+    average = EMAWeightAveraging(decay=0.9)
+    assert {"_average_model", "_use_buffers", "_kwargs"} <= vars(average).keys()
+    assert callable(average._swap_models)

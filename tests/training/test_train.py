@@ -272,7 +272,7 @@ def test_too_little_memory_names_what_to_change(
     monkeypatch.setattr(mv.MViT, "forward", forward)
     result = command("train", *BASE, f"data.root={two_classes}")
     assert result.code == 1
-    assert "memory isn't enough for batch_size=2: lower it" in result.err
+    assert "out of memory: lower batch_size" in result.err
     assert "Traceback" not in result.err
 
 
@@ -291,12 +291,12 @@ def test_a_profile_is_left(command: Command, two_classes: Path, tmp_path: Path, 
     [
         ("trainer.profiler=fast", "trainer.profiler is 'fast', expected simple or advanced or pytorch"),
         ("trainer.strategy=fdsp", "invalid strategy name: `strategy='fdsp'`"),
-        ("ema=1.5", "ema must be between 0 and 1, such as 0.9999, got 1.5"),
+        ("ema=1.5", "ema is 1.5"),
         ("freeze=3", "freeze: the model has no '3'; it has: backbone, patch_embed"),
         ("augment.rand_augment=m7", "augment: rand_augment is 'm7'; "),
         ("augment.short_side_range=[32,48]", "short_side_range (32, 48) is too small for crops of 64"),
-        ("mixing.probability=2", "mixing: probability must be in [0, 1], got 2"),
-        ("optim.layer_decay=1.5", "optim: layer_decay must be in (0, 1], got 1.5"),
+        ("mixing.probability=2", "mixing.probability is 2"),
+        ("optim.layer_decay=1.5", "optim.layer_decay is 1.5"),
     ],
 )
 def test_settings_that_can_not_work_are_named(
@@ -331,7 +331,7 @@ def test_classes_of_the_weights_must_be_those_of_the_data(
     arguments = (*BASE, "data.root=renamed", f"weights={checkpoint}")
     refused = command("train", *arguments)
     assert refused.code == 1
-    assert "the weights call class 1 'dogs and birds', the data set calls it 'dogs'" in refused.err
+    assert "class 1 is 'dogs and birds'" in refused.err
     taken = command("train", *arguments, "head=new")
     assert taken.code == 0, taken.err
 
