@@ -24,7 +24,7 @@ from mvit_video.data.loader import ClipLoader
 from mvit_video.errors import CheckpointError, ConfigError
 from mvit_video.io.fingerprint import Fingerprint, differences, fingerprint, require_same
 from mvit_video.training.checkpoints import LAST, PREVIOUS
-from mvit_video.weights.checkpoint import METADATA_KEY
+from mvit_video.weights import METADATA_KEY
 
 log = logging.getLogger(__name__)
 
