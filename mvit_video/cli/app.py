@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Any
 
 import hydra
@@ -15,7 +16,7 @@ from mvit_video.data.decode import device_of
 from mvit_video.errors import ConfigError
 from mvit_video.model import ClipSpec, VideoModel
 from mvit_video.model.variants import change_views
-from mvit_video.weights import load_model, load_weights
+from mvit_video.weights import build_for_weights, load_model
 
 log = logging.getLogger(__name__)
 
@@ -31,10 +32,13 @@ def build_model(config: DictConfig, num_classes: int | None = None) -> VideoMode
     ``config.views`` replaces parts of its protocol. Without weights the model stays as it was initialised.
     """
     if "model" in config:
-        published = OmegaConf.select(config, "model.weights")  # which bring their classes
-        model = build(config.model, num_classes=None if published else num_classes)
+        if OmegaConf.select(config, "model.weights"):  # published: they bring their classes
+            num_classes = None
         if config.weights:
-            log.info("weights of %s\n%s", config.weights, load_weights(model, config.weights))
+            model, report = build_for_weights(partial(build, config.model), config.weights, num_classes)
+            log.info("weights of %s\n%s", config.weights, report)
+        else:
+            model = build(config.model, num_classes=num_classes)
     elif config.weights:
         model = load_model(config.weights)
     else:

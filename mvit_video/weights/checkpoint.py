@@ -103,11 +103,9 @@ def load_model(path: str | Path) -> VideoModel:
     if "model_state" in checkpoint and "cfg" in checkpoint:
         return _from_pyslowfast(checkpoint, name)
     weights = to_pyslowfast_keys(find_weights(checkpoint, name)[0], name)
-    head = weights.get(f"{MViT.classifier}.weight")
-    classes = f" model.num_classes={len(head)}" if head is not None and head.ndim else ""
     raise CheckpointError(
         f"{name}: holds weights but not which model they belong to; name the model too, "
-        f"for example model={guess_variant(weights)}{classes}"
+        f"for example model={guess_variant(weights)}"
     )
 
 
@@ -133,9 +131,35 @@ def load_weights(
     """
     if head not in ("strict", "new"):
         raise ConfigError(f"head must be 'strict' or 'new', got {head!r}")
-    name, checkpoint = (
-        ("state dict", source) if isinstance(source, Mapping) else (str(source), read_checkpoint(source))
-    )
+    if isinstance(source, Mapping):
+        return _load(model, source, "state dict", head)
+    return _load(model, read_checkpoint(source), str(source), head)
+
+
+def build_for_weights(
+    build: Callable[..., VideoModel], path: str | Path, num_classes: int | None = None
+) -> tuple[VideoModel, LoadReport]:
+    """The model that ``build(num_classes=...)`` gives, with the weights of a file.
+
+    Args:
+        num_classes: of the model; None: as many as the weights have.
+
+    Raises:
+        CheckpointError: as ``load_weights``.
+    """
+    checkpoint, name = read_checkpoint(path), str(path)
+    if num_classes is None:
+        with torch.device("meta"):
+            empty = build(num_classes=None)
+        head = _named_weights(empty, checkpoint, name)[0].get(f"{empty.classifier}.weight")
+        num_classes = len(head) if head is not None and head.ndim and _is_plain(head) else None
+    model = build(num_classes=num_classes)
+    return model, _load(model, checkpoint, name, "strict")
+
+
+def _load(
+    model: VideoModel, checkpoint: Mapping[str, Any], name: str, head: Literal["strict", "new"]
+) -> LoadReport:
     described = parse_metadata(checkpoint[METADATA_KEY], name) if METADATA_KEY in checkpoint else None
     weights, prefix = _named_weights(model, checkpoint, name)
 
@@ -305,8 +329,8 @@ def _check_head(found: Tensor | None, expected: Tensor, name: str, hint: Callabl
     if found is not None and found.ndim and len(found) != len(expected):
         raise CheckpointError(
             f"{name}: its head has {len(found)} classes, the model has {len(expected)}; "
-            f"build the model with num_classes={len(found)} (in a command model.num_classes={len(found)}), "
-            f"or train a new head (mvit-train head=new){hint()}"
+            f"num_classes={len(found)} builds it with as many, mvit-train head=new trains a new head, "
+            f"mvit-eval class_names=FILE class_map=names evaluates the classes that match{hint()}"
         )
 
 

@@ -113,7 +113,7 @@ def _without_prefixes(
 ) -> tuple[dict[str, Tensor], str]:
     """Args: partly: the model is one member of a training module; the other members' tensors are left out."""
     names = {key: _WRAPPERS.sub("", key) for key in weights}
-    removed = "_orig_mod." if any("_orig_mod." in key for key in weights) else ""
+    removed: list[str] = []
 
     def in_front(prefix: str) -> bool:
         count = sum(key.startswith(prefix) for key in names.values())
@@ -122,10 +122,12 @@ def _without_prefixes(
 
     while prefix := next(filter(in_front, _PREFIXES), ""):
         names = {key: own.removeprefix(prefix) for key, own in names.items() if own.startswith(prefix)}
-        removed = prefix + removed
+        removed.append(prefix)
+    if any("_orig_mod." in key for key in names):
+        removed.append("_orig_mod.")
     if len(set(names.values())) < len(names):
-        raise CheckpointError(f"{name}: holds some tensors twice, with and without the prefix {removed}")
-    return {own: weights[key] for key, own in names.items()}, removed
+        raise CheckpointError(f"{name}: holds some tensors twice, with and without the prefix {removed[-1]}")
+    return {own: weights[key] for key, own in names.items()}, "".join(removed)
 
 
 def require_bounded(values: Any) -> None:
