@@ -247,11 +247,10 @@ def _build(description: Description, checkpoint: Mapping[str, Any], name: str) -
     weights = find_weights(checkpoint, name)[0]
     model = build_empty(description, weights, name)
     fitted, _ = _fit(model, _named_weights(model, checkpoint, name)[0], name)
-    if isinstance(model, MViT):
+    if isinstance(model, MViT) and {*dict(model.named_buffers())} <= fitted.keys():
         model.to_empty(device="cpu")
-    else:  # holds buffers that no checkpoint has
-        assert isinstance(model, Baseline)
-        model = Baseline(model.config, model.protocol)
+    else:  # other libraries' models hold more than their weights
+        model = type(model)(description.config, description.protocol)
     model.load_state_dict(fitted)
     model.class_names = description.class_names
     return model.eval()
