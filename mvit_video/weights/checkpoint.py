@@ -34,7 +34,7 @@ from mvit_video.weights.description import (
 )
 from mvit_video.weights.formats import adapt_shape, to_pyslowfast_keys
 from mvit_video.weights.pyslowfast import make_cfg, parse_cfg, parse_yaml, read_cfg
-from mvit_video.weights.reading import METADATA_KEY, find_weights, read_checkpoint
+from mvit_video.weights.reading import METADATA_KEY, find_weights, is_plain, read_checkpoint
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -152,7 +152,7 @@ def build_for_weights(
         with torch.device("meta"):
             empty = build(num_classes=None)
         head = _named_weights(empty, checkpoint, name)[0].get(f"{empty.classifier}.weight")
-        num_classes = len(head) if head is not None and head.ndim and _is_plain(head) else None
+        num_classes = len(head) if head is not None and head.ndim and is_plain(head) else None
     model = build(num_classes=num_classes)
     return model, _load(model, checkpoint, name, "strict")
 
@@ -296,7 +296,7 @@ def _fit(
     misfits = []
     for key in (key for key in expected if key in weights):
         found, value = weights[key], expected[key]
-        if not _is_plain(found) or found.is_floating_point() != value.is_floating_point():
+        if not is_plain(found) or found.is_floating_point() != value.is_floating_point():
             misfits.append(f"{key} holds {found.dtype} ({found.layout}), expected dense floats")
         elif found.shape == value.shape:
             fitted[key] = found.to(value.dtype)
@@ -331,10 +331,3 @@ def _check_head(found: Tensor | None, expected: Tensor, name: str, hint: Callabl
             f"num_classes={len(found)} builds it with as many, mvit-train head=new trains a new head, "
             f"mvit-eval class_names=FILE class_map=names evaluates the classes that match{hint()}"
         )
-
-
-def _is_plain(value: Tensor) -> bool:
-    """Dense, with memory behind each number: a view can claim a huge shape out of a single one."""
-    if value.layout is not torch.strided or value.is_meta or value.is_nested:
-        return False
-    return value.untyped_storage().nbytes() >= value.numel() * value.element_size()

@@ -19,7 +19,7 @@ from mvit_video.model.clip_spec import ClipSpec
 from mvit_video.model.config import MViTConfig
 from mvit_video.model.mvit import MViT
 from mvit_video.model.variants import VARIANTS, replace_fields
-from mvit_video.weights.reading import brief, require_bounded
+from mvit_video.weights.reading import brief, is_plain, require_bounded
 
 # Far above any model's, far below what would fill a machine's memory.
 MAX_BLOCKS = 1000
@@ -121,7 +121,7 @@ def build_empty(description: Description, weights: Mapping[str, Tensor] | None, 
         if isinstance(config, BaselineConfig):
             # Some of its tables are made on the CPU even here.
             if weights is not None and not any(
-                len(v) == config.num_classes for v in weights.values() if v.ndim
+                is_plain(v) and v.ndim and len(v) == config.num_classes for v in weights.values()
             ):
                 raise ValueError(f"num_classes is {config.num_classes}, which no tensor has")
             with torch.device("meta"):

@@ -123,11 +123,17 @@ def _without_prefixes(
     while prefix := next(filter(in_front, _PREFIXES), ""):
         names = {key: own.removeprefix(prefix) for key, own in names.items() if own.startswith(prefix)}
         removed.append(prefix)
-    if any("_orig_mod." in key for key in names):
-        removed.append("_orig_mod.")
+    removed += sorted({match[0] for key in names for match in _WRAPPERS.finditer(key)})
     if len(set(names.values())) < len(names):
-        raise CheckpointError(f"{name}: holds some tensors twice, with and without the prefix {removed[-1]}")
+        raise CheckpointError(f"{name}: holds a name twice, with and without {' '.join(removed)}")
     return {own: weights[key] for key, own in names.items()}, "".join(removed)
+
+
+def is_plain(value: Tensor) -> bool:
+    """Dense, with memory behind each number: a view can claim a huge shape out of a single one."""
+    if value.layout is not torch.strided or value.is_meta or value.is_nested:
+        return False
+    return value.untyped_storage().nbytes() >= value.numel() * value.element_size()
 
 
 def require_bounded(values: Any) -> None:

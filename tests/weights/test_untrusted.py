@@ -149,6 +149,15 @@ def test_a_tensor_can_not_claim_more_numbers_than_it_holds(tmp_path: Path) -> No
         mv.load_model(tmp_path / "model.ckpt")
 
 
+def test_a_baseline_is_not_built_for_classes_that_a_tensor_only_claims(tmp_path: Path) -> None:
+    model = create_baseline("r2plus1d_18", 3, num_frames=4, crop_size=32)
+    content = checkpoint("config", "num_classes", 10**9, model)
+    content["state_dict"]["model.net.fc.weight"] = torch.zeros(1, 1).expand(10**9, 512)
+    torch.save(content, tmp_path / "model.ckpt")
+    with pytest.raises(mv.CheckpointError, match="num_classes"):
+        mv.load_model(tmp_path / "model.ckpt")
+
+
 @pytest.mark.parametrize(
     ("key", "value"), [("num_classes", 10**9), ("num_classes", 7), ("crop_size", 10**6), ("num_frames", 2.5)]
 )

@@ -87,9 +87,10 @@ def test_baselines_are_wrapped_too() -> None:
         assert all(torch.equal(v, source.state_dict()[k]) for k, v in model.state_dict().items())
 
 
-def test_two_tensors_for_one_name_are_refused() -> None:
+@pytest.mark.parametrize("wrapper", ["_orig_mod.", "_fsdp_wrapped_module."])
+def test_two_tensors_for_one_name_are_refused(wrapper: str) -> None:
     weights = small_model().state_dict()
-    weights["_orig_mod.norm.bias"] = torch.zeros(16)
+    weights[f"{wrapper}norm.bias"] = torch.zeros(16)
     with pytest.raises(mv.CheckpointError, match="twice"):
         mv.load_weights(small_model(), weights)
 
