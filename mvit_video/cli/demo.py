@@ -135,18 +135,22 @@ def serve(config: DictConfig) -> None:
                 "port=null takes a free one"
             ) from None
     with tempfile.TemporaryDirectory(prefix="mvit-demo-") as folder:
+        before = tempfile.tempdir
         tempfile.tempdir = os.environ["GRADIO_TEMP_DIR"] = folder
-        demo = Demo(
-            app.build_model(config),
-            topk=config.topk,
-            max_seconds=config.max_seconds,
-            batch_size=config.batch_size,
-            num_workers=config.num_workers,
-            device=app.choose_device(config.device),
-            open_file=app.build_decoder(config),
-        )
-        page = build_page(
-            demo, title="Video classification" + ("" if config.weights else " (random weights)")
-        )
-        log.info("http://%s:%s", config.host, config.port)
-        launch(page, host=config.host, port=config.port, max_megabytes=config.max_megabytes)
+        try:
+            demo = Demo(
+                app.build_model(config),
+                topk=config.topk,
+                max_seconds=config.max_seconds,
+                batch_size=config.batch_size,
+                num_workers=config.num_workers,
+                device=app.choose_device(config.device),
+                open_file=app.build_decoder(config),
+            )
+            page = build_page(
+                demo, title="Video classification" + ("" if config.weights else " (random weights)")
+            )
+            log.info("http://%s:%s", config.host, config.port)
+            launch(page, host=config.host, port=config.port, max_megabytes=config.max_megabytes)
+        finally:
+            tempfile.tempdir = before

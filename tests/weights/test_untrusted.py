@@ -327,7 +327,11 @@ def test_a_program_is_refused_before_it_is_opened(
         with pytest.raises(mv.CheckpointError, match="trust=true"):
             read(path)
     for name in ("predict", "eval", "demo"):
-        arguments = {"predict": [str(two_classes)], "eval": [f"data.root={two_classes}"], "demo": []}[name]
+        arguments = {
+            "predict": [str(two_classes)],
+            "eval": [f"data.root={two_classes}"],
+            "demo": ["port=null"],
+        }[name]
         line = error_line(command(name, *arguments, "weights=model.pt2"), name)
         assert "model.pt2" in line
     assert not mark.exists()
