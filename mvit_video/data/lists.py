@@ -304,7 +304,8 @@ def _row_of_columns(file: Path, number: int, line: str, columns: _Columns) -> Ro
     cells = cells_of(file, number, line, columns.delimiter)
     if len(cells) != columns.number:
         raise DataError(f"{file}, line {number}: expected {columns.number} columns, got {quoted(line)}")
-    return Row(number, cells[columns.path], _number_or_name(cells[columns.label]))
+    label = cells[columns.label]
+    return Row(number, cells[columns.path], _number_or_name(label) if label else None)
 
 
 def _is_comment(line: str) -> bool:

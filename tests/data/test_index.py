@@ -249,6 +249,16 @@ def test_csv_forms(videos: Path, text: str) -> None:
     )
 
 
+def test_columns_without_a_label(videos: Path) -> None:
+    train = write(videos / "train.csv", "path,label,split\nv/a.mp4,run,train\n")
+    test = write(videos / "test.csv", "split,path,label\ntest,v/b.mp4,\n")
+    splits = csv_splits(train, train, test=test)
+    assert splits.test is not None
+    assert [(video.id, video.label) for video in splits.test.videos] == [("v/b.mp4", None)]
+    with fails("test.csv, line 2 (v/b.mp4): it has no label"):
+        csv_splits(test, test)
+
+
 def test_videos_to_train_and_to_validate_on_are_told(videos: Path, caplog: pytest.LogCaptureFixture) -> None:
     train = write(videos / "train.csv", "v/a.mp4 0\nv/b.mp4 1\n")
     csv_splits(train, write(videos / "val.csv", "v/b c.mp4 0\n"))
