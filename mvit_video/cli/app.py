@@ -42,7 +42,7 @@ def build_model(config: DictConfig, num_classes: int | None = None) -> VideoMode
     elif config.weights:
         model = load_model(config.weights)
     else:
-        raise ConfigError("nothing to run: give weights=FILE, or model=NAME to see random weights at work")
+        raise ConfigError("no weights given: set weights=FILE (or model=NAME for an untrained model)")
     model.protocol = override_protocol(model.protocol, config.views)
     timing.watch(model)
     return model.eval()

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -116,7 +116,29 @@ def _chunks(rows: int, width: int, itemsize: int) -> list[slice]:
     return [slice(start, start + step) for start in range(0, rows, step)]
 
 
-@torch.library.custom_op("mvit_video::linear", mutates_args=(), device_types="cpu")
+Function = TypeVar("Function", bound=Callable[..., Any])
+# As torch.library.custom_op does it, whose operators import TorchDynamo (two seconds) with their first call.
+_LIBRARY = torch.library.Library("mvit_video", "DEF")
+
+
+def _operator(name: str) -> Callable[[Callable[..., Any]], Any]:
+    """Make an operator of a function of CPU tensors, which tracing then takes as one step."""
+
+    def register(function: Callable[..., Any]) -> Any:
+        _LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=()))
+        _LIBRARY.impl(name, function, "CPU")
+        return getattr(torch.ops.mvit_video, name).default
+
+    return register
+
+
+def _shapes_of(operator: Any) -> Callable[[Function], Function]:
+    """What tracing takes for the operator's results."""
+    register: Callable[[Function], Function] = torch.library.register_fake(operator, lib=_LIBRARY)
+    return register
+
+
+@_operator("linear")
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu_input: bool) -> Tensor:
     rows = x.flatten(0, -2)
     if not gelu_input:
@@ -127,12 +149,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu_input: bool) -> 
     return out.view(*x.shape[:-1], -1)
 
 
-@linear.register_fake
+@_shapes_of(linear)
 def _(x: Tensor, weight: Tensor, bias: Tensor | None, gelu_input: bool) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-@torch.library.custom_op("mvit_video::linear_backward", mutates_args=(), device_types="cpu")
+@_operator("linear_backward")
 def _linear_backward(
     grad: Tensor, x: Tensor, weight: Tensor, gelu_input: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -148,7 +170,7 @@ def _linear_backward(
     return grad_x.view(x.shape), grad_weight.to(weight.dtype), grad_bias
 
 
-@_linear_backward.register_fake
+@_shapes_of(_linear_backward)
 def _(grad: Tensor, x: Tensor, weight: Tensor, gelu_input: bool) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape), torch.empty_like(weight), weight.new_empty(weight.shape[0])
 
@@ -166,10 +188,10 @@ def _linear_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, grad_weight, None if bias is None else grad_bias, None
 
 
-linear.register_autograd(_linear_gradients, setup_context=_linear_setup_context)
+torch.library.register_autograd(linear, _linear_gradients, setup_context=_linear_setup_context, lib=_LIBRARY)
 
 
-@torch.library.custom_op("mvit_video::mlp", mutates_args=(), device_types="cpu")
+@_operator("mlp")
 def mlp(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None) -> Tensor:
     rows = x.flatten(0, -2)
     out = x.new_empty(len(rows), len(weight2))
@@ -178,12 +200,12 @@ def mlp(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2
     return out.view(*x.shape[:-1], -1)
 
 
-@mlp.register_fake
+@_shapes_of(mlp)
 def _(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight2.shape[0])
 
 
-@torch.library.custom_op("mvit_video::attention", mutates_args=(), device_types="cpu")
+@_operator("attention")
 def attention(
     q: Tensor,
     k: Tensor,
@@ -205,12 +227,12 @@ def attention(
     return out
 
 
-@attention.register_fake
+@_shapes_of(attention)
 def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
     return v.new_empty(*q.shape[:-1], v.shape[-1])
 
 
-@torch.library.custom_op("mvit_video::attention_backward", mutates_args=(), device_types="cpu")
+@_operator("attention_backward")
 def _attention_backward(
     grad: Tensor,
     q: Tensor,
@@ -245,7 +267,7 @@ def _attention_backward(
     return grads[0], grads[1], grads[2], grads[3]
 
 
-@_attention_backward.register_fake
+@_shapes_of(_attention_backward)
 def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, q_positions: Tensor, *_: Any) -> tuple[Tensor, ...]:
     return tuple(x.new_empty(x.shape) for x in (q, k, v, q_positions))
 
@@ -267,7 +289,9 @@ def _attention_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return *_attention_backward(grad, *inputs), None, None, None
 
 
-attention.register_autograd(_attention_gradients, setup_context=_attention_setup_context)
+torch.library.register_autograd(
+    attention, _attention_gradients, setup_context=_attention_setup_context, lib=_LIBRARY
+)
 
 
 def depthwise_conv3d(x: Tensor, weight: Tensor, stride: Size, padding: Size) -> Tensor:
@@ -307,7 +331,7 @@ class _DepthwiseConv3d(torch.autograd.Function):
         return grad_x, grad_weight, None, None
 
 
-@torch.library.custom_op("mvit_video::depthwise_backward", mutates_args=(), device_types="cpu")
+@_operator("depthwise_backward")
 def _depthwise_backward(
     grad: Tensor,
     x: Tensor,
@@ -325,7 +349,7 @@ def _depthwise_backward(
     )
 
 
-@_depthwise_backward.register_fake
+@_shapes_of(_depthwise_backward)
 def _(
     grad: Tensor,
     x: Tensor,

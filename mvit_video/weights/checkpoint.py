@@ -248,7 +248,9 @@ def _build(description: Description, checkpoint: Mapping[str, Any], name: str) -
     model = build_empty(description, weights, name)
     fitted, _ = _fit(model, _named_weights(model, checkpoint, name)[0], name)
     if isinstance(model, MViT) and {*dict(model.named_buffers())} <= fitted.keys():
-        model.to_empty(device="cpu")
+        # Module.to_empty would import SymPy for its sizes, which takes longer than loading.
+        empty = {k: torch.empty(v.shape, dtype=v.dtype) for k, v in model.state_dict().items()}
+        model.load_state_dict(empty, assign=True)
     else:  # other libraries' models hold more than their weights
         model = type(model)(description.config, description.protocol)
     model.load_state_dict(fitted)

@@ -20,7 +20,7 @@ from mvit_video.errors import ConfigError
 
 HEAVY = (
     "torch", "torchvision", "pytorch_lightning", "torchmetrics", "matplotlib", "pyarrow", "scipy", "gradio",
-    "tensorboard", "jinja2", "ray", "PIL", "av",
+    "tensorboard", "jinja2", "ray", "PIL", "av", "torch._dynamo", "sympy",
 )  # fmt: skip
 
 
