@@ -53,6 +53,7 @@ def predict_files(config: DictConfig, files: list[str]) -> None:
     text_format = None if config.output else config.format
     shown: list[Prediction] = []
     failed: list[Prediction] = []
+    warned = False
     with ExitStack() as stack:
         writer, todo = None, videos
         if config.output:
@@ -74,8 +75,9 @@ def predict_files(config: DictConfig, files: list[str]) -> None:
             _print(",".join(COLUMNS) + "\n")
         for prediction in track(predictions, len(videos), done=len(videos) - len(todo), what="predicting"):
             if prediction.error is not None:
-                if prediction.error == NOT_FINITE and not failed:
+                if prediction.error == NOT_FINITE and not warned:  # before hours of them
                     log.warning("%s: %s", prediction.path, NOT_FINITE)
+                    warned = True
                 failed.append(prediction)
             if writer is not None:
                 writer.add(prediction)
