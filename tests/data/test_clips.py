@@ -6,11 +6,13 @@ import random
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
 from videos import read_number, write_numbered_video
 
+from mvit_video.data.clips import centre_views, read_test_views, view_frame_indices
 from mvit_video.data.datasets import Augment, TestViews, TrainingClips, training_loader
 from mvit_video.data.decode import open_video
 from mvit_video.data.index import LabelledVideo
@@ -138,3 +140,24 @@ def test_an_incomplete_batch_is_dropped_unless_it_is_the_only_one(
     loader = training_loader(dataset, batch_size=batch_size, num_workers=0)
     assert [len(batch.labels) for batch in loader] == sizes
     assert len(loader) == len(sizes)
+
+
+@pytest.mark.parametrize("pixels", ["slowfast", "torchvision", "image"])
+def test_tensors_are_prepared_as_files_are(
+    videos: list[LabelledVideo], pixels: Literal["slowfast", "torchvision", "image"]
+) -> None:
+    sampling: Any = "torchvision" if pixels == "torchvision" else "uniform"
+    spec = replace(
+        PROTOCOL, pixels=pixels, sampling=sampling, num_clips=1, short_side=81, crop=64, mean=(0.4, 0.5, 0.6)
+    )
+    with open_video(videos[3].path) as video:
+        views, _ = read_test_views(video, spec)
+        (indices,) = view_frame_indices(video.num_frames, video.fps, spec)
+        frames = video.get_frames(indices)
+    assert torch.equal(centre_views(frames.transpose(0, 1)[None], spec), views)
+
+
+def test_tensors_show_the_centre_of_three_crops(videos: list[LabelledVideo]) -> None:
+    frames = torch.randint(256, (2, 3, 4, 60, 90), dtype=torch.uint8)
+    spec = replace(PROTOCOL, short_side=40, crop=32)
+    assert torch.equal(centre_views(frames, replace(spec, num_crops=3)), centre_views(frames, spec))

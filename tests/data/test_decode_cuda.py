@@ -86,6 +86,7 @@ def software(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "_acceleration", lambda device: nullcontext())
     monkeypatch.setattr(cuda, "_kept", cuda._KeptDecoders())
     monkeypatch.setattr(cuda, "fallbacks", type(cuda.fallbacks)())
+    monkeypatch.setattr(cuda, "_lacking", set())
 
 
 def test_software_frames_are_noticed_and_the_file_is_decoded_on_the_cpu(
@@ -212,6 +213,84 @@ def test_few_decoders_are_kept_and_none_is_shared_between_threads() -> None:
     assert kept.get(0, object, anew=True)[0] is not first  # type: ignore[arg-type]
 
 
+def _decode_all(decoder: cuda.HardwareDecoder, container: Any) -> None:
+    for packet in container.demux(video=0):
+        decoder.decode(packet)
+
+
+def _decoder(path: Path) -> tuple[Any, cuda.HardwareDecoder]:
+    container = av.open(str(path))
+    return container, cuda.decoder_for(container.streams.video[0], "yuv420p", CPU)
+
+
+@pytest.mark.parametrize("codec", ["libx264", "libx265"])
+def test_files_that_would_make_ffmpeg_create_its_decoder_anew_have_others(
+    tmp_path: Path, software: None, codec: str
+) -> None:
+    """The same size in another aspect ratio or colour matrix; of HEVC also other parameter sets."""
+    key = "x264-params" if codec == "libx264" else "x265-params"
+    params = ["", "sar=4\\:3", "colormatrix=bt709:colorprim=bt709:transfer=bt709", "sar=4\\:3"]
+    contexts = []
+    for number, value in enumerate(params):
+        value = ":".join(filter(None, [value, "log-level=none" if codec == "libx265" else ""]))
+        path = write_numbered_video(
+            tmp_path / f"{number}.mp4", 5, codec=codec, options={"preset": "ultrafast", key: value}
+        )
+        container, decoder = _decoder(path)
+        contexts.append(decoder._context)
+        container.close()
+    assert contexts[1] is contexts[3]
+    assert len(set(map(id, contexts))) == 3
+
+
+def test_a_decoder_that_went_over_to_software_is_forgotten(tmp_path: Path, software: None) -> None:
+    path = write_numbered_video(tmp_path / "small.mp4", 10, options=X264)
+    for _ in range(2):
+        container, decoder = _decoder(path)
+        assert decoder.is_new
+        with pytest.raises(NotOnHardware), decoder:
+            _decode_all(decoder, container)
+        container.close()
+    assert not cuda._kept._contexts
+
+
+def test_a_kind_that_the_gpu_lacks_is_tried_once(tmp_path: Path, software: None) -> None:
+    """Shown by a picture of usual size: NVDEC refuses very small ones of any kind."""
+    sizes = {"tiny.mp4": (64, 64), "usual.mp4": (240, 320), "other.mp4": (360, 480)}
+    paths = {
+        name: write_numbered_video(tmp_path / name, 10, height=height, width=width, options=X264)
+        for name, (height, width) in sizes.items()
+    }
+    made: list[str] = []
+    create = cuda._create
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda, "_create", lambda *arguments: made.append(arguments[0]) or create(*arguments))
+        for path in (*paths.values(), *paths.values()):
+            with PyAVVideo(path, device=CPU, nvdec=True) as video:
+                assert read_number(video.get_frames([4])[0]) == 4
+    assert len(made) == 2
+    assert cuda.fallbacks == {"NVDEC can't decode this kind of h264": 6}
+
+
+def test_a_full_gpu_means_the_cpu(tmp_path: Path, software: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(cuda.HardwareDecoder, "decode", full)
+    path = write_numbered_video(tmp_path / "a.mp4", 10, options=X264)
+    with PyAVVideo(path, device=CPU, nvdec=True) as video:
+        assert read_number(video.get_frames([4])[0]) == 4
+    assert cuda.fallbacks == {"the GPU's memory is full": 1}
+
+    def none_left(*_: Any) -> None:
+        raise av.error.MemoryError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(cuda, "_create", none_left)
+    with PyAVVideo(path, device=CPU, nvdec=True) as video:
+        assert read_number(video.get_frames([4])[0]) == 4
+    assert cuda.fallbacks == {"the GPU's memory is full": 2}
+
+
 @no_gpu_here
 def test_a_decoder_that_can_not_be_made_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     accelerate = av.codec.hwaccel.HWAccel("cuda", device="0", is_hw_owned=True)
@@ -255,6 +334,7 @@ def test_gpu_frames_are_the_cpu_frames(tmp_path: Path, name: str) -> None:
     arguments = {"height": 256, "width": 340} | GPU_FILES[name]
     path = write_numbered_video(tmp_path / name, 60, **arguments)
     torch.zeros(1, device="cuda")
+    cuda.fallbacks.clear()
     with open_video(path, device="cuda") as video, open_video(path) as exact:
         for indices in ([0], [59], [30, 4, 30], list(range(60))):
             frames = video.get_frames(indices)
@@ -262,6 +342,7 @@ def test_gpu_frames_are_the_cpu_frames(tmp_path: Path, name: str) -> None:
             difference = (frames.cpu().int() - exact.get_frames(indices).int()).abs().float()
             assert difference.max() <= 3
             assert difference.mean() < 1.5
+    assert bool(cuda.fallbacks) == (name in ("odd.webm", "mpeg4.avi"))  # or NVDEC was never asked
 
 
 @pytest.mark.gpu

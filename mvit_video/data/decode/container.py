@@ -6,6 +6,7 @@ lists of formats and protocols hold for what is opened and for all that is opene
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import IO, Any, Literal, TypeAlias, cast
 
@@ -88,8 +89,16 @@ def best_video_stream(container: InputContainer, name: str, max_pixels: int = MA
     if codec is None:
         raise VideoError(name, "FFmpeg has no decoder for its video stream")
     require_pixels(codec.width, codec.height, max_pixels, name)
-    codec.options = {"max_pixels": str(max_pixels)}
+    codec.options = decoder_limit(max_pixels)
     return stream
+
+
+def decoder_limit(max_pixels: int) -> dict[str, str]:
+    """FFmpeg's option that keeps a decoder from taking more memory, should frames become larger.
+
+    Decoders count whole blocks and borders of up to 256 pixels more each way, so it is a little higher.
+    """
+    return {"max_pixels": str(max_pixels + 1024 * (math.isqrt(max_pixels) + 64))}
 
 
 def require_pixels(width: int, height: int, max_pixels: int, name: str) -> None:

@@ -5,7 +5,6 @@ Making a decoder takes about 0.1 s, more than decoding a clip, so each thread ke
 
 from __future__ import annotations
 
-import errno
 import functools
 import logging
 import threading
@@ -136,9 +135,9 @@ def decoder_for(
     try:
         context, is_new = _kept.get(key, functools.partial(_create, name, headers, device), anew=anew)
         return HardwareDecoder(context, stream, key, is_new=is_new)
+    except (MemoryError, torch.OutOfMemoryError) as error:  # FFmpeg's too is a MemoryError
+        raise NotOnHardware("the GPU's memory is full") from error
     except FFmpegError as error:
-        if error.errno == errno.ENOMEM:
-            raise NotOnHardware("the GPU's memory is full") from error
         raise NotOnHardware(f"no NVDEC decoder for {name} could be made ({error.strerror})") from error
 
 

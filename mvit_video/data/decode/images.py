@@ -36,7 +36,7 @@ _DEFAULT_SECONDS = 0.1  # that a frame of an animation is shown which doesn't sa
 
 def is_images(path: str | Path) -> bool:
     """Whether a path means pictures: an image file, a numbered run of them, or a folder."""
-    return str(path).lower().endswith(IMAGE_EXTENSIONS) or Path(path).is_dir()
+    return str(path).lower().endswith(IMAGE_EXTENSIONS) or os.path.isdir(path)  # noqa: PTH112 (False for any odd name)
 
 
 def frame_pattern(first: str, last: str) -> str | None:
@@ -59,14 +59,14 @@ def image_files(path: str) -> list[str]:
         VideoError: a folder has no pictures, a number between two of them is missing, or a numbered run has
             more than `MAX_FRAMES`.
     """
-    run = None if Path(path).exists() else _PATTERN.match(path)
+    run = None if os.path.exists(path) else _PATTERN.match(path)  # noqa: PTH110
     if run is not None:
         # Zero-padded numbers are as wide as the first one.
         first, last, width = int(run["first"]), int(run["last"]), len(run["first"])
         if not 0 <= last - first < MAX_FRAMES:
             raise VideoError(path, f"a numbered run is of 1 to {MAX_FRAMES} pictures, not {last - first + 1}")
         return [f"{run['start']}{i:0{width}}{run['suffix']}" for i in range(first, last + 1)]
-    if not Path(path).is_dir():
+    if not os.path.isdir(path):  # noqa: PTH112 (False for any odd name)
         return [path]
     try:
         names = os.listdir(path)  # noqa: PTH208 (names are all that is needed)

@@ -13,6 +13,7 @@ import os
 import threading
 import time
 import zipfile
+import zlib
 from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -106,7 +107,15 @@ class IndexCache:
         if found is None and self._file is not None and self._file.exists():
             try:
                 found = _read(self._file, self._stamp)
-            except (OSError, ValueError, KeyError, TypeError, IndexError, zipfile.BadZipFile) as error:
+            except (
+                OSError,
+                ValueError,
+                LookupError,
+                TypeError,
+                EOFError,
+                zipfile.BadZipFile,
+                zlib.error,
+            ) as error:
                 log.info("%s is no index of packets (%s); it is made anew", self._file, error)
             if found is not None:
                 _memory.put(self._key, self._stamp, found)

@@ -32,6 +32,7 @@ from mvit_video.data.decode.container import (
     MAX_PIXELS,
     best_video_stream,
     check_file,
+    decoder_limit,
     has_telling_header,
     is_encrypted,
     open_file,
@@ -163,6 +164,7 @@ class PyAVVideo:
         return self._found.fmt
 
     def _keep_format(self, fmt: FrameFormat) -> None:
+        require_pixels(fmt.width, fmt.height, self._max_pixels, self.path)
         self._found.fmt = fmt
         self._cache.save(self._found)
 
@@ -270,7 +272,7 @@ class PyAVVideo:
 
     @timed("demux")
     def _open(self) -> None:
-        options = {**_PROBE, "max_pixels": str(self._max_pixels)}
+        options = {**_PROBE, **decoder_limit(self._max_pixels)}
         self._container = open_file(
             self.path, size=self._size, options=options, container_options=self._probing
         )
@@ -294,7 +296,7 @@ class PyAVVideo:
         sized = self.container_format in _HEADER_HAS_SIZE
         self._first_size = (self._codec.width, self._codec.height) if sized else None
         # Fail where FFmpeg would paint over damage.
-        self._codec.options = {"err_detect": "explode", "max_pixels": str(self._max_pixels)}
+        self._codec.options = {"err_detect": "explode", **decoder_limit(self._max_pixels)}
         self._demuxer = self._demux()
         self._position = 0
 

@@ -52,6 +52,9 @@ def measure_times(
     if len(pts) < 2 or None in pts:
         return FrameTimes(np.arange(len(pts)) / declared_fps, declared_fps, start, 0)
     ticks = np.array(pts, np.int64)
+    ordered = np.unique(ticks)
+    if len(ordered) == len(ticks) and (np.diff(ticks) * tick > -_GAP_SECONDS).all():
+        ticks, start = ordered, int(ordered[0])  # frames that were told each other's times
     steps = np.diff(ticks)
     rising = steps[steps > 0]
     if not len(rising):

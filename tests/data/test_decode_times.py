@@ -1,0 +1,133 @@
+"""Clocks that restart or jump, zeros behind a recording, and encrypted files."""
+
+from __future__ import annotations
+
+import logging
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+from videos import read_number, write_numbered_video
+
+from mvit_video.data.decode import open_video, times
+from mvit_video.data.decode.times import measure_times
+from mvit_video.errors import VideoError
+
+X264 = {"preset": "veryfast", "bf": "2", "g": "30"}
+VP8 = {"codec": "libvpx", "options": {"deadline": "realtime", "cpu-used": "8"}}
+
+# name: (arguments, how exact the clock is)
+FORMATS: dict[str, dict[str, Any]] = {
+    "a.ts": {"options": X264, "fps": 30},
+    "a.mpg": {"codec": "mpeg2video", "options": {"bf": "2", "g": "10"}, "fps": 25},
+    "a.webm": VP8 | {"fps": 30, "container_options": {"live": "1"}},
+    "ntsc.ts": {"options": X264, "fps": Fraction(30000, 1001)},
+}
+
+
+def _later(source: Path, path: Path, seconds: float) -> bytes:
+    with av.open(str(source)) as old, av.open(str(path), "w") as new:
+        stream = new.add_stream_from_template(old.streams.video[0])
+        for packet in old.demux(video=0):
+            if packet.size:
+                ticks = int(seconds / packet.time_base)
+                packet.pts, packet.dts, packet.stream = packet.pts + ticks, packet.dts + ticks, stream
+                new.mux(packet)
+    return path.read_bytes()
+
+
+def _check(path: Path, num_frames: int, fps: float) -> None:
+    with open_video(path) as video:
+        seconds = [video.frame_time(index) for index in range(video.num_frames)]
+        assert video.num_frames == num_frames
+        assert video.fps == pytest.approx(fps, rel=2e-4)
+        assert (np.diff(seconds) > 0).all()
+        assert video.duration == pytest.approx(num_frames / fps, rel=2e-4)
+        assert seconds[-1] == pytest.approx((num_frames - 1) / fps, rel=2e-3)
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+@pytest.mark.parametrize("name", FORMATS)
+def test_joined_recordings_keep_their_rate(
+    tmp_path: Path, name: str, parts: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    times.warn_of_jumps.cache_clear()
+    path = write_numbered_video(tmp_path / name, 40, **FORMATS[name])
+    path.write_bytes(path.read_bytes() * parts)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            _check(path, 40 * parts, float(FORMATS[name]["fps"]))
+    assert len([record for record in caplog.records if str(path) in record.getMessage()]) == 1
+
+
+@pytest.mark.parametrize("seconds", [20, 36_000])
+def test_a_clock_that_jumps_ahead_does_not_slow_the_rate(tmp_path: Path, seconds: float) -> None:
+    first = write_numbered_video(tmp_path / "a.ts", 60, options=X264, fps=30)
+    path = tmp_path / "joined.ts"
+    path.write_bytes(first.read_bytes() + _later(first, tmp_path / "b.ts", seconds))
+    _check(path, 120, 30)
+    with open_video(path) as video:
+        assert [read_number(frame) for frame in video.get_frames([59, 60, 119])] == [59, 0, 59]
+
+
+@pytest.mark.parametrize("count", [10, 90])
+def test_avi_with_b_frames_has_the_rate_of_its_header(tmp_path: Path, count: int) -> None:
+    _check(write_numbered_video(tmp_path / "a.avi", count, options=X264 | {"bf": "3"}, fps=30), count, 30)
+
+
+def test_a_pause_of_a_recording_stays_in_its_times(tmp_path: Path) -> None:
+    """Formats whose clocks don't jump: an MP4 of a screen on which nothing changed for a while."""
+    shown = [i / 25 + 7 * (i >= 20) for i in range(60)]
+    with open_video(write_numbered_video(tmp_path / "a.mp4", 60, times=shown)) as video:
+        assert video.fps == pytest.approx(25)
+        assert [video.frame_time(i) for i in range(60)] == pytest.approx(shown, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("pts", "fps", "num_jumps"),
+    [
+        ([0, 33, 67, 100, 133], 1000 * 4 / 133, 0),
+        ([0, 40, 80, 0, 40, 80], 25, 1),
+        ([0, 40, 80, 80, 120], 25, 1),
+        ([0, 80, 40, 120, 200, 160], 25, 0),
+        ([0, 40, 80, 90_000, 90_040], 25, 1),
+        ([0, 2000, 4000, 9000], 1000 * 3 / 9000, 0),
+        ([0, 0, 0], 24, 0),
+        ([5, None, 7], 24, 0),
+        ([7], 24, 0),
+        ([], 24, 0),
+    ],
+)
+def test_rates(pts: list[int | None], fps: float, num_jumps: int) -> None:
+    found = measure_times(pts, Fraction(1, 1000), 24.0, clock_may_jump=True)
+    assert found.fps == pytest.approx(fps)
+    assert found.num_jumps == num_jumps
+    assert len(found.seconds) == len(pts)
+    assert (np.diff(found.seconds) > 0).all()
+
+
+@pytest.mark.parametrize("zeros", [188, 10_000, 3_000_000])
+@pytest.mark.parametrize("name", ["a.ts", "a.mpg", "a.mp4"])
+def test_zeros_behind_the_end_are_no_damage(tmp_path: Path, name: str, zeros: int) -> None:
+    codec = {"codec": "mpeg2video"} if name == "a.mpg" else {"options": X264}
+    path = write_numbered_video(tmp_path / name, 40, **codec)
+    path.write_bytes(path.read_bytes() + bytes(zeros))
+    for indices in ([39], [0, 20, 39], list(range(40))):
+        with open_video(path) as video:
+            assert [read_number(frame) for frame in video.get_frames(indices)] == indices
+
+
+@pytest.mark.parametrize("scheme", ["cenc-aes-ctr"])
+def test_an_encrypted_file_is_called_encrypted(tmp_path: Path, scheme: str) -> None:
+    keys = {
+        "encryption_key": "76a6c65c5ea762046bd749a2e632ccbb",
+        "encryption_kid": "a7e61c373e219033c21091fa607bf3b8",
+    }
+    path = write_numbered_video(
+        tmp_path / "a.mp4", 30, options=X264, container_options={"encryption_scheme": scheme, **keys}
+    )
+    with pytest.raises(VideoError, match="encrypted"), open_video(path) as video:
+        video.get_frames([0, 29])

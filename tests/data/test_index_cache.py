@@ -1,0 +1,155 @@
+"""A file is read whole once: after that, opening it and decoding a clip cost the same for any length."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import av
+import pytest
+from test_decode import FILES, X264, numbers, requests
+from videos import write_numbered_video
+
+from mvit_video.data.decode import index_cache, open_video
+from mvit_video.data.decode.pyav import PyAVVideo
+
+
+@pytest.fixture(autouse=True)
+def memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index_cache, "_memory", index_cache._Memory())
+
+
+def _settle(path: Path) -> None:
+    """Make a file look as if nobody were writing it."""
+    os.utime(path, (1_600_000_000, 1_600_000_000))
+
+
+@pytest.fixture
+def num_read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Files that were read whole."""
+    paths: list[str] = []
+    read = PyAVVideo._read_file
+
+    def noted(video: PyAVVideo) -> Any:
+        paths.append(video.path)
+        return read(video)
+
+    monkeypatch.setattr(PyAVVideo, "_read_file", noted)
+    return paths
+
+
+@pytest.mark.parametrize("kept", ["memory", "folder"])
+@pytest.mark.parametrize("name", FILES)
+def test_frames_are_the_same_by_a_kept_index(
+    tmp_path: Path, name: str, kept: str, num_read: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = {"num_frames": 40, "options": X264 if name.startswith("h264") else None} | FILES[name]
+    path = write_numbered_video(tmp_path / name, **arguments)
+    _settle(path)
+    options = {"index_cache": str(tmp_path / "kept")} if kept == "folder" else {}
+    with open_video(path, **options) as video:
+        first = (video.num_frames, video.fps, video.height, video.width, video.duration)
+        video.get_frames([0])
+    for indices in requests(first[0]).values():
+        if kept == "folder":
+            monkeypatch.setattr(index_cache, "_memory", index_cache._Memory())
+        with open_video(path, **options) as video:
+            assert (video.num_frames, video.fps, video.height, video.width, video.duration) == first
+            assert numbers(video.get_frames(indices)) == indices
+    assert num_read == [str(path)]
+
+
+def test_a_changed_file_is_read_again(tmp_path: Path, num_read: list[str]) -> None:
+    path = write_numbered_video(tmp_path / "a.mp4", 20)
+    with open_video(path):
+        pass
+    write_numbered_video(path, 30)  # within a tick of the clock that files are stamped with
+    with open_video(path) as video:
+        assert video.num_frames == 30
+    _settle(path)
+    for _ in range(2):
+        with open_video(path, index_cache=str(tmp_path / "kept")) as video:
+            assert video.num_frames == 30
+    content = path.read_bytes()
+    write_numbered_video(path, 25)
+    with open_video(path, index_cache=str(tmp_path / "kept")) as video:
+        assert video.num_frames == 25
+    assert len(num_read) == 4
+    assert len(content) != path.stat().st_size
+
+
+@pytest.mark.parametrize("damage", [b"", b"no archive", None])
+def test_a_damaged_index_is_made_anew(
+    tmp_path: Path, damage: bytes | None, num_read: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_numbered_video(tmp_path / "a.mp4", 20)
+    _settle(path)
+    for _ in range(2):
+        with open_video(path, index_cache=str(tmp_path / "kept")) as video:
+            assert numbers(video.get_frames([19, 3])) == [19, 3]
+        (file,) = (tmp_path / "kept").rglob("*.npz")
+        content = file.read_bytes()
+        file.write_bytes(content[: len(content) // 2] if damage is None else damage)
+        monkeypatch.setattr(index_cache, "_memory", index_cache._Memory())
+    assert len(num_read) == 2
+
+
+def test_memory_of_kept_indices_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index_cache, "_MAX_FRAMES", 50)
+    for number in range(4):
+        path = write_numbered_video(tmp_path / f"{number}.mp4", 20)
+        _settle(path)
+        with open_video(path):
+            pass
+    assert index_cache._memory._num_frames == 40
+    assert len(index_cache._memory._entries) == 2
+
+
+def _repeated(short: Path, path: Path, repeats: int) -> Path:
+    with av.open(str(short)) as source, av.open(str(path), "w") as target:
+        stream = source.streams.video[0]
+        copy = target.add_stream_from_template(stream)
+        packets = [packet for packet in source.demux(stream) if packet.size]
+        ticks = 50 * packets[0].duration
+        for repeat in range(repeats):
+            for packet in packets:
+                again = av.Packet(bytes(packet))
+                again.pts, again.dts = packet.pts + repeat * ticks, packet.dts + repeat * ticks
+                again.time_base, again.stream = packet.time_base, copy
+                again.is_keyframe = packet.is_keyframe
+                target.mux(again)
+    _settle(path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_a_clip_of_a_long_file_costs_no_more_packets(
+    tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten seconds against half an hour."""
+    short = write_numbered_video(tmp_path / "base.mp4", 50, height=64, width=64, options=X264 | {"g": "25"})
+    files = [_repeated(short, tmp_path / f"{repeats}{suffix}", repeats) for repeats in (5, 900)]
+    demuxed = [0]
+    demux = PyAVVideo._demux
+
+    def counted(video: PyAVVideo) -> Any:
+        for packet in demux(video):
+            demuxed[0] += 1
+            yield packet
+
+    monkeypatch.setattr(PyAVVideo, "_demux", counted)
+    costs = []
+    for path in files:
+        with open_video(path, index_cache=str(tmp_path / "kept")) as video:
+            video.get_frames([0])
+        monkeypatch.setattr(index_cache, "_memory", index_cache._Memory())
+        demuxed[0] = 0
+        for share in (0.1, 0.35, 0.6, 0.85):
+            with open_video(path, index_cache=str(tmp_path / "kept")) as video:
+                start = int(share * video.num_frames)
+                video.get_frames(list(range(start, start + 32, 2)))
+        costs.append(demuxed[0])
+    assert costs[1] <= 1.5 * costs[0]
+    kept = sum(file.stat().st_size for file in (tmp_path / "kept").rglob("*.npz"))
+    assert kept < 100_000  # of 45,250 frames
