@@ -298,13 +298,13 @@ def _fit(
     misfits = []
     for key in (key for key in expected if key in weights):
         found, value = weights[key], expected[key]
-        if not is_plain(found) or found.is_floating_point() != value.is_floating_point():
+        if not found.numel() or not is_plain(found) or found.is_floating_point() != value.is_floating_point():
             misfits.append(f"{key} holds {found.dtype} ({found.layout}), expected dense floats")
         elif found.shape == value.shape:
             fitted[key] = found.to(value.dtype)
             how["loaded"].append(key)
-        elif grid and (adapted := adapt_shape(key, found, tuple(value.shape), grid)):
-            fitted[key] = adapted[0].to(value.dtype)
+        elif grid and (adapted := adapt_shape(key, found.to(value.dtype), tuple(value.shape), grid)):
+            fitted[key] = adapted[0]
             how[adapted[1]].append(key)
         else:
             misfits.append(f"{key} is {tuple(found.shape)}, expected {tuple(value.shape)}")

@@ -88,7 +88,11 @@ def _inflated(value: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, str] | Non
         return None
     if value.ndim == 4:
         value = value.unsqueeze(2)
-    if value.shape[2] != 1 or (*value.shape[:2], *value.shape[3:]) != (*shape[:2], *shape[3:]):
+    if (
+        value.ndim != 5
+        or value.shape[2] != 1
+        or (*value.shape[:2], *value.shape[3:]) != (*shape[:2], *shape[3:])
+    ):
         return None
     return value.repeat(1, 1, shape[2], 1, 1), "inflated"
 
@@ -106,13 +110,13 @@ def _resized_positions(name: str, table: Tensor, length: int) -> tuple[Tensor, s
     return grid.flatten(2).transpose(1, 2).contiguous(), "interpolated"
 
 
-def _joint_grid(cells: int, grid: Grid) -> Grid | None:
-    """The grid of a table with ``cells`` rows: square frames as many as in ``grid``, or more or fewer of its
-    frames. None where neither or both are possible.
+def _joint_grid(num_tokens: int, grid: Grid) -> Grid | None:
+    """The grid of a table with ``num_tokens`` rows: as many frames as in ``grid``, but square ones of another
+    size, or more or fewer frames of its size. None where neither or both are possible.
     """
     t, h, w = grid
-    side = math.isqrt(max(cells, 0) // t)
-    possible = {c for c in ((t, side, side), (cells // (h * w), h, w)) if math.prod(c) == cells > 0}
+    side = math.isqrt(max(num_tokens, 0) // t)
+    possible = {c for c in ((t, side, side), (num_tokens // (h * w), h, w)) if math.prod(c) == num_tokens > 0}
     return possible.pop() if len(possible) == 1 else None
 
 

@@ -293,6 +293,24 @@ def test_odd_contents_are_one_line(tmp_path: Path, content: Any) -> None:
             read(tmp_path / "odd.pt")
 
 
+@pytest.mark.parametrize(
+    "key", ["cls_token", "patch_embed.proj.weight", "blocks.0.attn.rel_pos_h", "blocks.0.attn.pool_q.weight"]
+)
+@pytest.mark.parametrize(
+    "shape", [(), (0,), (0, 8), (3, 0, 8), (2, 3), (1, 1, 1, 1, 1, 1), (1, 2, 3, 4, 5)], ids=str
+)
+def test_odd_shapes_are_one_line(key: str, shape: tuple[int, ...]) -> None:
+    weights = small_model().state_dict() | {key: torch.zeros(shape)}
+    with pytest.raises(mv.CheckpointError, match=key):
+        mv.load_weights(small_model(), weights)
+
+
+def test_small_types_are_cast() -> None:
+    weights = {key: value.to(torch.float8_e5m2) for key, value in small_model().state_dict().items()}
+    report = mv.load_weights(small_model(crop_size=32), weights)
+    assert report.interpolated
+
+
 def test_a_dictionary_inside_itself_ends() -> None:
     content: dict[str, Any] = {}
     content["model"] = content
