@@ -88,11 +88,7 @@ def _inflated(value: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, str] | Non
         return None
     if value.ndim == 4:
         value = value.unsqueeze(2)
-    if (
-        value.ndim != 5
-        or value.shape[2] != 1
-        or (*value.shape[:2], *value.shape[3:]) != (*shape[:2], *shape[3:])
-    ):
+    if value.shape != (*shape[:2], 1, *shape[3:]):
         return None
     return value.repeat(1, 1, shape[2], 1, 1), "inflated"
 
