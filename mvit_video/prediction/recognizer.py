@@ -5,10 +5,8 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar, cast
 
@@ -21,6 +19,7 @@ from mvit_video.data.clips import centre_views, read_test_views
 from mvit_video.data.datasets import OpenVideo, TestViews, VideoViews
 from mvit_video.data.decode import device_of, open_video
 from mvit_video.data.index import LabelledVideo
+from mvit_video.data.threads import threaded_map
 from mvit_video.errors import ConfigError, VideoError
 from mvit_video.model import ClipSpec, MViT, VideoModel
 from mvit_video.model.variants import change_views
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
     from mvit_video.prediction.explain import Explanation
     from mvit_video.weights.export import ExportedModel
 
-In = TypeVar("In")
 Out = TypeVar("Out")
 Files = str | Path | Iterable[str | Path]
 
@@ -268,28 +266,6 @@ def load_any(path: str | Path, device: str | torch.device = "cpu") -> VideoModel
 
         return load_exported(path, device)
     return load_model(path)
-
-
-def threaded_map(function: Callable[[In], Out], items: Iterable[In], num_workers: int) -> Iterator[Out]:
-    """``map``, by threads that work a little ahead of the reader; results come in order.
-
-    FFmpeg and torch let go of the interpreter while they work, so threads do what processes would.
-    """
-    if num_workers == 0:
-        yield from map(function, items)
-        return
-    rest = iter(items)
-    futures: deque[Future[Out]] = deque()
-    pool = ThreadPoolExecutor(num_workers, thread_name_prefix="decode")
-    try:
-        while True:
-            wanted = 2 * num_workers - len(futures)
-            futures.extend(pool.submit(function, item) for item in islice(rest, wanted))
-            if not futures:
-                return
-            yield futures.popleft().result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def prefetch(items: Generator[Out, None, None], depth: int, *, drop: bool = False) -> Iterator[Out]:
