@@ -44,6 +44,7 @@ def prepare_index(config: DictConfig) -> None:
         root=None if root is None else Path(str(root)).expanduser(),
         num_workers=workers,
         frame_rate=config.frame_rate,
+        index_cache=config.index_cache,
     )
     problems = find_problems(table)
     folder = Path(HydraConfig.get().runtime.output_dir)

@@ -328,6 +328,7 @@ class DataCommand(Group):
     index: str | None
     num_workers: Workers | None
     frame_rate: Rate
+    index_cache: str | None
 
 
 class Export(Command):

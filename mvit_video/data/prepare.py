@@ -7,7 +7,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -55,7 +55,13 @@ class Changes(NamedTuple):
 
 
 def prepare(
-    splits: VideoSplits, file: Path, *, root: Path | None, num_workers: int, frame_rate: float = 30.0
+    splits: VideoSplits,
+    file: Path,
+    *,
+    root: Path | None,
+    num_workers: int,
+    frame_rate: float = 30.0,
+    index_cache: str | None = None,
 ) -> Table:
     """Probe all videos and write the index file; what an earlier run has found out is kept.
 
@@ -67,6 +73,7 @@ def prepare(
         root: the folder of the data set, to find files that it doesn't name.
         num_workers: processes that read videos; 0 reads them in this one.
         frame_rate: of folders of pictures.
+        index_cache: folder that keeps where each video's frames are, for `decoder.index_cache` of later runs.
 
     Raises:
         DataError: an older index can't be read, the new one can't be written, or a process died.
@@ -89,7 +96,9 @@ def prepare(
                 notes.writelines(_journal_lines(made_with, info))
             # No line is synced: what a power loss takes is read again.
             with journal.open("a", encoding="utf-8", buffering=1) as notes:
-                found = _probe_all(todo, num_workers, frame_rate)
+                found = _probe_all(
+                    todo, num_workers, partial(probe, frame_rate=frame_rate, index_cache=index_cache)
+                )
                 for path, new in track(found, "reading", total=len(todo), disable=not todo):
                     info[path] = new
                     notes.write(json.dumps([path, *new]) + "\n")
@@ -254,10 +263,12 @@ def _still_true(
 # Probing
 
 
-def _probe_all(paths: list[str], num_workers: int, frame_rate: float) -> Iterator[tuple[str, FileInfo]]:
+def _probe_all(
+    paths: list[str], num_workers: int, look: Callable[[str], FileInfo]
+) -> Iterator[tuple[str, FileInfo]]:
     if not paths:
         return
-    named = partial(_named_probe, frame_rate=frame_rate)  # runs where the sample is made: in a worker
+    named = partial(_named_probe, look=look)  # runs where the sample is made: in a worker
     workers = min(num_workers, len(paths))
     loader = DataLoader[str](paths, batch_size=None, collate_fn=named, num_workers=workers)  # type: ignore[arg-type]
     try:
@@ -271,8 +282,8 @@ def _probe_all(paths: list[str], num_workers: int, frame_rate: float) -> Iterato
         ) from None
 
 
-def _named_probe(path: str, frame_rate: float) -> tuple[str, FileInfo]:
-    return path, probe(path, frame_rate)
+def _named_probe(path: str, look: Callable[[str], FileInfo]) -> tuple[str, FileInfo]:
+    return path, look(path)
 
 
 def _journal_lines(made_with: Fingerprint, info: dict[str, FileInfo]) -> Iterator[str]:

@@ -44,11 +44,12 @@ def stat_of(path: str) -> tuple[int, int]:
     return sum(stat.st_size for stat in found), max(stat.st_mtime_ns for stat in found)
 
 
-def probe(path: str, frame_rate: float = 30.0) -> FileInfo:
+def probe(path: str, frame_rate: float = 30.0, index_cache: str | None = None) -> FileInfo:
     """Open a video, decode its first, middle and last frame, hash its content; a bad file has an `error`.
 
     Args:
         frame_rate: of pictures, as of `open_video`.
+        index_cache: folder that keeps what was read of the file, as of `open_video`.
     """
     try:
         size, mtime_ns = stat_of(path)
@@ -57,7 +58,7 @@ def probe(path: str, frame_rate: float = 30.0) -> FileInfo:
     info = FileInfo(size, mtime_ns)
     try:
         info = info._replace(sha256=file_sha256(*image_files(path)))
-        with open_video(path, backend="pyav", frame_rate=frame_rate) as video:
+        with open_video(path, backend="pyav", frame_rate=frame_rate, index_cache=index_cache) as video:
             info = info._replace(
                 frames=video.num_frames,
                 fps=video.fps,

@@ -18,6 +18,7 @@ from mvit_video.data.batches import in_full_batches
 from mvit_video.data.clips import centre_views, read_test_views
 from mvit_video.data.datasets import OpenVideo, TestViews, VideoViews
 from mvit_video.data.decode import device_of, open_video
+from mvit_video.data.decode.container import MAX_PIXELS
 from mvit_video.data.index import LabelledVideo
 from mvit_video.data.threads import threaded_map
 from mvit_video.errors import ConfigError, VideoError
@@ -159,7 +160,11 @@ class Recognizer:
         device = device_of(self.open_file)
 
         def views() -> Generator[VideoViews, None, None]:
-            for window in iter_windows(source, length=length, stride=stride, follow=follow, device=device):
+            max_pixels = getattr(self.open_file, "max_pixels", MAX_PIXELS)
+            windows = iter_windows(
+                source, length=length, stride=stride, follow=follow, device=device, max_pixels=max_pixels
+            )
+            for window in windows:
                 clips, _ = read_test_views(window, self.protocol)
                 video = LabelledVideo(window.path, None, window.path)
                 yield VideoViews(video, clips, [(window.start, window.end)] * len(clips))

@@ -119,6 +119,7 @@ def iter_windows(
     stride: float,
     follow: float | None = None,
     device: torch.device | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> Iterator[Window]:
     """Windows [0, length), [stride, stride + length), ... of a video as it is read, in seconds.
 
@@ -133,6 +134,7 @@ def iter_windows(
             stream that broke off or ended to be there again; over HTTP a stream is what doesn't say how long
             it is. The time that passes without frames counts. None: the first end is the end.
         device: where the frames end up; None: the CPU.
+        max_pixels: of a frame; a source with larger ones is refused.
 
     Raises:
         VideoError: nothing can be read. ConfigError: a number isn't positive.
@@ -142,7 +144,7 @@ def iter_windows(
             raise ConfigError(f"windows need a positive, finite {name} in seconds, got {value:g}")
     reformatter = VideoReformatter()
     fmt: FrameFormat | None = None
-    for span, frames in _slide(_timed_frames_of(source, follow), length, stride):
+    for span, frames in _slide(_timed_frames_of(source, follow, max_pixels), length, stride):
         fmt = fmt or FrameFormat.of(frames[0].frame)
         yield Window(frames, span, fmt=fmt, reformatter=reformatter, device=device or torch.device("cpu"))
     if fmt is None:
@@ -172,14 +174,14 @@ def _slide(
         yield (number * stride, last.second + 1 / last.source.rate), list(held)
 
 
-def _timed_frames_of(source: Source, follow: float | None) -> Iterator[_TimedFrame]:
+def _timed_frames_of(source: Source, follow: float | None, max_pixels: int) -> Iterator[_TimedFrame]:
     """The frames with seconds since the first; a stream that broke off is opened again."""
     again = follow is not None and str(source).startswith(_RECONNECTED)
     started, last, step = math.nan, -math.inf, 0.0  # by the clock of the wall; by that of the stream
     alive = time.monotonic()
     while True:
         try:
-            with open_stream(source, follow=follow) as (container, stream, name):
+            with open_stream(source, follow=follow, max_pixels=max_pixels) as (container, stream, name):
                 rate = float(stream.average_rate or stream.guessed_rate or 25)
                 about = _Source(name, rate, stream.codec_context.name)
                 again = again and not (name.startswith("http") and _has_an_end(container))

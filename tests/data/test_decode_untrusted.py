@@ -135,8 +135,11 @@ def test_larger_frames_than_allowed_are_refused(folder: Path, name: str) -> None
     path = write_numbered_video(folder / name, 12, **WRITERS[name])
     with open_video(path, max_pixels=120 * 160) as video:
         assert read_number(video.get_frames([11])[0]) == 11
-    with pytest.raises(VideoError, match=r"160x120 have more than decoder\.max_pixels=19199"):
+    message = r"160x120 have more than decoder\.max_pixels=19199"
+    with pytest.raises(VideoError, match=message):
         open_video(path, max_pixels=120 * 160 - 1)
+    with pytest.raises(VideoError, match=message):
+        next(iter_windows(path, length=1, stride=1, max_pixels=120 * 160 - 1))
 
 
 def test_frames_that_become_larger_than_allowed_are_not_decoded(folder: Path) -> None:

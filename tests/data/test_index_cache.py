@@ -8,6 +8,7 @@ from typing import Any
 
 import av
 import pytest
+from conftest import Command
 from test_decode import FILES, X264, numbers, requests
 from videos import write_numbered_video
 
@@ -153,3 +154,26 @@ def test_a_clip_of_a_long_file_costs_no_more_packets(
     assert costs[1] <= 1.5 * costs[0]
     kept = sum(file.stat().st_size for file in (tmp_path / "kept").rglob("*.npz"))
     assert kept < 100_000  # of 45,250 frames
+
+
+def test_prepare_keeps_the_indices_for_later_runs(
+    command: Command,
+    two_classes: Path,
+    tmp_path: Path,
+    num_read: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    files = [file for file in two_classes.rglob("*") if file.is_file()]
+    for file in files:
+        _settle(file)
+    kept = tmp_path / "kept"
+    command(
+        *("data", "prepare", "data=folder", f"data.root={two_classes}", f"index={tmp_path / 'i.parquet'}"),
+        *(f"index_cache={kept}", "num_workers=0"),
+    )
+    assert len(num_read) == len(files)
+    monkeypatch.setattr(index_cache, "_memory", index_cache._Memory())
+    for file in files:
+        with open_video(file, index_cache=str(kept)) as video:
+            assert video.get_frames([video.num_frames - 1]).shape[0] == 1
+    assert len(num_read) == len(files)
