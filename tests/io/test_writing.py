@@ -183,3 +183,20 @@ def test_what_a_killed_writer_has_left_is_removed(tmp_path: Path) -> None:
         file.write(b"x")
     remove_unfinished(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"kept", "file"}
+
+
+def test_a_damaged_file_can_be_hidden_from_who_reads_the_whole_folder(tmp_path: Path) -> None:
+    for _ in range(2):
+        (tmp_path / "part-0.parquet").write_bytes(b"half")
+        set_aside(tmp_path / "part-0.parquet", "torn", prefix="_")
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["_part-0.parquet.damaged", "_part-0.parquet.damaged.1"]
+
+
+def test_a_parent_that_is_a_file_is_named_with_the_path(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    path = tmp_path / "file" / "a.csv"
+    for context in (replacing(path), sole_writer(path)):
+        with pytest.raises(NotADirectoryError) as caught, context:
+            pass
+        assert caught.value.filename == str(path)
