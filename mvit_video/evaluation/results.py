@@ -23,6 +23,18 @@ from mvit_video.io.writing import replacing
 
 log = logging.getLogger(__name__)
 
+_SETTINGS = [
+    "date",
+    "weights_sha256",
+    "model_sha256",
+    "model",
+    "precision",
+    "class_map",
+    "decoder",
+    "split",
+    "data",
+]
+
 
 def report_table(
     table: ScoreTable,
@@ -75,15 +87,10 @@ def _results(table: ScoreTable, metrics: Metrics, how: Combination, seed: int) -
     named = zip(table.class_names, metrics.confusion.sum(1).tolist(), metrics.per_class.tolist(), strict=True)
     return {
         "weights": known.get("weights", known.get("scores", "")),
-        "date": known.get("date"),
-        **{name: known.get(name) for name in ("weights_sha256", "model_sha256", "model", "data")},
         "protocol": known.get("protocol_text", "scores of an unknown protocol"),
         "views": known.get("protocol"),
-        "precision": known.get("precision"),
+        **{name: known.get(name) for name in _SETTINGS},
         "combine": how,
-        "class_map": known.get("class_map"),
-        "decoder": known.get("decoder"),
-        "split": known.get("split"),
         "seed": seed,
         "versions": known.get("versions", versions()),
         "videos": len(table),

@@ -35,8 +35,8 @@ _PROVENANCE = "facts"  # the name that files of all versions have for it
 _COLUMNS = ("id", "path", "label", "view", "start", "end", "scores")
 _TYPES = (pa.string(), pa.string(), pa.int64(), pa.int32(), pa.float64(), pa.float64())
 _PROVENANCE_TYPES = {
-    **dict.fromkeys(("weights", "protocol_text", "precision", "split", "date", "model_name"), str),
-    **dict.fromkeys(("versions", "protocol", "decoder", "data"), dict),
+    **dict.fromkeys(("weights", "scores", "protocol_text", "precision", "split", "date"), str),
+    **dict.fromkeys(("versions", "protocol", "model", "decoder", "data"), dict),
     **dict.fromkeys(("bad_videos", "left_out_videos"), list),
 }
 _SAVE_EVERY_S = 1.0  # syncing a file to the disk takes as long as scoring several videos
