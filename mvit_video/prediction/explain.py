@@ -17,6 +17,7 @@ from av.video.frame import VideoFrame
 from torch import Tensor
 
 from mvit_video.data.clips import read_test_views
+from mvit_video.data.pixels import denormalise
 from mvit_video.errors import ConfigError, VideoError
 from mvit_video.io.console import printable
 from mvit_video.io.writing import replacing
@@ -190,8 +191,7 @@ def _spread(shares: Tensor, pooled: Grid, grid: Grid, num_prefix_tokens: int) ->
 
 def _to_frames(clip: Tensor, protocol: ClipSpec) -> Tensor:
     """A prepared clip (3, T, H, W) as uint8 frames (T, 3, H, W) again."""
-    mean, std = (torch.tensor(values)[:, None, None, None] for values in (protocol.mean, protocol.std))
-    return ((clip.cpu() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8).transpose(0, 1)
+    return denormalise(clip.cpu().transpose(0, 1), protocol.mean, protocol.std)
 
 
 def _unit(values: Tensor) -> Tensor:
