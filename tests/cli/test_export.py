@@ -122,7 +122,7 @@ def test_what_can_not_be_exported_or_read_is_said(
     for options, reason in (
         (["output=model.bin"], ".onnx or .pt2"),
         (["output=model.onnx", "compiled=true"], "only a .pt2"),
-        (["runs=0"], "must be positive"),
+        (["runs=0"], "runs is 0"),
     ):
         result = command("export", f"weights={small}", "runs=1", *options)
         assert result.code == 1

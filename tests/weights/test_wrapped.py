@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -161,13 +160,6 @@ def test_paths_that_are_no_files(tmp_path: Path) -> None:
         for read in (mv.load_model, mv.from_slowfast, lambda path: mv.load_weights(small_model(), path)):
             with pytest.raises(mv.CheckpointError, match=named):
                 read(path)
-
-
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="permissions don't bind the superuser")
-def test_files_without_permission(tmp_path: Path) -> None:
-    (tmp_path / "model.ckpt").touch(mode=0o000)
-    with pytest.raises(mv.CheckpointError, match=r"model\.ckpt: can't be read"):
-        mv.load_model(tmp_path / "model.ckpt")
 
 
 def test_permission_and_device_errors_name_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
