@@ -1,0 +1,213 @@
+"""Numbers of epochs: means over what every process has seen, the best checkpoint, what a terminal shows."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import pty
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from conftest import Command, error_line
+from test_resume import losses, validations
+
+import mvit_video as mv
+from mvit_video.training.metrics import BestCheckpoint, EpochLogger, Means
+
+BASE = ("experiment=motion", "batch_size=2", "num_workers=0", "trainer.max_epochs=1", "hydra.run.dir=run")
+
+
+def means_of(rank: int, counts: list[int], folder: Path) -> None:
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=len(counts)
+    )
+    means = Means(["val/loss"])
+    for _ in range(2):  # they begin anew
+        for sample in range(counts[rank]):
+            means.add({"val/loss": torch.tensor(float(10 * rank + sample))}, 1)
+        means.add({}, 0)
+        value = means.take()["val/loss"]
+    torch.save(value, folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("counts", [[5, 4], [3, 0], [0, 0]], ids=str)
+def test_means_count_each_sample_of_every_process_once(tmp_path: Path, counts: list[int]) -> None:
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=means_of, args=(rank, counts, tmp_path)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    seen = [10.0 * rank + sample for rank in range(2) for sample in range(counts[rank])]
+    expected = torch.tensor(seen).mean()
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        torch.testing.assert_close(found, expected, equal_nan=True)
+
+
+class Scripted(pl.LightningModule):
+    """Validates with given numbers, an (accuracy, loss) each epoch."""
+
+    def __init__(self, script: list[tuple[float, float]]) -> None:
+        super().__init__()
+        self.script, self.layer = script, torch.nn.Linear(1, 1)
+
+    def training_step(self, batch: torch.Tensor, batch_index: int) -> torch.Tensor:
+        return self.layer(batch).sum()
+
+    def validation_step(self, batch: torch.Tensor, batch_index: int) -> None:
+        accuracy, loss = self.script[self.current_epoch]
+        self.log_dict({"val/top1": accuracy, "val/loss": loss})
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+@pytest.mark.parametrize(
+    ("script", "best"),
+    [
+        ([(0.5, 2.0), (0.5, 1.0), (0.5, 3.0)], 1),
+        ([(0.5, 1.0), (0.5, 1.0), (0.4, 0.1)], 0),
+        ([(0.5, 0.1), (0.6, 2.0), (0.6, 1.5)], 2),
+    ],
+)
+def test_of_equal_accuracies_the_lower_loss_is_the_best(
+    tmp_path: Path, script: list[tuple[float, float]], best: int
+) -> None:
+    history, data = EpochLogger(), torch.utils.data.DataLoader(torch.ones(2, 1))
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=1, max_epochs=len(script), logger=False, enable_progress_bar=False,
+        enable_model_summary=False, num_sanity_val_steps=0, callbacks=[BestCheckpoint(tmp_path), history],
+    )  # fmt: skip
+    trainer.fit(Scripted(script), data, data)
+    assert torch.load(tmp_path / "best.ckpt", weights_only=True)["epoch"] == best
+    assert history.best() == pytest.approx(max(accuracy for accuracy, _ in script))
+
+
+def test_epochs_without_validation_have_no_validation_numbers(
+    command: Command, two_classes: Path, tmp_path: Path
+) -> None:
+    options = ["trainer.max_epochs=3", "trainer.check_val_every_n_epoch=2", f"data.root={two_classes}"]
+    result = command("train", *BASE, *options)
+    assert result.code == 0, result.err
+    lines = [line for line in result.out.splitlines() if re.search(r"epoch \d/3: ", line)]
+    assert ["val/" in line for line in lines] == [False, True, False]
+
+
+def test_a_sweep_gets_the_best_accuracy(command: Command, two_classes: Path, tmp_path: Path) -> None:
+    options = [f"data.root={two_classes}", "hydra.sweep.dir=sweep", "trainer.limit_train_batches=1"]
+    result = command("train", "--multirun", *BASE[:-1], *options)
+    assert result.code == 0, result.err
+    value = json.loads((tmp_path / "sweep" / "0" / "job.json").read_text())["metric"]
+    last = torch.load(tmp_path / "sweep" / "0" / "checkpoints" / "last.ckpt", weights_only=True)
+    history = next(state for key, state in last["callbacks"].items() if key == "History")
+    assert value == history["epochs"][0]["val/top1"]
+
+
+def test_a_validation_that_is_not_finite_stops_the_run(
+    command: Command, two_classes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = mv.MViT.forward
+
+    def broken(self: mv.MViT, clips: torch.Tensor) -> torch.Tensor:
+        return forward(self, clips) * (1 if self.training else float("nan"))
+
+    monkeypatch.setattr(mv.MViT, "forward", broken)
+    line = error_line(command("train", *BASE, f"data.root={two_classes}"), "train")
+    assert "isn't finite in the validation of epoch 1" in line
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "trainer.val_check_interval=1000",
+        "trainer.limit_train_batches=0.01",
+        "trainer.limit_val_batches=0.01",
+        "trainer.overfit_batches=0.01",
+        "trainer.accumulate_grad_batches=0",
+        "trainer.check_val_every_n_epoch=0",
+        "trainer.min_epochs=5",
+        "seed=-1",
+    ],
+)
+def test_what_lightning_refuses_is_one_line(command: Command, two_classes: Path, override: str) -> None:
+    result = command("train", *BASE, f"data.root={two_classes}", override)
+    if result.code:  # Lightning takes min_epochs above max_epochs
+        error_line(result, "train")
+    assert "Traceback" not in result.err + result.out
+    assert result.code == (override != "trainer.min_epochs=5")
+
+
+@pytest.mark.slow
+def test_a_process_whose_validation_videos_are_all_unreadable(
+    command: Command, two_classes: Path, tmp_path: Path
+) -> None:
+    for split, numbers in (("train", range(4)), ("val", range(4, 6))):
+        for folder in two_classes.iterdir():
+            (tmp_path / "data" / split / folder.name).mkdir(parents=True)
+            for number in numbers:
+                (source,) = folder.glob(f"{number}.*")
+                (tmp_path / "data" / split / folder.name / source.name).symlink_to(source)
+    for broken in (tmp_path / "data" / "val").glob("*/5.*"):  # every second one: those of the second process
+        broken.unlink()
+        broken.write_text("no video")
+    options = ["data.root=data", "max_bad_videos=2", "logger=csv", "trainer.accelerator=cpu"]
+    one = command("train", *BASE, *options)
+    assert one.code == 0, one.err
+    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*torchrun, "-m", "mvit_video.train", *BASE, *options, "batch_size=1", "hydra.run.dir=two"],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert len(losses(tmp_path / "two")) == len(losses(tmp_path / "run"))
+    (two,), (alone,) = validations(tmp_path / "two"), validations(tmp_path / "run")
+    assert float(two[1]) == pytest.approx(float(alone[1]), abs=0.05)  # their dropout differs
+
+
+def screen(written: str) -> list[str]:
+    """The lines that a terminal shows in the end."""
+    lines, row = [""], 0
+    for part in re.findall(r"\x1b\[[0-9;?]*[A-Za-z]|[\r\n]|[^\x1b\r\n]+", written):
+        if part == "\n":
+            row += 1
+        elif part.startswith("\x1b[") and part.endswith("A"):
+            row -= int(part[2:-1] or 1)
+        elif part == "\x1b[2K":
+            lines[row] = ""
+        elif part[0] not in "\x1b\r":
+            lines[row] += part
+        lines += [""] * (row + 1 - len(lines))
+    return lines
+
+
+def test_the_bar_leaves_the_log_on_a_terminal(two_classes: Path, tmp_path: Path) -> None:
+    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "COLUMNS": "80", "TERM": "xterm"}
+    arguments = [*BASE, f"data.root={two_classes}", "trainer.max_epochs=2"]
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mvit_video.train", *arguments], cwd=tmp_path, env=environment,
+        stdin=theirs, stdout=theirs, stderr=theirs,
+    )  # fmt: skip
+    os.close(theirs)
+    written = b""
+    try:
+        while block := os.read(ours, 1 << 16):
+            written += block
+    except OSError:  # the other side is closed
+        pass
+    assert process.wait() == 0, written.decode()
+    shown = " ".join(" ".join(screen(written.decode())).split())  # without the breaks of long lines
+    assert "epoch 1/2" in written.decode()
+    assert "v_num" not in written.decode()
+    for line in ("epoch 1/2: train/loss", "epoch 2/2: train/loss", "one epoch will take about"):
+        assert shown.count(line) == 1, shown
