@@ -13,7 +13,6 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,7 +29,7 @@ from mvit_video.cli.help import CONF_DIR, help_page
 from mvit_video.cli.messages import compose_defaults, explain_composition, one_line
 from mvit_video.cli.schema import COMMANDS, check
 from mvit_video.errors import MVitVideoError
-from mvit_video.io.console import print_table, printable, protect_terminal
+from mvit_video.io.console import accept_all_text, print_table, printable, protect_terminal
 from mvit_video.io.writing import replacing
 
 log = logging.getLogger(__name__)
@@ -49,17 +48,41 @@ def run(command: str, load: Callable[[], Callable[..., Any]], arguments: list[st
     """
     full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise instead of printing
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(AttributeError):  # not a text file, in a notebook
-            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # for other locales
-    files: list[list[str]] = []
+    accept_all_text()
     begun: list[bool] = []  # before, whatever goes wrong lies in the arguments
-    if command == "predict":
-        named, arguments = split_arguments(arguments)
-        files = [named]
+    files: list[list[str]] = []
+    try:
+        if command == "predict":
+            named, arguments = split_arguments(arguments)
+            files = [named]
+        sweep = bool({"-m", "--multirun"} & set(arguments))
+        sys.argv[1:] = [quote(argument, COMMANDS[command], sweep=sweep) for argument in arguments]
+        sys.argv += _of_several_processes(command, arguments)
+        if {"-h", "--help"} & set(arguments):
+            print(help_page(command, compose_defaults(command, sys.argv[1:], with_hydra=True)))
+            return
+        _quiet_libraries()
+        job = _guarded(command, load, files, begun, full_error)
+        hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=command)(job)()
+    except BrokenPipeError:  # whoever read the output has had enough, such as head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+    except Exception as error:
+        if full_error or (begun and not _is_users(error)):
+            raise
+        _exit(command, explain_composition(error, command))
+
+
+def _guarded(
+    command: str,
+    load: Callable[[], Callable[..., Any]],
+    files: list[list[str]],
+    begun: list[bool],
+    full_error: bool,
+) -> Callable[[DictConfig], Any]:
+    """The job with its configuration checked; Hydra adds lines to errors that leave it, so none does."""
 
     def job(config: DictConfig) -> Any:
-        # Hydra prints a line of its own for exceptions that leave the job, so ours must not leave it.
         begun.append(True)
         sweep = HydraConfig.get().mode == RunMode.MULTIRUN
         try:
@@ -85,22 +108,7 @@ def run(command: str, load: Callable[[], Callable[..., Any]], arguments: list[st
             _write_result(value, problem)
         return value
 
-    try:
-        sweep = bool({"-m", "--multirun"} & set(arguments))
-        sys.argv[1:] = [quote(argument, COMMANDS[command], sweep=sweep) for argument in arguments]
-        sys.argv += _of_several_processes(command, arguments)
-        if {"-h", "--help"} & set(arguments):
-            print(help_page(command, compose_defaults(command, sys.argv[1:], with_hydra=True)))
-            return
-        _quiet_libraries()
-        hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=command)(job)()
-    except BrokenPipeError:  # whoever read the output has had enough, such as head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
-    except Exception as error:
-        if full_error or (begun and not _is_users(error)):
-            raise
-        _exit(command, explain_composition(error, command))
+    return job
 
 
 def _profiled(job: Callable[..., Any], config: DictConfig, *files: list[str]) -> Any:

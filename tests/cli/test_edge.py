@@ -261,3 +261,16 @@ def test_a_line_that_can_not_work_says_what_is_possible(
     line = error_line(command(name, *arguments), name)
     for hint in hints:
         assert hint in line
+
+
+def test_letters_that_the_locale_lacks_are_escaped(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "mvit_video.train", "--cfg", "job", "data.root=Übung"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "root: \\xdcbung" in done.stdout
