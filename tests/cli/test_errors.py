@@ -133,7 +133,7 @@ def test_training_replaces_and_counts_bad_videos(command: Command, damaged: Path
         "broken1.mp4",
         "broken2.mp4",
     ]
-    assert "3 bad videos" in (tmp_path / "run" / "train.log").read_text()
+    assert "3 unreadable videos" in (tmp_path / "run" / "train.log").read_text()
     assert (
         "0.3 M parameters, 2 classes, 10 training and 5 validation videos"
         in (tmp_path / "run" / "train.log").read_text()
@@ -284,4 +284,4 @@ def test_a_run_that_goes_on_with_another_optimizer_is_refused(command: Command, 
     again = command("train", *arguments, "trainer.max_epochs=2", "ckpt_path=last", "optim.layer_decay=0.5")
     line = error_line(again, "train")
     assert "last.ckpt" in line
-    assert "groups of parameters" in line
+    assert "layer_decay" in line
