@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -83,17 +83,15 @@ def create_baseline(
     """
     if weights is not None:
         raise ConfigError(f"weights of {name} aren't known by name; give their file with weights=FILE")
-    given = {
-        "num_classes": num_classes,
-        "num_frames": num_frames,
-        "crop_size": crop_size,
-        "head_dropout": head_dropout,
-    }
-    values: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
-    if name not in BASELINES:
-        BaselineConfig(name)  # says which there are
+    BaselineConfig(name)  # says which there are
     protocol = BASELINES[name].protocol
-    config = BaselineConfig(name, **{"num_frames": protocol.clip_frames, "crop_size": protocol.crop} | values)
+    config = BaselineConfig(
+        name,
+        400 if num_classes is None else num_classes,
+        protocol.clip_frames if num_frames is None else num_frames,
+        protocol.crop if crop_size is None else crop_size,
+        head_dropout,
+    )
     short_side = round(protocol.short_side * config.crop_size / protocol.crop)
     protocol = replace(protocol, clip_frames=config.num_frames, crop=config.crop_size, short_side=short_side)
     return Baseline(config, protocol)
@@ -183,37 +181,28 @@ def _last_side(config: BaselineConfig) -> int:
     return -(-config.crop_size // 32)
 
 
-@dataclass(frozen=True)
-class _Entry:
+class _Entry(NamedTuple):
     build: Callable[[BaselineConfig], nn.Module]
     protocol: ClipSpec
 
 
-_R2PLUS1D_MEAN, _R2PLUS1D_STD = (0.43216, 0.394666, 0.37645), (0.22803, 0.22145, 0.216989)
+_TORCHVISION = ClipSpec(sampling="torchvision", pixels="torchvision")
+_R2PLUS1D = replace(
+    _TORCHVISION,
+    stride=2,
+    short_side=128,
+    crop=112,
+    mean=(0.43216, 0.394666, 0.37645),
+    std=(0.22803, 0.22145, 0.216989),
+)
+_TEN_BY_THREE = ClipSpec(num_clips=10, num_crops=3)
+_X3D = replace(_TEN_BY_THREE, clip_frames=13, stride=6, short_side=182, crop=160)
 # Protocols as published: pytorchvideo's model zoo, torchvision's weight enumerations.
 BASELINES: dict[str, _Entry] = {
-    "x3d_s": _Entry(
-        _x3d_s,
-        ClipSpec(clip_frames=13, stride=6, num_clips=10, num_crops=3, short_side=182, crop=160),
-    ),
-    "slow_r50": _Entry(_slow_r50, ClipSpec(clip_frames=8, stride=8, num_clips=10, num_crops=3)),
-    "slowfast_r50": _Entry(_slowfast_r50, ClipSpec(clip_frames=32, stride=2, num_clips=10, num_crops=3)),
+    "x3d_s": _Entry(_x3d_s, _X3D),
+    "slow_r50": _Entry(_slow_r50, replace(_TEN_BY_THREE, clip_frames=8, stride=8)),
+    "slowfast_r50": _Entry(_slowfast_r50, replace(_TEN_BY_THREE, clip_frames=32, stride=2)),
     "mvit_base_16x4": _Entry(_mvit_base_16x4, ClipSpec(clip_frames=16, stride=4)),
-    "mvit_v2_s": _Entry(
-        _mvit_v2_s,
-        ClipSpec(clip_frames=16, stride=4, sampling="torchvision", pixels="torchvision"),
-    ),
-    "r2plus1d_18": _Entry(
-        _r2plus1d_18,
-        ClipSpec(
-            clip_frames=16,
-            stride=2,
-            sampling="torchvision",
-            pixels="torchvision",
-            short_side=128,
-            crop=112,
-            mean=_R2PLUS1D_MEAN,
-            std=_R2PLUS1D_STD,
-        ),
-    ),
+    "mvit_v2_s": _Entry(_mvit_v2_s, _TORCHVISION),
+    "r2plus1d_18": _Entry(_r2plus1d_18, _R2PLUS1D),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args, get_type_hints
 
 KINETICS_MEAN, KINETICS_STD = (0.45, 0.45, 0.45), (0.225, 0.225, 0.225)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -44,10 +44,8 @@ class ClipSpec:
         for name in ("clip_frames", "stride", "target_fps", "num_clips", "short_side", "crop"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name, known in (
-            ("sampling", ("uniform", "segment", "torchvision")),
-            ("pixels", ("slowfast", "torchvision", "image")),
-        ):
+        for name in ("sampling", "pixels"):
+            known = get_args(get_type_hints(type(self))[name])
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         if self.num_crops not in (1, 3):
@@ -62,16 +60,13 @@ class ClipSpec:
             raise ValueError(f"mean and std need three numbers, std positive, got {self.mean} and {self.std}")
 
     def __str__(self) -> str:
+        clips = f"{self.num_clips} clip{'s' * (self.num_clips > 1)}"
+        stride = f" x stride {self.stride} at {self.target_fps:g} fps"
         if self.sampling == "segment":
             clips, stride = "1 clip over segments", ""
-        else:
-            clips = f"{self.num_clips} clip{'s' * (self.num_clips > 1)}"
-            stride = f" x stride {self.stride} at {self.target_fps:g} fps"
-            stride += " spread as by torchvision" * (self.sampling == "torchvision")
+        stride += " spread as by torchvision" * (self.sampling == "torchvision")
+        pixels = ", pixels as of torchvision" * (self.pixels == "torchvision")
         return (
             f"{clips} x {self.num_crops} crop{'s' * (self.num_crops > 1)}, "
-            f"{self.clip_frames} frames{stride}, "
-            f"short side {self.short_side}, crop {self.crop}"
-            + ", pixels as of torchvision"
-            * (self.pixels == "torchvision")
+            f"{self.clip_frames} frames{stride}, short side {self.short_side}, crop {self.crop}{pixels}"
         )

@@ -19,8 +19,10 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_weight
 
 Size = tuple[int, int, int]
+Sizes = Sequence[int]
 
 # Bytes of scores that a chunk of attention holds, and of hidden layer that a chunk of the MLP does, for each
 # thread. Timed on Zen 5 (1 MB of L2 a core) from 256 kB to 8 MB: flat from 1 to 4 MB, up to a third slower at
@@ -299,7 +301,7 @@ def depthwise_conv3d(x: Tensor, weight: Tensor, stride: Size, padding: Size) -> 
 
     torch's own forward pass is fast on these, but its backward pass isn't (in bf16 it is ten times slower
     than everything else in a block together). The same gradients come from fast kernels: that of the input is
-    a forward convolution with the keys_t kernel, that of the weight is one 2D problem per tap in time.
+    a forward convolution with the flipped kernel, that of the weight is one 2D problem per tap in time.
 
     Args:
         x: (B, C, T, H, W), best in channels-last memory.
@@ -336,8 +338,8 @@ def _depthwise_backward(
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
+    stride: Sizes,
+    padding: Sizes,
     needed: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
     grad = grad.contiguous(memory_format=torch.channels_last_3d)
@@ -351,53 +353,46 @@ def _depthwise_backward(
 
 @_shapes_of(_depthwise_backward)
 def _(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    needed: Sequence[bool],
+    grad: Tensor, x: Tensor, weight: Tensor, stride: Any, padding: Any, needed: Any
 ) -> tuple[Tensor, Tensor]:
+    both = max(stride) > 2
     grad_x = torch.empty_like(x, memory_format=torch.channels_last_3d)
     grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    if max(stride) > 2:
-        return grad_x, grad_weight
-    return grad_x if needed[0] else x.new_empty(0), grad_weight if needed[1] else weight.new_empty(0)
+    return (
+        grad_x if both or needed[0] else x.new_empty(0),
+        grad_weight if both or needed[1] else weight.new_empty(0),
+    )
 
 
-def _input_gradient(
-    grad: Tensor, shape: torch.Size, weight: Tensor, stride: Sequence[int], padding: Sequence[int]
-) -> Tensor:
-    """Correlate the gradient, spread out by the stride, with the keys_t kernel."""
+def _input_gradient(grad: Tensor, shape: torch.Size, weight: Tensor, stride: Sizes, padding: Sizes) -> Tensor:
+    """Correlate the gradient, spread out by the stride, with the flipped kernel."""
     kernel = weight.shape[2:]
     before = [k - 1 - p for k, p in zip(kernel, padding, strict=True)]
-    if max(stride) == 1:
-        spread = grad
-    else:
+    if max(stride) > 1:
         size = [n + k - 1 for n, k in zip(shape[2:], kernel, strict=True)]
-        spread = torch.empty(
-            *shape[:2], *size, dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last_3d
-        ).zero_()
+        batch, channels = shape[:2]
+        spread = grad.new_zeros(batch, *size, channels).permute(0, 4, 1, 2, 3)  # channels last
         t, h, w = (slice(b, b + s * n, s) for b, s, n in zip(before, stride, grad.shape[2:], strict=True))
         spread[:, :, t, h, w] = grad
-        before = [0, 0, 0]
-    grad_x = F.conv3d(spread, weight.flip(2, 3, 4), None, 1, before, groups=grad.shape[1])
+        grad, before = spread, [0, 0, 0]
+    grad_x = F.conv3d(grad, weight.flip(2, 3, 4), None, 1, before, groups=grad.shape[1])
     return grad_x.contiguous(memory_format=torch.channels_last_3d)
 
 
-def _weight_gradient(
-    grad: Tensor, x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int]
-) -> Tensor:
+def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, stride: Sizes, padding: Sizes) -> Tensor:
     """The taps in time one by one: each is the weight gradient of a 2D convolution over all frames."""
     taps = []
     for tap in range(weight.shape[2]):
         outputs, inputs = _meeting(tap, x.shape[2], grad.shape[2], stride[0], padding[0])
-        taps.append(_weight_gradient_2d(grad[:, :, outputs], x[:, :, inputs], weight, stride, padding))
+        frames = (volume.transpose(1, 2).flatten(0, 1) for volume in (x[:, :, inputs], grad[:, :, outputs]))
+        size = weight[:, :, 0].shape
+        gradient = conv2d_weight(next(frames), size, next(frames), stride[1:], padding[1:], 1, x.shape[1])
+        taps.append(gradient)
     return torch.stack(taps, 2)
 
 
 def _gradients_by_taps(
-    grad: Tensor, x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int]
+    grad: Tensor, x: Tensor, weight: Tensor, stride: Sizes, padding: Sizes
 ) -> tuple[Tensor, Tensor]:
     """Both gradients as sums over the cells that each tap of the kernel connects."""
     grad_x = torch.zeros_like(x, memory_format=torch.channels_last_3d)
@@ -422,23 +417,3 @@ def _meeting(tap: int, n_inputs: int, n_outputs: int, stride: int, padding: int)
     if last < first:
         return slice(0, 0), slice(0, 0)
     return slice(first, last + 1), slice(first * stride + shift, last * stride + shift + 1, stride)
-
-
-def _weight_gradient_2d(
-    grad: Tensor, x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int]
-) -> Tensor:
-    """(C, 1, kh, kw) from (B, C, T, H', W') and (B, C, T, H, W), frames taken as a batch."""
-    _, gradient, _ = torch.ops.aten.convolution_backward(
-        grad.transpose(1, 2).flatten(0, 1),
-        x.transpose(1, 2).flatten(0, 1),
-        weight[:, :, 0],
-        None,
-        stride[1:],
-        padding[1:],
-        [1, 1],
-        False,
-        [0, 0],
-        x.shape[1],
-        [False, True, False],
-    )
-    return gradient

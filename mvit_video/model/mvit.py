@@ -33,6 +33,9 @@ class MViT(VideoModel):
 
     Parameter names are those of the official PySlowFast checkpoints. ``protocol`` says how clips for this
     model are cut and normalised; ``class_names`` (None: unknown) what its outputs mean.
+
+    Raises:
+        ValueError: the channels of a block can't be shared evenly by its heads.
     """
 
     config: MViTConfig
@@ -179,7 +182,12 @@ class Block(nn.Module):
         self.drop_path = plan.drop_path
 
     def forward(self, x: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
-        """(B, N, C) tokens on ``grid`` -> (B, N', C') tokens on the pooled grid, and that grid."""
+        """(B, N, C) tokens -> (B, N', C') tokens on the pooled grid, and that grid.
+
+        Args:
+            x: tokens in any floating-point type, the class token (if any) first.
+            grid: tokens along time, height and width; T * H * W of the N tokens are on it.
+        """
         normed = self.norm1(x)
         attended, out_grid = self.attn(normed, grid)
         # Where the width changes, the skip path starts from the normalised tokens.
@@ -212,7 +220,7 @@ class Block(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers with the exact GELU between them."""
+    """Two linear layers with the exact GELU (not tanh's) between them; what comes out is of the type of x."""
 
     def __init__(self, dim: int, hidden_dim: int, dim_out: int, dropout: float) -> None:
         super().__init__()

@@ -19,12 +19,15 @@ class Variant:
     protocol: ClipSpec
 
 
+IMAGENET = ClipSpec(mean=IMAGENET_MEAN, std=IMAGENET_STD)
+
 # Kinetics-400. MViTv2 paper, table 1, and the official configurations.
 _S = MViTConfig(embed_dim=96, num_heads=1, stages=(1, 2, 11, 2), drop_path=0.2)
 _B = MViTConfig(embed_dim=96, num_heads=1, stages=(2, 3, 16, 3), drop_path=0.3, num_frames=32)
 _L = MViTConfig(
     embed_dim=144, num_heads=2, stages=(2, 6, 36, 4), drop_path=0.75, num_frames=40, crop_size=312
 )
+_L_CLIPS = replace(IMAGENET, clip_frames=40, stride=3, num_crops=3, short_side=312, crop=312)
 
 # Kinetics-400. MViT paper (arXiv 2104.11227): no relative positions, no residual, widening in MLPs.
 _V1_B = MViTConfig(
@@ -50,8 +53,17 @@ _IMAGE = MViTConfig(
     rel_pos_temporal=False,
     head_dropout=0.0,
 )
-_IMAGE_PROTOCOL = ClipSpec(
-    clip_frames=1, stride=1, num_clips=1, pixels="image", mean=IMAGENET_MEAN, std=IMAGENET_STD
+_IMAGE_PROTOCOL = replace(IMAGENET, clip_frames=1, stride=1, num_clips=1, pixels="image")
+# Not from the paper: small enough to train on two CPU cores in minutes.
+_NANO = MViTConfig(
+    embed_dim=32,
+    stages=(1, 1, 1),
+    num_frames=8,
+    crop_size=64,
+    kv_stride=(1, 4, 4),
+    window=(4, 8, 8),
+    drop_path=0.0,
+    head_dropout=0.0,
 )
 
 
@@ -62,18 +74,7 @@ def _image(**layout: Any) -> Variant:
 VARIANTS = {
     "mvitv2_s_16x4": Variant(_S, ClipSpec(clip_frames=16, stride=4)),
     "mvitv2_b_32x3": Variant(_B, ClipSpec(clip_frames=32, stride=3)),
-    "mvitv2_l_40x3": Variant(
-        _L,
-        ClipSpec(
-            clip_frames=40,
-            stride=3,
-            num_crops=3,
-            short_side=312,
-            crop=312,
-            mean=IMAGENET_MEAN,
-            std=IMAGENET_STD,
-        ),
-    ),
+    "mvitv2_l_40x3": Variant(_L, _L_CLIPS),
     "mvitv1_b_16x4": Variant(_V1_B, ClipSpec(clip_frames=16, stride=4)),
     "mvitv1_b_32x3": Variant(
         replace(_V1_B, num_frames=32, drop_path=0.3), ClipSpec(clip_frames=32, stride=3)
@@ -87,21 +88,7 @@ VARIANTS = {
     ),
     # Published for ImageNet-21K, with a class token; the drop path is that of its detection model.
     "mvitv2_h_224": _image(embed_dim=192, num_heads=3, stages=(4, 8, 60, 8), drop_path=0.6, class_token=True),
-    # Not from the paper: small enough to train on two CPU cores in minutes.
-    "mvitv2_nano_8x4": Variant(
-        MViTConfig(
-            embed_dim=32,
-            num_heads=1,
-            stages=(1, 1, 1),
-            num_frames=8,
-            crop_size=64,
-            kv_stride=(1, 4, 4),
-            window=(4, 8, 8),
-            drop_path=0.0,
-            head_dropout=0.0,
-        ),
-        ClipSpec(clip_frames=8, stride=4, short_side=64, crop=64),
-    ),
+    "mvitv2_nano_8x4": Variant(_NANO, ClipSpec(clip_frames=8, stride=4, short_side=64, crop=64)),
 }
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +14,7 @@ from mvit_video.model.config import BlockPlan, Grid
 Span = tuple[int, int]  # first cell and the one behind the last
 
 
-@dataclass(frozen=True)
-class AxisWindow:
+class AxisWindow(NamedTuple):
     """What one window holds along one axis: a span of query cells and a span of key cells."""
 
     queries: Span
@@ -46,8 +44,7 @@ def axis_windows(plan: BlockPlan, axis: int, grid: Grid, q_grid: Grid, k_grid: G
     return windows
 
 
-@dataclass(frozen=True)
-class Windows:
+class Windows(NamedTuple):
     """Which cells meet: row indices of the flat query and key grids, windows padded to one size.
 
     Attributes:
