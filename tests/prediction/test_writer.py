@@ -152,7 +152,7 @@ def test_unknown_formats_are_refused_before_the_work(
     for argument in ("output=a.txt", "output=a.csv format=xml"):
         result = command("predict", videos, f"weights={checkpoint}", *argument.split())
         assert result.code == 1
-        assert "json, jsonl, csv, parquet" in result.err
+        assert "parquet" in result.err
 
 
 def test_a_killed_run_is_taken_up(checkpoint: Path, tmp_path: Path) -> None:
