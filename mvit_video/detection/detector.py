@@ -1,0 +1,136 @@
+"""Mask R-CNN and Cascade Mask R-CNN on an MViTv2 with a feature pyramid (MViTv2 paper, sections 4.1.5 and 4.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mvit_video.detection.backbone import CHANNELS, DIVISOR, Backbone
+from mvit_video.detection.masks import paste_masks
+from mvit_video.detection.proposals import Losses, ProposalGenerator
+from mvit_video.detection.roi_heads import BoxSettings, RoIHeads, Target
+from mvit_video.model import MViTConfig
+
+PIXEL_MEAN, PIXEL_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of RGB in [0, 255]
+
+
+@dataclass(frozen=True)
+class DetectorConfig:
+    """Everything that shapes a detector; the defaults are those of the paper's COCO models.
+
+    Attributes:
+        num_classes: without the background.
+        backbone: its layout; the position tables are made for ``backbone.crop_size``.
+        cascade: three stages (Cascade Mask R-CNN) instead of one (Mask R-CNN).
+        rpn_pre_nms_top_n_train, rpn_pre_nms_top_n_test: proposals kept on each level before non-maximum
+            suppression.
+        rpn_post_nms_top_n_train, rpn_post_nms_top_n_test: proposals kept in each image after it.
+        rpn_batch_size_per_image, box_batch_size_per_image: anchors, and regions, of an image that are trained on.
+        box_score_thresh: detections have scores above it.
+        box_nms_thresh: of two boxes of a class that overlap more (IoU), the less likely is left out.
+        box_detections_per_img: at most as many.
+    """
+
+    backbone: MViTConfig
+    num_classes: int = 80
+    cascade: bool = False
+    rpn_pre_nms_top_n_train: int = 2000
+    rpn_pre_nms_top_n_test: int = 1000
+    rpn_post_nms_top_n_train: int = 1000
+    rpn_post_nms_top_n_test: int = 1000
+    rpn_batch_size_per_image: int = 256
+    box_batch_size_per_image: int = 512
+    box_score_thresh: float = 0.05
+    box_nms_thresh: float = 0.5
+    box_detections_per_img: int = 100
+
+
+class Detector(nn.Module):
+    """Finds objects: boxes, classes and masks.
+
+    In evaluation, ``detector(images)`` gives for each image a dict of ``boxes`` (N, 4) as xyxy pixels, ``scores``
+    (N,), the highest first, ``labels`` int64 (N,) from 0, and ``masks`` bool (N, H, W). In training,
+    ``detector(images, targets)`` gives the losses by their official names.
+    """
+
+    def __init__(self, config: DetectorConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.class_names: tuple[str, ...] | None = None
+        self.backbone = Backbone(config.backbone)
+        self.proposal_generator = ProposalGenerator(
+            CHANNELS,
+            conv_depth=2 if config.cascade else 1,
+            pre_nms_top_n=(config.rpn_pre_nms_top_n_train, config.rpn_pre_nms_top_n_test),
+            post_nms_top_n=(config.rpn_post_nms_top_n_train, config.rpn_post_nms_top_n_test),
+            batch_size_per_image=config.rpn_batch_size_per_image,
+        )
+        settings = BoxSettings(
+            config.box_batch_size_per_image,
+            config.box_score_thresh,
+            config.box_nms_thresh,
+            config.box_detections_per_img,
+        )
+        self.roi_heads = RoIHeads(CHANNELS, config.num_classes, cascade=config.cascade, settings=settings)
+        self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN)[:, None, None], persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(PIXEL_STD)[:, None, None], persistent=False)
+
+    def forward(
+        self,
+        images: Sequence[Tensor],
+        targets: Sequence[Target] | None = None,
+        *,
+        output_sizes: Sequence[tuple[int, int]] | None = None,
+    ) -> Any:
+        """Detections of each image, or in training the losses of all.
+
+        Args:
+            images: uint8 RGB (3, H, W), of any sizes.
+            targets: the objects of each image, for training: ``boxes`` float (M, 4) xyxy pixels, ``labels`` int64
+                (M,) and ``masks``: of each object a list of polygons [x0, y0, x1, y1, ...], or bool (M, H, W).
+            output_sizes: height and width that each image's boxes and masks are given for; its own where None.
+
+        Raises:
+            ValueError: training without targets, or other than one for each image.
+        """
+        if self.training and (targets is None or len(targets) != len(images)):
+            raise ValueError("in training, a detector needs the targets of each image")
+        batch, sizes = self.batched(images)
+        maps = list(self.backbone(batch).values())
+        boxes = [target["boxes"].to(batch.device) for target in targets] if targets and self.training else None
+        proposals, losses = self.proposal_generator(maps, sizes, boxes)
+        if self.training:
+            assert targets is not None
+            return losses | self.roi_heads.losses(maps, proposals, sizes, targets)
+        found = self.roi_heads.detect(maps, proposals, sizes)
+        return [
+            _in_pixels(*detections, size, wanted)
+            for detections, size, wanted in zip(found, sizes, output_sizes or sizes, strict=True)
+        ]
+
+    def batched(self, images: Sequence[Tensor]) -> tuple[Tensor, list[tuple[int, int]]]:
+        """Images, normalised and padded with zeros to one size, and the height and width of each."""
+        normed = [(image.to(self.pixel_mean) - self.pixel_mean) / self.pixel_std for image in images]
+        sizes = [(image.shape[1], image.shape[2]) for image in normed]
+        height, width = (-(-max(side) // DIVISOR) * DIVISOR for side in zip(*sizes, strict=True))
+        padded = [F.pad(image, (0, width - image.shape[2], 0, height - image.shape[1])) for image in normed]
+        return torch.stack(padded), sizes
+
+
+def _in_pixels(
+    boxes: Tensor, scores: Tensor, labels: Tensor, masks: Tensor, size: tuple[int, int], wanted: tuple[int, int]
+) -> dict[str, Tensor]:
+    """Detections on an image of ``size`` as those of the same image of another size."""
+    height, width = wanted
+    scale = boxes.new_tensor([width / size[1], height / size[0]] * 2)
+    limits = boxes.new_tensor([width, height] * 2)
+    boxes = torch.minimum((boxes * scale).clamp(min=0), limits)
+    kept = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+    boxes = boxes[kept]
+    pasted = paste_masks(masks[kept], boxes, height, width)
+    return {"boxes": boxes, "scores": scores[kept], "labels": labels[kept], "masks": pasted}

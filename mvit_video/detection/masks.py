@@ -1,0 +1,79 @@
+"""Masks of objects: from polygons or bitmaps to what the mask head learns, and from what it says to pixels.
+
+As in detectron2's ``structures/masks.py`` and ``layers/mask_ops.py`` at 02b5c4e2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.ops import roi_align
+
+Polygons = Sequence[Sequence[Sequence[float]]]  # objects, their parts, x0, y0, x1, y1, ... in pixels
+
+
+def crop_masks(masks: Polygons | Tensor, boxes: Tensor, size: int) -> Tensor:
+    """The part of each object's mask inside a box, ``size`` x ``size``: bool (N, size, size).
+
+    Args:
+        masks: N objects, each a list of polygons, or bool (N, H, W).
+        boxes: (N, 4), xyxy pixels.
+    """
+    if isinstance(masks, Tensor):
+        rois = torch.cat([torch.arange(len(boxes), device=boxes.device)[:, None].to(boxes), boxes], 1)
+        return roi_align(masks[:, None].float(), rois, size, aligned=True)[:, 0] >= 0.5
+    if not len(boxes):
+        return torch.zeros(0, size, size, dtype=torch.bool, device=boxes.device)
+    corners = boxes.double().cpu().numpy()
+    cropped = [_rasterised(parts, box, size) for parts, box in zip(masks, corners, strict=True)]
+    return torch.from_numpy(np.stack(cropped)).to(boxes.device)
+
+
+def _rasterised(parts: Sequence[Sequence[float]], box: np.ndarray, size: int) -> np.ndarray:
+    """Polygons, moved and scaled so that ``box`` becomes the unit square of ``size`` pixels."""
+    scale = size / np.maximum(box[2:] - box[:2], 0.1)
+    moved = [((np.asarray(part, dtype=np.float64).reshape(-1, 2) - box[:2]) * scale).ravel() for part in parts]
+    return polygons_to_mask(moved, size, size)
+
+
+def polygons_to_mask(parts: Sequence[Sequence[float]], height: int, width: int) -> np.ndarray:
+    """The pixels that any of the polygons covers, bool (height, width), as pycocotools counts them."""
+    from pycocotools import mask as coco
+
+    if not len(parts):
+        return np.zeros((height, width), dtype=bool)
+    return coco.decode(coco.merge(coco.frPyObjects(list(parts), height, width))).astype(bool)
+
+
+def paste_masks(masks: Tensor, boxes: Tensor, height: int, width: int, threshold: float = 0.5) -> Tensor:
+    """Probabilities inside boxes -> masks of the picture.
+
+    Args:
+        masks: float (N, M, M), probabilities on a grid over each box.
+        boxes: (N, 4), xyxy pixels.
+
+    Returns:
+        bool (N, height, width)
+    """
+    pasted = torch.zeros(len(masks), height, width, dtype=torch.bool, device=masks.device)
+    low = boxes[:, :2].floor().long() - 1
+    high = boxes[:, 2:].ceil().long() + 1
+    limits = torch.tensor([width, height], device=boxes.device)
+    low, high = low.clamp(min=0), torch.minimum(high, limits)
+    for mask, box, target, (x0, y0), (x1, y1) in zip(
+        masks, boxes, pasted, low.tolist(), high.tolist(), strict=True
+    ):
+        if x1 <= x0 or y1 <= y0:
+            continue
+        x = torch.arange(x0, x1, device=boxes.device, dtype=torch.float32) + 0.5
+        y = torch.arange(y0, y1, device=boxes.device, dtype=torch.float32) + 0.5
+        x = (x - box[0]) / (box[2] - box[0]) * 2 - 1
+        y = (y - box[1]) / (box[3] - box[1]) * 2 - 1
+        y, x = torch.meshgrid(y, x, indexing="ij")
+        sampled = F.grid_sample(mask[None, None].float(), torch.stack([x, y], -1)[None], align_corners=False)
+        target[y0:y1, x0:x1] = sampled[0, 0] >= threshold
+    return pasted

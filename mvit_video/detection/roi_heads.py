@@ -1,0 +1,284 @@
+"""What is in each region: classes and boxes in one or three stages, and masks.
+
+Mask R-CNN and Cascade R-CNN as in detectron2's ``modeling/roi_heads`` at 02b5c4e2. Classes are 0 to C - 1 and the
+background is C, the last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypedDict, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.detection._utils import BalancedPositiveNegativeSampler, BoxCoder, Matcher
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, TwoMLPHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.ops import batched_nms, clip_boxes_to_image, roi_align
+
+from mvit_video.detection.masks import Polygons, crop_masks
+from mvit_video.detection.proposals import STRIDES, Losses, match
+
+BOX_SIZE, MASK_SIZE = 7, 14  # cells of a region that the heads see; masks come out twice as large
+POSITIVE_FRACTION = 0.25
+STAGE_IOUS = (0.5, 0.6, 0.7)
+STAGE_WEIGHTS = ((10.0, 10.0, 5.0, 5.0), (20.0, 20.0, 10.0, 10.0), (30.0, 30.0, 15.0, 15.0))
+
+
+class Target(TypedDict):
+    """The objects of one image: boxes (M, 4) xyxy pixels, labels int64 (M,), masks polygons or bool (M, H, W)."""
+
+    boxes: Tensor
+    labels: Tensor
+    masks: Polygons | Tensor
+
+
+class Regions(NamedTuple):
+    """Boxes of one image that are trained on: (N, 4), classes (N,) with background last, objects (N,)."""
+
+    boxes: Tensor
+    labels: Tensor
+    objects: Tensor
+
+
+class Detections(NamedTuple):
+    """What was found in one image, the likeliest first; masks are probabilities on a grid over each box."""
+
+    boxes: Tensor  # (N, 4), xyxy pixels
+    scores: Tensor  # (N,)
+    labels: Tensor  # int64 (N,)
+    masks: Tensor  # (N, 28, 28)
+
+
+@dataclass(frozen=True)
+class BoxSettings:
+    """How boxes are sampled in training and chosen in testing."""
+
+    batch_size_per_image: int
+    score_thresh: float
+    nms_thresh: float
+    detections_per_img: int
+
+
+class Predictor(nn.Module):
+    """Class logits (N, C + 1) and box offsets (N, 4), or (N, C * 4) where every class has its own."""
+
+    def __init__(self, channels: int, num_classes: int, *, class_agnostic: bool) -> None:
+        super().__init__()
+        self.cls_score = nn.Linear(channels, num_classes + 1)
+        self.bbox_pred = nn.Linear(channels, 4 if class_agnostic else 4 * num_classes)
+        nn.init.normal_(self.cls_score.weight, std=0.01)
+        nn.init.normal_(self.bbox_pred.weight, std=0.001)
+        nn.init.zeros_(self.cls_score.bias)
+        nn.init.zeros_(self.bbox_pred.bias)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.cls_score(x), self.bbox_pred(x)
+
+
+class RoIHeads(nn.Module):
+    """The second half of Mask R-CNN (one stage) or Cascade Mask R-CNN (three).
+
+    Args:
+        channels: of the pyramid's maps.
+        cascade: three stages that refine each other's boxes, with batch normalisation and one box for all classes.
+    """
+
+    def __init__(self, channels: int, num_classes: int, *, cascade: bool, settings: BoxSettings) -> None:
+        super().__init__()
+        self.num_classes, self.settings = num_classes, settings
+        stages = 3 if cascade else 1
+        size = (channels, BOX_SIZE, BOX_SIZE)
+        self.box_head = nn.ModuleList(
+            FastRCNNConvFCHead(size, [256] * 4, [1024], nn.BatchNorm2d)
+            if cascade
+            else TwoMLPHead(channels * BOX_SIZE**2, 1024)
+            for _ in range(stages)
+        )
+        self.box_predictor = nn.ModuleList(
+            Predictor(1024, num_classes, class_agnostic=cascade) for _ in range(stages)
+        )
+        self.mask_head = MaskRCNNHeads(channels, [256] * 4, 1, nn.BatchNorm2d if cascade else None)
+        self.mask_predictor = MaskRCNNPredictor(256, 256, num_classes)
+        for module in self.box_head.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.kaiming_uniform_(module.weight, a=1)
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(cast(nn.Conv2d, self.mask_predictor.mask_fcn_logits).weight, std=0.001)
+        self._coders = [BoxCoder(weights) for weights in STAGE_WEIGHTS[:stages]]
+        self._matchers = [Matcher(iou, iou, allow_low_quality_matches=False) for iou in STAGE_IOUS[:stages]]
+
+    def losses(
+        self, maps: list[Tensor], proposals: list[Tensor], sizes: list[tuple[int, int]], targets: Sequence[Target]
+    ) -> Losses:
+        """Losses of all stages and of the masks of the proposals that hold objects."""
+        with torch.no_grad():
+            sampled = [
+                self._sample(boxes, target) for boxes, target in zip(proposals, targets, strict=True)
+            ]
+        losses: Losses = {}
+        regions = sampled
+        for number, stage in enumerate(zip(self.box_head, self.box_predictor, strict=True)):
+            boxes = [region.boxes for region in regions]
+            logits, deltas = self._stage(stage, maps, boxes)
+            suffix = f"_stage{number}" if len(self.box_head) > 1 else ""
+            for name, loss in self._box_losses(regions, targets, logits, deltas, self._coders[number]).items():
+                losses[name + suffix] = loss
+            if number + 1 < len(self.box_head):
+                with torch.no_grad():
+                    refined = self._refine(boxes, deltas.detach(), sizes, number)
+                    refined = [found[_is_not_empty(found)] for found in refined]
+                    matcher = self._matchers[number + 1]
+                    regions = [
+                        self._labelled(found, target, matcher)
+                        for found, target in zip(refined, targets, strict=True)
+                    ]
+        losses["loss_mask"] = self._mask_loss(maps, sampled, targets)
+        return losses
+
+    @torch.no_grad()
+    def detect(
+        self, maps: list[Tensor], proposals: list[Tensor], sizes: list[tuple[int, int]]
+    ) -> list[Detections]:
+        """The objects of each image, boxes in pixels of the padded batch, clipped to the image."""
+        boxes, probabilities = proposals, []
+        counts = [len(found) for found in boxes]
+        for number, stage in enumerate(zip(self.box_head, self.box_predictor, strict=True)):
+            logits, deltas = self._stage(stage, maps, boxes)
+            probabilities.append(logits.float().softmax(-1))
+            decoded = self._coders[number].decode_single(deltas.float(), torch.cat(boxes))
+            if number + 1 < len(self.box_head):
+                boxes = self._refine(boxes, deltas, sizes, number)
+        scores = torch.stack(probabilities).mean(0).split(counts)
+        found = [
+            self._choose(*image) for image in zip(decoded.split(counts), scores, sizes, strict=True)
+        ]
+        logits = self._mask_logits(maps, [boxes for boxes, _, _ in found])
+        labels = torch.cat([labels for _, _, labels in found])
+        masks = logits[torch.arange(len(labels), device=labels.device), labels].float().sigmoid()
+        parts = masks.split([len(boxes) for boxes, _, _ in found])
+        return [Detections(*image, mask) for image, mask in zip(found, parts, strict=True)]
+
+    def _stage(self, stage: Any, maps: list[Tensor], boxes: list[Tensor]) -> tuple[Tensor, Tensor]:
+        head, predictor = stage
+        pooled = pool_regions(maps, boxes, BOX_SIZE)
+        if self.training and len(self.box_head) > 1:
+            pooled = _ScaleGradient.apply(pooled, 1 / len(self.box_head))
+        return predictor(head(pooled))
+
+    def _sample(self, proposals: Tensor, target: Target) -> Regions:
+        """Proposals and objects themselves, labelled, at most a quarter of them objects."""
+        regions = self._labelled(torch.cat([proposals, target["boxes"]]), target, self._matchers[0])
+        sampler = BalancedPositiveNegativeSampler(self.settings.batch_size_per_image, POSITIVE_FRACTION)
+        (positive,), (negative,) = sampler([(regions.labels < self.num_classes).float()])
+        taken = torch.cat([positive.nonzero()[:, 0], negative.nonzero()[:, 0]])
+        return Regions(*(values[taken] for values in regions))
+
+    def _labelled(self, boxes: Tensor, target: Target, matcher: Matcher) -> Regions:
+        matched = match(matcher, target["boxes"], boxes)
+        labels = matched.new_full((len(boxes),), self.num_classes)
+        labels[matched >= 0] = target["labels"][matched[matched >= 0]]
+        return Regions(boxes, labels, matched.clamp(min=0))
+
+    def _box_losses(
+        self, regions: list[Regions], targets: Sequence[Target], logits: Tensor, deltas: Tensor, coder: BoxCoder
+    ) -> Losses:
+        labels = torch.cat([region.labels for region in regions])
+        boxes = torch.cat([region.boxes for region in regions])
+        objects = torch.cat(
+            [
+                target["boxes"][region.objects] if len(target["boxes"]) else region.boxes
+                for region, target in zip(regions, targets, strict=True)
+            ]
+        )
+        positive = (labels < self.num_classes).nonzero()[:, 0]
+        offsets = deltas.unflatten(1, (-1, 4))[positive]  # (P, C or 1, 4)
+        chosen = labels[positive] if offsets.shape[1] > 1 else torch.zeros_like(positive)
+        offsets = offsets[torch.arange(len(positive), device=positive.device), chosen]
+        wanted = coder.encode_single(objects[positive], boxes[positive])
+        classification = F.cross_entropy(logits.float(), labels, reduction="sum") / max(len(labels), 1)
+        location = F.l1_loss(offsets.float(), wanted, reduction="sum") / max(len(labels), 1)
+        return {"loss_cls": classification, "loss_box_reg": location}
+
+    def _refine(
+        self, boxes: list[Tensor], deltas: Tensor, sizes: list[tuple[int, int]], number: int
+    ) -> list[Tensor]:
+        """The boxes that a class-agnostic stage makes of its own, clipped."""
+        counts = [len(found) for found in boxes]
+        decoded = self._coders[number].decode_single(deltas.float(), torch.cat(boxes)).split(counts)
+        return [clip_boxes_to_image(found, size) for found, size in zip(decoded, sizes, strict=True)]
+
+    def _choose(self, boxes: Tensor, scores: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Boxes (N, C*4 or 4), scores (N, C + 1) -> boxes, scores and classes of the best."""
+        finite = boxes.isfinite().all(1) & scores.isfinite().all(1)
+        boxes, scores = boxes[finite], scores[finite, :-1]
+        boxes = clip_boxes_to_image(boxes.unflatten(1, (-1, 4)), size).expand(-1, scores.shape[1], -1)
+        row, label = (scores > self.settings.score_thresh).nonzero(as_tuple=True)
+        boxes, scores = boxes[row, label], scores[row, label]
+        best = batched_nms(boxes, scores, label, self.settings.nms_thresh)[: self.settings.detections_per_img]
+        return boxes[best], scores[best], label[best]
+
+    def _mask_loss(self, maps: list[Tensor], regions: list[Regions], targets: Sequence[Target]) -> Tensor:
+        positive = [region.labels < self.num_classes for region in regions]
+        boxes = [region.boxes[kept] for region, kept in zip(regions, positive, strict=True)]
+        labels = torch.cat([region.labels[kept] for region, kept in zip(regions, positive, strict=True)])
+        logits = self._mask_logits(maps, boxes)
+        chosen = logits[torch.arange(len(labels), device=labels.device), labels]
+        wanted = torch.cat(
+            [
+                crop_masks(_select(target["masks"], region.objects[kept]), region.boxes[kept], 2 * MASK_SIZE)
+                for region, kept, target in zip(regions, positive, targets, strict=True)
+            ]
+        )
+        if not len(labels):
+            return logits.sum() * 0
+        return F.binary_cross_entropy_with_logits(chosen.float(), wanted.float())
+
+    def _mask_logits(self, maps: list[Tensor], boxes: list[Tensor]) -> Tensor:
+        """(N, C, 28, 28)"""
+        return self.mask_predictor(self.mask_head(pool_regions(maps, boxes, MASK_SIZE)))
+
+
+def pool_regions(maps: list[Tensor], boxes: list[Tensor], size: int) -> Tensor:
+    """RoIAlign, each box on the map that suits its size: (N, C, size, size).
+
+    A box of 224 x 224 pixels is read from p4 (FPN paper, arXiv 1612.03144, equation 1).
+
+    Args:
+        maps: p2 to p5 and maybe more, (B, C, H, W).
+        boxes: of each image, (N, 4) xyxy pixels.
+    """
+    images = torch.cat([found.new_full((len(found), 1), number) for number, found in enumerate(boxes)])
+    corners = torch.cat(boxes)
+    rois = torch.cat([images, corners], 1).to(maps[0].dtype)
+    side = ((corners[:, 2] - corners[:, 0]) * (corners[:, 3] - corners[:, 1])).sqrt()
+    level = (4 + (side / 224 + 1e-8).log2()).floor().clamp(2, 5).long() - 2
+    pooled = rois.new_zeros(len(rois), maps[0].shape[1], size, size)
+    for number, (features, stride) in enumerate(zip(maps[:4], STRIDES, strict=False)):
+        index = (level == number).nonzero()[:, 0]
+        regions = roi_align(features, rois[index], size, 1 / stride, sampling_ratio=0, aligned=True)
+        pooled = pooled.index_copy(0, index, regions)
+    return pooled
+
+
+class _ScaleGradient(torch.autograd.Function):
+    """The same values; their gradient multiplied: a cascade's stages share it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
+        return grads[0] * ctx.scale, None
+
+
+def _is_not_empty(boxes: Tensor) -> Tensor:
+    return (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+
+
+def _select(masks: Polygons | Tensor, index: Tensor) -> Polygons | Tensor:
+    return masks[index] if isinstance(masks, Tensor) else [masks[i] for i in index.tolist()]

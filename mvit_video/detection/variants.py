@@ -1,0 +1,57 @@
+"""The detectors that have names (MViTv2 paper, table 5; detectron2's ``projects/MViTv2`` at 02b5c4e2)."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import replace
+from typing import Any
+
+from mvit_video.detection.detector import Detector, DetectorConfig
+from mvit_video.errors import ConfigError, did_you_mean
+from mvit_video.model import MViTConfig
+
+
+def _backbone(stages: tuple[int, ...], drop_path: float, embed_dim: int = 96, num_heads: int = 1, **more: Any) -> MViTConfig:
+    """The layout of the image models, with windows except at the end of the last three stages (Hwin)."""
+    ends = [sum(stages[: number + 1]) - 1 for number in range(4)]
+    strides = []
+    for block in range(sum(stages)):
+        scale = next(number for number, end in enumerate(ends) if block <= end)
+        stride = (4, 2, 1, 1)[scale]
+        if block in ends[1:3]:
+            stride *= 2
+        strides.append((block, 1, stride, stride))
+    return MViTConfig(
+        num_classes=1, num_frames=1, embed_dim=embed_dim, num_heads=num_heads, stages=stages, patch_kernel=(1, 7, 7),
+        patch_stride=(1, 4, 4), patch_2d=True, pool_kernel=(1, 3, 3), kv_stride=(1, 4, 4), kv_strides=tuple(strides),
+        class_token=False, rel_pos_temporal=False, rel_pos_zero_init=True, attention="pooling_hybrid_window", window=(1, 56, 56),
+        drop_path=drop_path, **more,
+    )
+
+
+_BACKBONES = {
+    "t": _backbone((1, 2, 5, 2), 0.2),
+    "s": _backbone((1, 2, 11, 2), 0.2),
+    "b": _backbone((2, 3, 16, 3), 0.4),
+    "l": _backbone((2, 6, 36, 4), 0.5, 144, 2),
+    "h": _backbone((4, 8, 60, 8), 0.6, 192, 3, checkpoint_blocks=True),
+}
+DETECTORS = {
+    f"{method}_mvitv2_{size}": DetectorConfig(backbone, cascade=method.startswith("cascade"))
+    for method, sizes in (("mask_rcnn", "tsbl"), ("cascade_mask_rcnn", "tsblh"))
+    for size, backbone in _BACKBONES.items()
+    if size in sizes
+}
+
+
+def list_detectors() -> list[str]:
+    return sorted(DETECTORS)
+
+
+def create_detector(name: str, num_classes: int = 80, **overrides: Any) -> Detector:
+    if name not in DETECTORS:
+        raise ConfigError(f"unknown detector {name!r}{did_you_mean(name, DETECTORS)}; known: {', '.join(list_detectors())}")
+    config = DETECTORS[name]
+    own = {field.name for field in dataclasses.fields(DetectorConfig)}
+    backbone = replace(config.backbone, **{k: v for k, v in overrides.items() if k not in own})
+    return Detector(replace(config, num_classes=num_classes, backbone=backbone, **{k: v for k, v in overrides.items() if k in own}))
