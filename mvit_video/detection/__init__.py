@@ -1,1 +1,6 @@
-"""Object detection."""
+"""Objects in images: boxes, classes and masks (MViTv2 paper, sections 4.1.5 and 4.3)."""
+
+from mvit_video.detection.detector import Detector, DetectorConfig
+from mvit_video.detection.variants import create_detector, list_detectors
+
+__all__ = ["Detector", "DetectorConfig", "create_detector", "list_detectors"]

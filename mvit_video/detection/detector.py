@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mvit_video.detection.backbone import CHANNELS, DIVISOR, Backbone
 from mvit_video.detection.masks import paste_masks
-from mvit_video.detection.proposals import Losses, ProposalGenerator
+from mvit_video.detection.proposals import ProposalGenerator
 from mvit_video.detection.roi_heads import BoxSettings, RoIHeads, Target
 from mvit_video.model import MViTConfig
 
@@ -102,7 +102,9 @@ class Detector(nn.Module):
             raise ValueError("in training, a detector needs the targets of each image")
         batch, sizes = self.batched(images)
         maps = list(self.backbone(batch).values())
-        boxes = [target["boxes"].to(batch.device) for target in targets] if targets and self.training else None
+        boxes = (
+            [target["boxes"].to(batch.device) for target in targets] if targets and self.training else None
+        )
         proposals, losses = self.proposal_generator(maps, sizes, boxes)
         if self.training:
             assert targets is not None
@@ -123,7 +125,12 @@ class Detector(nn.Module):
 
 
 def _in_pixels(
-    boxes: Tensor, scores: Tensor, labels: Tensor, masks: Tensor, size: tuple[int, int], wanted: tuple[int, int]
+    boxes: Tensor,
+    scores: Tensor,
+    labels: Tensor,
+    masks: Tensor,
+    size: tuple[int, int],
+    wanted: tuple[int, int],
 ) -> dict[str, Tensor]:
     """Detections on an image of ``size`` as those of the same image of another size."""
     height, width = wanted

@@ -36,7 +36,9 @@ def crop_masks(masks: Polygons | Tensor, boxes: Tensor, size: int) -> Tensor:
 def _rasterised(parts: Sequence[Sequence[float]], box: np.ndarray, size: int) -> np.ndarray:
     """Polygons, moved and scaled so that ``box`` becomes the unit square of ``size`` pixels."""
     scale = size / np.maximum(box[2:] - box[:2], 0.1)
-    moved = [((np.asarray(part, dtype=np.float64).reshape(-1, 2) - box[:2]) * scale).ravel() for part in parts]
+    moved = [
+        ((np.asarray(part, dtype=np.float64).reshape(-1, 2) - box[:2]) * scale).ravel() for part in parts
+    ]
     return polygons_to_mask(moved, size, size)
 
 

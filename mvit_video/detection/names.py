@@ -11,7 +11,10 @@ _RULES = (
     (r"^proposal_generator\.rpn_head\.conv\.", "proposal_generator.head.conv.0.0."),
     (r"^proposal_generator\.rpn_head\.objectness_logits\.", "proposal_generator.head.cls_logits."),
     (r"^proposal_generator\.rpn_head\.anchor_deltas\.", "proposal_generator.head.bbox_pred."),
-    (r"^roi_heads\.box_head\.(\d)\.conv(\d)\.norm\.", lambda m: f"roi_heads.box_head.{m[1]}.{int(m[2]) - 1}.1."),
+    (
+        r"^roi_heads\.box_head\.(\d)\.conv(\d)\.norm\.",
+        lambda m: f"roi_heads.box_head.{m[1]}.{int(m[2]) - 1}.1.",
+    ),
     (r"^roi_heads\.box_head\.(\d)\.conv(\d)\.", lambda m: f"roi_heads.box_head.{m[1]}.{int(m[2]) - 1}.0."),
     (r"^roi_heads\.box_head\.(\d)\.fc1\.", r"roi_heads.box_head.\1.5."),
     (r"^roi_heads\.box_head\.fc(\d)\.", lambda m: f"roi_heads.box_head.0.fc{int(m[1]) + 5}."),

@@ -105,7 +105,7 @@ class ProposalGenerator(nn.Module):
             label = (matched >= 0).float()
             label[matched == Matcher.BETWEEN_THRESHOLDS] = -1
             (positive,), (negative,) = self._sampler([label])
-            labels.append(torch.where(positive | negative, label, -1))
+            labels.append(torch.where((positive | negative).bool(), label, -1))
             none = image_boxes if len(image_boxes) else anchors[:1]
             targets.append(self._coder.encode_single(none[matched.clamp(min=0)], anchors))
         label, target = torch.stack(labels), torch.stack(targets)
@@ -135,9 +135,7 @@ def match(matcher: Matcher, objects: Tensor, boxes: Tensor) -> Tensor:
     return matcher(box_iou(objects, boxes))
 
 
-def _suppressed(
-    boxes: Tensor, scores: Tensor, levels: Tensor, size: tuple[int, int], most: int
-) -> Tensor:
+def _suppressed(boxes: Tensor, scores: Tensor, levels: Tensor, size: tuple[int, int], most: int) -> Tensor:
     finite = boxes.isfinite().all(1) & scores.isfinite()
     boxes = clip_boxes_to_image(boxes, size)
     kept = finite & (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])

@@ -111,20 +111,24 @@ class RoIHeads(nn.Module):
         self._matchers = [Matcher(iou, iou, allow_low_quality_matches=False) for iou in STAGE_IOUS[:stages]]
 
     def losses(
-        self, maps: list[Tensor], proposals: list[Tensor], sizes: list[tuple[int, int]], targets: Sequence[Target]
+        self,
+        maps: list[Tensor],
+        proposals: list[Tensor],
+        sizes: list[tuple[int, int]],
+        targets: Sequence[Target],
     ) -> Losses:
         """Losses of all stages and of the masks of the proposals that hold objects."""
         with torch.no_grad():
-            sampled = [
-                self._sample(boxes, target) for boxes, target in zip(proposals, targets, strict=True)
-            ]
+            sampled = [self._sample(boxes, target) for boxes, target in zip(proposals, targets, strict=True)]
         losses: Losses = {}
         regions = sampled
         for number, stage in enumerate(zip(self.box_head, self.box_predictor, strict=True)):
             boxes = [region.boxes for region in regions]
             logits, deltas = self._stage(stage, maps, boxes)
             suffix = f"_stage{number}" if len(self.box_head) > 1 else ""
-            for name, loss in self._box_losses(regions, targets, logits, deltas, self._coders[number]).items():
+            for name, loss in self._box_losses(
+                regions, targets, logits, deltas, self._coders[number]
+            ).items():
                 losses[name + suffix] = loss
             if number + 1 < len(self.box_head):
                 with torch.no_grad():
@@ -152,9 +156,7 @@ class RoIHeads(nn.Module):
             if number + 1 < len(self.box_head):
                 boxes = self._refine(boxes, deltas, sizes, number)
         scores = torch.stack(probabilities).mean(0).split(counts)
-        found = [
-            self._choose(*image) for image in zip(decoded.split(counts), scores, sizes, strict=True)
-        ]
+        found = [self._choose(*image) for image in zip(decoded.split(counts), scores, sizes, strict=True)]
         logits = self._mask_logits(maps, [boxes for boxes, _, _ in found])
         labels = torch.cat([labels for _, _, labels in found])
         masks = logits[torch.arange(len(labels), device=labels.device), labels].float().sigmoid()
@@ -183,7 +185,12 @@ class RoIHeads(nn.Module):
         return Regions(boxes, labels, matched.clamp(min=0))
 
     def _box_losses(
-        self, regions: list[Regions], targets: Sequence[Target], logits: Tensor, deltas: Tensor, coder: BoxCoder
+        self,
+        regions: list[Regions],
+        targets: Sequence[Target],
+        logits: Tensor,
+        deltas: Tensor,
+        coder: BoxCoder,
     ) -> Losses:
         labels = torch.cat([region.labels for region in regions])
         boxes = torch.cat([region.boxes for region in regions])

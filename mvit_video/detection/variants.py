@@ -9,9 +9,12 @@ from typing import Any
 from mvit_video.detection.detector import Detector, DetectorConfig
 from mvit_video.errors import ConfigError, did_you_mean
 from mvit_video.model import MViTConfig
+from mvit_video.model.variants import replace_fields
 
 
-def _backbone(stages: tuple[int, ...], drop_path: float, embed_dim: int = 96, num_heads: int = 1, **more: Any) -> MViTConfig:
+def _backbone(
+    stages: tuple[int, ...], drop_path: float, embed_dim: int = 96, num_heads: int = 1, **more: Any
+) -> MViTConfig:
     """The layout of the image models, with windows except at the end of the last three stages (Hwin)."""
     ends = [sum(stages[: number + 1]) - 1 for number in range(4)]
     strides = []
@@ -22,10 +25,24 @@ def _backbone(stages: tuple[int, ...], drop_path: float, embed_dim: int = 96, nu
             stride *= 2
         strides.append((block, 1, stride, stride))
     return MViTConfig(
-        num_classes=1, num_frames=1, embed_dim=embed_dim, num_heads=num_heads, stages=stages, patch_kernel=(1, 7, 7),
-        patch_stride=(1, 4, 4), patch_2d=True, pool_kernel=(1, 3, 3), kv_stride=(1, 4, 4), kv_strides=tuple(strides),
-        class_token=False, rel_pos_temporal=False, rel_pos_zero_init=True, attention="pooling_hybrid_window", window=(1, 56, 56),
-        drop_path=drop_path, **more,
+        num_classes=1,
+        num_frames=1,
+        embed_dim=embed_dim,
+        num_heads=num_heads,
+        stages=stages,
+        patch_kernel=(1, 7, 7),
+        patch_stride=(1, 4, 4),
+        patch_2d=True,
+        pool_kernel=(1, 3, 3),
+        kv_stride=(1, 4, 4),
+        kv_strides=tuple(strides),
+        class_token=False,
+        rel_pos_temporal=False,
+        rel_pos_zero_init=True,
+        attention="pooling_hybrid_window",
+        window=(1, 56, 56),
+        drop_path=drop_path,
+        **more,
     )
 
 
@@ -45,13 +62,35 @@ DETECTORS = {
 
 
 def list_detectors() -> list[str]:
+    """Names that ``create_detector`` knows."""
     return sorted(DETECTORS)
 
 
 def create_detector(name: str, num_classes: int = 80, **overrides: Any) -> Detector:
+    """Build a detector by name, with fresh weights.
+
+    Args:
+        name: one of ``list_detectors()``.
+        num_classes: without the background.
+        overrides: fields of ``DetectorConfig``, or of ``MViTConfig`` for its backbone, that differ.
+
+    Raises:
+        ConfigError: for an unknown name or field.
+        ValueError: for a value out of range.
+    """
     if name not in DETECTORS:
-        raise ConfigError(f"unknown detector {name!r}{did_you_mean(name, DETECTORS)}; known: {', '.join(list_detectors())}")
+        known = ", ".join(list_detectors())
+        raise ConfigError(f"unknown detector {name!r}{did_you_mean(name, DETECTORS)}; known: {known}")
     config = DETECTORS[name]
-    own = {field.name for field in dataclasses.fields(DetectorConfig)}
-    backbone = replace(config.backbone, **{k: v for k, v in overrides.items() if k not in own})
-    return Detector(replace(config, num_classes=num_classes, backbone=backbone, **{k: v for k, v in overrides.items() if k in own}))
+    own = {field.name for field in dataclasses.fields(DetectorConfig)} - {
+        "backbone",
+        "num_classes",
+        "cascade",
+    }
+    backbone = {field.name for field in dataclasses.fields(MViTConfig)} - {"num_classes"}
+    for key in overrides:
+        if key not in own | backbone:
+            raise ConfigError(f"a detector has no {key!r}{did_you_mean(key, own | backbone)}")
+    layout = replace_fields(config.backbone, {k: v for k, v in overrides.items() if k in backbone})
+    detection = {key: value for key, value in overrides.items() if key in own}
+    return Detector(replace(config, num_classes=num_classes, backbone=layout, **detection))

@@ -1,0 +1,230 @@
+"""Augmentation of images with objects: resized, cropped, flipped and padded together.
+
+The recipes are those of detectron2's ``configs/common/data/coco.py`` and ``coco_LSJ.py`` (``projects/MViTv2`` at
+02b5c4e2). Images are resized by Pillow's bilinear filter, whose pixels torchvision's resizing misses by up to a
+level; polygons are cut at the border of a crop, which ``torchvision.transforms.v2`` doesn't know.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from mvit_video.detection.roi_heads import Target
+
+Recipe = Literal["multi_scale", "large_scale_jitter", "none"]
+SHORT_SIDES = tuple(range(480, 801, 32))
+CROP_SHORT_SIDES, CROP_SIZES = (400, 500, 600), (384, 600)  # before a crop, and of it
+TEST_SHORT_SIDE, MAX_SIDE = 800, 1333
+JITTER_SCALES, JITTER_SIZE = (0.1, 2.0), 1024
+PADDING = 128  # grey level
+
+
+@dataclass(frozen=True)
+class Objects:
+    """An image and the objects in it.
+
+    Attributes:
+        boxes: float64 (M, 4), xyxy pixels; they may reach beyond the image until ``target`` clips them.
+        labels: int64 (M,).
+        masks: of each object its polygons, float64 (points, 2), or one bool (H, W) for each.
+    """
+
+    image: Image.Image
+    boxes: NDArray[np.float64]
+    labels: NDArray[np.int64]
+    masks: list[list[NDArray[np.float64]]] | NDArray[np.bool_]
+
+    def resized(self, height: int, width: int) -> Objects:
+        """Stretched to another size; bitmaps by their nearest pixels."""
+        scale = np.array([width / self.image.width, height / self.image.height])
+        masks = self.masks
+        if isinstance(masks, np.ndarray):
+            stretched = [Image.fromarray(m).resize((width, height), Image.Resampling.NEAREST) for m in masks]
+            masks = _stacked([np.asarray(mask) for mask in stretched], height, width)
+        else:
+            masks = [[part * scale for part in parts] for parts in masks]
+        image = self.image
+        if image.size != (width, height):
+            image = image.resize((width, height), Image.Resampling.BILINEAR)
+        return replace(self, image=image, boxes=self.boxes * np.tile(scale, 2), masks=masks)
+
+    def cropped(self, top: int, left: int, height: int, width: int) -> Objects:
+        """The part of the image, and of the objects' masks, in a window."""
+        offset = np.array([left, top], dtype=np.float64)
+        if isinstance(self.masks, np.ndarray):
+            masks: list[list[NDArray[np.float64]]] | NDArray[np.bool_]
+            masks = self.masks[:, top : top + height, left : left + width]
+        else:
+            masks = [
+                [part - offset for whole in parts for part in _cut(whole, top, left, height, width)]
+                for parts in self.masks
+            ]
+        image = self.image.crop((left, top, left + width, top + height))
+        return replace(self, image=image, boxes=self.boxes - np.tile(offset, 2), masks=masks)
+
+    def flipped(self) -> Objects:
+        """Mirrored, left to right."""
+        width = self.image.width
+        boxes = self.boxes.copy()
+        boxes[:, [0, 2]] = width - self.boxes[:, [2, 0]]
+        if isinstance(self.masks, np.ndarray):
+            masks: list[list[NDArray[np.float64]]] | NDArray[np.bool_] = self.masks[:, :, ::-1]
+        else:
+            masks = [[part * [-1, 1] + [width, 0] for part in parts] for parts in self.masks]
+        image = self.image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return replace(self, image=image, boxes=boxes, masks=masks)
+
+    def padded(self, height: int, width: int) -> Objects:
+        """On a grey canvas, in its upper left corner."""
+        canvas = Image.new("RGB", (width, height), (PADDING,) * 3)
+        canvas.paste(self.image, (0, 0))
+        masks = self.masks
+        if isinstance(masks, np.ndarray):
+            more = [(0, 0), (0, height - masks.shape[1]), (0, width - masks.shape[2])]
+            masks = np.pad(masks, more)
+        return replace(self, image=canvas, masks=masks)
+
+    def target(self, *, boxes_from_masks: bool = False) -> tuple[Tensor, Target]:
+        """The image, uint8 (3, H, W), and the objects that are left in it.
+
+        Args:
+            boxes_from_masks: boxes tight around what is left of the masks, else the annotated ones, clipped.
+        """
+        limits = np.array([self.image.width, self.image.height] * 2)
+        boxes = np.minimum(self.boxes.clip(min=0), limits).astype(np.float32)
+        if boxes_from_masks:
+            boxes = np.stack([_box_around(mask) for mask in self.masks]) if len(boxes) else boxes
+        kept = ((boxes[:, 2:] - boxes[:, :2]) > 1e-5).all(1)
+        kept &= np.array([_is_something(mask) for mask in self.masks], dtype=bool)
+        masks: Tensor | list[list[list[float]]]
+        if isinstance(self.masks, np.ndarray):
+            masks = torch.from_numpy(np.ascontiguousarray(self.masks[kept]))
+        else:
+            masks = [[part.ravel().tolist() for part in self.masks[i]] for i in kept.nonzero()[0]]
+        pixels = torch.from_numpy(np.array(self.image)).permute(2, 0, 1)
+        boxes_left, labels = torch.from_numpy(boxes[kept]), torch.from_numpy(self.labels[kept])
+        return pixels, {"boxes": boxes_left, "labels": labels, "masks": masks}
+
+
+def augmented(objects: Objects, recipe: Recipe, rng: random.Random) -> tuple[Tensor, Target]:
+    """An image and its objects as a detector is trained with them."""
+    if recipe == "large_scale_jitter":
+        return large_scale_jitter(
+            objects, flip=rng.random() < 0.5, scale=rng.uniform(*JITTER_SCALES), offset=rng.random()
+        )
+    if recipe == "none":
+        return objects.resized(*shortest_edge(*_size(objects))).target()
+    crop = None
+    first = rng.choice(CROP_SHORT_SIDES) if rng.random() < 0.5 else None
+    if first is not None:
+        height, width = shortest_edge(*_size(objects), first, math.inf)
+        crop_height, crop_width = (
+            rng.randint(min(CROP_SIZES[0], side), min(CROP_SIZES[1], side)) for side in (height, width)
+        )
+        crop = (
+            rng.randint(0, height - crop_height),
+            rng.randint(0, width - crop_width),
+            crop_height,
+            crop_width,
+        )
+    return multi_scale(
+        objects, first=first, crop=crop, short_side=rng.choice(SHORT_SIDES), flip=rng.random() < 0.5
+    )
+
+
+def multi_scale(
+    objects: Objects,
+    *,
+    first: int | None,
+    crop: tuple[int, int, int, int] | None,
+    short_side: int,
+    flip: bool,
+) -> tuple[Tensor, Target]:
+    """Resize and crop to (top, left, height, width), or don't; then resize to ``short_side`` and flip."""
+    if first is not None and crop is not None:
+        objects = objects.resized(*shortest_edge(*_size(objects), first, math.inf)).cropped(*crop)
+    objects = objects.resized(*shortest_edge(*_size(objects), short_side))
+    return (objects.flipped() if flip else objects).target()
+
+
+def large_scale_jitter(
+    objects: Objects, *, flip: bool, scale: float, offset: float, size: int = JITTER_SIZE
+) -> tuple[Tensor, Target]:
+    """Flip, resize to ``scale`` times a square of ``size``, and cut out or pad to that square (arXiv 2012.07177).
+
+    Args:
+        offset: in [0, 1], where the square lies in a larger image, along both sides.
+    """
+    objects = objects.flipped() if flip else objects
+    height, width = jittered_size(*_size(objects), scale, size)
+    objects = objects.resized(height, width)
+    top, left = (round(max(side - size, 0) * offset) for side in (height, width))
+    objects = objects.cropped(top, left, min(height, size), min(width, size)).padded(size, size)
+    return objects.target(boxes_from_masks=True)
+
+
+def shortest_edge(
+    height: int, width: int, short_side: int = TEST_SHORT_SIDE, max_side: float = MAX_SIDE
+) -> tuple[int, int]:
+    """The size of an image whose short side becomes ``short_side``, its long one at most ``max_side`` (pixels)."""
+    scale = short_side / min(height, width)
+    sides = [short_side if side == min(height, width) else scale * side for side in (height, width)]
+    if max(sides) > max_side:
+        shrink = max_side / max(sides)
+        sides = [side * shrink for side in sides]
+    new_height, new_width = (int(side + 0.5) for side in sides)
+    return new_height, new_width
+
+
+def jittered_size(height: int, width: int, scale: float, size: int = JITTER_SIZE) -> tuple[int, int]:
+    """The size of an image that fits into ``scale`` times a square of ``size``."""
+    factor = min(size * scale / height, size * scale / width)
+    return round(height * factor), round(width * factor)
+
+
+def _cut(
+    polygon: NDArray[np.float64], top: int, left: int, height: int, width: int
+) -> list[NDArray[np.float64]]:
+    """The parts of a polygon in a window."""
+    import shapely
+
+    if len(polygon) < 3:
+        return []
+    whole = shapely.Polygon(polygon).buffer(0.0)  # which mends edges that cross
+    inside = whole.intersection(shapely.box(left, top, left + width, top + height))
+    parts = [part for part in getattr(inside, "geoms", [inside]) if isinstance(part, shapely.Polygon)]
+    return [np.asarray(part.exterior.coords)[:-1] for part in parts if part.is_valid and not part.is_empty]
+
+
+def _box_around(mask: Sequence[NDArray[np.float64]] | NDArray[np.bool_]) -> NDArray[np.float32]:
+    if isinstance(mask, np.ndarray):
+        rows, columns = mask.any(1).nonzero()[0], mask.any(0).nonzero()[0]
+        if not len(rows):
+            return np.zeros(4, dtype=np.float32)
+        return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], dtype=np.float32)
+    if not mask:
+        return np.zeros(4, dtype=np.float32)
+    points = np.concatenate(mask)
+    return np.concatenate([points.min(0), points.max(0)]).astype(np.float32)
+
+
+def _is_something(mask: Sequence[NDArray[np.float64]] | NDArray[np.bool_]) -> bool:
+    return bool(mask.any()) if isinstance(mask, np.ndarray) else len(mask) > 0
+
+
+def _size(objects: Objects) -> tuple[int, int]:
+    return objects.image.height, objects.image.width
+
+
+def _stacked(masks: list[NDArray[np.bool_]], height: int, width: int) -> NDArray[np.bool_]:
+    return np.stack(masks) if masks else np.zeros((0, height, width), dtype=bool)

@@ -1,0 +1,216 @@
+"""Detectors against detectron2's figures (``projects/MViTv2`` at 02b5c4e2; see ``golden_weights_det``)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import golden_weights_det as golden
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from mvit_video.detection import Detector, create_detector, list_detectors
+from mvit_video.detection.masks import polygons_to_mask
+from mvit_video.detection.names import from_detectron2
+from mvit_video.errors import ConfigError
+
+REFERENCE = Path(__file__).parents[1] / "reference" / "detection"
+NAMES = {"mask": "mask_rcnn_mvitv2_t", "cascade": "cascade_mask_rcnn_mvitv2_t"}
+LEVELS = ("p2", "p3", "p4", "p5", "p6")
+PARAMETERS = {
+    "mask_rcnn_mvitv2_t": 43_679_568,
+    "cascade_mask_rcnn_mvitv2_t": 75_847_614,
+    "cascade_mask_rcnn_mvitv2_s": 86_544_510,
+    "cascade_mask_rcnn_mvitv2_b": 103_147_038,
+    "cascade_mask_rcnn_mvitv2_l": 265_110_654,
+    "cascade_mask_rcnn_mvitv2_h": 718_155_998,
+}
+
+
+def reference(name: str) -> Any:
+    return json.loads((REFERENCE / f"{name}.json").read_text())
+
+
+def official(method: str, **overrides: Any) -> Detector:
+    """A detector with the golden weights."""
+    names = reference(f"names_{method}_t")
+    detector = create_detector(NAMES[method], **overrides)
+    shapes = {name: value.shape for name, value in detector.state_dict().items()}
+    values = golden.weights(names["params"] + names["buffers"])
+    weights = {
+        from_detectron2(name): torch.from_numpy(np.ascontiguousarray(value)) for name, value in values.items()
+    }
+    detector.load_state_dict({name: value.reshape(shapes[name]) for name, value in weights.items()})
+    return detector
+
+
+def difference(found: Tensor, expected: dict[str, Any]) -> float:
+    sample = torch.tensor(expected["sample"])
+    flat = found.detach().flatten()
+    index = [i * len(flat) // len(sample) for i in range(len(sample))]
+    return max((flat[index] - sample).abs().max().item(), abs(flat.double().mean().item() - expected["mean"]))
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameters_are_as_many_as_officially(name: str) -> None:
+    with torch.device("meta"):
+        assert sum(p.numel() for p in create_detector(name).parameters()) == PARAMETERS[name]
+    assert name in list_detectors()
+
+
+def test_an_unknown_name_or_option_is_named() -> None:
+    with pytest.raises(ConfigError, match="mask_rcnn_mvitv2_t"):
+        create_detector("mask_rcnn_mvitv2_tt")
+    with pytest.raises(ConfigError, match="box_score_thresh"):
+        create_detector("mask_rcnn_mvitv2_t", box_score_tresh=0.1)
+
+
+def test_maps_of_the_backbone() -> None:
+    detector = official("mask").eval()
+    for case in reference("features_mask_t_dev")["inputs"]:
+        size = case["input"]
+        images = torch.from_numpy(golden.feature_input(size["h"], size["w"], size["tag"])).float()
+        with torch.no_grad():
+            scales = detector.backbone.bottom_up(images)
+            maps = detector.backbone(images)
+        for number, found in enumerate(scales, start=2):
+            assert difference(found, case["bottom_up"][f"scale{number}"]) < 1e-4
+        assert tuple(maps) == LEVELS
+        for level, found in maps.items():
+            assert difference(found, case["fpn"][level]) < 1e-4
+
+
+@pytest.mark.parametrize("method", ["mask", "cascade"])
+def test_detections(method: str) -> None:
+    expected = reference(f"inference_{method}_t_dev")
+    few = {"rpn_pre_nms_top_n_test": 300, "rpn_post_nms_top_n_test": 150}
+    detector = official(method, **(few if method == "cascade" else {})).eval()
+    size = expected["input"]
+    image = torch.from_numpy(golden.image_u8(size["h"], size["w"], size["tag"]))
+    with torch.no_grad():
+        batch, sizes = detector.batched([image])
+        assert difference(batch, expected["padded"]) < 1e-6
+        maps = list(detector.backbone(batch).values())
+        logits, deltas = detector.proposal_generator.head(maps)
+        for level, score, delta in zip(LEVELS, logits, deltas, strict=True):
+            assert difference(score, expected["rpn"][level]["logits"]) < 1e-4
+            assert difference(delta, expected["rpn"][level]["deltas"]) < 1e-4
+        ((proposals,), _) = detector.proposal_generator(maps, sizes)
+        assert len(proposals) == expected["proposals"]["count"]
+        best = torch.tensor(expected["proposals"]["top20_boxes"])
+        assert (proposals[:20] - best).abs().max() < 1e-4 * size["w"]
+        (raw,) = detector.roi_heads.detect(maps, [proposals], sizes)
+        (found,) = detector([image], output_sizes=[(size["height"], size["width"])])
+    golden_detections = expected["detections"]
+    pairs = matched(golden_detections, raw.boxes, raw.scores, raw.labels, size["w"])
+    last = golden_detections["scores"][-1]
+    certain = [i for i, score in enumerate(golden_detections["scores"]) if score - last > 1e-4]
+    assert set(certain) <= set(pairs)
+    assert found["masks"].shape == (len(found["boxes"]), size["height"], size["width"])
+    processed = expected["postprocessed"]
+    for i, (box, area) in enumerate(zip(processed["boxes"], processed["mask_area_pixels"], strict=True)):
+        if i in pairs:
+            assert (found["boxes"][pairs[i]] - torch.tensor(box)).abs().max() < 1e-4 * size["width"]
+            # A row of probabilities near one half may fall on either side of it.
+            assert abs(int(found["masks"][pairs[i]].sum()) - area) <= 20
+
+
+def matched(
+    expected: dict[str, Any], boxes: Tensor, scores: Tensor, labels: Tensor, side: int
+) -> dict[int, int]:
+    """Golden detections and ours of the same class, score and place: those of equal scores may change places."""
+    free = torch.ones(len(scores), dtype=torch.bool)
+    pairs = {}
+    for i, (box, score, label) in enumerate(
+        zip(expected["boxes"], expected["scores"], expected["classes"], strict=True)
+    ):
+        near = free & (labels == label) & ((scores - score).abs() < 1e-4)
+        near &= (boxes - torch.tensor(box)).abs().amax(1) < 1e-4 * side
+        if near.any():
+            pairs[i] = int(near.nonzero()[0])
+            free[pairs[i]] = False
+    return pairs
+
+
+@pytest.mark.parametrize(
+    ("method", "variant"),
+    [
+        ("mask", "official_sizes"),
+        ("mask", "all_taken_bitmask"),
+        pytest.param("mask", "all_taken", marks=pytest.mark.slow),
+        ("cascade", "official_sizes"),
+        pytest.param("cascade", "all_taken", marks=pytest.mark.slow),
+    ],
+)
+def test_losses_and_gradients(method: str, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = reference(f"losses_{method}_t_dev")
+    case, size = expected["variants"][variant], expected["input"]
+    height, width = size["h"], size["w"]
+    sizes = (
+        {
+            "rpn_batch_size_per_image": 10**6,
+            "box_batch_size_per_image": 10**6,
+            "rpn_pre_nms_top_n_train": 300,
+            "rpn_post_nms_top_n_train": 150,
+        }
+        if case["overrides"]
+        else {}
+    )
+    detector = official(method, drop_path=0.0, **sizes).train()
+    boxes, labels, masks = golden.targets(height, width)
+    if case["gt_masks"] == "bitmask":
+        masks = torch.from_numpy(np.stack([polygons_to_mask(parts, height, width) for parts in masks]))
+    target = {"boxes": torch.from_numpy(boxes), "labels": torch.from_numpy(labels), "masks": masks}
+    # Officially drawn at random; the figures are of the first ones.
+    monkeypatch.setattr(torch, "randperm", lambda count, **kwargs: torch.arange(count, **kwargs))
+    losses = detector([torch.from_numpy(golden.image_u8(height, width, size["tag"]))], [target])
+    assert {name: pytest.approx(loss.item(), abs=1e-4) for name, loss in losses.items()} == case["losses"]
+    sum(losses.values()).backward()
+    parameters = dict(detector.named_parameters())
+    for name, norm in case["grad_norm"].items():
+        gradient = parameters[from_detectron2(name)].grad
+        assert gradient is not None
+        assert gradient.double().norm().item() == pytest.approx(norm, rel=3e-3), name
+    for name, values in case.get("running_mean_after", {}).items():
+        found = detector.get_buffer(from_detectron2(name))[: len(values)]
+        torch.testing.assert_close(found, torch.tensor(values), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("method", ["mask", "cascade"])
+def test_images_without_objects_train_too(method: str) -> None:
+    detector = create_detector(NAMES[method], num_classes=3).train()
+    none = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long), "masks": []}
+    some = {
+        "boxes": torch.tensor([[4.0, 4.0, 60.0, 50.0]]),
+        "labels": torch.tensor([2]),
+        "masks": torch.ones(1, 64, 80, dtype=torch.bool),
+    }
+    images = [torch.zeros(3, 64, 80, dtype=torch.uint8), torch.full((3, 50, 64), 255, dtype=torch.uint8)]
+    for targets in ([some, none], [none, none]):
+        losses = detector(images, targets)
+        assert all(loss.isfinite() for loss in losses.values())
+        sum(losses.values()).backward()
+        assert all(parameter.grad is not None for parameter in detector.roi_heads.parameters())
+
+
+def test_every_image_gets_detections_of_its_own_size() -> None:
+    torch.manual_seed(0)
+    detector = create_detector("mask_rcnn_mvitv2_t", num_classes=3, box_score_thresh=0.0).eval()
+    images = [
+        torch.randint(0, 256, (3, height, width), dtype=torch.uint8) for height, width in ((64, 80), (33, 50))
+    ]
+    with torch.no_grad():
+        found = detector(images)
+    for image, detections in zip(images, found, strict=True):
+        number = len(detections["boxes"])
+        assert 0 < number <= 100
+        assert detections["masks"].shape == (number, *image.shape[1:])
+        assert detections["masks"].dtype == torch.bool
+        assert (detections["scores"].diff() <= 0).all()
+        assert set(detections["labels"].tolist()) <= {0, 1, 2}
+        assert (detections["boxes"] <= torch.tensor([image.shape[2], image.shape[1]] * 2)).all()
+    with pytest.raises(ValueError, match="targets"):
+        detector.train()(images)
