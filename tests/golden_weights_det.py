@@ -1,11 +1,11 @@
 """Deterministic weights, images and targets for cross-checking MViTv2 detectors (official detectron2 names).
 
-    weights([(name, shape), ...]) -> {name: array}   parameters AND buffers (BatchNorm statistics) by official name
-    image_u8(h, w, tag) -> uint8 RGB [3, H, W];  feature_input(h, w, tag) -> float32 [1, 3, H, W] (already normalised)
+    weights([(name, shape), ...]) -> {name: array}   parameters AND buffers by official name
+    image_u8(h, w, tag) -> uint8 RGB [3, H, W];  feature_input(h, w, tag) -> normalised float32 [1, 3, H, W]
     targets(h, w) -> boxes (xyxy floats), classes, polygons for the training-loss goldens
 
-Backbone tensors ("backbone.bottom_up.*") follow golden_weights.centre_and_gain; the rest has gains of its own, chosen
-so that proposals move, scores are neither flat nor saturated and masks have both signs.
+Backbone tensors ("backbone.bottom_up.*") follow golden_weights.centre_and_gain; the rest has gains of its own,
+chosen so that proposals move, scores are neither flat nor saturated and masks have both signs.
 """
 
 import math
@@ -35,7 +35,7 @@ def centre_and_gain(name, shape):
     # fan-in; of a transposed convolution (in, out, kh, kw) with stride = kernel it is `in`
     fan_in = shape[0] if ".deconv." in name else int(np.prod(shape[1:]))
     layer = name.split(".")[-2]
-    # p2 sums four levels and has most anchors: without these gains no proposal of another level would ever win
+    # p2 sums four levels and has most anchors: without these gains no other level would ever win
     pyramid = {"fpn_output2": 0.4, "fpn_output3": 0.9, "fpn_output4": 2.0, "fpn_output5": 3.2}
     factor = {
         "objectness_logits": 1.5,
@@ -62,8 +62,8 @@ def weights(params):
         c, g = centre_and_gain(name, shape)
         u = unit(name, int(np.prod(shape)))
         if name.startswith("roi_heads.") and len(shape) > 1 and ".deconv." not in name:
-            # Inputs of these layers went through a ReLU: opposite weights for the two halves of them take their common
-            # mean away, without which every region would look alike.
+            # Inputs of these layers went through a ReLU: opposite weights for the two halves of them take their
+            # common mean away, without which every region would look alike.
             u = u.reshape(shape[0], -1)
             half = u.shape[1] // 2
             u[:, half:] = -u[:, :half]
@@ -80,8 +80,8 @@ def image_u8(h, w, tag="image"):
 def targets(h, w):
     """Four objects: three polygons (one of them in two parts) and a box; all sizes, some overlap.
 
-    Returns boxes [4, 4] float32 xyxy (tight around the polygons), classes [4] int64, polygons: list (objects) of lists
-    (parts) of flat float64 [x0, y0, x1, y1, ...].
+    Returns boxes [4, 4] float32 xyxy (tight around the polygons), classes [4] int64, polygons: list (objects)
+    of lists (parts) of flat float64 [x0, y0, x1, y1, ...].
     """
 
     def scaled(points):

@@ -1,7 +1,7 @@
 """Augmentation of images with objects: resized, cropped, flipped and padded together.
 
-The recipes are those of detectron2's ``configs/common/data/coco.py`` and ``coco_LSJ.py`` (``projects/MViTv2`` at
-02b5c4e2). Images are resized by Pillow's bilinear filter, whose pixels torchvision's resizing misses by up to a
+The recipes are those of detectron2's ``configs/common/data/coco.py`` and ``projects/MViTv2/configs/common`` at
+02b5c4e2. Images are resized by Pillow's bilinear filter, whose pixels torchvision's resizing misses by up to a
 level; polygons are cut at the border of a crop, which ``torchvision.transforms.v2`` doesn't know.
 """
 
@@ -160,7 +160,7 @@ def multi_scale(
 def large_scale_jitter(
     objects: Objects, *, flip: bool, scale: float, offset: float, size: int = JITTER_SIZE
 ) -> tuple[Tensor, Target]:
-    """Flip, resize to ``scale`` times a square of ``size``, and cut out or pad to that square (arXiv 2012.07177).
+    """Flip, resize to ``scale`` times a square of ``size``, cut out or pad to that square (arXiv 2012.07177).
 
     Args:
         offset: in [0, 1], where the square lies in a larger image, along both sides.
@@ -176,7 +176,7 @@ def large_scale_jitter(
 def shortest_edge(
     height: int, width: int, short_side: int = TEST_SHORT_SIDE, max_side: float = MAX_SIDE
 ) -> tuple[int, int]:
-    """The size of an image whose short side becomes ``short_side``, its long one at most ``max_side`` (pixels)."""
+    """Height and width of an image whose short side becomes ``short_side``, the long one at most ``max_side``."""
     scale = short_side / min(height, width)
     sides = [short_side if side == min(height, width) else scale * side for side in (height, width)]
     if max(sides) > max_side:

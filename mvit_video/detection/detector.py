@@ -1,4 +1,4 @@
-"""Mask R-CNN and Cascade Mask R-CNN on an MViTv2 with a feature pyramid (MViTv2 paper, sections 4.1.5 and 4.3)."""
+"""Mask R-CNN and Cascade Mask R-CNN on an MViTv2 with a feature pyramid (paper, sections 4.1.5 and 4.3)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class DetectorConfig:
         rpn_pre_nms_top_n_train, rpn_pre_nms_top_n_test: proposals kept on each level before non-maximum
             suppression.
         rpn_post_nms_top_n_train, rpn_post_nms_top_n_test: proposals kept in each image after it.
-        rpn_batch_size_per_image, box_batch_size_per_image: anchors, and regions, of an image that are trained on.
+        rpn_batch_size_per_image, box_batch_size_per_image: anchors, and regions, of an image that losses count.
         box_score_thresh: detections have scores above it.
         box_nms_thresh: of two boxes of a class that overlap more (IoU), the less likely is left out.
         box_detections_per_img: at most as many.
@@ -53,8 +53,8 @@ class DetectorConfig:
 class Detector(nn.Module):
     """Finds objects: boxes, classes and masks.
 
-    In evaluation, ``detector(images)`` gives for each image a dict of ``boxes`` (N, 4) as xyxy pixels, ``scores``
-    (N,), the highest first, ``labels`` int64 (N,) from 0, and ``masks`` bool (N, H, W). In training,
+    In evaluation, ``detector(images)`` gives for each image a dict of ``boxes`` (N, 4) as xyxy pixels,
+    ``scores`` (N,), the highest first, ``labels`` int64 (N,) from 0, and ``masks`` bool (N, H, W). In training,
     ``detector(images, targets)`` gives the losses by their official names.
     """
 
@@ -91,9 +91,10 @@ class Detector(nn.Module):
 
         Args:
             images: uint8 RGB (3, H, W), of any sizes.
-            targets: the objects of each image, for training: ``boxes`` float (M, 4) xyxy pixels, ``labels`` int64
-                (M,) and ``masks``: of each object a list of polygons [x0, y0, x1, y1, ...], or bool (M, H, W).
-            output_sizes: height and width that each image's boxes and masks are given for; its own where None.
+            targets: the objects of each image, for training: ``boxes`` float (M, 4) xyxy pixels, ``labels``
+                int64 (M,) and ``masks``, of each object a list of polygons [x0, y0, x1, y1, ...], or bool
+                (M, H, W).
+            output_sizes: height and width that boxes and masks are given for; the image's own where None.
 
         Raises:
             ValueError: training without targets, or other than one for each image.

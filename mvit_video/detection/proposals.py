@@ -1,8 +1,8 @@
 """Region proposals: anchors on every level of the pyramid, their scores, and the best of them.
 
 As in detectron2's ``modeling/proposal_generator/rpn.py`` at 02b5c4e2, whose numbers torchvision's own
-``RegionProposalNetwork`` doesn't give: it rounds anchors, derives their strides from the padded size, ranks by
-rounded probabilities and divides its losses by another count.
+``RegionProposalNetwork`` doesn't give: it rounds anchors, derives their strides from the padded size, ranks
+by rounded probabilities and divides its losses by another count.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class ProposalGenerator(nn.Module):
 
 
 def grid_anchors(grid: tuple[int, int], size: int, stride: int, like: Tensor) -> Tensor:
-    """Anchors of one level, (H*W*A, 4) as xyxy pixels: centred on each cell's upper left corner, unrounded."""
+    """Anchors of one level, (H*W*A, 4) xyxy pixels, centred on each cell's upper left corner, unrounded."""
     ratios = torch.tensor(ANCHOR_RATIOS, dtype=torch.float64)
     width = (size * size / ratios).sqrt()
     half = torch.stack([-width, -width * ratios, width, width * ratios], 1).float().to(like.device) / 2
@@ -129,7 +129,7 @@ def grid_anchors(grid: tuple[int, int], size: int, stride: int, like: Tensor) ->
 
 
 def match(matcher: Matcher, objects: Tensor, boxes: Tensor) -> Tensor:
-    """For each box the object that it overlaps most, or ``Matcher``'s negative numbers for none. int64 (N,)"""
+    """For each box the object that it overlaps most, or a negative number of ``Matcher``: int64 (N,)."""
     if not len(objects):
         return torch.full((len(boxes),), Matcher.BELOW_LOW_THRESHOLD, device=boxes.device)
     return matcher(box_iou(objects, boxes))

@@ -1,7 +1,7 @@
 """What is in each region: classes and boxes in one or three stages, and masks.
 
-Mask R-CNN and Cascade R-CNN as in detectron2's ``modeling/roi_heads`` at 02b5c4e2. Classes are 0 to C - 1 and the
-background is C, the last.
+Mask R-CNN and Cascade R-CNN as in detectron2's ``modeling/roi_heads`` at 02b5c4e2. Classes are 0 to C - 1 and
+the background is C, the last.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ STAGE_WEIGHTS = ((10.0, 10.0, 5.0, 5.0), (20.0, 20.0, 10.0, 10.0), (30.0, 30.0, 
 
 
 class Target(TypedDict):
-    """The objects of one image: boxes (M, 4) xyxy pixels, labels int64 (M,), masks polygons or bool (M, H, W)."""
+    """Objects of an image: boxes (M, 4) xyxy pixels, labels int64 (M,), masks polygons or bool (M, H, W)."""
 
     boxes: Tensor
     labels: Tensor
@@ -83,7 +83,7 @@ class RoIHeads(nn.Module):
 
     Args:
         channels: of the pyramid's maps.
-        cascade: three stages that refine each other's boxes, with batch normalisation and one box for all classes.
+        cascade: three stages that refine each other's boxes, with batch normalisation, a box for all classes.
     """
 
     def __init__(self, channels: int, num_classes: int, *, cascade: bool, settings: BoxSettings) -> None:

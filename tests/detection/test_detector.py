@@ -121,7 +121,7 @@ def test_detections(method: str) -> None:
 def matched(
     expected: dict[str, Any], boxes: Tensor, scores: Tensor, labels: Tensor, side: int
 ) -> dict[int, int]:
-    """Golden detections and ours of the same class, score and place: those of equal scores may change places."""
+    """Golden detections and ours of the same class, score and place: equal scores may change places."""
     free = torch.ones(len(scores), dtype=torch.bool)
     pairs = {}
     for i, (box, score, label) in enumerate(
@@ -181,7 +181,7 @@ def test_losses_and_gradients(method: str, variant: str, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("method", ["mask", "cascade"])
 def test_images_without_objects_train_too(method: str) -> None:
-    detector = create_detector(NAMES[method], num_classes=3).train()
+    detector = create_detector(NAMES[method], num_classes=3, box_batch_size_per_image=16).train()
     none = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long), "masks": []}
     some = {
         "boxes": torch.tensor([[4.0, 4.0, 60.0, 50.0]]),
