@@ -4,7 +4,7 @@
     image_u8(h, w, tag) -> uint8 RGB [3, H, W];  feature_input(h, w, tag) -> normalised float32 [1, 3, H, W]
     targets(h, w) -> boxes (xyxy floats), classes, polygons for the training-loss goldens
 
-Backbone tensors ("backbone.bottom_up.*") follow golden_weights.centre_and_gain; the rest has gains of its own,
+Backbone tensors ("backbone.bottom_up.*") follow golden_weights.centre_and_gain; the rest has its own gains,
 chosen so that proposals move, scores are neither flat nor saturated and masks have both signs.
 """
 
@@ -62,7 +62,7 @@ def weights(params):
         c, g = centre_and_gain(name, shape)
         u = unit(name, int(np.prod(shape)))
         if name.startswith("roi_heads.") and len(shape) > 1 and ".deconv." not in name:
-            # Inputs of these layers went through a ReLU: opposite weights for the two halves of them take their
+            # Inputs of these layers went through a ReLU: opposite weights for the two halves take their
             # common mean away, without which every region would look alike.
             u = u.reshape(shape[0], -1)
             half = u.shape[1] // 2

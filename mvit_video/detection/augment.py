@@ -1,7 +1,7 @@
 """Augmentation of images with objects: resized, cropped, flipped and padded together.
 
-The recipes are those of detectron2's ``configs/common/data/coco.py`` and ``projects/MViTv2/configs/common`` at
-02b5c4e2. Images are resized by Pillow's bilinear filter, whose pixels torchvision's resizing misses by up to a
+The recipes are those of detectron2's ``configs/common/data`` and ``projects/MViTv2/configs`` at 02b5c4e2.
+Images are resized by Pillow's bilinear filter, whose pixels torchvision's resizing misses by up to a
 level; polygons are cut at the border of a crop, which ``torchvision.transforms.v2`` doesn't know.
 """
 
@@ -176,7 +176,7 @@ def large_scale_jitter(
 def shortest_edge(
     height: int, width: int, short_side: int = TEST_SHORT_SIDE, max_side: float = MAX_SIDE
 ) -> tuple[int, int]:
-    """Height and width of an image whose short side becomes ``short_side``, the long one at most ``max_side``."""
+    """Height and width of an image whose short side becomes ``short_side``, its long at most ``max_side``."""
     scale = short_side / min(height, width)
     sides = [short_side if side == min(height, width) else scale * side for side in (height, width)]
     if max(sides) > max_side:

@@ -30,7 +30,7 @@ class DetectorConfig:
         rpn_pre_nms_top_n_train, rpn_pre_nms_top_n_test: proposals kept on each level before non-maximum
             suppression.
         rpn_post_nms_top_n_train, rpn_post_nms_top_n_test: proposals kept in each image after it.
-        rpn_batch_size_per_image, box_batch_size_per_image: anchors, and regions, of an image that losses count.
+        rpn_batch_size_per_image, box_batch_size_per_image: anchors, and regions, an image that losses count.
         box_score_thresh: detections have scores above it.
         box_nms_thresh: of two boxes of a class that overlap more (IoU), the less likely is left out.
         box_detections_per_img: at most as many.
@@ -54,8 +54,8 @@ class Detector(nn.Module):
     """Finds objects: boxes, classes and masks.
 
     In evaluation, ``detector(images)`` gives for each image a dict of ``boxes`` (N, 4) as xyxy pixels,
-    ``scores`` (N,), the highest first, ``labels`` int64 (N,) from 0, and ``masks`` bool (N, H, W). In training,
-    ``detector(images, targets)`` gives the losses by their official names.
+    ``scores`` (N,), the highest first, ``labels`` int64 (N,) from 0, and ``masks`` bool (N, H, W). In
+    training, ``detector(images, targets)`` gives the losses by their official names.
     """
 
     def __init__(self, config: DetectorConfig) -> None:
