@@ -95,6 +95,7 @@ class Model(Group):
     kv_stride: Grid | None
     attention: str | None
     window: Grid | None
+    window_padding: bool | None
     class_token: bool | None
     mean_pooling: bool | None
     residual_pooling: bool | None

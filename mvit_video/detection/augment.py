@@ -110,7 +110,7 @@ class Objects:
         if isinstance(self.masks, np.ndarray):
             masks = torch.from_numpy(np.ascontiguousarray(self.masks[kept]))
         else:
-            masks = [[part.ravel().tolist() for part in self.masks[i]] for i in kept.nonzero()[0]]
+            masks = [[part.ravel().tolist() for part in self.masks[i]] for i in np.flatnonzero(kept)]
         pixels = torch.from_numpy(np.array(self.image)).permute(2, 0, 1)
         boxes_left, labels = torch.from_numpy(boxes[kept]), torch.from_numpy(self.labels[kept])
         return pixels, {"boxes": boxes_left, "labels": labels, "masks": masks}
@@ -208,7 +208,7 @@ def _cut(
 
 def _box_around(mask: Sequence[NDArray[np.float64]] | NDArray[np.bool_]) -> NDArray[np.float32]:
     if isinstance(mask, np.ndarray):
-        rows, columns = mask.any(1).nonzero()[0], mask.any(0).nonzero()[0]
+        rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
         if not len(rows):
             return np.zeros(4, dtype=np.float32)
         return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], dtype=np.float32)

@@ -5,12 +5,11 @@ As in detectron2's ``modeling/backbone/mvit.py`` and ``fpn.py`` at 02b5c4e2.
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
 from mvit_video.model import MViT, MViTConfig
-from mvit_video.model.attention import NORM_EPS, Grid, PoolingAttention, fold_positions, fused_attention
+from mvit_video.model.attention import NORM_EPS
 from mvit_video.model.config import plan_blocks
 
 CHANNELS = 256  # of every map of the pyramid
@@ -28,8 +27,6 @@ class MultiscaleViT(MViT):
         self.channels = [plans[end].dim_out for end in ends]
         for number, channels in enumerate(self.channels, start=2):
             self.add_module(f"scale{number}_norm", nn.LayerNorm(channels, eps=NORM_EPS))
-        for block in self.blocks:
-            block.attn.__class__ = PaddedWindowAttention
 
     def forward(self, images: Tensor) -> list[Tensor]:  # type: ignore[override]
         maps = self.forward_stages(images.unsqueeze(2))
@@ -56,37 +53,3 @@ class Backbone(nn.Module):
         maps = self.fpn(scales)
         maps["p6"] = maps.pop("pool")
         return maps
-
-
-class PaddedWindowAttention(PoolingAttention):
-    def forward(self, x: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
-        q, k, v, q_grid, k_grid = self._queries_keys_values(x, grid)
-        if self.window is None:
-            x = fused_attention(*fold_positions(q, k, *self._positions(q, q_grid, k_grid)), v)
-        else:
-            q_window = tuple(n // s for n, s in zip(self.window, self.q_stride, strict=True))
-            k_window = tuple(n // s for n, s in zip(self.window, self.kv_stride, strict=True))
-            qs, counts = cut(q, q_grid, q_window)
-            ks, _ = cut(k, k_grid, k_window)
-            vs, _ = cut(v, k_grid, k_window)
-            x = fused_attention(*fold_positions(qs, ks, *self._positions(qs, q_window, k_window)), vs)
-            x = uncut(x, counts, q_window, q_grid)
-        x = x + q
-        return self.proj(x.flatten(2)), q_grid
-
-
-def cut(x: Tensor, grid: Grid, window: Grid) -> tuple[Tensor, tuple[int, int]]:
-    _, h, w = grid
-    _, wh, ww = window
-    down, right = -h % wh, -w % ww
-    x = F.pad(x.unflatten(1, (h, w)), (0, 0, 0, 0, 0, right, 0, down))  # (B, H, W, n, c)
-    counts = (h + down) // wh, (w + right) // ww
-    x = x.unflatten(2, (counts[1], ww)).unflatten(1, (counts[0], wh))  # (B, I, wh, J, ww, n, c)
-    return x.permute(0, 1, 3, 2, 4, 5, 6).flatten(3, 4).flatten(0, 2), counts
-
-
-def uncut(x: Tensor, counts: tuple[int, int], window: Grid, grid: Grid) -> Tensor:
-    _, h, w = grid
-    _, wh, ww = window
-    x = x.unflatten(0, (-1, *counts)).unflatten(3, (wh, ww))  # (B, I, J, wh, ww, n, c)
-    return x.permute(0, 1, 3, 2, 4, 5, 6).flatten(3, 4).flatten(1, 2)[:, :h, :w].flatten(1, 2)

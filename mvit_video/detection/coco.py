@@ -129,7 +129,7 @@ def load_objects(image: AnnotatedImage) -> Objects:
     pixels = read_image(image.path)
     if image.height and (pixels.height, pixels.width) != (image.height, image.width):
         raise DataError(
-            f"{image.path}: {pixels.width} x {pixels.height} pixels, but {image.width} x {image.height} are listed"
+            f"{image.path}: {pixels.width} x {pixels.height} pixels, not {image.width} x {image.height}"
         )
     used = [annotation for annotation in image.annotations if not annotation.crowd]
     boxes = np.array([annotation.box for annotation in used], dtype=np.float64).reshape(-1, 4)

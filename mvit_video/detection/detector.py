@@ -58,6 +58,9 @@ class Detector(nn.Module):
     training, ``detector(images, targets)`` gives the losses by their official names.
     """
 
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
     def __init__(self, config: DetectorConfig) -> None:
         super().__init__()
         self.config = config

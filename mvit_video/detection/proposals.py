@@ -63,7 +63,7 @@ class ProposalGenerator(nn.Module):
         """
         logits, deltas = self.head(maps)
         anchors = [
-            grid_anchors(level.shape[-2:], size, stride, level)
+            grid_anchors((level.shape[-2], level.shape[-1]), size, stride, level)
             for level, size, stride in zip(maps, ANCHOR_SIZES, STRIDES, strict=True)
         ]
         # (B, A, H, W) -> (B, H*W*A), and (B, A*4, H, W) -> (B, H*W*A, 4)

@@ -41,6 +41,7 @@ def _backbone(
         rel_pos_zero_init=True,
         attention="pooling_hybrid_window",
         window=(1, 56, 56),
+        window_padding=True,
         drop_path=drop_path,
         **more,
     )

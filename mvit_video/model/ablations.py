@@ -14,15 +14,15 @@ from torch import Tensor
 
 from mvit_video.model import kernels
 from mvit_video.model.attention import PoolingAttention
-from mvit_video.model.config import BlockPlan, Grid, MViTConfig
+from mvit_video.model.config import BlockPlan, Grid, MViTConfig, floor_divide
 from mvit_video.model.positions import constant, relative_positions
-from mvit_video.model.windows import cut_windows, gather_windows
+from mvit_video.model.windows import cut_windows, gather_windows, join_and_crop, pad_and_cut
 
 
 def make_attention(plan: BlockPlan, config: MViTConfig) -> PoolingAttention:
     """The attention of one block."""
     if plan.window is not None:
-        return WindowAttention(plan, config)
+        return PaddedWindowAttention(plan, config) if config.window_padding else WindowAttention(plan, config)
     if config.rel_pos_joint == "space_time":
         return JointSpaceTimeAttention(plan, config)
     return PoolingAttention(plan, config)
@@ -65,6 +65,30 @@ class WindowAttention(PoolingAttention):
     def _is_cut(self, grid: Grid) -> bool:
         assert self.plan.window is not None
         return any(w < n for w, n in zip(self.plan.window, grid, strict=True))
+
+
+class PaddedWindowAttention(PoolingAttention):
+    """Attention inside windows of the pooled maps, which are filled up with zeros to whole windows.
+
+    The zeros count as keys. Positions are those inside a window, whatever the map's size. As in detectron2's
+    ``modeling/backbone/mvit.py`` at 02b5c4e2, without class token.
+    """
+
+    def weights(self, x: Tensor, grid: Grid) -> tuple[Tensor, Grid, Grid]:
+        raise NotImplementedError("attention inside windows has no weights over all keys")
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, q_grid: Grid, k_grid: Grid) -> Tensor:
+        assert self.plan.window is not None
+        q_window, k_window = (
+            floor_divide(self.plan.window, stride) for stride in (self.plan.q_stride, self.plan.kv_stride)
+        )
+        parts = (
+            pad_and_cut(q, q_grid, q_window),
+            pad_and_cut(k, k_grid, k_window),
+            pad_and_cut(v, k_grid, k_window),
+        )
+        x = super()._attend(*parts, self.plan.window, q_window, k_window)
+        return join_and_crop(x, q_grid, q_window)
 
 
 class JointSpaceTimeAttention(PoolingAttention):

@@ -54,6 +54,9 @@ class MViTConfig:
             last block of the last three stages (Hwin). "pooling_..." does both. Without pooling, queries are
             pooled only where a stage begins.
         window: tokens of the first stage (T, H, W), divided by every query stride like ``kv_stride``.
+        window_padding: cut the pooled maps into windows, fill the last ones up with zeros that take part in
+            the softmax, and look positions up inside the window, as detectron2 does; else the last windows
+            are smaller, and positions are those of the whole map.
         mean_pooling: the head reads the norm of the mean of the grid, not the class token. Without a class
             token it reads the mean, or with ``mean_pooling`` the norm of the mean.
         abs_pos: absolute positions: "joint": a row for every token; "separable": one for every place and one
@@ -96,6 +99,7 @@ class MViTConfig:
     kv_stride: Grid = (1, 8, 8)
     attention: AttentionKind = "pooling"
     window: Grid = (8, 28, 28)
+    window_padding: bool = False
     class_token: bool = True
     mean_pooling: bool = False
     residual_pooling: bool = True

@@ -7,6 +7,7 @@ import math
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mvit_video.model.config import BlockPlan, Grid
@@ -94,3 +95,23 @@ def _cells(axes: list[list[Span]], grid: Grid, device: torch.device) -> tuple[Te
 def gather_windows(x: Tensor, cells: Tensor) -> Tensor:
     """(B, N, n, d) cells of the grid -> (B * windows, size, n, d)."""
     return x[:, cells.flatten()].unflatten(1, cells.shape).flatten(0, 1)
+
+
+def pad_and_cut(x: Tensor, grid: Grid, window: Grid) -> Tensor:
+    """(B, T*H*W, n, c) -> (B * windows, size, n, c), the last windows of each axis filled up with zeros."""
+    counts = [-(-length // size) for length, size in zip(grid, window, strict=True)]
+    t, h, w = (count * size - n for count, size, n in zip(counts, window, grid, strict=True))
+    x = F.pad(x.unflatten(1, grid), (0, 0, 0, 0, 0, w, 0, h, 0, t))
+    for axis, (count, size) in enumerate(zip(counts, window, strict=True)):
+        x = x.unflatten(1 + 2 * axis, (count, size))  # (B, I, t, J, h, K, w, n, c) in the end
+    return x.permute(0, 1, 3, 5, 2, 4, 6, 7, 8).flatten(4, 6).flatten(0, 3)
+
+
+def join_and_crop(x: Tensor, grid: Grid, window: Grid) -> Tensor:
+    """What ``pad_and_cut`` has cut, without the zeros: (B * windows, size, n, c) -> (B, T*H*W, n, c)."""
+    counts = [-(-length // size) for length, size in zip(grid, window, strict=True)]
+    x = x.unflatten(0, (-1, *counts)).unflatten(4, window)  # (B, I, J, K, t, h, w, n, c)
+    x = x.permute(0, 1, 4, 2, 5, 3, 6, 7, 8)
+    x = x.flatten(5, 6).flatten(3, 4).flatten(1, 2)
+    t, h, w = grid
+    return x[:, :t, :h, :w].flatten(1, 3)
