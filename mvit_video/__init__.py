@@ -19,6 +19,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
 if TYPE_CHECKING:
     from mvit_video.data.decode import open_video
     from mvit_video.data.sampling import kinetics_frame_indices, segment_frame_indices, spatial_views
+    from mvit_video.detection import create_detector, list_detectors
     from mvit_video.errors import CheckpointError, ConfigError, DataError, MVitVideoError, VideoError
     from mvit_video.model import ClipSpec, MViT, MViTConfig, list_models
     from mvit_video.prediction import Prediction, Recognizer, predict
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "mvit_video.data.decode": ("open_video",),
     "mvit_video.data.sampling": ("kinetics_frame_indices", "segment_frame_indices", "spatial_views"),
+    "mvit_video.detection": ("create_detector", "list_detectors"),
     "mvit_video.errors": ("CheckpointError", "ConfigError", "DataError", "MVitVideoError", "VideoError"),
     "mvit_video.model": ("ClipSpec", "MViT", "MViTConfig", "list_models"),
     "mvit_video.prediction": ("Prediction", "Recognizer", "predict"),
@@ -49,9 +51,11 @@ __all__ = [
     "Protocol",
     "Recognizer",
     "VideoError",
+    "create_detector",
     "create_model",
     "from_slowfast",
     "kinetics_frame_indices",
+    "list_detectors",
     "list_models",
     "load_model",
     "load_weights",

@@ -1,7 +1,7 @@
 """Make a small data set of objects to detect: textured polygons over noisy backgrounds, in COCO's form.
 
-Objects overlap, have several sizes and are cut by the border; the outline alone tells the class. The same seed
-gives the same files.
+Objects overlap, have several sizes and are cut by the border; the outline alone tells the class. The same
+seed gives the same files.
 """
 
 from __future__ import annotations

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,9 @@ from mvit_video.detection.backbone import CHANNELS, DIVISOR, Backbone
 from mvit_video.detection.masks import paste_masks
 from mvit_video.detection.proposals import ProposalGenerator
 from mvit_video.detection.roi_heads import BoxSettings, RoIHeads, Target
+from mvit_video.detection.weights import load_detector_weights
 from mvit_video.model import MViTConfig
+from mvit_video.weights import LoadReport
 
 PIXEL_MEAN, PIXEL_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of RGB in [0, 255]
 
@@ -118,6 +121,12 @@ class Detector(nn.Module):
             _in_pixels(*detections, size, wanted)
             for detections, size, wanted in zip(found, sizes, output_sizes or sizes, strict=True)
         ]
+
+    def load_weights(
+        self, source: str | Path | Mapping[str, Any], *, head: Literal["strict", "new"] = "strict"
+    ) -> LoadReport:
+        """See ``mvit_video.detection.weights.load_detector_weights``."""
+        return load_detector_weights(self, source, head=head)
 
     def batched(self, images: Sequence[Tensor]) -> tuple[Tensor, list[tuple[int, int]]]:
         """Images, normalised and padded with zeros to one size, and the height and width of each."""

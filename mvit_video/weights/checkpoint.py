@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import safetensors.torch
 import torch
@@ -40,6 +40,12 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 log = logging.getLogger(__name__)
+
+
+class LoadsWeights(Protocol):
+    """A model of another task, which reads its own files."""
+
+    def load_weights(self, source: Any, *, head: Literal["strict", "new"]) -> LoadReport: ...
 
 
 @dataclass(frozen=True)
@@ -110,7 +116,10 @@ def load_model(path: str | Path) -> VideoModel:
 
 
 def load_weights(
-    model: VideoModel, source: str | Path | Mapping[str, Any], *, head: Literal["strict", "new"] = "strict"
+    model: VideoModel | LoadsWeights,
+    source: str | Path | Mapping[str, Any],
+    *,
+    head: Literal["strict", "new"] = "strict",
 ) -> LoadReport:
     """Load weights into ``model``, strictly; the format is found out from the file.
 

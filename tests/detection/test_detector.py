@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
+import mvit_video as mv
 from mvit_video.detection import Detector, create_detector, list_detectors
 from mvit_video.detection.masks import polygons_to_mask
-from mvit_video.detection.names import from_detectron2
-from mvit_video.errors import ConfigError
+from mvit_video.detection.weights import from_detectron2
+from mvit_video.errors import CheckpointError, ConfigError
 
 REFERENCE = Path(__file__).parents[1] / "reference" / "detection"
 NAMES = {"mask": "mask_rcnn_mvitv2_t", "cascade": "cascade_mask_rcnn_mvitv2_t"}
@@ -214,3 +216,60 @@ def test_every_image_gets_detections_of_its_own_size() -> None:
         assert (detections["boxes"] <= torch.tensor([image.shape[2], image.shape[1]] * 2)).all()
     with pytest.raises(ValueError, match="targets"):
         detector.train()(images)
+
+
+def test_official_files_are_read(tmp_path: Path) -> None:
+    """detectron2's names from a dict, a .pkl and a .pyth; what a checkpoint of other classes needs."""
+    source = official("mask")
+    names = reference("names_mask_t")
+    shapes = dict(names["params"])
+    weights = {
+        name: source.get_parameter(from_detectron2(name)).detach().reshape(shapes[name]) for name in shapes
+    }
+    arrays = {name: value.numpy() for name, value in weights.items()}
+    (tmp_path / "model.pkl").write_bytes(pickle.dumps({"model": arrays, "__author__": "someone"}))
+    torch.save({"model_state": weights}, tmp_path / "model.pyth")
+    for given in (weights, tmp_path / "model.pkl", tmp_path / "model.pyth"):
+        detector = create_detector("mask_rcnn_mvitv2_t")
+        report = mv.load_weights(detector, given)
+        assert len(report.loaded) + len(report.reshaped) == len(shapes)
+        assert not report.fresh
+        for name, value in source.state_dict().items():
+            assert detector.state_dict()[name].equal(value), name
+    other = create_detector("mask_rcnn_mvitv2_t", num_classes=3)
+    with pytest.raises(CheckpointError, match="head=new"):
+        mv.load_weights(other, weights)
+    assert len(mv.load_weights(other, weights, head="new").fresh) == 6
+
+
+def test_a_classifier_goes_into_the_backbone() -> None:
+    classifier = mv.create_model("mvitv2_t_224")
+    detector = create_detector("mask_rcnn_mvitv2_t", num_classes=2)
+    report = mv.load_weights(detector, classifier.state_dict())
+    backbone = detector.backbone.bottom_up.state_dict()
+    for name, value in classifier.state_dict().items():
+        if not name.startswith(("norm.", "head.")):
+            assert backbone[name].equal(value), name
+    assert {name for name in report.fresh if name.startswith("backbone.bottom_up")} == {
+        f"backbone.bottom_up.scale{number}_norm.{kind}"
+        for number in range(2, 6)
+        for kind in ("weight", "bias")
+    }
+
+
+class Malicious:
+    def __reduce__(self) -> Any:
+        return print, ("code has run",)
+
+
+@pytest.mark.parametrize(
+    "content", [{"model": {"a": Malicious()}}, {"model": {"a": np.array(["text"])}}, {"weights": {}}, 5]
+)
+def test_pickles_of_anything_but_arrays_are_refused(
+    content: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "model.pkl"
+    path.write_bytes(pickle.dumps(content))
+    with pytest.raises(CheckpointError, match="model.pkl"):
+        mv.load_weights(create_detector("mask_rcnn_mvitv2_t"), path)
+    assert "code has run" not in capfd.readouterr().out

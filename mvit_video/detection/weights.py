@@ -1,0 +1,161 @@
+"""Weights into detectors: our own, detectron2's, and a classifier's into the backbone."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mvit_video.errors import CheckpointError, ConfigError
+from mvit_video.weights.checkpoint import LoadReport
+from mvit_video.weights.formats import adapt_shape, to_pyslowfast_keys
+from mvit_video.weights.reading import brief, find_weights, read_checkpoint
+
+BACKBONE = "backbone.bottom_up."
+# What depends on the classes.
+_HEAD = re.compile(
+    r"^roi_heads\.(box_predictor\.\d\.(cls_score|bbox_pred)|mask_predictor\.mask_fcn_logits)\."
+)
+# Constants that detectron2 has written among the weights at times, and a classifier's own end.
+_NO_WEIGHTS = re.compile(r"^(pixel_(mean|std)$|proposal_generator\.anchor_generator\.)")
+_CLASSIFIER_ONLY = re.compile(r"^(norm\.|head\.|cls_token$)")
+_ALLOWED_GLOBALS = {
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+    *((f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core")),
+    ("_codecs", "encode"),  # how Python 2 has written the bytes of arrays
+}
+
+Rule = tuple[str, str | Callable[[re.Match[str]], str]]
+_RULES: tuple[Rule, ...] = (
+    (r"^backbone\.fpn_lateral(\d)\.", lambda m: f"backbone.fpn.inner_blocks.{int(m[1]) - 2}.0."),
+    (r"^backbone\.fpn_output(\d)\.", lambda m: f"backbone.fpn.layer_blocks.{int(m[1]) - 2}.0."),
+    (r"^proposal_generator\.rpn_head\.conv\.conv(\d)\.", r"proposal_generator.head.conv.\1.0."),
+    (r"^proposal_generator\.rpn_head\.conv\.", "proposal_generator.head.conv.0.0."),
+    (r"^proposal_generator\.rpn_head\.objectness_logits\.", "proposal_generator.head.cls_logits."),
+    (r"^proposal_generator\.rpn_head\.anchor_deltas\.", "proposal_generator.head.bbox_pred."),
+    (
+        r"^roi_heads\.box_head\.(\d)\.conv(\d)\.norm\.",
+        lambda m: f"roi_heads.box_head.{m[1]}.{int(m[2]) - 1}.1.",
+    ),
+    (r"^roi_heads\.box_head\.(\d)\.conv(\d)\.", lambda m: f"roi_heads.box_head.{m[1]}.{int(m[2]) - 1}.0."),
+    (r"^roi_heads\.box_head\.(\d)\.fc1\.", r"roi_heads.box_head.\1.5."),
+    (r"^roi_heads\.box_head\.fc(\d)\.", lambda m: f"roi_heads.box_head.0.fc{int(m[1]) + 5}."),
+    (r"^roi_heads\.box_predictor\.(?=[a-z])", "roi_heads.box_predictor.0."),
+    (r"^roi_heads\.mask_head\.mask_fcn(\d)\.norm\.", lambda m: f"roi_heads.mask_head.{int(m[1]) - 1}.1."),
+    (r"^roi_heads\.mask_head\.mask_fcn(\d)\.", lambda m: f"roi_heads.mask_head.{int(m[1]) - 1}.0."),
+    (r"^roi_heads\.mask_head\.deconv\.", "roi_heads.mask_predictor.conv5_mask."),
+    (r"^roi_heads\.mask_head\.predictor\.", "roi_heads.mask_predictor.mask_fcn_logits."),
+)
+
+
+def load_detector_weights(
+    detector: nn.Module, source: str | Path | Mapping[str, Any], *, head: Literal["strict", "new"] = "strict"
+) -> LoadReport:
+    """Load weights into a detector; the format is found out from the file.
+
+    A classifier's weights go into the backbone, and all else stays as initialised. Every other difference in
+    names or shapes is an error, but for tables of relative positions, which are interpolated.
+
+    Args:
+        source: a file of detectron2 (``.pkl``, ``.pyth``), of a classifier or of this toolkit, or what is in
+            one.
+        head: "new" keeps what depends on the classes, as for other classes.
+
+    Raises:
+        CheckpointError: the file can't be read, or names or shapes differ.
+    """
+    if head not in ("strict", "new"):
+        raise ConfigError(f"head must be 'strict' or 'new', got {head!r}")
+    name = "state dict" if isinstance(source, Mapping) else str(source)
+    weights = find_weights(source if isinstance(source, Mapping) else _read(Path(source)), name)[0]
+    weights = {from_detectron2(key): value for key, value in weights.items() if not _NO_WEIGHTS.match(key)}
+    expected = detector.state_dict()
+    fresh = [key for key in expected if head == "new" and _HEAD.match(key)]
+    if not any(key.startswith(BACKBONE) for key in weights):
+        weights = {
+            BACKBONE + key: value
+            for key, value in to_pyslowfast_keys(weights, name).items()
+            if not _CLASSIFIER_ONLY.match(key)
+        }
+        fresh = [
+            key for key in expected if not key.startswith(BACKBONE) or re.search(r"\.scale\d_norm\.", key)
+        ]
+    weights = {key: value for key, value in weights.items() if key not in fresh}
+    fitted, report = _fit(expected, weights, name, fresh)
+    detector.load_state_dict(fitted, strict=False)
+    return report
+
+
+def _fit(
+    expected: Mapping[str, Tensor], weights: Mapping[str, Tensor], name: str, fresh: list[str]
+) -> tuple[dict[str, Tensor], LoadReport]:
+    """The weights in the shapes and types of a detector."""
+    fitted: dict[str, Tensor] = {}
+    ways: dict[str, list[str]] = {"loaded": [], "reshaped": [], "interpolated": []}
+    problems = [f"missing {key}" for key in expected if key not in weights and key not in fresh]
+    problems += [f"unexpected {key[:80]}" for key in weights if key not in expected]
+    for key in (key for key in expected if key in weights):
+        value, wanted = weights[key], expected[key]
+        adapted: tuple[Tensor, str] | None = (value, "loaded")
+        if value.shape != wanted.shape:
+            adapted = adapt_shape(key.removeprefix(BACKBONE), value, tuple(wanted.shape), (1, 1, 1))
+        if adapted is None or adapted[1] not in ways:
+            problems.append(f"{key} is {tuple(value.shape)}, expected {tuple(wanted.shape)}")
+        elif not adapted[0].isfinite().all():
+            raise CheckpointError(f"{name}: {key} holds NaN or infinity: these weights find nothing")
+        else:
+            fitted[key] = adapted[0].to(wanted.dtype)
+            ways[adapted[1]].append(key)
+    if problems:
+        more = f"; and {len(problems) - 6} more" if len(problems) > 6 else ""
+        raise CheckpointError(
+            f"{name}: doesn't fit the detector: {'; '.join(problems[:6])}{more}. Other classes need head=new; a "
+            "backbone that widens in its MLPs (published L) needs dim_mul_in_attention=False"
+        )
+    found: dict[str, Any] = {way: tuple(names) for way, names in ways.items()}
+    return fitted, LoadReport(**found, fresh=tuple(fresh))
+
+
+def from_detectron2(name: str) -> str:
+    """Our name of a tensor that detectron2 calls ``name``; other names stay."""
+    for pattern, replacement in _RULES:
+        found, count = re.subn(pattern, replacement, name)
+        if count:
+            return found
+    return name
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    return _read_arrays(path) if path.suffix == ".pkl" else read_checkpoint(path)
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Reads numpy arrays in lists and dictionaries, and nothing that could run code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _ALLOWED_GLOBALS:
+            raise pickle.UnpicklingError(f"loading it could run code ({module}.{name})"[:160])
+        return super().find_class(module, name)
+
+
+def _read_arrays(path: Path) -> dict[str, Any]:
+    """detectron2's model zoo: a pickled dictionary whose "model" holds arrays by name."""
+    try:
+        with path.open("rb") as file:
+            content = _ArrayUnpickler(file, encoding="latin1").load()
+        arrays = content["model"]
+        numbers = {key: value for key, value in arrays.items() if isinstance(value, np.ndarray)}
+        if len(numbers) < len(arrays) or any(value.dtype.kind not in "fiu" for value in numbers.values()):
+            raise ValueError("more than arrays of numbers")
+        return {key: torch.from_numpy(np.array(value)) for key, value in numbers.items()}
+    except OSError as error:
+        raise CheckpointError(f"{path}: can't be read ({error.strerror})") from None
+    except Exception as error:  # whatever a damaged pickle makes of itself
+        raise CheckpointError(f"{path}: refused, no file of plain arrays ({brief(error)})") from None
