@@ -116,8 +116,8 @@ def _fit(
     if problems:
         more = f"; and {len(problems) - 6} more" if len(problems) > 6 else ""
         raise CheckpointError(
-            f"{name}: doesn't fit the detector: {'; '.join(problems[:6])}{more}. Other classes need head=new; a "
-            "backbone that widens in its MLPs (published L) needs dim_mul_in_attention=False"
+            f"{name}: doesn't fit the detector: {'; '.join(problems[:6])}{more}. Other classes need "
+            "head=new, a backbone that widens in its MLPs (published L) needs dim_mul_in_attention=False"
         )
     found: dict[str, Any] = {way: tuple(names) for way, names in ways.items()}
     return fitted, LoadReport(**found, fresh=tuple(fresh))

@@ -140,6 +140,8 @@ def load_weights(
     """
     if head not in ("strict", "new"):
         raise ConfigError(f"head must be 'strict' or 'new', got {head!r}")
+    if not isinstance(model, VideoModel):
+        return model.load_weights(source, head=head)
     if isinstance(source, Mapping):
         return _load(model, source, "state dict", head)
     return _load(model, read_checkpoint(source), str(source), head)

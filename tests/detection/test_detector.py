@@ -270,6 +270,6 @@ def test_pickles_of_anything_but_arrays_are_refused(
 ) -> None:
     path = tmp_path / "model.pkl"
     path.write_bytes(pickle.dumps(content))
-    with pytest.raises(CheckpointError, match="model.pkl"):
+    with pytest.raises(CheckpointError, match=r"model\.pkl"):
         mv.load_weights(create_detector("mask_rcnn_mvitv2_t"), path)
     assert "code has run" not in capfd.readouterr().out
