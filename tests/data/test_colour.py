@@ -13,7 +13,7 @@ from av.video.reformatter import VideoReformatter
 from videos import write_video
 
 from mvit_video.data.decode.colour import BT601, BT709, BT2020, Colour, matrix_of, to_rgb
-from mvit_video.data.decode.frames import FrameFormat, PlaneBuffer, RgbBuffer
+from mvit_video.data.decode.frames import FrameFormat, PlaneBuffer, RgbBuffer, make_buffer
 
 CPU = torch.device("cpu")
 PIX_FMTS = [
@@ -84,7 +84,7 @@ def test_rgb_of_the_cpu_at_any_size(pix_fmt: str, size: tuple[int, int]) -> None
         VideoFrame.from_ndarray(pixels, format="rgb24").reformat(format=pix_fmt)
         for pixels in (picture, picture[::-1].copy())
     ]
-    buffer = RgbBuffer(2, FrameFormat.of(frames[0]), VideoReformatter())
+    buffer = make_buffer(2, FrameFormat.of(frames[0]), VideoReformatter(), CPU)
     for slot, frame in enumerate(frames):
         buffer.write(slot, frame)
     difference = (buffer.to_tensor().int() - from_planes(frames).int()).abs().float()

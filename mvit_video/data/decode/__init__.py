@@ -6,76 +6,24 @@ to be compared with it. All of them take number, times and identity of the frame
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Protocol
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from mvit_video.data.decode import choice, engines
 from mvit_video.data.decode.container import MAX_PIXELS
 from mvit_video.data.decode.cuda import SAMPLE
-from mvit_video.data.decode.frames import Transform
 from mvit_video.data.decode.images import ImageSequence, is_images
 from mvit_video.data.decode.pyav import PyAVVideo
+from mvit_video.data.decode.video import Video
 from mvit_video.errors import ConfigError
 
+__all__ = ["BACKENDS", "Decoder", "Video", "device_of", "open_video"]
+
 BACKENDS = ("auto", "pyav", "torchcodec", "decord")
-
-
-class Video(Protocol):
-    """An open video file. Not thread-safe: each thread opens its own.
-
-    Attributes:
-        path: as given, as a string.
-        device: where the frames end up.
-        num_frames: how many frames the file shows.
-        fps: frames a second, measured: (num_frames - 1) / (time of the last - time of the first frame); where
-            the file's clock restarts or has gaps, by the usual distance of two frames.
-        duration: seconds, num_frames / fps.
-        height, width: pixels of the upright picture (after rotation) of the first frame.
-        codec: FFmpeg's name for how it is compressed, such as "h264".
-    """
-
-    path: str
-    device: torch.device
-    num_frames: int
-    fps: float
-    duration: float
-    codec: str
-
-    @property
-    def height(self) -> int: ...
-
-    @property
-    def width(self) -> int: ...
-
-    def __enter__(self) -> Video: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
-
-    def close(self) -> None:
-        """Release the file and the decoder."""
-
-    def frame_time(self, index: int) -> float:
-        """Seconds from the first frame to frame `index`; they rise."""
-
-    def get_frames(self, indices: Sequence[int], *, transform: Transform | None = None) -> Tensor:
-        """Decode frames: uint8 (T, 3, H, W), RGB, upright, in the order asked; indices may repeat.
-
-        Args:
-            transform: makes what is returned instead, (T, ...). It is given some of the frames at a time as
-                they are decoded, uint8 (n, 3, H, W), and returns (n, ...), in new memory, each frame by
-                itself. So no more than a few whole frames are held.
-
-        Raises `VideoError` when the file can't give one of the frames, `ValueError` for an index outside of
-        0 <= index < num_frames.
-        """
 
 
 @dataclass(frozen=True)
@@ -95,14 +43,13 @@ class Decoder:
                 f"decoder backend {self.backend!r} is not possible, choose one of: {', '.join(BACKENDS)}"
             )
         device, nvdec = self._resolve(images=is_images(path))
+        options: dict[str, Any] = {"device": device, "max_pixels": self.max_pixels}
         if is_images(path):
-            return ImageSequence(path, device=device, frame_rate=self.frame_rate, max_pixels=self.max_pixels)
-        if self.backend in ("decord", "torchcodec"):
-            open_with = engines.open_with_decord if self.backend == "decord" else engines.open_with_torchcodec
-            return open_with(path, device, max_pixels=self.max_pixels, index_cache=self.index_cache)
-        return PyAVVideo(
-            path, device=device, nvdec=nvdec, max_pixels=self.max_pixels, index_cache=self.index_cache
-        )
+            return ImageSequence(path, frame_rate=self.frame_rate, **options)
+        options["index_cache"] = self.index_cache
+        if self.backend in engines.ENGINES:
+            return engines.EngineVideo(path, self.backend, **options)
+        return PyAVVideo(path, nvdec=nvdec, **options)
 
     @property
     def target(self) -> torch.device:

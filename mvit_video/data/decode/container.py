@@ -48,6 +48,8 @@ _ALLOWED = {  # formats and protocols
     "camera": ("v4l2", "file"),
 }
 
+_NO_LIMIT = str((1 << 31) - 1)  # bytes that a hole in a transport stream may have, as in players
+
 Origin: TypeAlias = Literal["file", "pipe", "address", "camera"]
 
 _NO_VIDEO_FILE = "not a video file, or one that FFmpeg can't read"
@@ -64,7 +66,7 @@ def open_container(source: str | IO[bytes] | Any, origin: Origin, **options: Any
     """
     formats, protocols = _ALLOWED[origin]
     given = options.pop("container_options", {})
-    limits = {"format_whitelist": formats, "protocol_whitelist": protocols}
+    limits = {"format_whitelist": formats, "protocol_whitelist": protocols, "resync_size": _NO_LIMIT}
     return av.open(
         source, "r", metadata_errors="replace", container_options=limits | given | limits, **options
     )
@@ -165,16 +167,19 @@ def is_encrypted(path: str) -> bool:
         return False
 
 
-def size_without_zeros(path: str) -> int:
-    """Bytes of a file up to the last one that isn't zero."""
-    block = 1 << 20
+def size_without_padding(path: str) -> int | None:
+    """Bytes of a file before the zeros or ones that fill its end; None where it ends otherwise.
+
+    So cameras leave what they allocated ahead. Up to a packet of it stays, which may be content.
+    """
+    block, packet = 1 << 20, 256
     with Path(path).open("rb") as file:
-        end = file.seek(0, 2)
+        size = end = file.seek(0, 2)
         while end:
             start = max(0, end - block)
             file.seek(start)
-            content = file.read(end - start).rstrip(b"\0")
+            content = file.read(end - start).rstrip(b"\0\xff")
+            end = start + len(content)
             if content:
-                return start + len(content)
-            end = start
-    return 0
+                break
+    return end + packet if end + packet < size else None

@@ -7,14 +7,12 @@ These engines are for comparison: damage inside a file they paint over, and noth
 
 from __future__ import annotations
 
-import bisect
 import ctypes.util
 import functools
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,115 +20,108 @@ from torch import Tensor
 from mvit_video.data.decode.cuda import SAMPLE
 from mvit_video.data.decode.frames import Transform
 from mvit_video.data.decode.pyav import PyAVVideo
-from mvit_video.data.timing import timed
+from mvit_video.data.decode.video import VideoFile
 from mvit_video.errors import ConfigError, VideoError
 
-_Read = Callable[[list[int]], Tensor]  # rising frame indices -> uint8 (T, 3, H, W)
+# Rising frame indices -> uint8 (T, 3, H, W), and the seconds of what was decoded, if the library tells them.
+_Read: TypeAlias = Callable[[list[int]], tuple[Tensor, list[float]]]
+
 _SAME_TIME = 1e-3  # seconds
 _FFMPEG_LIBRARIES = ("avcodec", "avdevice", "avfilter", "avformat", "avutil", "swresample", "swscale")
 
 
-class EngineVideo:
-    """An open video file whose frames another library reads; see `Video`."""
+class EngineVideo(VideoFile):
+    """An open video file whose frames another library reads; see `Video`.
 
-    def __init__(self, indexed: PyAVVideo, read: _Read, device: torch.device) -> None:
-        self._indexed, self._read, self.device = indexed, read, device
-        self.path, self.num_frames = indexed.path, indexed.num_frames
-        self.fps, self.duration = indexed.fps, indexed.duration
-        self.height, self.width, self.codec = indexed.height, indexed.width, indexed.codec
+    Args:
+        engine: one of `ENGINES`.
+        options: as of `PyAVVideo`, which indexes the file.
 
-    def __enter__(self) -> EngineVideo:
-        return self
+    Raises `ConfigError` where the library can't be used, `VideoError` for a file that it gets wrong.
+    """
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+    def __init__(self, path: str | Path, engine: str, *, device: torch.device, **options: Any) -> None:
+        self._engine, self.device = engine, device
+        import_library, open_with = ENGINES[engine]
+        library = import_library()
+        self._errors = (RuntimeError, ValueError, IndexError, getattr(library, "DECORDError", RuntimeError))
+        with PyAVVideo(path, **options) as indexed:
+            self.path, self.codec, self._size = indexed.path, indexed.codec, indexed.size
+            self.num_frames, self.fps, self.times = indexed.num_frames, indexed.fps, indexed.times
+            self.start = indexed.start
+            self._refuse(_misleading_times(indexed))
+            if engine == "decord":
+                self._refuse(_decord_problem(indexed))
+        try:
+            count, self._read = open_with(library, self)
+        except self._errors as error:
+            raise self._unreadable(error) from error
+        self._refuse(None if count == self.num_frames else f"counts {count} frames")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """See `VideoFile`."""
+        return self._size
 
     def close(self) -> None:
         """Release the file and the decoder."""
         self._read = _closed
 
-    def frame_time(self, index: int) -> float:
-        """See `Video.frame_time`."""
-        return self._indexed.frame_time(index)
-
-    @timed("decode")
-    def get_frames(self, indices: Sequence[int], *, transform: Transform | None = None) -> Tensor:
-        """See `Video.get_frames`; here all frames are decoded before any is transformed."""
-        asked = list(indices)
-        self._indexed.check_range(asked)
-        if not asked:
-            return torch.empty(0, 3, self.height, self.width, dtype=torch.uint8)
-        wanted = sorted(set(asked))
-        frames = self._read(wanted)
-        if frames.shape != (len(wanted), 3, self.height, self.width):
+    def _decode(self, wanted: list[int], transform: Transform | None) -> Tensor:
+        """Here all frames are decoded before any is transformed."""
+        try:
+            frames, seconds = self._read(wanted)
+        except self._errors as error:
+            raise self._unreadable(error) from error
+        for index, second in zip(wanted, seconds, strict=False):
+            if abs(second - self.start - self.times[index]) > _SAME_TIME:
+                self._refuse(f"gives another picture as frame {index}")
+        if frames.shape != (len(wanted), 3, *self.size):
             raise VideoError(self.path, f"frames of shape {tuple(frames.shape)}; decode it with PyAV")
-        frames = frames if transform is None else transform(frames)
-        return frames if wanted == asked else frames[[bisect.bisect_left(wanted, index) for index in asked]]
+        return frames if transform is None else transform(frames)
 
-
-def open_with_torchcodec(path: str | Path, device: torch.device, **options: Any) -> EngineVideo:
-    """Raises `ConfigError` where torchcodec can't be used, `VideoError` for a file that it gets wrong.
-
-    Args:
-        options: as of `PyAVVideo`.
-    """
-    decoders = import_torchcodec()
-    with PyAVVideo(path, **options) as indexed:
-        _refuse_guessed_order(indexed, "torchcodec")
-        try:
-            decoder = decoders.VideoDecoder(
-                str(Path(path).absolute()), device=str(device), num_ffmpeg_threads=1
-            )
-        except (RuntimeError, ValueError) as error:
-            raise VideoError(indexed.path, f"torchcodec can't read it ({_first_line(error)})") from error
-        if decoder.metadata.num_frames != indexed.num_frames:
-            raise _refusal(indexed, "torchcodec", f"counts {decoder.metadata.num_frames} frames")
-
-        def read(wanted: list[int]) -> Tensor:
-            try:
-                batch = decoder.get_frames_at(wanted)
-            except (RuntimeError, ValueError, IndexError) as error:
-                raise VideoError(indexed.path, f"torchcodec can't read it ({_first_line(error)})") from error
-            # These are the times of the pictures that were decoded, not of those that were asked for.
-            for index, seconds in zip(wanted, batch.pts_seconds.tolist(), strict=True):
-                if abs(seconds - indexed.start - indexed.frame_time(index)) > _SAME_TIME:
-                    raise _refusal(indexed, "torchcodec", f"gives another picture as frame {index}")
-            return batch.data
-
-        return EngineVideo(indexed, read, device)
-
-
-def open_with_decord(path: str | Path, device: torch.device, **options: Any) -> EngineVideo:
-    """Raises `ConfigError` where decord can't be used, `VideoError` for a file that it gets wrong.
-
-    Args:
-        device: the CPU.
-        options: as of `PyAVVideo`.
-    """
-    decord = import_decord()
-    with PyAVVideo(path, **options) as indexed:
-        _refuse_guessed_order(indexed, "decord")
-        problem = _decord_problem(indexed)
+    def _refuse(self, problem: str | None) -> None:
         if problem is not None:
-            raise _refusal(indexed, "decord", problem)
-        try:
-            reader = decord.VideoReader(str(Path(path).absolute()), num_threads=1)
-        except (decord.DECORDError, RuntimeError) as error:
-            raise VideoError(indexed.path, f"decord can't read it ({_first_line(error)})") from error
-        if len(reader) != indexed.num_frames:
-            raise _refusal(indexed, "decord", f"counts {len(reader)} frames")
+            raise VideoError(self.path, f"{self._engine} {problem}; decode it with decoder=pyav")
 
-        def read(wanted: list[int]) -> Tensor:
-            try:
-                batch = reader.get_batch(wanted)  # torch's, if somebody has set decord's bridge so
-            except (decord.DECORDError, RuntimeError) as error:
-                raise VideoError(indexed.path, f"decord can't read it ({_first_line(error)})") from error
-            frames = batch if isinstance(batch, Tensor) else torch.from_numpy(batch.asnumpy())
-            return frames.permute(0, 3, 1, 2)
+    def _unreadable(self, error: Exception) -> VideoError:
+        return VideoError(self.path, f"{self._engine} can't read it ({_first_line(error)})")
 
-        return EngineVideo(indexed, read, device)
+
+def _open_with_torchcodec(decoders: Any, video: EngineVideo) -> tuple[int, _Read]:
+    decoder = decoders.VideoDecoder(
+        str(Path(video.path).absolute()), device=str(video.device), num_ffmpeg_threads=1
+    )
+
+    def read(wanted: list[int]) -> tuple[Tensor, list[float]]:
+        batch = decoder.get_frames_at(wanted)
+        return batch.data, batch.pts_seconds.tolist()
+
+    return decoder.metadata.num_frames, read
+
+
+def _open_with_decord(decord: Any, video: EngineVideo) -> tuple[int, _Read]:
+    reader = decord.VideoReader(str(Path(video.path).absolute()), num_threads=1)
+
+    def read(wanted: list[int]) -> tuple[Tensor, list[float]]:
+        batch = reader.get_batch(wanted)  # torch's, if somebody has set decord's bridge so
+        frames = batch if isinstance(batch, Tensor) else torch.from_numpy(batch.asnumpy())
+        return frames.permute(0, 3, 1, 2), []
+
+    return len(reader), read
+
+
+def _closed(wanted: list[int]) -> tuple[Tensor, list[float]]:
+    raise ValueError("the video is closed")
+
+
+def _misleading_times(indexed: PyAVVideo) -> str | None:
+    """Why an engine, which goes by the timestamps, would give other frames."""
+    if indexed.index is not None:
+        indexed.get_frames([0])  # a decoder knows whether it reorders once it has decoded
+    if indexed.index is None or indexed.has_guessed_times or indexed.needs_reordering:
+        return "relies on its timestamps, which are wrong or missing"
+    return None
 
 
 def _decord_problem(indexed: PyAVVideo) -> str | None:
@@ -150,17 +141,6 @@ def _decord_problem(indexed: PyAVVideo) -> str | None:
     if indexed.lost_packets:
         return "repeats pictures where packets are lost"
     return None
-
-
-def _refuse_guessed_order(indexed: PyAVVideo, engine: str) -> None:
-    if indexed.index is not None:
-        indexed.get_frames([0])  # a decoder knows whether it reorders once it has decoded
-    if indexed.index is None or indexed.has_guessed_times or indexed.needs_reordering:
-        raise _refusal(indexed, engine, "relies on its timestamps, which are wrong or missing")
-
-
-def _refusal(indexed: PyAVVideo, engine: str, problem: str) -> VideoError:
-    return VideoError(indexed.path, f"{engine} {problem}; decode it with decoder=pyav")
 
 
 @functools.cache
@@ -192,5 +172,7 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
 
 
-def _closed(wanted: list[int]) -> Tensor:
-    raise ValueError("the video is closed")
+ENGINES: dict[str, tuple[Callable[[], Any], Callable[[Any, EngineVideo], tuple[int, _Read]]]] = {
+    "torchcodec": (import_torchcodec, _open_with_torchcodec),
+    "decord": (import_decord, _open_with_decord),
+}

@@ -18,7 +18,6 @@ import numpy.typing as npt
 import torch
 from av.sidedata.sidedata import Type as SideDataType
 from av.video.frame import VideoFrame
-from av.video.plane import VideoPlane
 from av.video.reformatter import ColorRange, VideoReformatter
 from torch import Tensor
 
@@ -133,16 +132,10 @@ class FrameFormat:
 
 
 class RgbBuffer:
-    """Frames converted one by one by swscale: on the CPU that is the fastest way.
-
-    Chroma is repeated, as `to_rgb` does. Where a size cuts chroma samples in two, swscale would stretch the
-    chroma, or leave the last column black (it depends on the processor); so such pictures get a row or column
-    more, which is cut off again.
-    """
+    """Frames converted one by one by swscale: on the CPU that is the fastest way."""
 
     def __init__(self, count: int, fmt: FrameFormat, reformatter: VideoReformatter) -> None:
         self._format, self._reformatter = fmt, reformatter
-        self._padded: VideoFrame | None = None  # kept
         self._frames = _empty_frames(count, *fmt.upright_size, 3)
         self._rows = self._frames.numpy()
 
@@ -150,42 +143,19 @@ class RgbBuffer:
     def write(self, row: int, frame: VideoFrame) -> None:
         """Keep a frame as the row-th."""
         fmt = self._format
-        height, width = fmt.height, fmt.width
-        if fmt.has_planes and (height % fmt.chroma_subsampling[0] or width % fmt.chroma_subsampling[1]):
-            frame = self._pad(_in_format(frame, fmt, self._reformatter))
-            height, width = frame.height, frame.width
         # swscale's defaults are what the published weights were trained on; of deep chroma they interpolate.
-        same = (frame.height, frame.width) == (height, width)
+        same = (frame.height, frame.width) == (fmt.height, fmt.width)
         rgb = self._reformatter.reformat(
             frame,
-            width=width,
-            height=height,
+            width=fmt.width,
+            height=fmt.height,
             format="rgb24",
             interpolation="POINT" if fmt.high_bit_depth and same else None,
             threads=1,
         )
-        picture = _bytes_of(rgb.planes[0])[:height, : width * 3].reshape(height, width, 3)
-        self._rows[row] = fmt.orientation.apply(picture[: fmt.height, : fmt.width])
-
-    def _pad(self, frame: VideoFrame) -> VideoFrame:
-        """The same picture with its last row or column repeated up to whole samples of chroma."""
-        if self._padded is None:
-            down, across = self._format.chroma_subsampling
-            size = -(-frame.width // across) * across, -(-frame.height // down) * down
-            self._padded = VideoFrame(*size, frame.format.name)
-        padded = self._padded
-        padded.colorspace, padded.color_range = frame.colorspace, frame.color_range
-        item = 2 if self._format.high_bit_depth else 1
-        for source, target in zip(frame.planes, padded.planes, strict=True):
-            old, new = _bytes_of(source), _bytes_of(target)[: target.height]
-            shared = min(old.shape[1], new.shape[1])
-            new[: source.height, :shared] = old[: source.height, :shared]
-            new[source.height :] = new[source.height - 1]
-            end = source.width * item
-            new[:, end : target.width * item] = np.tile(
-                new[:, end - item : end], (1, target.width - source.width)
-            )
-        return padded
+        plane = rgb.planes[0]
+        rows = np.frombuffer(cast(Any, plane), np.uint8).reshape(-1, plane.line_size)[: fmt.height]
+        self._rows[row] = fmt.orientation.apply(rows[:, : fmt.width * 3].reshape(fmt.height, fmt.width, 3))
 
     @timed("convert")
     def to_tensor(self) -> Tensor:
@@ -223,7 +193,9 @@ class PlaneBuffer:
             if self._pix_fmt not in _UNITS:
                 raise NotOnHardware(f"NVDEC gives {self._pix_fmt}")
         else:
-            frame = _in_format(frame, fmt, self._reformatter)
+            frame = self._reformatter.reformat(  # the same one where it is in the format of the first
+                frame, width=fmt.width, height=fmt.height, format=fmt.pix_fmt, threads=1
+            )
         planes = _planes_of(frame)
         with self._decoding_stream():
             if not self._planes:
@@ -246,8 +218,6 @@ class PlaneBuffer:
     @timed("convert")
     def to_tensor(self) -> Tensor:
         """uint8 (N, 3, H, W) on the device, upright, ordered after what its current stream holds."""
-        if not self._planes:  # no frame was asked for
-            return RgbBuffer(0, self._format, self._reformatter).to_tensor().to(self._device)
         if self._on_gpu:
             current = torch.cuda.current_stream(self._device)
             current.wait_stream(torch.cuda.default_stream(self._device))
@@ -262,17 +232,22 @@ class PlaneBuffer:
 def make_buffer(
     count: int, fmt: FrameFormat, reformatter: VideoReformatter, device: torch.device
 ) -> FrameBuffer[VideoFrame]:
-    """A place for so many frames of a CPU decoder that are to be on a device."""
-    if device.type == "cpu" or not fmt.has_planes:
-        return RgbBuffer(count, fmt, reformatter)
-    return PlaneBuffer(count, fmt, reformatter, device)
+    """A place for so many frames of a CPU decoder that are to be on a device.
+
+    Where a size cuts chroma samples in two, swscale would stretch the chroma, or leave the last column black
+    (it depends on the processor), so such pictures are converted from their planes.
+    """
+    cuts_chroma = fmt.height % fmt.chroma_subsampling[0] or fmt.width % fmt.chroma_subsampling[1]
+    if fmt.has_planes and (cuts_chroma or device.type != "cpu"):
+        return PlaneBuffer(count, fmt, reformatter, device)
+    return RgbBuffer(count, fmt, reformatter)
 
 
 class FrameCollector(Generic[Frame_contra]):
     """Takes the frames of a request as they are decoded, in any order, and transforms some at a time.
 
     Args:
-        count: how many frames the request has.
+        count: how many frames the request has, at least one.
         make: gives a buffer for so many frames.
         size: height and width of the upright frames.
         transform: None leaves them as they are, in one buffer.
@@ -296,7 +271,7 @@ class FrameCollector(Generic[Frame_contra]):
     def _begin(self) -> None:
         # Frames that are decoded a second time may make it more than were asked for.
         self._capacity = min(self._at_once, max(self._count - self._num_done, 1))
-        self._buffer = self._make(self._capacity if self._count else 0)
+        self._buffer = self._make(self._capacity)
 
     def write(self, slot: int, frame: Frame_contra) -> None:
         """Take the slot-th frame of the request; one that comes again replaces the former."""
@@ -311,7 +286,7 @@ class FrameCollector(Generic[Frame_contra]):
 
     def _finish_buffer(self) -> None:
         frames = self._buffer.to_tensor()
-        if self._transform is not None and self._num_held:
+        if self._transform is not None:
             with stage("transform"):
                 frames = self._transform(frames[: self._num_held])
         self._done.append(frames)
@@ -334,16 +309,6 @@ def _empty_frames(*shape: int) -> Tensor:
             memory.madvise(mmap.MADV_HUGEPAGE)
             return torch.frombuffer(memory, dtype=torch.uint8).view(shape)
     return torch.empty(shape, dtype=torch.uint8)
-
-
-def _in_format(frame: VideoFrame, fmt: FrameFormat, reformatter: VideoReformatter) -> VideoFrame:
-    """In the size and format of the first frame: the same one where it has them."""
-    return reformatter.reformat(frame, width=fmt.width, height=fmt.height, format=fmt.pix_fmt, threads=1)
-
-
-def _bytes_of(plane: VideoPlane) -> npt.NDArray[np.uint8]:
-    """The plane's own memory in bytes, with what pads its rows."""
-    return np.frombuffer(cast(Any, plane), np.uint8).reshape(-1, plane.line_size)
 
 
 def _planes_of(frame: VideoFrame) -> list[Tensor]:

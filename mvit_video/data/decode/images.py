@@ -8,9 +8,8 @@ import functools
 import itertools
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import TypeAlias
 
 import numpy as np
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from mvit_video.data.decode.container import MAX_PIXELS, require_pixels
 from mvit_video.data.decode.frames import FrameCollector, Transform
+from mvit_video.data.decode.video import VideoFile
 from mvit_video.data.files import IMAGE_EXTENSIONS
 from mvit_video.errors import VideoError
 
@@ -84,7 +84,7 @@ def image_files(path: str) -> list[str]:
     return [os.path.join(path, name) for _, name in numbered]  # noqa: PTH118
 
 
-class ImageSequence:
+class ImageSequence(VideoFile):
     """Pictures as an open video; see `Video`.
 
     Frame i is the i-th picture, whatever the rate, or the i-th of an animation (WebP, APNG), which tells how
@@ -109,7 +109,7 @@ class ImageSequence:
         self._max_pixels = max_pixels
         with self._open(self._files[0]) as first:
             self.codec = (first.format or "").lower()
-            self.height, self.width = _upright_size(first)
+            self._size = _upright_size(first)
             stored = getattr(first, "n_frames", 1) if first.format in _ANIMATED else 1
             self._is_animation = len(self._files) == 1 and stored > 1
             # What a PNG shows where animations aren't known need not be a frame of it.
@@ -118,51 +118,29 @@ class ImageSequence:
             if self._is_animation:
                 times = self._animation_times(first)
                 distances = max(self.num_frames - 1, 1)
-                self._times, self.fps = times[:-1], distances / float(times[distances])
+                self.times, self.fps = times[:-1], distances / float(times[distances])
             else:
                 self.fps = float(frame_rate)
-                self._times = np.arange(self.num_frames) / self.fps
-        self.duration = self.num_frames / self.fps
+                self.times = np.arange(self.num_frames) / self.fps
 
-    def __enter__(self) -> ImageSequence:
-        return self
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the upright picture."""
+        return self._size
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Nothing stays open."""
-
-    def frame_time(self, index: int) -> float:
-        """See `Video.frame_time`."""
-        self._check_range([index])
-        return float(self._times[index])
-
-    def get_frames(self, indices: Sequence[int], *, transform: Transform | None = None) -> Tensor:
-        """See `Video.get_frames`; each picture is decoded once."""
-        asked = list(indices)
-        self._check_range(asked)
-        wanted = sorted(set(asked))
-        size = (self.height, self.width)
-        frames = FrameCollector(
-            len(wanted), functools.partial(_ImageBuffer, *size), size=size, transform=transform
-        )
-        for slot, picture in enumerate(self._decode(wanted)):
+    def _decode(self, wanted: list[int], transform: Transform | None) -> Tensor:
+        make = functools.partial(_ImageBuffer, *self.size)
+        frames = FrameCollector(len(wanted), make, size=self.size, transform=transform)
+        for slot, picture in enumerate(self._pictures(wanted)):
             frames.write(slot, picture)
-        found = frames.to_tensor()
-        if wanted != asked:
-            slots = {index: slot for slot, index in enumerate(wanted)}
-            found = found[[slots[index] for index in asked]]
-        return found.to(self.device)
+        return frames.to_tensor().to(self.device)
 
-    def _decode(self, wanted: list[int]) -> Iterator[Picture]:
+    def _pictures(self, wanted: list[int]) -> Iterator[Picture]:
         if not self._is_animation:
             for index in wanted:
                 with self._open(self._files[index]) as image:
                     yield self._pixels(image, self._files[index])
-        elif wanted:
+        else:
             with self._open(self.path) as image:
                 for index in wanted:
                     self._go_to(image, index)
@@ -190,15 +168,10 @@ class ImageSequence:
             picture = _to_rgb(ImageOps.exif_transpose(image))
         except (OSError, ValueError, SyntaxError) as error:
             raise VideoError(self.path, f"{name}is damaged ({error})") from error
-        if picture.shape[:2] != (self.height, self.width):
+        if picture.shape[:2] != self.size:
             size = f"{picture.shape[1]}x{picture.shape[0]}, the first picture {self.width}x{self.height}"
             raise VideoError(self.path, f"{name}is {size}")
         return picture
-
-    def _check_range(self, indices: Sequence[int]) -> None:
-        for index in indices:
-            if not 0 <= index < self.num_frames:
-                raise ValueError(f"frame {index} was asked of {self.path}, which has {self.num_frames}")
 
     def _open(self, file: str) -> Image.Image:
         name = _named(file, self.path)

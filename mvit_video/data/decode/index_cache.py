@@ -6,31 +6,31 @@ A kept index counts only as long as the file has the size and the time of change
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
 import os
 import threading
 import time
-import zipfile
-import zlib
 from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mvit_video.data.decode.frames import FrameFormat, Orientation
-from mvit_video.data.decode.packets import NO_TIME, Index, PacketList, build_index
+from mvit_video.data.decode.frames import FrameFormat
+from mvit_video.data.decode.packets import NO_TIME, Index, PacketList, build_index, find_lost_packets
 from mvit_video.io.fingerprint import file_stamp
 from mvit_video.io.writing import replacing
 
 log = logging.getLogger(__name__)
 
-_VERSION = 1
+_VERSION = 2
 _MAX_FRAMES = 2_000_000  # in memory, of all files together; a frame takes about 50 bytes
 _SETTLED_SECONDS = 2.0  # a file that changed later than this ago may change again within a tick of its clock
 
@@ -43,21 +43,29 @@ class FileIndex:
         packets: of the stream, with the times at which its frames are shown.
         index: None where the packets don't tell which frames there are, and all were decoded and counted.
         pts: of each frame, in the order shown; None where it has none.
-        presentation_times: by time stored, where the file doesn't tell them.
-        lost_packets: positions where packets are missing.
+        guesses_times: the file tells the times of storage alone, `packets` has those worked out from them.
         num_intact: frames before the first damage; of a file without an index.
+        size: bytes of the file up to the space that a camera allocated ahead; None: all count.
         fmt: of the frames, once one was decoded.
-        size: bytes of the file up to the zeros that a camera allocated ahead; None: all count.
     """
 
     packets: PacketList
     index: Index | None
     pts: Sequence[int | None]
-    presentation_times: dict[int, int] | None = None
-    lost_packets: list[int] = field(default_factory=list)
+    size: int | None = None
+    guesses_times: bool = False
     num_intact: int = 0
     fmt: FrameFormat | None = None
-    size: int | None = None
+
+    @cached_property
+    def presentation_times(self) -> dict[int, int] | None:
+        """By the time stored, where the file doesn't tell them."""
+        return dict(zip(self.packets.dts, self.packets.pts, strict=True)) if self.guesses_times else None
+
+    @cached_property
+    def lost_packets(self) -> list[int]:
+        """Positions where packets are missing."""
+        return find_lost_packets(self.packets)
 
 
 class _Memory:
@@ -99,23 +107,19 @@ class IndexCache:
         self._key = os.path.abspath(path)  # noqa: PTH100 (speed)
         self._stamp = file_stamp(path)
         name = hashlib.sha256(os.fsencode(self._key)).hexdigest()
-        self._file = None if folder is None else Path(folder) / name[:2] / f"{name[2:34]}.npz"
+        self._file = None
+        if folder is not None:
+            self._file = Path(os.path.expanduser(folder)) / name[:2] / f"{name[2:34]}.npz"  # noqa: PTH111
 
     def load(self) -> FileIndex | None:
         """None where none is kept that fits."""
         found = _memory.get(self._key, self._stamp)
-        if found is None and self._file is not None and self._file.exists():
+        if found is None and self._file is not None:
             try:
                 found = _read(self._file, self._stamp)
-            except (
-                OSError,
-                ValueError,
-                LookupError,
-                TypeError,
-                EOFError,
-                zipfile.BadZipFile,
-                zlib.error,
-            ) as error:
+            except FileNotFoundError:
+                pass
+            except Exception as error:  # NumPy, zipfile and zlib raise many kinds for a damaged file
                 log.info("%s is no index of packets (%s); it is made anew", self._file, error)
             if found is not None:
                 _memory.put(self._key, self._stamp, found)
@@ -130,40 +134,41 @@ class IndexCache:
         if self._file is not None:
             try:
                 _write(self._file, self._stamp, index)
-            except OSError as error:
-                log.warning("the index of packets can't be kept: %s", error)
+            except (OSError, ValueError) as error:  # a null byte in its name
+                _warn_not_kept(str(self._file.parent.parent), str(error))
+
+
+@functools.cache
+def _warn_not_kept(folder: str, reason: str) -> None:
+    """Once a folder and reason."""
+    log.warning("indices of packets can't be kept in %s: %s", folder, reason)
 
 
 def _write(file: Path, stamp: dict[str, Any], found: FileIndex) -> None:
-    told = found.presentation_times
+    packets, indexed = found.packets, found.index is not None
     about = {
         "version": _VERSION,
         "stamp": stamp,
-        "indexed": found.index is not None,
+        "indexed": indexed,
+        "guesses_times": found.guesses_times,
         "num_intact": found.num_intact,
         "size": found.size,
-        "fmt": None if found.fmt is None else asdict(found.fmt),
     }
-    packets = found.packets
-    arrays = {
-        "about": np.frombuffer(json.dumps(about).encode(), np.uint8),
-        # Differences repeat themselves, so they take a byte or less each.
-        "packet_pts": _steps(packets.pts),
-        "packet_dts": _steps(packets.dts),
-        "flags": np.frombuffer(packets.flags, np.uint8),
-        "key_sizes": np.array(packets.key_sizes, np.int64),
-        "lost_packets": np.array(found.lost_packets, np.int64),
-        "stored": _steps(list(told or ())),
-        "shown": _steps(list((told or {}).values())),
-        "has_presentation_times": np.array(told is not None),
-    }
-    if found.index is None:
-        arrays["pts"] = _steps([NO_TIME if time is None else time for time in found.pts])
     with replacing(file) as target:
-        np.savez_compressed(target, **arrays)
+        np.savez_compressed(
+            target,
+            about=np.frombuffer(json.dumps(about).encode(), np.uint8),
+            # Differences repeat themselves, so they take a byte or less each.
+            packet_pts=_steps(packets.pts),
+            packet_dts=_steps(packets.dts),
+            flags=np.frombuffer(packets.flags, np.uint8),
+            key_sizes=np.array(packets.key_sizes, np.int64),
+            pts=_steps([] if indexed else [NO_TIME if time is None else time for time in found.pts]),
+        )
 
 
 def _read(file: Path, stamp: dict[str, Any]) -> FileIndex | None:
+    """Raises many kinds of errors for what is no index."""
     with np.load(file, allow_pickle=False) as arrays:
         about = json.loads(arrays["about"].tobytes())
         if about["version"] != _VERSION or about["stamp"] != stamp:
@@ -172,26 +177,19 @@ def _read(file: Path, stamp: dict[str, Any]) -> FileIndex | None:
         packets.pts, packets.dts = _sums(arrays["packet_pts"]), _sums(arrays["packet_dts"])
         packets.flags = bytearray(arrays["flags"].tobytes())
         packets.key_sizes = array("q", arrays["key_sizes"].astype(np.int64).tobytes())
-        told = None
-        if arrays["has_presentation_times"]:
-            told = dict(zip(_sums(arrays["stored"]), _sums(arrays["shown"]), strict=True))
-        index = build_index(packets) if about["indexed"] else None
-        if about["indexed"]:
-            if index is None:
-                raise ValueError("its times don't rise")
-            pts: Sequence[int | None] = index.pts
-        else:
-            pts = [None if time == NO_TIME else time for time in _sums(arrays["pts"])]
-        fmt = about["fmt"]
-        if fmt is not None:
-            fmt |= {
-                "orientation": Orientation(**fmt["orientation"]),
-                "matrix": tuple(fmt["matrix"]),
-                "chroma_subsampling": tuple(fmt["chroma_subsampling"]),
-            }
-            fmt = FrameFormat(**fmt)
-        lost = arrays["lost_packets"].tolist()
-    return FileIndex(packets, index, pts, told, lost, int(about["num_intact"]), fmt, about["size"])
+        counted = [None if time == NO_TIME else time for time in _sums(arrays["pts"])]
+    index = build_index(packets) if about["indexed"] else None
+    num_intact, size = int(about["num_intact"]), about["size"]
+    fits = (
+        len(packets.pts) == len(packets.dts) == len(packets.flags)
+        and len(packets.key_sizes) == packets.num_keys
+        and (index is not None) == about["indexed"]
+        and (size is None or 0 < int(size) <= stamp["size"])
+    )
+    if not fits:
+        raise ValueError("its parts contradict each other")
+    pts = counted if index is None else index.pts
+    return FileIndex(packets, index, pts, size, bool(about["guesses_times"]), num_intact)
 
 
 def _steps(values: Sequence[int]) -> Any:

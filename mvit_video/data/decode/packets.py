@@ -47,6 +47,11 @@ class PacketList:
             | _CORRUPT * packet.is_corrupt  # something is missing at or after it
         )
 
+    @property
+    def num_keys(self) -> int:
+        """Packets that are marked as key frames."""
+        return len(self.positions(_KEY))
+
     def positions(self, flag: int) -> npt.NDArray[np.intp]:
         """Where the packets with a flag are."""
         return np.flatnonzero(np.frombuffer(self.flags, np.uint8) & flag)

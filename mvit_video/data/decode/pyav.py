@@ -8,14 +8,12 @@ file whose timestamps can't be trusted is decoded from the front and its frames 
 
 from __future__ import annotations
 
-import bisect
 import functools
-import operator
+import sys
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
-from types import TracebackType
 from typing import TypeAlias
 
 import torch
@@ -37,7 +35,7 @@ from mvit_video.data.decode.container import (
     is_encrypted,
     open_file,
     require_pixels,
-    size_without_zeros,
+    size_without_padding,
 )
 from mvit_video.data.decode.frames import (
     FrameCollector,
@@ -59,6 +57,7 @@ from mvit_video.data.decode.packets import (
     plan_ranges,
 )
 from mvit_video.data.decode.times import measure_times, warn_of_jumps
+from mvit_video.data.decode.video import VideoFile
 from mvit_video.data.timing import timed
 from mvit_video.errors import VideoError
 
@@ -86,7 +85,7 @@ _Slots: TypeAlias = dict[int, int]  # frame index, rising -> place in the reques
 _Write: TypeAlias = Callable[[int, VideoFrame], None]  # takes a frame for its place
 
 
-class PyAVVideo:
+class PyAVVideo(VideoFile):
     """An open video file; see `Video`. Not thread-safe: each thread opens its own.
 
     Args:
@@ -110,19 +109,18 @@ class PyAVVideo:
         self._nvdec, self._max_pixels = nvdec, max_pixels
         self._hardware: cuda.HardwareDecoder | None = None  # decodes in the place of `_codec`
         self._reformatter = VideoReformatter()  # kept: setting it up costs more than converting a frame
-        self._demuxer: Iterator[Packet[VideoStream]] = iter(())
-        self._position = 0  # of the packet that `_demuxer` gives next, in decoding order
-        self._presentation_times: dict[int, int] | None = None  # see `FileIndex`
-        self._size: int | None = None  # bytes of the file that count, where not all do
         check_file(self.path)
         self._probing = _NO_PROBING if has_telling_header(self.path) else {}
+        cache = IndexCache(self.path, index_cache)
+        found = cache.load()
+        self._num_bytes = None if found is None else found.size  # of the file, where not all count
+        self._presentation_times = None if found is None else found.presentation_times
+        self._keep = cache.save
         self._open()
         try:
-            self._cache = IndexCache(self.path, index_cache)
-            found = self._cache.load()
             if found is None:
                 found = self._read_file()
-                self._cache.save(found)
+                self._keep(found)
             self._use(found)
             if not self.num_frames:
                 raise self._error(_NOTHING)
@@ -130,28 +128,15 @@ class PyAVVideo:
             self.close()
             raise
 
-    def __enter__(self) -> PyAVVideo:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
     def close(self) -> None:
         """Release the file and the decoder."""
-        self._demuxer = iter(())
+        self._demuxer: Iterator[Packet[VideoStream]] = iter(())
         self._container.close()
 
     @property
-    def height(self) -> int:
-        """Pixels of the upright picture; asked before any frame was decoded, it decodes the first."""
-        return self.frame_format().upright_size[0]
-
-    @property
-    def width(self) -> int:
-        """See `height`."""
-        return self.frame_format().upright_size[1]
+    def size(self) -> tuple[int, int]:
+        """Height and width; asked before any frame was decoded, it decodes the first."""
+        return self.frame_format().upright_size
 
     def frame_format(self) -> FrameFormat:
         """That of the first frame, which all are converted to. Raises `VideoError` without any."""
@@ -159,14 +144,18 @@ class PyAVVideo:
             first = next((frame for frame in self._iter_frames() if frame is not None), None)
             if first is None:
                 raise self._error(_NOTHING)
-            self._keep_format(FrameFormat.of(first))
-        assert self._found.fmt is not None
+            self._found.fmt = FrameFormat.of(first)
+        require_pixels(self._found.fmt.width, self._found.fmt.height, self._max_pixels, self.path)
         return self._found.fmt
 
-    def _keep_format(self, fmt: FrameFormat) -> None:
-        require_pixels(fmt.width, fmt.height, self._max_pixels, self.path)
-        self._found.fmt = fmt
-        self._cache.save(self._found)
+    def _format_by(self, frame: VideoFrame) -> FrameFormat:
+        """See `frame_format`; any frame will do if it has the size of the first one."""
+        if self._found.fmt is None and (frame.width, frame.height) == self._first_size:
+            self._found.fmt = FrameFormat.of(frame)
+        if self._found.fmt is None:  # this file is being decoded
+            with PyAVVideo(self.path, max_pixels=self._max_pixels) as other:
+                self._found.fmt = other.frame_format()
+        return self.frame_format()
 
     @property
     def index(self) -> Index | None:
@@ -190,63 +179,42 @@ class PyAVVideo:
             return False
         return sum(entry.is_keyframe for entry in self._stream.index_entries) > self.index.num_keys
 
-    def frame_time(self, index: int) -> float:
-        """Seconds from the first frame to frame `index`."""
-        self.check_range([index])
-        return float(self._times[index])
-
-    @timed("decode")
-    def get_frames(self, indices: Sequence[int], *, transform: Transform | None = None) -> Tensor:
-        """See `Video.get_frames`. A damaged file may look sound to NVDEC: the CPU decoder sees more."""
-        asked = [operator.index(index) for index in indices]
-        self.check_range(asked)
-        wanted = sorted(set(asked))
+    def _decode(self, wanted: list[int], transform: Transform | None) -> Tensor:
+        """A damaged file may look sound to NVDEC: the CPU decoder sees more."""
+        slots = {index: slot for slot, index in enumerate(wanted)}
         try:
-            frames = self._decode({index: slot for slot, index in enumerate(wanted)}, transform)
+            if self._nvdec:
+                try:
+                    return self._decode_on_gpu(slots, transform)
+                except NotOnHardware as reason:
+                    self._nvdec = False
+                    cuda.fall_back(self.path, str(reason))
+            return self._decode_on_cpu(slots, transform)
         except (FFmpegError, OSError) as error:
             raise VideoError(self.path, "the file can't be read any more") from error
-        if wanted != asked:
-            frames = frames[[bisect.bisect_left(wanted, index) for index in asked]]
-        return frames
 
-    def _decode(self, slots: _Slots, transform: Transform | None) -> Tensor:
-        if self._nvdec:
-            try:
-                return self._decode_on_gpu(slots, transform)
-            except NotOnHardware as reason:
-                self._nvdec = False
-                cuda.fall_back(self.path, str(reason))
+    def _decode_on_cpu(self, slots: _Slots, transform: Transform | None) -> Tensor:
         self._hardware = None
         frames: FrameCollector[VideoFrame] | None = None
-
-        def begin(fmt: FrameFormat) -> FrameCollector[VideoFrame]:
-            make = functools.partial(make_buffer, fmt=fmt, reformatter=self._reformatter, device=self.device)
-            return FrameCollector(len(slots), make, size=fmt.upright_size, transform=transform)
 
         def write(slot: int, frame: VideoFrame) -> None:
             nonlocal frames
             if frames is None:
-                frames = begin(self._format_by(frame))
+                fmt = self._format_by(frame)
+                make = functools.partial(
+                    make_buffer, fmt=fmt, reformatter=self._reformatter, device=self.device
+                )
+                frames = FrameCollector(len(slots), make, size=fmt.upright_size, transform=transform)
             frames.write(slot, frame)
 
         if self.index is not None:
             missing = self._decode_indexed(self.index, slots, write)
             if missing:
-                self._fall_back_to_sequential(self.index, missing[0])
+                self._fall_back_to_sequential(missing[0])
         if self.index is None:
             self._decode_from_front(slots, write)
-        frames = frames or begin(self.frame_format())  # none was asked for
+        assert frames is not None
         return frames.to_tensor().to(self.device)
-
-    def _format_by(self, frame: VideoFrame) -> FrameFormat:
-        """See `frame_format`; any frame will do if it has the size of the first one."""
-        if self._found.fmt is None:
-            if (frame.width, frame.height) == self._first_size:
-                self._keep_format(FrameFormat.of(frame))
-            else:  # this file is being decoded
-                with PyAVVideo(self.path, max_pixels=self._max_pixels) as other:
-                    self._keep_format(other.frame_format())
-        return self.frame_format()
 
     def _decode_on_gpu(self, slots: _Slots, transform: Transform | None) -> Tensor:
         if self.index is None:
@@ -262,24 +230,17 @@ class PyAVVideo:
                     break
         raise NotOnHardware("NVDEC did not give all frames")  # the CPU decoder says what is wrong
 
-    def check_range(self, indices: Sequence[int]) -> None:
-        """Raises `ValueError` for an index that no frame has."""
-        for index in indices:
-            if not 0 <= index < self.num_frames:
-                raise ValueError(f"frame {index} was asked of {self.path}, which has {self.num_frames}")
-
     # Opening
 
     @timed("demux")
     def _open(self) -> None:
         options = {**_PROBE, **decoder_limit(self._max_pixels)}
         self._container = open_file(
-            self.path, size=self._size, options=options, container_options=self._probing
+            self.path, size=self._num_bytes, options=options, container_options=self._probing
         )
         if self._probing and len(self._container.streams.video) > 1:  # which is best, FFmpeg sees by packets
             self._probing = {}
-            self._container.close()
-            self._open()
+            self._reopen()
             return
         try:
             self._stream = best_video_stream(self._container, self.path, self._max_pixels)
@@ -298,7 +259,11 @@ class PyAVVideo:
         # Fail where FFmpeg would paint over damage.
         self._codec.options = {"err_detect": "explode", **decoder_limit(self._max_pixels)}
         self._demuxer = self._demux()
-        self._position = 0
+        self._position = 0  # of the packet that `_demuxer` gives next, in decoding order
+
+    def _reopen(self) -> None:
+        self._container.close()
+        self._open()
 
     def _demux(self) -> Iterator[Packet[VideoStream]]:
         packets = filled(self._container.demux(self._stream))
@@ -308,41 +273,37 @@ class PyAVVideo:
 
     @timed("demux")
     def _read_file(self) -> FileIndex:
+        if self.container_format == "mpegts":
+            self._num_bytes = size_without_padding(self.path)
+            if self._num_bytes is not None:
+                self._reopen()
         packets, kinds = self._read_packets()
         self._position = len(packets)
         told = None
-        is_usable = True
         if self.has_guessed_times:
             told = mpeg4.times_shown(packets.dts, kinds)
-            is_usable = told is not None
-            if told is not None:
-                packets.pts = array("q", [told[time] for time in packets.dts])
-        index = build_index(packets) if is_usable else None
-        self._presentation_times = None if index is None else told
-        lost = find_lost_packets(packets)
+            if told is None:
+                return self._count_frames(packets)
+            packets.pts = array("q", [told[time] for time in packets.dts])
+        index = build_index(packets)
         if index is None:
-            return self._count_frames(packets, lost)
-        return FileIndex(packets, index, index.pts, told, lost, size=self._size)
+            return self._count_frames(packets)
+        return FileIndex(packets, index, index.pts, self._num_bytes, guesses_times=told is not None)
 
     def _read_packets(self) -> tuple[PacketList, list[int | None]]:
         """Of the whole file, and the kinds of pictures whose time depends on it."""
         packets = PacketList(self.codec, self.container_format)
         kinds: list[int | None] = []
-        if self.has_guessed_times and self.codec == "mpeg4":
-            self._presentation_times = {}
-            self._demuxer = self._demux()
+        source = self._demuxer
+        goes_by_kind = self.has_guessed_times and self.codec == "mpeg4"
+        if goes_by_kind:
+            source = mpeg4.unpacked(self._stream, source, {})
         try:
-            for packet in self._demuxer:
+            for packet in source:
                 packets.add(packet)
-                if self._presentation_times is not None:
+                if goes_by_kind:
                     kinds.append(mpeg4.kind_of(packet))
         except FFmpegError as error:
-            size = size_without_zeros(self.path) if self.container_format == "mpegts" else 0
-            if self._size is None and 0 < size < Path(self.path).stat().st_size:
-                self._size = size  # a camera allocates ahead, and was switched off
-                self._container.close()
-                self._open()
-                return self._read_packets()
             raise VideoError(self.path, "the file can't be read to its end, it is damaged") from error
         entries = self._stream.index_entries if self.container_format in _HAS_SAMPLE_TABLE else ()
         listed = len(packets) if len(entries) <= len(packets) else sum(entry.size > 0 for entry in entries)
@@ -353,26 +314,19 @@ class PyAVVideo:
         return packets, kinds
 
     def _use(self, found: FileIndex) -> None:
-        self._found = found
-        if found.size != self._size:
-            self._size = found.size
-            self._container.close()
-            self._open()
-        if found.presentation_times != self._presentation_times:
-            self._presentation_times = found.presentation_times
-            self._demuxer = self._demux()
+        self._found, self._presentation_times = found, found.presentation_times
         declared = float(self._stream.average_rate or self._stream.guessed_rate or 25)
         clock_may_jump = Flags.ts_discont in Flags(self._container.format.flags)
         tick = self._stream.time_base
         guessed = self.has_guessed_times and found.index is None  # an AVI file has one rate throughout
         pts = [None] * len(found.pts) if guessed else found.pts
-        times = measure_times(pts, tick or Fraction(1), declared, clock_may_jump=clock_may_jump)
-        if times.num_jumps:
-            warn_of_jumps(self.path, times.num_jumps, times.fps)
-        self._times, self.fps, self.start_ticks = times.seconds, times.fps, times.start_ticks
+        self.times, self.fps, self.start_ticks, num_jumps = measure_times(
+            pts, tick or Fraction(1), declared, clock_may_jump=clock_may_jump
+        )
+        if num_jumps:
+            warn_of_jumps(self.path, num_jumps, self.fps)
         self.start = self.start_ticks * float(tick or 0)  # seconds on the stream's clock
         self.num_frames = len(found.pts)
-        self.duration = self.num_frames / self.fps
 
     def _error(self, reason: str) -> VideoError:
         """For frames that don't come."""
@@ -461,8 +415,7 @@ class PyAVVideo:
         except FFmpegError:
             packet = None
         if packet is None:  # the seek failed or went too far: read from the front
-            self._container.close()
-            self._open()
+            self._reopen()
             packet = self._read_until(index, key)
         return packet
 
@@ -480,23 +433,20 @@ class PyAVVideo:
 
     # Decoding from the front
 
-    def _fall_back_to_sequential(self, index: Index, missing: int) -> None:
+    def _fall_back_to_sequential(self, missing: int) -> None:
         """A promised frame did not come: either the file is damaged or its packets are no index of it."""
-        times, self._presentation_times = self._presentation_times, None
-        counted = self._count_frames(self._found.packets, self._found.lost_packets)
+        counted = self._count_frames(self._found.packets)
         if counted.num_intact < len(counted.pts):
-            self._presentation_times = times
-            which = f"frame {missing} of {self.num_frames}"
-            raise self._error(f"{which} can't be decoded, the file is damaged")
-        self._cache.save(counted)
+            raise self._error(f"frame {missing} of {self.num_frames} can't be decoded, the file is damaged")
+        self._keep(counted)
         self._use(counted)
 
-    def _count_frames(self, packets: PacketList, lost_packets: list[int]) -> FileIndex:
+    def _count_frames(self, packets: PacketList) -> FileIndex:
         pts: list[int | None] = []
         last_key = 0
         num_intact: int | None = None
         fmt: FrameFormat | None = None
-        for frame in self._iter_frames(lost_packets):
+        for frame in self._iter_frames(find_lost_packets(packets)):
             if frame is not None and frame.key_frame:
                 last_key = len(pts)
             if frame is not None and fmt is None:
@@ -507,31 +457,28 @@ class PyAVVideo:
             if frame is not None:
                 pts.append(frame.pts)
         num_intact = len(pts) if num_intact is None else num_intact
-        return FileIndex(packets, None, pts, None, lost_packets, num_intact, fmt, self._size)
+        return FileIndex(packets, None, pts, self._num_bytes, num_intact=num_intact, fmt=fmt)
 
     def _decode_from_front(self, slots: _Slots, write: _Write) -> None:
         for index in slots:
             if index >= self._found.num_intact:
                 which = f"frame {index} of {max(self.num_frames, index + 1)}"
                 raise self._error(f"{which} can't be decoded, the file is damaged")
-        last = max(slots, default=-1)
         shown = (frame for frame in self._iter_frames() if frame is not None)
-        for number in range(last + 1):
+        for number in range(max(slots) + 1):
             frame = next(shown, None)
             if frame is None:
                 raise VideoError(self.path, "the file changed while it was read")
             if number in slots:
                 write(slots[number], frame)
 
-    def _iter_frames(self, lost_packets: Sequence[int] | None = None) -> Iterator[VideoFrame | None]:
-        """All pictures in the order shown, with None for each damaged packet."""
-        lost = self.lost_packets if lost_packets is None else lost_packets
-        self._container.close()
-        self._open()
+    def _iter_frames(self, lost_packets: Collection[int] = ()) -> Iterator[VideoFrame | None]:
+        """All pictures in the order shown, with None for each packet that is damaged or lost."""
+        self._reopen()
+        self._position = sys.maxsize  # whoever reads on has to seek
         try:
-            for position, packet in enumerate(self._demuxer):
-                self._position = position + 1
-                if position in lost:
+            for position, packet in enumerate(filled(self._container.demux(self._stream))):
+                if position in lost_packets:
                     yield None
                 yield from self._decode_or_none(packet)
         except FFmpegError:
