@@ -109,25 +109,70 @@ def test_rates(pts: list[int | None], fps: float, num_jumps: int) -> None:
     assert (np.diff(found.seconds) > 0).all()
 
 
-@pytest.mark.parametrize("zeros", [188, 10_000, 3_000_000])
+@pytest.mark.parametrize("padding", [bytes(188), bytes(10_000), bytes(3_000_000), b"\xff" * 3_000_000])
 @pytest.mark.parametrize("name", ["a.ts", "a.mpg", "a.mp4"])
-def test_zeros_behind_the_end_are_no_damage(tmp_path: Path, name: str, zeros: int) -> None:
+def test_what_fills_the_end_is_no_damage(tmp_path: Path, name: str, padding: bytes) -> None:
+    """Dashcams allocate ahead; flash memory that was erased reads as ones."""
     codec = {"codec": "mpeg2video"} if name == "a.mpg" else {"options": X264}
     path = write_numbered_video(tmp_path / name, 40, **codec)
-    path.write_bytes(path.read_bytes() + bytes(zeros))
+    path.write_bytes(path.read_bytes() + padding)
     for indices in ([39], [0, 20, 39], list(range(40))):
         with open_video(path) as video:
             assert [read_number(frame) for frame in video.get_frames(indices)] == indices
 
 
-@pytest.mark.parametrize("scheme", ["cenc-aes-ctr"])
-def test_an_encrypted_file_is_called_encrypted(tmp_path: Path, scheme: str) -> None:
-    keys = {
+@pytest.mark.parametrize("filling", ["zeros", "noise"])
+def test_what_follows_a_hole_in_a_transport_stream_is_read(tmp_path: Path, filling: str) -> None:
+    """As players do, however long the hole is."""
+    path = write_numbered_video(tmp_path / "a.ts", 40, options=X264)
+    hole = bytes(300_000) if filling == "zeros" else np.random.default_rng(0).bytes(300_000)
+    path.write_bytes(path.read_bytes() + hole + path.read_bytes())
+    with open_video(path) as video:
+        numbers = [read_number(frame) for frame in video.get_frames(range(video.num_frames))]
+    assert numbers == [*range(40), *range(40)]
+
+
+@pytest.mark.parametrize("write", ["mp4", "webm"])
+def test_an_encrypted_file_is_called_encrypted(tmp_path: Path, write: str) -> None:
+    path = {"mp4": _encrypted_mp4, "webm": _encrypted_webm}[write](tmp_path)
+    with pytest.raises(VideoError, match="encrypted"), open_video(path) as video:
+        video.get_frames([0, 29])
+
+
+def _encrypted_mp4(folder: Path) -> Path:
+    options = {
+        "encryption_scheme": "cenc-aes-ctr",
         "encryption_key": "76a6c65c5ea762046bd749a2e632ccbb",
         "encryption_kid": "a7e61c373e219033c21091fa607bf3b8",
     }
-    path = write_numbered_video(
-        tmp_path / "a.mp4", 30, options=X264, container_options={"encryption_scheme": scheme, **keys}
-    )
-    with pytest.raises(VideoError, match="encrypted"), open_video(path) as video:
-        video.get_frames([0, 29])
+    return write_numbered_video(folder / "a.mp4", 30, options=X264, container_options=options)
+
+
+def _encrypted_webm(folder: Path) -> Path:
+    """Its track's name, as long as needed, gives way to the description of the encryption."""
+
+    def element(name: str, *content: bytes) -> bytes:
+        joined = b"".join(content)
+        return bytes.fromhex(name) + bytes([0x80 | len(joined)]) + joined
+
+    encryption = element(
+        "5035", element("47e1", b"\5"), element("47e2", bytes(range(16)))
+    )  # AES, a key's name
+    encoding = element("6240", element("5032", b"\1"), element("5033", b"\1"), encryption)
+    encodings = element("6d80", encoding)
+    title = "t" * (len(encodings) - 3)
+    path = folder / "a.webm"
+    with (
+        av.open(str(write_numbered_video(folder / "plain.webm", 30, **VP8))) as old,
+        av.open(str(path), "w") as new,
+    ):
+        stream = new.add_stream_from_template(old.streams.video[0])
+        stream.metadata["title"] = title
+        for plain in old.demux(video=0):
+            if plain.size:
+                packet = av.Packet(b"\1" + bytes(8) + bytes(255 - byte for byte in bytes(plain)))
+                packet.pts, packet.dts, packet.time_base = plain.pts, plain.dts, plain.time_base
+                packet.stream, packet.is_keyframe = stream, plain.is_keyframe
+                new.mux(packet)
+    path.write_bytes(path.read_bytes().replace(element("536e", title.encode()), encodings))
+    return path

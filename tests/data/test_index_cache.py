@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import av
+import numpy as np
 import pytest
 from conftest import Command
 from test_decode import FILES, X264, numbers, requests
@@ -94,6 +97,69 @@ def test_a_damaged_index_is_made_anew(
         file.write_bytes(content[: len(content) // 2] if damage is None else damage)
         monkeypatch.setattr(index_cache, "_memory", index_cache._Memory())
     assert len(num_read) == 2
+
+
+Change = Callable[[Any], Any]
+
+# What an archive of whole parts may hold: (part, or key of the part "about"), what becomes of it.
+CONTRADICTIONS: dict[str, tuple[str, Change]] = {
+    "fewer sizes than key frames": ("key_sizes", lambda sizes: sizes[:-1]),
+    "fewer flags than packets": ("flags", lambda flags: flags[:-5]),
+    "no packets": ("packet_pts", lambda steps: steps[:0]),
+    "times that fall": ("packet_pts", lambda steps: -steps),
+    "a size that the file doesn't have": ("size", lambda size: 10**9),
+    "a size that is text": ("size", lambda size: "/etc"),
+    "a version to come": ("version", lambda version: version + 1),
+    "no stamp": ("stamp", lambda stamp: [1]),
+}
+
+
+@pytest.mark.parametrize("name", CONTRADICTIONS)
+def test_an_index_that_contradicts_itself_is_made_anew(
+    tmp_path: Path, name: str, num_read: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_numbered_video(tmp_path / "a.mp4", 20, options=X264 | {"g": "5"})
+    _settle(path)
+    with open_video(path, index_cache=tmp_path / "kept"):
+        pass
+    (file,) = (tmp_path / "kept").rglob("*.npz")
+    with np.load(file) as archive:
+        parts = dict(archive)
+    key, change = CONTRADICTIONS[name]
+    if key in parts:
+        parts[key] = change(parts[key])
+    else:
+        about = json.loads(parts["about"].tobytes())
+        about[key] = change(about[key])
+        parts["about"] = np.frombuffer(json.dumps(about).encode(), np.uint8)
+    np.savez_compressed(file, **parts)
+    monkeypatch.setattr(index_cache, "_memory", index_cache._Memory())
+    with open_video(path, index_cache=tmp_path / "kept") as video:
+        assert numbers(video.get_frames(range(20))) == list(range(20))
+    assert len(num_read) == 2
+
+
+@pytest.mark.parametrize("folder", ["a_file", "a_file/in_it", "null\0byte"])
+def test_where_indices_can_not_be_kept_is_said_once(
+    tmp_path: Path, folder: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a_file").write_text("x")
+    for number in range(3):
+        path = write_numbered_video(tmp_path / f"{number}.mp4", 5)
+        _settle(path)
+        with open_video(path, index_cache=folder) as video:
+            assert video.num_frames == 5
+    assert len([record for record in caplog.records if "can't be kept" in record.getMessage()]) == 1
+
+
+def test_the_folder_may_be_given_from_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = write_numbered_video(tmp_path / "a.mp4", 5)
+    _settle(path)
+    with open_video(path, index_cache="~/kept"):
+        pass
+    assert list((tmp_path / "kept").rglob("*.npz"))
 
 
 def test_memory_of_kept_indices_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -135,7 +135,7 @@ class IndexCache:
             try:
                 _write(self._file, self._stamp, index)
             except (OSError, ValueError) as error:  # a null byte in its name
-                _warn_not_kept(str(self._file.parent.parent), str(error))
+                _warn_not_kept(str(self._file.parent.parent), getattr(error, "strerror", None) or str(error))
 
 
 @functools.cache
