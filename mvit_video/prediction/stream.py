@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 from av.container import InputContainer
 from av.error import ExitError, FFmpegError
@@ -35,6 +36,7 @@ from mvit_video.data.decode.container import (
     why_not_opened,
 )
 from mvit_video.data.decode.frames import FrameCollector, FrameFormat, Transform, make_buffer
+from mvit_video.data.decode.video import Video
 from mvit_video.errors import ConfigError, VideoError
 
 log = logging.getLogger(__name__)
@@ -62,8 +64,8 @@ class _TimedFrame(NamedTuple):
     source: _Source
 
 
-class Window:
-    """The frames that a source shows within some seconds: a ``Video`` in memory.
+class Window(Video):
+    """The frames that a source shows within some seconds, in memory.
 
     Attributes:
         start, end: seconds from the first frame of the source; the last window may end early.
@@ -84,30 +86,19 @@ class Window:
         self.num_frames = len(frames)
         first, last = frames[0].second, frames[-1].second
         self.fps = (len(frames) - 1) / (last - first) if last > first else rate
-        self.duration = len(frames) / self.fps
-        self.height, self.width = fmt.upright_size
-
-    def __enter__(self) -> Window:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        self.times = np.array([frame.second - first for frame in frames])
+        self.size = fmt.upright_size
 
     def close(self) -> None:
         """Let go of the frames."""
         self._frames = ()
 
-    def frame_time(self, index: int) -> float:
-        """Seconds from the window's first frame to frame ``index``."""
-        return self._frames[index].second - self._frames[0].second
-
-    def get_frames(self, indices: Sequence[int], *, transform: Transform | None = None) -> Tensor:
-        """See ``Video.get_frames``."""
+    def _decode(self, wanted: list[int], transform: Transform | None) -> Tensor:
         make = partial(make_buffer, fmt=self._format, reformatter=self._reformatter, device=self.device)
         frames: FrameCollector[VideoFrame] = FrameCollector(
-            len(indices), make, size=self._format.upright_size, transform=transform
+            len(wanted), make, size=self.size, transform=transform
         )
-        for slot, index in enumerate(indices):
+        for slot, index in enumerate(wanted):
             frames.write(slot, self._frames[index].frame)
         return frames.to_tensor().to(self.device)
 

@@ -43,24 +43,23 @@ def num_read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return paths
 
 
-@pytest.mark.parametrize("kept", ["memory", "folder"])
 @pytest.mark.parametrize("name", FILES)
 def test_frames_are_the_same_by_a_kept_index(
-    tmp_path: Path, name: str, kept: str, num_read: list[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, name: str, num_read: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = {"num_frames": 40, "options": X264 if name.startswith("h264") else None} | FILES[name]
     path = write_numbered_video(tmp_path / name, **arguments)
     _settle(path)
-    options = {"index_cache": str(tmp_path / "kept")} if kept == "folder" else {}
-    with open_video(path, **options) as video:
-        first = (video.num_frames, video.fps, video.height, video.width, video.duration)
+    with open_video(path, index_cache=tmp_path / "kept") as video:
+        first = (video.num_frames, video.fps, video.size, video.times.tolist())
         video.get_frames([0])
-    for indices in requests(first[0]).values():
-        if kept == "folder":
-            monkeypatch.setattr(index_cache, "_memory", index_cache._Memory())
-        with open_video(path, **options) as video:
-            assert (video.num_frames, video.fps, video.height, video.width, video.duration) == first
-            assert numbers(video.get_frames(indices)) == indices
+    for forget in (False, True):
+        for indices in requests(first[0]).values():
+            if forget:
+                monkeypatch.setattr(index_cache, "_memory", index_cache._Memory())
+            with open_video(path, index_cache=tmp_path / "kept") as video:
+                assert (video.num_frames, video.fps, video.size, video.times.tolist()) == first
+                assert numbers(video.get_frames(indices)) == indices
     assert num_read == [str(path)]
 
 

@@ -34,7 +34,7 @@ class Decoder:
     device: str = "cpu"
     frame_rate: float = 30.0
     max_pixels: int = MAX_PIXELS
-    index_cache: str | None = None
+    index_cache: str | Path | None = None
 
     def __call__(self, path: str | Path) -> Video:
         """Open a file."""
@@ -73,7 +73,7 @@ def open_video(
     backend: str = "auto",
     frame_rate: float = 30.0,
     max_pixels: int = MAX_PIXELS,
-    index_cache: str | None = None,
+    index_cache: str | Path | None = None,
 ) -> Video:
     """Open a video file; use it as a context manager or `close()` it.
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from mvit_video.data.decode.cuda import SAMPLE
 from mvit_video.data.decode.frames import Transform
 from mvit_video.data.decode.pyav import PyAVVideo
-from mvit_video.data.decode.video import VideoFile
+from mvit_video.data.decode.video import Video
 from mvit_video.errors import ConfigError, VideoError
 
 # Rising frame indices -> uint8 (T, 3, H, W), and the seconds of what was decoded, if the library tells them.
@@ -30,7 +30,7 @@ _SAME_TIME = 1e-3  # seconds
 _FFMPEG_LIBRARIES = ("avcodec", "avdevice", "avfilter", "avformat", "avutil", "swresample", "swscale")
 
 
-class EngineVideo(VideoFile):
+class EngineVideo(Video):
     """An open video file whose frames another library reads; see `Video`.
 
     Args:
@@ -46,7 +46,7 @@ class EngineVideo(VideoFile):
         library = import_library()
         self._errors = (RuntimeError, ValueError, IndexError, getattr(library, "DECORDError", RuntimeError))
         with PyAVVideo(path, **options) as indexed:
-            self.path, self.codec, self._size = indexed.path, indexed.codec, indexed.size
+            self.path, self.codec, self.size = indexed.path, indexed.codec, indexed.size
             self.num_frames, self.fps, self.times = indexed.num_frames, indexed.fps, indexed.times
             self.start = indexed.start
             self._refuse(_misleading_times(indexed))
@@ -57,11 +57,6 @@ class EngineVideo(VideoFile):
         except self._errors as error:
             raise self._unreadable(error) from error
         self._refuse(None if count == self.num_frames else f"counts {count} frames")
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """See `VideoFile`."""
-        return self._size
 
     def close(self) -> None:
         """Release the file and the decoder."""

@@ -7,9 +7,8 @@ takes the memory of what the transform leaves and not of its pictures.
 from __future__ import annotations
 
 import math
-import mmap
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeAlias, TypeVar, cast
 
@@ -36,7 +35,6 @@ _UNITS = {
 }
 _CONVERTED_AT_ONCE = 16  # frames: as floats they take much more memory than as bytes
 _PIXELS_AT_ONCE = 1 << 23  # of frames transformed together
-_LARGE = 1 << 25  # bytes; what is smaller, the C library gives out again without asking the system
 _ANY_SIZE = 16  # pixels, which all kinds of chroma divide
 
 
@@ -136,7 +134,7 @@ class RgbBuffer:
 
     def __init__(self, count: int, fmt: FrameFormat, reformatter: VideoReformatter) -> None:
         self._format, self._reformatter = fmt, reformatter
-        self._frames = _empty_frames(count, *fmt.upright_size, 3)
+        self._frames = torch.empty(count, *fmt.upright_size, 3, dtype=torch.uint8)
         self._rows = self._frames.numpy()
 
     @timed("convert")
@@ -298,17 +296,6 @@ class FrameCollector(Generic[Frame_contra]):
         frames = self._done[0] if len(self._done) == 1 else torch.cat(self._done)
         rows = [self._rows[slot] for slot in range(self._count)]
         return frames if rows == list(range(len(frames))) else frames[rows]
-
-
-def _empty_frames(*shape: int) -> Tensor:
-    """A uint8 tensor; a large one in huge pages, since fetching small ones is a sixth of decoding 1080p."""
-    size = math.prod(shape)
-    if size >= _LARGE and hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # of kernels that have none
-            memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            memory.madvise(mmap.MADV_HUGEPAGE)
-            return torch.frombuffer(memory, dtype=torch.uint8).view(shape)
-    return torch.empty(shape, dtype=torch.uint8)
 
 
 def _planes_of(frame: VideoFrame) -> list[Tensor]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mvit_video.data.decode.container import MAX_PIXELS, require_pixels
 from mvit_video.data.decode.frames import FrameCollector, Transform
-from mvit_video.data.decode.video import VideoFile
+from mvit_video.data.decode.video import Video
 from mvit_video.data.files import IMAGE_EXTENSIONS
 from mvit_video.errors import VideoError
 
@@ -84,7 +84,7 @@ def image_files(path: str) -> list[str]:
     return [os.path.join(path, name) for _, name in numbered]  # noqa: PTH118
 
 
-class ImageSequence(VideoFile):
+class ImageSequence(Video):
     """Pictures as an open video; see `Video`.
 
     Frame i is the i-th picture, whatever the rate, or the i-th of an animation (WebP, APNG), which tells how
@@ -109,7 +109,7 @@ class ImageSequence(VideoFile):
         self._max_pixels = max_pixels
         with self._open(self._files[0]) as first:
             self.codec = (first.format or "").lower()
-            self._size = _upright_size(first)
+            self.size = _upright_size(first)
             stored = getattr(first, "n_frames", 1) if first.format in _ANIMATED else 1
             self._is_animation = len(self._files) == 1 and stored > 1
             # What a PNG shows where animations aren't known need not be a frame of it.
@@ -122,11 +122,6 @@ class ImageSequence(VideoFile):
             else:
                 self.fps = float(frame_rate)
                 self.times = np.arange(self.num_frames) / self.fps
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width of the upright picture."""
-        return self._size
 
     def _decode(self, wanted: list[int], transform: Transform | None) -> Tensor:
         make = functools.partial(_ImageBuffer, *self.size)

@@ -57,7 +57,7 @@ from mvit_video.data.decode.packets import (
     plan_ranges,
 )
 from mvit_video.data.decode.times import measure_times, warn_of_jumps
-from mvit_video.data.decode.video import VideoFile
+from mvit_video.data.decode.video import Video
 from mvit_video.data.timing import timed
 from mvit_video.errors import VideoError
 
@@ -85,7 +85,7 @@ _Slots: TypeAlias = dict[int, int]  # frame index, rising -> place in the reques
 _Write: TypeAlias = Callable[[int, VideoFrame], None]  # takes a frame for its place
 
 
-class PyAVVideo(VideoFile):
+class PyAVVideo(Video):
     """An open video file; see `Video`. Not thread-safe: each thread opens its own.
 
     Args:
@@ -133,8 +133,8 @@ class PyAVVideo(VideoFile):
         self._demuxer: Iterator[Packet[VideoStream]] = iter(())
         self._container.close()
 
-    @property
-    def size(self) -> tuple[int, int]:
+    @functools.cached_property
+    def size(self) -> tuple[int, int]:  # type: ignore[override]  # nobody sets it
         """Height and width; asked before any frame was decoded, it decodes the first."""
         return self.frame_format().upright_size
 

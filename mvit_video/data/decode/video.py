@@ -1,11 +1,11 @@
-"""What an open video is: the protocol of all, and what those that read files share."""
+"""What an open video is, whatever reads it."""
 
 from __future__ import annotations
 
 import bisect
 import operator
 from collections.abc import Sequence
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,10 +15,10 @@ from torch import Tensor
 from mvit_video.data.decode.frames import Transform
 from mvit_video.data.timing import timed
 
-_VideoFile = TypeVar("_VideoFile", bound="VideoFile")
+_Video = TypeVar("_Video", bound="Video")
 
 
-class Video(Protocol):
+class Video:
     """An open video file. Not thread-safe: each thread opens its own.
 
     Attributes:
@@ -27,8 +27,8 @@ class Video(Protocol):
         num_frames: how many frames the file shows.
         fps: frames a second, measured: (num_frames - 1) / (time of the last - time of the first frame); where
             the file's clock restarts or has gaps, by the usual distance of two frames.
-        duration: seconds, num_frames / fps.
-        height, width: pixels of the upright picture (after rotation) of the first frame.
+        times: seconds from the first frame to each; they rise.
+        size: height and width in pixels of the upright picture (after rotation) of the first frame.
         codec: FFmpeg's name for how it is compressed, such as "h264".
     """
 
@@ -36,27 +36,40 @@ class Video(Protocol):
     device: torch.device
     num_frames: int
     fps: float
+    times: npt.NDArray[np.float64]
+    size: tuple[int, int]
     codec: str
 
-    @property
-    def duration(self) -> float: ...
+    def __enter__(self: _Video) -> _Video:
+        return self
 
-    @property
-    def height(self) -> int: ...
-
-    @property
-    def width(self) -> int: ...
-
-    def __enter__(self) -> Video: ...
-
-    def __exit__(self, *_: object) -> None: ...
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Release the file and the decoder."""
 
-    def frame_time(self, index: int) -> float:
-        """Seconds from the first frame to frame `index`; they rise."""
+    @property
+    def duration(self) -> float:
+        """Seconds, num_frames / fps."""
+        return self.num_frames / self.fps
 
+    @property
+    def height(self) -> int:
+        """Pixels of the upright picture."""
+        return self.size[0]
+
+    @property
+    def width(self) -> int:
+        """Pixels of the upright picture."""
+        return self.size[1]
+
+    def frame_time(self, index: int) -> float:
+        """Seconds from the first frame to frame `index`."""
+        self._check_range([index])
+        return float(self.times[index])
+
+    @timed("decode")
     def get_frames(self, indices: Sequence[int], *, transform: Transform | None = None) -> Tensor:
         """Decode frames: uint8 (T, 3, H, W), RGB, upright, in the order asked; indices may repeat.
 
@@ -68,54 +81,6 @@ class Video(Protocol):
         Raises `VideoError` when the file can't give one of the frames, `ValueError` for an index outside of
         0 <= index < num_frames.
         """
-
-
-class VideoFile:
-    """A `Video` whose frames lie in a file: each that is asked for is decoded once."""
-
-    path: str
-    device: torch.device
-    num_frames: int
-    fps: float
-    times: npt.NDArray[np.float64]  # of the frames: seconds from the first one
-
-    def __enter__(self: _VideoFile) -> _VideoFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Release the file and the decoder."""
-
-    @property
-    def duration(self) -> float:
-        """See `Video`."""
-        return self.num_frames / self.fps
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width."""
-        raise NotImplementedError
-
-    @property
-    def height(self) -> int:
-        """See `Video`."""
-        return self.size[0]
-
-    @property
-    def width(self) -> int:
-        """See `Video`."""
-        return self.size[1]
-
-    def frame_time(self, index: int) -> float:
-        """See `Video`."""
-        self._check_range([index])
-        return float(self.times[index])
-
-    @timed("decode")
-    def get_frames(self, indices: Sequence[int], *, transform: Transform | None = None) -> Tensor:
-        """See `Video`."""
         asked = [operator.index(index) for index in indices]
         self._check_range(asked)
         if not asked:
@@ -125,7 +90,7 @@ class VideoFile:
         return frames if wanted == asked else frames[[bisect.bisect_left(wanted, index) for index in asked]]
 
     def _decode(self, wanted: list[int], transform: Transform | None) -> Tensor:
-        """Frames of rising indices; the rest is as of `get_frames`."""
+        """As `get_frames`, of rising indices."""
         raise NotImplementedError
 
     def _check_range(self, indices: Sequence[int]) -> None:
