@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from mvit_video.cli import app
 from mvit_video.data.index import VideoSplits
-from mvit_video.data.prepare import Problem, compare, find_problems, prepare, summary
+from mvit_video.data.prepare import KINDS, Problem, compare, find_problems, prepare, summary
 from mvit_video.data.table import INDEX_NAME, Table, index_file, read_table
 from mvit_video.errors import ConfigError, DataError
 from mvit_video.io.console import csv_cell, print_table, printable
@@ -51,7 +51,7 @@ def prepare_index(config: DictConfig) -> None:
     found = summary(table, problems)
     _write_report(table, problems, found, folder)
     _print_summary(found)
-    for kind in ("missing", "corrupt", "duplicate", "label mismatch"):
+    for kind in KINDS:
         _print_some(kind, [f"{p.path}: {p.detail}" for p in problems if p.kind == kind])
     place, folder_name = printable(str(file)), printable(str(folder))
     print(f"index: {place}\nreport: {folder_name}\nuse it: mvit-train data=index data.path={place}")
@@ -101,7 +101,7 @@ def _write_csv(file: Path, header: Sequence[str], rows: Sequence[Sequence[str]])
 
 
 def _print_summary(found: dict[str, Any]) -> None:
-    columns = ("split", "videos", "hours", "missing", "corrupt", "duplicate", "label mismatch")
+    columns = ("split", "videos", "hours", *KINDS)
     rows = [(split, *counts.values()) for split, counts in found["splits"].items()]
     empty = [name for name, counts in found["classes"].items() if not counts.get("train")]
     seconds = found["seconds"]

@@ -12,6 +12,7 @@ from mvit_video.errors import DataError, did_you_mean
 
 ClassNames = Sequence[str] | str | Path
 
+_NUMBERED = re.compile(r'(\d{1,6})\s*[,;:\t]\s*"?(.*[^"])"?')  # `3,name`
 _SHIPPED = Path(__file__).parent / "classes"
 
 
@@ -20,7 +21,7 @@ def read_class_names(source: ClassNames) -> tuple[str, ...]:
 
     Args:
         source: the names, or a shipped list ("kinetics400", "kinetics600", "kinetics700", "ssv2"), or a file:
-            text with one name a line, a JSON list, or JSON ``{name: index}``.
+            text with one name a line, or ``index,name``, a JSON list, or JSON ``{name: index}``.
 
     Raises:
         DataError: the file is missing or has another form, a name comes twice, or it isn't text.
@@ -32,7 +33,7 @@ def read_class_names(source: ClassNames) -> tuple[str, ...]:
         shipped = {file.stem: file for file in _SHIPPED.glob("*.txt")}
         file = shipped.get(str(source)) or existing(str(source))
         where = str(file)
-        names = _names_in_json(file) if file.suffix.lower() == ".json" else [n for _, n in lines_of(file)]
+        names = _names_in_json(file) if file.suffix.lower() == ".json" else _names_in_text(file)
     check_class_names(names, where)
     return tuple(names)
 
@@ -80,30 +81,37 @@ class LabelOf:
     def __init__(self, names: Sequence[str]) -> None:
         self._names = names
         self._labels = {name: label for label, name in enumerate(names)}
-        folded: dict[str, int] = {}
+        self._folded: dict[str, int | None] = {}
         for label, name in enumerate(names):
-            folded[_fold(name)] = -1 if _fold(name) in folded else label  # two names that differ by case
-        self._folded = {name: label for name, label in folded.items() if label >= 0}
+            # Two names that differ by case alone are told apart only as they are.
+            self._folded[_fold(name)] = None if _fold(name) in self._folded else label
 
     def __call__(self, name: str, where: str) -> int:
         """Raises `DataError`, beginning with `where`, for a name that isn't known."""
-        label = self._labels.get(name)
-        if label is None:
-            label = self._folded.get(_fold(name))
+        label = self._labels[name] if name in self._labels else self._folded.get(_fold(name))
         if label is None:
             nearest = did_you_mean(name[:200], self._names)
-            raise DataError(f"{where}: unknown class {quoted(name)}{nearest}; {preview(self._names)}")
+            more = f", ... ({len(self._names)} in all)" if len(self._names) > 5 else ""
+            known = f"the classes are {', '.join(self._names[:5])}{more}"
+            raise DataError(f"{where}: unknown class {quoted(name)}{nearest}; {known}")
         return label
-
-
-def preview(names: Sequence[str]) -> str:
-    more = f", ... ({len(names)} in all)" if len(names) > 5 else ""
-    return f"the classes are {', '.join(names[:5])}{more}"
 
 
 def _fold(name: str) -> str:
     name = unicodedata.normalize("NFC", re.sub(r'[_"\[\]]', " ", name)).casefold()
     return " ".join(name.split())
+
+
+def _names_in_text(file: Path) -> list[str]:
+    lines = [line for _, line in lines_of(file)]
+    for rows in (lines, lines[1:]):  # the first may be a header
+        found = [match.groups() for line in rows if (match := _NUMBERED.fullmatch(line))]
+        numbers = [int(number) for number, _ in found]
+        if found and numbers == list(range(numbers[0], numbers[0] + len(rows))):
+            if numbers[0] != 0:
+                raise DataError(f"{file}: its names are numbered from {numbers[0]}; labels start at 0")
+            return [name for _, name in found]
+    return lines
 
 
 def _names_in_json(file: Path) -> list[str]:

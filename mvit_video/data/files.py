@@ -7,10 +7,10 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from reprlib import Repr
-from typing import IO, Any
+from typing import Any, NoReturn
 
 from mvit_video.errors import DataError
 
@@ -37,8 +37,6 @@ def quoted(value: object) -> str:
 
 def is_text(text: str) -> bool:
     """Whether a name can go to a disk, a table and a terminal: it has no NUL and can be written as UTF-8."""
-    if text.isascii():
-        return "\0" not in text
     try:
         return b"\0" not in text.encode()
     except UnicodeEncodeError:  # half a character, or bytes of a name that aren't UTF-8
@@ -77,40 +75,43 @@ def find_first(folder: Path, names: list[str]) -> Path | None:
     return next((folder / name for name in names if (folder / name).exists()), None)
 
 
-@contextmanager
-def reading(file: Path) -> Iterator[IO[str]]:
-    """An open text file. Raises `DataError`, with the line, for what isn't UTF-8 text."""
+def names_in(folder: str | Path) -> list[str]:
+    """Sorted names of what isn't hidden in a folder. Raises `DataError` where it can't be listed."""
     try:
-        with file.open(encoding="utf-8-sig") as text:
-            yield text
+        return sorted(name for name in os.listdir(folder) if not name.startswith("."))  # noqa: PTH208 (many)
+    except OSError as error:
+        _cant_list(error)
+
+
+def _decoded_lines(file: Path) -> Iterator[tuple[int, str]]:
+    try:
+        with file.open(encoding="utf-8-sig", errors="surrogateescape") as text:
+            for number, line in enumerate(text, start=1):
+                if not is_text(line):
+                    raise DataError(f"{file}, line {number}: this isn't UTF-8 text: {quoted(line.strip())}")
+                yield number, line
     except OSError as error:
         raise DataError(f"{file} can't be read as text: {_reason(error)}") from None
-    except UnicodeDecodeError as error:
-        line = next(number for number, line in enumerate(file.open("rb"), start=1) if not _decodes(line))
-        byte = error.object[error.start]
-        raise DataError(f"{file}, line {line}: this isn't UTF-8 text (it has the byte {byte:#x})") from None
+
+
+def read_text(file: Path) -> str:
+    """The content of a text file. Raises `DataError`, with the line, for what isn't UTF-8 text."""
+    return "".join(line for _, line in _decoded_lines(file))
 
 
 def lines_of(file: Path) -> Iterator[tuple[int, str]]:
     """Number and text of each line that isn't blank; a file of gigabytes is never read as a whole.
 
     Raises:
-        DataError: it isn't UTF-8 text, or a line has a NUL character.
+        DataError: as `read_text`.
     """
-    with reading(file) as text:
-        for number, line in enumerate(text, start=1):
-            if "\0" in line:
-                raise DataError(f"{file}, line {number}: this isn't text, it has a NUL character")
-            if stripped := line.strip():
-                yield number, stripped
+    return ((number, stripped) for number, line in _decoded_lines(file) if (stripped := line.strip()))
 
 
 def parse_json(file: Path) -> object:
     """Raises `DataError`, with the line, for a mistake, and for a key that comes twice."""
-    with reading(file) as text:
-        content = text.read()
     try:
-        return json.loads(content, object_pairs_hook=_unique_keys)
+        return json.loads(read_text(file), object_pairs_hook=_unique_keys)
     except json.JSONDecodeError as error:
         hint = "; a value a line? Put them into one list" if error.msg == "Extra data" else ""
         raise DataError(f"{file}, line {error.lineno}: not JSON: {error.msg}{hint}") from None
@@ -153,10 +154,10 @@ class FileSearch:
         """Whether a file is of these kinds, by its name; another one that isn't hidden is counted."""
         if name.startswith("."):
             return False
-        taken = name.lower().endswith(self.extensions)
-        if not taken:
-            self.passed_over[os.path.splitext(name)[1].lower() or "no suffix"] += 1  # noqa: PTH122
-        return taken
+        if name.lower().endswith(self.extensions):
+            return True
+        self.passed_over[os.path.splitext(name)[1].lower() or "no suffix"] += 1  # noqa: PTH122
+        return False
 
     def report(self, folder: Path) -> None:
         """Log how many files were passed over, by suffix."""
@@ -179,13 +180,5 @@ def _reason(error: Exception) -> str:
     return error.strerror or str(error) if isinstance(error, OSError) else str(error)
 
 
-def _decodes(line: bytes) -> bool:
-    try:
-        line.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
-def _cant_list(error: OSError) -> None:
+def _cant_list(error: OSError) -> NoReturn:
     raise DataError(f"{error.filename} can't be read: {error.strerror}")

@@ -9,18 +9,30 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from mvit_video.data.class_names import ClassNames, LabelOf, check_class_names, read_class_names
-from mvit_video.data.files import IMAGE_EXTENSIONS, FileSearch, existing, existing_folder, is_name
+from mvit_video.data.files import (
+    IMAGE_EXTENSIONS,
+    FileSearch,
+    existing,
+    existing_folder,
+    is_name,
+    names_in,
+)
 from mvit_video.errors import ConfigError, DataError
 
-_TRAIN = ("train", "training")
-_VAL = ("val", "validation", "validate", "valid", "dev")
-_TEST = ("test", "testing")
+_SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "val": ("val", "validation", "validate", "valid", "dev"),
+    "test": ("test", "testing"),
+}
+# "train_256", "trainset", "videos_val", ...
+_LONGER_NAME = r"((videos|rawframes|frames|clips)[-_ ]?)?({})([-_ ]?(val|set|split|data|videos|clips|\d+p?))?"
 
 log = logging.getLogger(__name__)
 
@@ -155,11 +167,11 @@ def folder_splits(
     """Index `root/train/<class>/` and `root/val/<class>/` (or validation/, test/), or only `root/<class>/`.
 
     Videos lie at any depth below their class, hidden files and folders are passed over; of other files the
-    log tells how many there are of each suffix. The names of the split folders may be in any case. Without
-    them, `val_fraction` of each class becomes the validation split: at least one video, and never the last
-    one left for training. Who goes there depends on `seed` and the paths below `root` alone, so every machine
-    finds the same split. A `root/test/` beside a validation folder becomes the test split: class folders, or
-    files alone, without labels.
+    log tells how many there are of each suffix. The names of the split folders may be in any case, and
+    longer, such as `train_256` or `videos_val`. Without them, `val_fraction` of each class becomes the
+    validation split: at least one video, and never the last one left for training. Who goes there depends on
+    `seed` and the paths below `root` alone, so every machine finds the same split. A `root/test/` beside a
+    validation folder becomes the test split: class folders, or files alone, without labels.
 
     Args:
         class_names: in label order, or where to find them (`read_class_names`); folders may then be spelt
@@ -167,29 +179,36 @@ def folder_splits(
         search: the kinds of files to take; by default videos.
 
     Raises:
-        DataError: `root` is not a folder, a class has no videos, only the validation split has it, or two
-            folders could be the same split. ConfigError: `val_fraction` is not between 0 and 1.
+        DataError: `root` is not a folder, a class has no videos, only the validation split has it, or folders
+            could mean several things. ConfigError: `val_fraction` is not between 0 and 1.
     """
     if not 0 < val_fraction < 1:
         raise ConfigError(f"val_fraction is {val_fraction}; expected a number between 0 and 1")
     root, search = existing_folder(root), search or FileSearch()
     names = None if class_names is None else read_class_names(class_names)
-    train, val, test = (split_folder(root, split) for split in (_TRAIN, _VAL, _TEST))
-    others = set(_class_folders(root)) - {folder.name for folder in (train, val, test) if folder}
-    val = val or test
-    # A class may be called training: it has no classes of its own and others beside it.
-    if train is None or (not _class_folders(train) and (others or val is None)):
+    folders = {split: folder for split in _SPLIT_NAMES if (folder := split_folder(root, split))}
+    others = set(_class_folders(root)) - {folder.name for folder in folders.values()}
+    # A class may be called training: it has no classes of its own, and others beside it.
+    of_classes = {split for split, folder in folders.items() if _class_folders(folder)}
+    if not of_classes and (others or len(folders) < 2):
         splits = _split_by_hash(_index_of_folder(root, root, search, names), val_fraction, seed)
-    elif val is None:
-        raise DataError(f"{root} has {train.name}/ but none of val/, validation/ and test/")
+    elif "train" not in folders or len(folders) == 1:
+        lacking = "train/" if "train" not in folders else "val/, validation/ and test/"
+        found = " and ".join(f"{folder.name}/" for folder in folders.values())
+        raise DataError(f"{root} has {found} but none of {lacking}; rename what is a class")
     else:
         if others:
             log.warning("%s: folders beside the splits aren't looked at: %s", root, ", ".join(sorted(others)))
-        train_index = _index_of_folder(train, root, search, names)
-        names = train_index.class_names
-        val_index = _index_of_folder(val, root, search, names)
-        test_index = _index_of_test_folder(test, root, search, names) if test and test != val else None
-        splits = VideoSplits(train_index, val_index, test_index)
+        train = _index_of_folder(folders["train"], root, search, names)
+        val, test = folders.get("val"), folders.get("test")
+        if val is None:
+            val, test = test, None
+        assert val is not None
+        splits = VideoSplits(
+            train,
+            _index_of_folder(val, root, search, train.class_names),
+            None if test is None else _index_of_test_folder(test, root, search, train.class_names),
+        )
     search.report(root)
     return splits
 
@@ -223,9 +242,11 @@ def find_videos(paths: str | Path | Iterable[str | Path]) -> list[str]:
     return found
 
 
-def split_folder(root: Path, names: tuple[str, ...] = _TRAIN) -> Path | None:
-    """The folder of a split, whose name may be in any case. Raises DataError where two could be it."""
-    found = [name for name in _class_folders(root) if name.lower() in names]
+def split_folder(root: Path, split: str) -> Path | None:
+    """The folder of a split, whatever its spelling. Raises DataError where two could be it."""
+    names, words = _class_folders(root), _SPLIT_NAMES[split]
+    longer = re.compile(_LONGER_NAME.format("|".join(words)), re.IGNORECASE)
+    found = [name for name in names if name.lower() in words] or list(filter(longer.fullmatch, names))
     if len(found) > 1:
         raise DataError(f"{root} has {' and '.join(found)}, which could be the same split; keep one of them")
     return root / found[0] if found else None
@@ -238,24 +259,24 @@ def relative(path: str, base: str) -> str:
 
 def _class_folders(folder: Path) -> list[str]:
     """Names of the folders in a folder, sorted, which gives the labels."""
-    try:
-        return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != ".")
-    except OSError as error:
-        raise DataError(f"{folder} can't be read: {error.strerror}") from None
+    return [name for name in names_in(folder) if (folder / name).is_dir()]
 
 
 def _index_of_folder(
     folder: Path, root: Path, search: FileSearch, class_names: tuple[str, ...] | None
 ) -> VideoIndex:
     found = _class_folders(folder)
-    loose = sum(search.takes(entry.name) for entry in folder.iterdir() if entry.is_file())
+    loose = sum(search.takes(name) for name in names_in(folder) if name not in found)
     expected = f"{folder}/<class>/<video>{search.extensions[0]}"
     if loose and not found:
         raise DataError(f"videos lie directly in {folder}; expected one sub-folder per class: {expected}")
-    if not found:
-        raise DataError(f"no videos found in {folder}; expected {expected}")
     if loose:
         log.warning("%s: %d videos that lie beside the class folders aren't looked at", folder, loose)
+    if class_names is None and len(found) == 1 and len(deeper := _class_folders(folder / found[0])) > 1:
+        raise DataError(
+            f"{folder} has one class folder, {found[0]}, with folders in it ({', '.join(deeper[:3])}): are "
+            f"they the classes? Then give data.root={folder / found[0]}; expected {expected}"
+        )
     label_of = LabelOf(class_names or found)
     videos: list[LabelledVideo] = []
     for name in found:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from mvit_video.data.class_names import ClassNames, read_class_names
 from mvit_video.data.decode.images import entry_on_disk
-from mvit_video.data.files import FileSearch, existing, existing_folder, lines_of, quoted
+from mvit_video.data.files import FileSearch, existing, existing_folder, lines_of, names_in, quoted
 from mvit_video.data.index import VideoSplits, folder_splits, split_folder
 from mvit_video.data.lists import Row, VideoList, cells_of, read_csv, splits_of_lists
 from mvit_video.errors import DataError
@@ -100,7 +100,7 @@ def _find_list(root: Path, split: str) -> Path | None:
         )
         for folder in (root, root / "annotations", root / "lists", *sorted(root.glob("kinetics*"))):
             if folder.is_dir():
-                files = sorted(entry for entry in folder.iterdir() if pattern.fullmatch(entry.name))
+                files = [folder / name for name in names_in(folder) if pattern.fullmatch(name)]
                 if len(files) > 1:
                     log.warning("%s: of %s the first is used", folder, ", ".join(f.name for f in files))
                 if files:
@@ -113,8 +113,8 @@ def _usual_names(split: str) -> str:
 
 
 def _class_folders(root: Path, names: tuple[str, ...]) -> VideoSplits:
-    train = split_folder(root)
-    if train is None or not any(entry.is_dir() for entry in train.iterdir()):
+    train = split_folder(root, "train")
+    if train is None or not any((train / name).is_dir() for name in names_in(train)):
         raise DataError(
             f"{root} has neither lists ({_usual_names('train')}) nor a folder per class in {root / 'train'}; "
             "give data.train=FILE and data.val=FILE"

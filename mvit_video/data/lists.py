@@ -45,7 +45,7 @@ NO_FILE = "no such file"
 _FOLDER_AND_COUNT = re.compile(r"[^.]*\S [1-9]\d{0,8}")
 _MAX_CLASSES = 100_000  # of lists that come without class names
 _FILE_ENDINGS = VIDEO_EXTENSIONS + IMAGE_EXTENSIONS
-# Names of columns, as `plain` makes them
+# Names of columns without case, spaces, dashes and underscores
 _PATH_COLUMN = re.compile(r"(video|clip|image|file|frame|relative)(s|path|file|filename|name|id)?|path|name")
 _LABEL_COLUMN = re.compile(r"(class|label|category|action|activity|target)(s|es|name|id|index|label)?")
 
@@ -204,26 +204,24 @@ def _label(row: Row, label_of: LabelOf, num_classes: int, where: str, *, require
 
 def names_in_rows(video_list: VideoList) -> tuple[str, ...]:
     """Class names as the labels of a list tell them. Raises DataError where numbers and names are mixed."""
-    numbers: dict[int, Row] = {}
-    words: dict[str, Row] = {}
+    rows: dict[type, dict[int | str, Row]] = {int: {}, str: {}}
     for row in video_list.rows:
-        if isinstance(row.label, str):
-            words.setdefault(row.label, row)
-        elif row.label is not None:
-            numbers.setdefault(row.label, row)
+        if row.label is not None:
+            rows[type(row.label)].setdefault(row.label, row)
         # A number that isn't a label, such as a time, would make names until memory is full.
         if isinstance(row.label, int) and not 0 <= row.label < _MAX_CLASSES:
             raise DataError(
                 f"{video_list.where(row)} ({row.path}): label {quoted(row.label)} is out of range; "
                 f"labels are 0 to {_MAX_CLASSES - 1:,}, or names"
             )
+    numbers, words = rows.values()
     if numbers and words:
-        (number, one), (word, other) = next(iter(numbers.items())), next(iter(words.items()))
+        one, other = (next(iter(found.values())) for found in (numbers, words))
         raise DataError(
-            f"{video_list.file}: labels are numbers and names ({number} in {video_list.unit} {one.number}, "
-            f"{quoted(word)} in {video_list.unit} {other.number}); use one kind, or give class_names"
+            f"{video_list.file}: labels are numbers ({one.label}, {video_list.unit} {one.number}) and names "
+            f"({quoted(other.label)}, {video_list.unit} {other.number}); use one kind, or give class_names"
         )
-    return tuple(sorted(words)) or tuple(str(label) for label in range(max(numbers, default=-1) + 1))
+    return tuple(sorted(map(str, words))) or tuple(map(str, range(max(map(int, numbers), default=-1) + 1)))
 
 
 def existing_paths(paths: Iterable[str]) -> set[str]:
@@ -274,9 +272,12 @@ def cells_of(file: Path, number: int, line: str, delimiter: str = ",") -> list[s
     return [cell.strip() for cell in cells]
 
 
-def plain(column: str) -> str:
-    """The name of a column without case, spaces and underscores."""
-    return re.sub(r"[\s_]", "", column).lower()
+def _is_comment(line: str) -> bool:
+    return line.startswith("#") and not any(ending in line.lower() for ending in _FILE_ENDINGS)
+
+
+def _plain(column: str) -> str:
+    return re.sub(r"[\s_-]", "", column).lower()
 
 
 class _Columns(NamedTuple):
@@ -287,42 +288,37 @@ class _Columns(NamedTuple):
 
 
 def _named_columns(file: Path, number: int, line: str) -> _Columns | None:
-    """The columns, where only the header can tell them."""
+    """The columns that a header names; None where it is none, or has no delimiter."""
     delimiter = next((mark for mark in "\t,;" if mark in line), None)
     if delimiter is None:
         return None
-    header = [plain(cell) for cell in cells_of(file, number, line, delimiter)]
+    header = [_plain(cell) for cell in cells_of(file, number, line, delimiter)]
     paths = [index for index, name in enumerate(header) if _PATH_COLUMN.fullmatch(name)]
     labels = [index for index, name in enumerate(header) if _LABEL_COLUMN.fullmatch(name)]
-    as_usual = len(header) == 2 and paths == [0]  # its lines may have another form
-    if len(paths) != 1 or len(labels) != 1 or as_usual:
+    if len(paths) != 1 or len(labels) != 1:
         return None
     return _Columns(delimiter, paths[0], labels[0], len(header))
 
 
 def _row_of_columns(file: Path, number: int, line: str, columns: _Columns) -> Row:
     cells = cells_of(file, number, line, columns.delimiter)
-    if len(cells) != columns.number:
+    cells += [""] * (columns.number - len(cells))
+    if len(cells) != columns.number or not cells[columns.path]:
         raise DataError(f"{file}, line {number}: expected {columns.number} columns, got {quoted(line)}")
-    label = cells[columns.label]
-    return Row(number, cells[columns.path], _number_or_name(label) if label else None)
-
-
-def _is_comment(line: str) -> bool:
-    return line.startswith("#") and not any(ending in line.lower() for ending in _FILE_ENDINGS)
+    return Row(number, cells[columns.path], _number_or_name(cells[columns.label]))
 
 
 def _is_header(rows: list[Row]) -> bool:
     """Whether the first row names columns: as a row it would make a class of the word label."""
-    if not rows or isinstance(rows[0].label, int):
+    if len(rows) < 2 or isinstance(rows[0].label, int):
         return False
-    path, label = plain(rows[0].path), plain(rows[0].label or "")
-    known = bool(_PATH_COLUMN.fullmatch(path)) + bool(_LABEL_COLUMN.fullmatch(label))
-    if not known or not path.isidentifier():
+    path, label = _plain(rows[0].path), _plain(rows[0].label or "")
+    is_class = label and any(row.label == rows[0].label for row in rows[1:])
+    if is_class or not path.isidentifier():
         return False
-    if not label:
-        return len(rows) > 1 and rows[1].path.lower().endswith(_FILE_ENDINGS)
-    return all(row.label != rows[0].label for row in rows[1:])  # else it is the class of several
+    above_files = all(row.path.lower().endswith(_FILE_ENDINGS) for row in rows[1:])
+    known = _PATH_COLUMN.fullmatch(path) or _LABEL_COLUMN.fullmatch(label)
+    return above_files or bool(label and known)
 
 
 def _row_of_line(file: Path, number: int, line: str) -> Row:
@@ -346,8 +342,8 @@ def _split_line(file: Path, number: int, line: str) -> list[str]:
     return fields if delimiter is None else cells_of(file, number, line, delimiter)
 
 
-def _number_or_name(label: str) -> int | str:
-    return int(label) if _is_integer(label) else label
+def _number_or_name(label: str) -> int | str | None:
+    return int(label) if _is_integer(label) else label or None
 
 
 def _is_integer(text: str) -> bool:

@@ -7,17 +7,16 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from itertools import chain
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from rich.progress import track
 from torch.utils.data import DataLoader
 
 from mvit_video.data.decode.images import entry_on_disk, is_images
@@ -27,16 +26,17 @@ from mvit_video.data.lists import NO_FILE
 from mvit_video.data.probe import probe, settings, stat_of
 from mvit_video.data.table import SPLITS, Entry, FileInfo, Table, read_table, write_table
 from mvit_video.errors import DataError, VideoError
+from mvit_video.io.console import track
 from mvit_video.io.fingerprint import Fingerprint, differences
 from mvit_video.io.writing import replacing, set_aside, sole_writer
 
 log = logging.getLogger(__name__)
 
-_AT_ONCE = 1000  # files whose size and time one thread asks for
+KINDS = ("missing", "corrupt", "duplicate", "label mismatch")
 
 
 class Problem(NamedTuple):
-    """Something to mend: `kind` is missing, corrupt, duplicate or label mismatch."""
+    """Something to mend, of one of the `KINDS`."""
 
     kind: str
     split: str
@@ -83,23 +83,21 @@ def prepare(
         raise DataError(f"{file} is no file; name another: index=FILE")
     listed = list(_videos_of(splits))
     paths = list(dict.fromkeys(video.path for _, video in listed))
-    made_with = settings(frame_rate)
+    made_with = settings(frame_rate, index_cache)
+    look = partial(probe, frame_rate=frame_rate, index_cache=index_cache)
     journal = file.with_name(file.name + ".unfinished")
     try:
         with sole_writer(file):
-            old = read_table(file) if file.is_file() else Table([], ())
-            known = {entry.video.path: entry.info for entry in old.entries}
-            known = _still_true(known, old.made_with, made_with, file) | _read_journal(journal, made_with)
+            known = _read_known(file, made_with) | _read_journal(journal, made_with)
             info, todo = _sort_out(paths, known)
             log.info("%d videos: %d to read, %d known or missing", len(paths), len(todo), len(info))
             with replacing(journal, "w") as notes:
-                notes.writelines(_journal_lines(made_with, info))
+                notes.write(json.dumps({"made_with": made_with}) + "\n")
+                notes.writelines(json.dumps([path, *values]) + "\n" for path, values in info.items())
             # No line is synced: what a power loss takes is read again.
             with journal.open("a", encoding="utf-8", buffering=1) as notes:
-                found = _probe_all(
-                    todo, num_workers, partial(probe, frame_rate=frame_rate, index_cache=index_cache)
-                )
-                for path, new in track(found, "reading", total=len(todo), disable=not todo):
+                found = _probe_all(todo, num_workers, look)
+                for path, new in track(found, len(todo), done=0, what="reading"):
                     info[path] = new
                     notes.write(json.dumps([path, *new]) + "\n")
             entries = [Entry(split, video, info[video.path]) for split, video in listed]
@@ -140,19 +138,18 @@ def find_problems(table: Table) -> list[Problem]:
 def summary(table: Table, problems: Sequence[Problem]) -> dict[str, Any]:
     """Counts for people and programs: splits, classes, durations in seconds, codecs, problems."""
     usable = [entry for entry in table.entries if entry.info.error is None]
-    per_class = Counter((entry.split, entry.video.label) for entry in usable)
     splits = [split for split in SPLITS if any(entry.split == split for entry in table.entries)]
-    seconds = sorted(entry.info.duration for entry in usable)
+    durations = {split: [e.info.duration for e in usable if e.split == split] for split in splits}
+    seconds = sorted(chain.from_iterable(durations.values()))
+    to_mend = Counter((problem.split, problem.kind) for problem in problems)
+    per_class = Counter((entry.split, entry.video.label) for entry in usable)
     return {
         "videos": len(table.entries),
         "splits": {
             split: {
-                "videos": sum(entry.split == split for entry in usable),
-                "hours": sum(entry.info.duration for entry in usable if entry.split == split) / 3600,
-                **{
-                    kind: sum(problem.kind == kind and problem.split == split for problem in problems)
-                    for kind in ("missing", "corrupt", "duplicate", "label mismatch")
-                },
+                "videos": len(durations[split]),
+                "hours": sum(durations[split]) / 3600,
+                **{kind: to_mend[split, kind] for kind in KINDS},
             }
             for split in splits
         },
@@ -172,7 +169,6 @@ def summary(table: Table, problems: Sequence[Problem]) -> dict[str, Any]:
 def compare(table: Table) -> Changes:
     """How the disk differs from an index; of the files only those are opened that couldn't be read before."""
     info = {entry.video.path: entry.info for entry in table.entries}
-    frame_rate = table.made_with.get("frame_rate", 30.0)
     changes = Changes([], [], [], [])
     for (path, old), stat in zip(info.items(), _stats(list(info)), strict=True):
         if isinstance(stat, str):
@@ -182,10 +178,9 @@ def compare(table: Table) -> Changes:
             changes.returned.append(path)
         elif stat != (old.size, old.mtime_ns):
             changes.changed.append(path)
-        elif old.error is not None and probe(path, frame_rate).error is None:
+        elif old.error is not None and probe(path).error is None:
             changes.returned.append(path)
-    seen = set(table.unlisted)
-    changes.new.extend(path for path in _unlisted(table) if path not in seen)
+    changes.new.extend(sorted(set(_unlisted(table)) - set(table.unlisted)))
     return changes
 
 
@@ -197,11 +192,10 @@ def _videos_of(splits: VideoSplits) -> Iterator[tuple[str, LabelledVideo]]:
             yield split, LabelledVideo(os.path.abspath(video.path), video.label, video.id)  # noqa: PTH100
 
 
-def _stats(paths: list[str]) -> Iterable[tuple[int, int] | str]:
+def _stats(paths: list[str]) -> list[tuple[int, int] | str]:
     """Size and time of each path, or why there are none; many at once, for network disks."""
-    parts = [paths[start : start + _AT_ONCE] for start in range(0, len(paths), _AT_ONCE)]
-    with ThreadPoolExecutor(16) as pool:
-        return list(chain.from_iterable(pool.map(lambda part: [_stat(path) for path in part], parts)))
+    with ThreadPool(16) as pool:
+        return pool.map(_stat, paths, chunksize=1000)
 
 
 def _stat(path: str) -> tuple[int, int] | str:
@@ -216,10 +210,8 @@ def _unlisted(table: Table) -> list[str]:
     if table.root is None or not Path(table.root).is_dir():
         return []
     named = {entry.video.path for entry in table.entries}
-    files = [path for path in named if not path.endswith(IMAGE_EXTENSIONS) or "[" not in path]
-    kinds = [
-        kind for kind in (VIDEO_EXTENSIONS, IMAGE_EXTENSIONS) if any(f.lower().endswith(kind) for f in files)
-    ]
+    files = {path.lower() for path in named if not path.endswith(IMAGE_EXTENSIONS) or "[" not in path}
+    kinds = [kind for kind in (VIDEO_EXTENSIONS, IMAGE_EXTENSIONS) if any(f.endswith(kind) for f in files)]
     found = FileSearch(tuple(chain.from_iterable(kinds))).below(table.root) if kinds else []
     return [path for path in found if path not in named]
 
@@ -238,6 +230,55 @@ def _sort_out(paths: list[str], known: dict[str, FileInfo]) -> tuple[dict[str, F
     return info, todo
 
 
+def _probe_all(
+    paths: list[str], num_workers: int, look: Callable[[str], FileInfo]
+) -> Iterator[tuple[str, FileInfo]]:
+    # What collates runs where the sample is made: in a worker.
+    workers = min(num_workers, len(paths))
+    loader = DataLoader[Any](paths, batch_size=None, collate_fn=look, num_workers=workers)  # type: ignore[arg-type]
+    try:
+        yield from zip(paths, loader, strict=True)
+    except RuntimeError as error:
+        if not re.match(r"DataLoader worker \(pid", str(error)):
+            raise
+        raise DataError(
+            "a process that read videos died: too little memory, or a file that crashes FFmpeg. "
+            "What is done is kept; num_workers=0 stops at the file"
+        ) from None
+
+
+# What former runs have found out
+
+
+def _read_known(file: Path, made_with: Fingerprint) -> dict[str, FileInfo]:
+    """What the index has that still holds."""
+    if not file.is_file():
+        return {}
+    table = read_table(file)
+    known = {entry.video.path: entry.info for entry in table.entries}
+    return _still_true(known, table.made_with, made_with, file)
+
+
+def _read_journal(file: Path, made_with: Fingerprint) -> dict[str, FileInfo]:
+    """What a killed run has noted, as far as it still holds; its last line may be torn."""
+    if not file.is_file():
+        return {}
+    known: dict[str, FileInfo] = {}
+    try:
+        first, *lines = file.read_bytes().splitlines()
+        before = dict(json.loads(first)["made_with"])
+        for line in lines:
+            with suppress(ValueError):  # a torn line
+                path, *values = json.loads(line)
+                known[path] = FileInfo(*values)
+    except (ValueError, TypeError, LookupError, RecursionError):
+        set_aside(file, "this isn't what an unfinished run leaves")
+        return {}
+    known = _still_true(known, before, made_with, file)
+    log.info("resuming an unfinished run: %d videos are done", len(known))
+    return known
+
+
 def _still_true(
     known: dict[str, FileInfo], before: Fingerprint, made_with: Fingerprint, file: Path
 ) -> dict[str, FileInfo]:
@@ -250,7 +291,7 @@ def _still_true(
     if known and changed:
         listed = "; ".join(f"{key} {change}" for key, change in changed.items())
         log.warning("%s was made with others: %s", file, listed)
-    if "probe" in changed:
+    if "probe" in changed or ("index_cache" in changed and made_with["index_cache"]):
         return {}
     return {
         path: info
@@ -258,54 +299,3 @@ def _still_true(
         if info.error is None
         and not ("frame_rate" in changed and (entry_on_disk(path) != path or is_images(path)))
     }
-
-
-# Probing
-
-
-def _probe_all(
-    paths: list[str], num_workers: int, look: Callable[[str], FileInfo]
-) -> Iterator[tuple[str, FileInfo]]:
-    if not paths:
-        return
-    named = partial(_named_probe, look=look)  # runs where the sample is made: in a worker
-    workers = min(num_workers, len(paths))
-    loader = DataLoader[str](paths, batch_size=None, collate_fn=named, num_workers=workers)  # type: ignore[arg-type]
-    try:
-        yield from loader
-    except RuntimeError as error:
-        if not re.match(r"DataLoader worker \(pid", str(error)):
-            raise
-        raise DataError(
-            "a process that read videos died: too little memory, or a file that crashes FFmpeg. "
-            "What is done is kept; num_workers=0 stops at the file"
-        ) from None
-
-
-def _named_probe(path: str, look: Callable[[str], FileInfo]) -> tuple[str, FileInfo]:
-    return path, look(path)
-
-
-def _journal_lines(made_with: Fingerprint, info: dict[str, FileInfo]) -> Iterator[str]:
-    yield json.dumps({"made_with": made_with}) + "\n"
-    yield from (json.dumps([path, *values]) + "\n" for path, values in info.items())
-
-
-def _read_journal(file: Path, made_with: Fingerprint) -> dict[str, FileInfo]:
-    """What a killed run has noted, as far as it still holds; its last line may be torn."""
-    if not file.is_file():
-        return {}
-    lines = file.read_bytes().splitlines()
-    found: dict[str, FileInfo] = {}
-    try:
-        before = json.loads(lines[0])["made_with"]
-        for line in lines[1:]:
-            with suppress(ValueError, TypeError):  # a torn line
-                path, *values = json.loads(line)
-                found[path] = FileInfo(*values)
-    except (ValueError, TypeError, KeyError, IndexError):
-        set_aside(file, "this isn't what an unfinished run leaves")
-        return {}
-    found = _still_true(found, before, made_with, file)
-    log.info("resuming an unfinished run: %d videos are done", len(found))
-    return found

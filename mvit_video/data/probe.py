@@ -19,10 +19,11 @@ from mvit_video.io.fingerprint import Fingerprint, file_sha256, fingerprint
 PROBE = 3  # one more whenever the same file would be described otherwise
 
 
-def settings(frame_rate: float) -> Fingerprint:
+def settings(frame_rate: float, index_cache: str | None = None) -> Fingerprint:
     """What `probe` depends on besides the files."""
     libraries = {"av": av.__version__, "ffmpeg": str(av.ffmpeg_version_info), "pillow": PIL.__version__}
-    return fingerprint(probe=PROBE, frame_rate=float(frame_rate), **libraries)
+    cache = index_cache and os.path.abspath(index_cache)  # noqa: PTH100
+    return fingerprint(probe=PROBE, frame_rate=float(frame_rate), index_cache=cache, **libraries)
 
 
 def stat_of(path: str) -> tuple[int, int]:

@@ -106,26 +106,19 @@ def index_splits(path: str | Path, *, max_missing: float = 0.2) -> VideoSplits:
     """
     file = index_file(path)
     table, metadata = _read(file, ["split", "id", "path", "label", "error"])
-    names = tuple(metadata["class_names"])
-    table = table.set_column(2, "path", _absolute(table["path"], str(file.absolute().parent)))
-    videos: dict[str, list[LabelledVideo]] = {split: [] for split in SPLITS}
-    reasons: dict[str, dict[str, str]] = {split: {} for split in SPLITS}
-    columns = (column.to_pylist() for column in table.columns)
-    for split, video_id, place, label, error in zip(*columns, strict=True):
-        videos[split].append(LabelledVideo(place, label, video_id))
-        if error is not None:
-            reasons[split][video_id] = error
     found: dict[str, VideoIndex] = {}
     for split in SPLITS:
-        if split == "test" and len(reasons[split]) == len(videos[split]):
-            continue
+        rows = table.filter(pc.equal(table["split"].cast(pa.string()), split))
+        if split == "test" and not rows["error"].null_count:
+            continue  # none of its videos can be used
+        ids, paths, labels, errors = (rows[name].to_pylist() for name in ("id", "path", "label", "error"))
         try:
-            index = VideoIndex(tuple(videos[split]), names)
+            index = VideoIndex(tuple(map(LabelledVideo, paths, labels, ids)), tuple(metadata["class_names"]))
         except DataError as error:
             raise DataError(f"{file} ({split}): {error}") from None
         found[split] = leave_out(
             index,
-            reasons[split],
+            {video_id: error for video_id, error in zip(ids, errors, strict=True) if error is not None},
             source=f"{file} ({split})",
             max_missing=1.0 if split == "test" else max_missing,
             remedy="mend them and run mvit-data prepare again",
@@ -145,18 +138,15 @@ def index_file(path: str | Path) -> Path:
 def read_table(file: Path) -> Table:
     """All of an index file. Raises `DataError` for another kind of file."""
     table, metadata = _read(file, _SCHEMA.names)
-    base = str(file.absolute().parent)
-    table = table.set_column(2, "path", _absolute(table["path"], base))
-    columns = {name: table.column(name).to_pylist() for name in _SCHEMA.names}
+    columns = {name: table[name].to_pylist() for name in _SCHEMA.names}
     infos = map(FileInfo, *(columns[name] for name in FileInfo._fields))
     videos = map(LabelledVideo, columns["path"], columns["label"], columns["id"])
-    root = None if metadata["root"] is None else os.path.normpath(os.path.join(base, metadata["root"]))  # noqa: PTH118
-    unlisted = tuple(os.path.join(base, path) for path in metadata["unlisted"])  # noqa: PTH118
+    base, root = file.absolute().parent, metadata["root"]
     return Table(
         list(map(Entry, columns["split"], videos, infos)),
         tuple(metadata["class_names"]),
-        root,
-        unlisted,
+        None if root is None else os.path.normpath(base / root),
+        tuple(os.path.join(base, path) for path in metadata["unlisted"]),  # noqa: PTH118
         metadata.get("made_with", {}),
     )
 
@@ -183,11 +173,6 @@ def write_table(file: Path, table: Table) -> None:
         pq.write_table(pa.table(columns, schema=schema), content, compression="zstd")
 
 
-def _absolute(paths: pa.ChunkedArray, base: str) -> pa.ChunkedArray:
-    below = pc.binary_join_element_wise(base.rstrip(os.sep), paths, os.sep)
-    return pc.if_else(pc.starts_with(paths, os.sep), paths, below)
-
-
 def _portable(path: str, base: str) -> str:
     """Relative to the index below its folder, so that both can be moved together; else absolute."""
     path = os.path.abspath(path)  # noqa: PTH100 (speed)
@@ -195,17 +180,22 @@ def _portable(path: str, base: str) -> str:
 
 
 def _read(file: Path, columns: Sequence[str]) -> tuple[pa.Table, dict[str, Any]]:
+    """Some columns of an index file, with absolute paths, and its metadata."""
     try:
         # Not pq.read_table, which makes columns of folders called such as a=b.
         with pq.ParquetFile(file) as content:
             table = content.read(columns=list(columns))
         metadata = json.loads(table.schema.metadata[_METADATA_KEY])
+        table.validate(full=True)
         problem = _problem_of_columns(table, columns) or _problem_of_metadata(metadata)
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         problem = " ".join(str(error).split())[:160]
     if problem:
         raise DataError(f"{file} is no index of mvit-data prepare, or a damaged one ({problem})")
-    return table.select(list(columns)), metadata
+    paths = table["path"].cast(pa.string())
+    below = pc.binary_join_element_wise(str(file.absolute().parent).rstrip(os.sep), paths, os.sep)
+    absolute = pc.if_else(pc.starts_with(paths, os.sep), paths, below)
+    return table.set_column(table.column_names.index("path"), "path", absolute), metadata
 
 
 def _problem_of_columns(table: pa.Table, columns: Sequence[str]) -> str | None:
@@ -215,11 +205,16 @@ def _problem_of_columns(table: pa.Table, columns: Sequence[str]) -> str | None:
             return f"it has no column {name!r}"
         wanted, kind = _plain_type(_SCHEMA.field(name).type), _plain_type(table.schema.field(name).type)
         alike = next(is_kind for is_kind in _KINDS if is_kind(wanted))
-        if not alike(kind) and not (pa.types.is_null(kind) and name in ("label", "error")):
+        optional = name in ("label", "error")
+        if not alike(kind) and not (pa.types.is_null(kind) and optional):
             return f"column {name!r} is {kind}, not {wanted}"
-        if name in ("split", "id", "path") and (
-            table[name].null_count or pc.any(pc.equal(table[name].cast(pa.string()), "")).as_py()
-        ):
+        values = table[name].cast(kind)
+        lacks = values.null_count > 0 and not optional
+        if name in ("split", "id", "path"):
+            lacks = lacks or pc.any(pc.equal(values, "")).as_py()
+        if pa.types.is_floating(kind):
+            lacks = lacks or not pc.all(pc.is_finite(values)).as_py()
+        if lacks:
             return f"column {name!r} lacks a value in some rows"
     unknown = set(pc.unique(table["split"]).to_pylist()) - set(SPLITS)
     return f"it has a split {min(unknown)!r}; there are {', '.join(SPLITS)}" if unknown else None
@@ -227,8 +222,9 @@ def _problem_of_columns(table: pa.Table, columns: Sequence[str]) -> str | None:
 
 def _problem_of_metadata(metadata: Any) -> str | None:
     match metadata:
-        case {"class_names": [*names], "root": str() | None, "unlisted": [*paths]}:
-            if all(isinstance(text, str) for text in [*names, *paths]):
+        case {"class_names": [*names], "root": str() | None, "unlisted": [*paths], **others}:
+            is_text = all(isinstance(text, str) for text in [*names, *paths])
+            if is_text and isinstance(others.get("made_with", {}), dict):
                 return None
     return "its metadata lacks class_names, root or unlisted, or has them in another form"
 

@@ -10,7 +10,7 @@ import yaml
 from torch import Tensor
 
 from mvit_video.data.class_names import check_same_classes
-from mvit_video.data.files import existing, parse_json, reading
+from mvit_video.data.files import existing, parse_json, read_text
 from mvit_video.errors import ConfigError, DataError, did_you_mean
 
 ClassMap = dict[str, list[str]]
@@ -28,11 +28,10 @@ def read_class_map(source: str | None) -> ClassMap | None:
     if file.suffix.lower() == ".json":
         content = parse_json(file)
     else:
-        with reading(file) as text:
-            try:
-                content = yaml.load(text, Loader=_YamlOfText)
-            except (yaml.YAMLError, RecursionError) as error:
-                raise DataError(f"{where}: {' '.join(str(error).split())[:200]}") from None
+        try:
+            content = yaml.load(read_text(file), Loader=_YamlOfText)
+        except (yaml.YAMLError, RecursionError) as error:
+            raise DataError(f"{where}: {' '.join(str(error).split())[:200]}") from None
     if not isinstance(content, dict):
         raise DataError(f"{where}: expected {{class of the data set: class or classes of the model}}")
     return {str(name): _model_classes(name, value, where) for name, value in content.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import shutil
 import signal
@@ -36,6 +37,19 @@ ONE_EPOCH = (
     "num_workers=0",
     "hydra.run.dir=run",
 )
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the files that are probed."""
+    names: list[str] = []
+
+    def noted(path: str, **options: Any) -> FileInfo:
+        names.append(Path(path).name)
+        return probe(path, **options)
+
+    monkeypatch.setattr(prepare_module, "probe", noted)
+    return names
 
 
 @pytest.fixture
@@ -150,16 +164,7 @@ def test_too_many_unreadable_videos_stop_what_reads_the_index(command: Command, 
     assert "max_missing=0.1" in result.err
 
 
-def test_a_second_run_reads_only_what_changed(
-    command: Command, data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    read: list[str] = []
-
-    def noted(path: str, frame_rate: float) -> FileInfo:
-        read.append(Path(path).name)
-        return probe(path, frame_rate)
-
-    monkeypatch.setattr(prepare_module, "probe", noted)
+def test_a_second_run_reads_only_what_changed(command: Command, data: Path, read: list[str]) -> None:
     prepare(command, data)
     assert len(read) == 17
     first = pq.read_table(data / "index.parquet")
@@ -179,12 +184,12 @@ def test_a_second_run_reads_only_what_changed(
 
 
 def test_a_killed_run_goes_on_where_it_was(
-    command: Command, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: Command, data: Path, tmp_path: Path, read: list[str]
 ) -> None:
     script = (
         "import sys, time, mvit_video.data.prepare as p; from mvit_video.cli.main import data as main\n"
         "probe = p.probe\n"
-        "def slow(path, rate): time.sleep(0.1); return probe(path, rate)\n"
+        "def slow(path, **more): time.sleep(0.1); return probe(path, **more)\n"
         "p.probe = slow; sys.argv[0] = 'mvit-data'; main()"
     )
     journal = data / "index.parquet.unfinished"
@@ -207,13 +212,6 @@ def test_a_killed_run_goes_on_where_it_was(
     assert not (data / "index.parquet").exists()
     with journal.open("a") as file:
         file.write('["/half/a/li')
-    read: list[str] = []
-
-    def noted(path: str, frame_rate: float) -> FileInfo:
-        read.append(path)
-        return probe(path, frame_rate)
-
-    monkeypatch.setattr(prepare_module, "probe", noted)
     assert f"{done} videos are done" in prepare(command, data)
     assert len(read) == 17 - done
     assert not journal.exists()
@@ -223,10 +221,10 @@ def test_a_killed_run_goes_on_where_it_was(
 def test_a_process_that_dies_is_told_and_nothing_is_lost(
     command: Command, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def crashing(path: str, frame_rate: float) -> FileInfo:
+    def crashing(path: str, **options: Any) -> FileInfo:
         if path.endswith("text.webm"):
             os.kill(os.getpid(), signal.SIGKILL)
-        return probe(path, frame_rate)
+        return probe(path, **options)
 
     with monkeypatch.context() as patched:
         patched.setattr(prepare_module, "probe", crashing)
@@ -388,22 +386,9 @@ def prepare_mixed(root: Path) -> list[str]:
 
 
 def test_another_frame_rate_counts_for_folders_of_pictures(
-    command: Command, mixed: Path, monkeypatch: pytest.MonkeyPatch
+    command: Command, mixed: Path, read: list[str]
 ) -> None:
-    read: list[str] = []
-
-    def noted(path: str, frame_rate: float) -> FileInfo:
-        read.append(Path(path).name)
-        return probe(path, frame_rate)
-
-    monkeypatch.setattr(prepare_module, "probe", noted)
-    line = [
-        "prepare",
-        "data=csv",
-        f"data.train={mixed}/list.csv",
-        f"data.val={mixed}/list.csv",
-        "num_workers=0",
-    ]
+    line = prepare_mixed(mixed)
     assert command("data", *line).code == 0
     assert info_of(mixed)["frames"].duration == pytest.approx(6 / 30)
     read.clear()
@@ -415,16 +400,17 @@ def test_another_frame_rate_counts_for_folders_of_pictures(
     assert found["film.mp4"].duration == pytest.approx(0.5)
 
 
-def test_an_index_of_another_version_is_told_or_read_anew(
-    command: Command, mixed: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_index_cache_is_filled_though_the_index_knows_the_videos(
+    command: Command, mixed: Path, read: list[str], tmp_path: Path
 ) -> None:
-    line = [
-        "prepare",
-        "data=csv",
-        f"data.train={mixed}/list.csv",
-        f"data.val={mixed}/list.csv",
-        "num_workers=0",
-    ]
+    for cache, expected in (("null", 3), (f"{tmp_path}/kept", 3), (f"{tmp_path}/kept", 0), ("null", 0)):
+        read.clear()
+        assert command("data", *prepare_mixed(mixed), f"index_cache={cache}").code == 0
+        assert len(read) == expected
+
+
+def test_an_index_of_another_version_is_told_or_read_anew(command: Command, mixed: Path) -> None:
+    line = prepare_mixed(mixed)
     assert command("data", *line).code == 0
     table = read_table(mixed / "index.parquet")
     for key, old, expected in (("ffmpeg", "1.0", "film.mp4"), ("probe", 1, "nothing")):
@@ -441,8 +427,8 @@ def test_an_index_of_another_version_is_told_or_read_anew(
 def test_an_error_that_passed_is_seen_and_the_file_read_again(
     command: Command, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def forbidden(path: str, frame_rate: float) -> FileInfo:
-        info = probe(path, frame_rate)
+    def forbidden(path: str, **options: Any) -> FileInfo:
+        info = probe(path, **options)
         return info._replace(sha256="", error="permission denied") if path.endswith("cats/0.mp4") else info
 
     with monkeypatch.context() as patched:
@@ -470,6 +456,10 @@ def test_a_file_in_the_place_of_the_journal_is_kept(command: Command, data: Path
     (data / "index.parquet.unfinished").write_text("precious")
     prepare(command, data)
     assert (data / "index.parquet.unfinished.damaged").read_text() == "precious"
+    for number, text in enumerate(['{"made_with": 5}', '{"made_with": null}\n["x"]', "[" * 100_000]):
+        (data / "index.parquet.unfinished").write_text(text)
+        prepare(command, data)
+        assert (data / f"index.parquet.unfinished.damaged.{number + 1}").read_text() == text
     (data / "precious.parquet").write_text("precious")
     refused = command("data", "prepare", *arguments(data), "num_workers=0", f"index={data}/precious.parquet")
     assert refused.code == 1
@@ -487,13 +477,7 @@ def test_an_index_is_a_file(command: Command, data: Path) -> None:
 
 
 def test_a_journal_of_other_settings_is_not_gone_on_with(command: Command, mixed: Path) -> None:
-    line = [
-        "prepare",
-        "data=csv",
-        f"data.train={mixed}/list.csv",
-        f"data.val={mixed}/list.csv",
-        "num_workers=0",
-    ]
+    line = prepare_mixed(mixed)
     stat = (mixed / "film.mp4").stat()
     info = [stat.st_size, stat.st_mtime_ns, 99, 1.0, 9.0, 4, 4, "h264", "0" * 64, None]
     journal = mixed / "index.parquet.unfinished"
@@ -517,7 +501,7 @@ def others_index(file: Path, **change: Any) -> None:
         "label": [0, 1],
         "error": pa.array([None, None], pa.string()),
     }
-    metadata: dict[str, Any] = {"class_names": ["x", "y"], "root": None, "unlisted": []}
+    metadata: dict[str, Any] = {"class_names": ["x", "y"], "root": None, "unlisted": [], "made_with": {}}
     for key, value in change.items():
         (metadata if key in metadata else columns)[key] = value
     columns = {key: value for key, value in columns.items() if value is not None}
@@ -560,13 +544,45 @@ def others_index(file: Path, **change: Any) -> None:
     ],
     ids=str,
 )
-def test_an_index_that_others_wrote_is_read_with_care(
-    command: Command, tmp_path: Path, change: dict[str, Any]
-) -> None:
+def test_an_index_that_others_wrote_is_read_with_care(tmp_path: Path, change: dict[str, Any]) -> None:
     others_index(tmp_path / "i.parquet", **change)
-    result = command("train", *ONE_EPOCH, "data=index", "data.path=i.parquet")
-    assert (result.code, result.err.count("\n"), "Traceback" in result.err) == (1, 1, False)
-    assert "i.parquet" in result.err or "no label" in result.err or "no videos found" in result.err
+    with pytest.raises(DataError, match=r"i\.parquet|no label|no videos found"):
+        index_splits(tmp_path / "i.parquet")
+
+
+NOT_UTF8 = pa.StringArray.from_buffers(2, pa.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0"), pa.py_buffer(b"\xffb"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"made_with": [1]},
+        {"made_with": None},
+        {"duration": [None, 1.0]},
+        {"fps": [math.nan, 1.0]},
+        {"size": [None, 1]},
+        {"sha256": ["", None]},
+        {"label": ["0", "1"]},
+        {
+            "id": pa.StringArray.from_buffers(
+                2, pa.array([0, 1, 2], pa.int32()).buffers()[1], pa.py_buffer(b"\xffb")
+            )
+        },
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_jobs_on_an_index_of_others_end_with_one_line(
+    command: Command, data: Path, change: dict[str, Any]
+) -> None:
+    info = {name: [0, 0] for name in ("size", "mtime_ns", "frames", "height", "width")}
+    info |= {"fps": [1.0, 1.0], "duration": [1.0, 1.0], "codec": ["", ""], "sha256": ["", ""]}
+    others_index(data / "index.parquet", **{**info, **change})
+    before = (data / "index.parquet").read_bytes()
+    jobs = (["prepare", *arguments(data), "num_workers=0"], ["check", f"index={data}"])
+    for line in jobs:
+        result = command("data", *line)
+        assert (result.code, result.err.count("\n"), "Traceback" in result.err) == (1, 1, False)
+    assert (data / "index.parquet").read_bytes() == before
 
 
 def test_an_index_that_others_wrote_well_is_taken(tmp_path: Path) -> None:

@@ -123,6 +123,10 @@ def test_root_must_be_a_folder_and_the_fraction_a_fraction(tmp_path: Path) -> No
         ("TRAIN", "test"),
         ("train", "valid"),
         ("Training", "Testing"),
+        ("train_256", "val_256"),
+        ("TrainingSet", "test-set"),
+        ("videos_train", "videos_val"),
+        ("trainval", "test_videos"),
     ],
 )
 def test_split_folders_in_any_spelling(tmp_path: Path, train: str, val: str) -> None:
@@ -143,6 +147,10 @@ def test_split_folders_in_any_spelling(tmp_path: Path, train: str, val: str) -> 
         ),
         (["0.mp4", "1.mp4"], "videos lie directly in {root}; expected one sub-folder per class"),
         (["a/0/1.jpg", "a/0/2.jpg"], "folders of frames a list"),
+        (["set/a/0.mp4", "set/b/0.mp4"], "Then give data.root={root}/set"),
+        (["set/train/a/0.mp4", "set/val/a/0.mp4"], "Then give data.root={root}/set"),
+        (["train1/a/0.mp4", "train2/a/0.mp4", "val/a/0.mp4"], "train1 and train2"),
+        (["first/a/0.mp4", "val/a/0.mp4"], "{root} has val/ but none of train/"),
         (["a/0.mp4", "a/1.mp4", "b/x/1.jpg"], "no videos found in class folder {root}/b; pictures need"),
     ],
 )
@@ -151,6 +159,11 @@ def test_what_folders_could_mean_is_asked(tmp_path: Path, files: list[str], mess
     touch(root, *files)
     with fails(message.format(root=root)):
         folder_splits(root)
+
+
+def test_of_split_folders_the_plain_name_counts(tmp_path: Path) -> None:
+    touch(tmp_path, "train/a/0.mp4", "train_256/a/0.mp4", "val/a/0.mp4", "val_256/a/0.mp4")
+    assert ids(folder_splits(tmp_path).train) == ["train/a/0.mp4"]
 
 
 def test_classes_may_be_called_as_splits_are(tmp_path: Path) -> None:
@@ -294,6 +307,9 @@ def test_class_names_from_the_training_list(
     ("name", "text"),
     [
         ("names.txt", "run fast\n\njump\n"),
+        ("names.csv", "0,run fast\n1,jump\n"),
+        ("names.csv", 'id,name\n0,"run fast"\n1,"jump"\n'),
+        ("names.txt", "0: run fast\n1: jump\n"),
         ("names.json", '["run fast", "jump"]'),
         ("names.json", '{"jump": "1", "\\"run fast\\"": "0"}'),
     ],
@@ -352,7 +368,7 @@ def test_csv_mistakes_are_named(videos: Path, text: str, message: str) -> None:
         ('[{"path": "v/a.mp4", "label": null}]', "train.json, entry 1: expected"),
         (
             '[{"path": "v/a.mp4", "label": 0}, {"path": "v/b.mp4", "label": "x"}]',
-            "labels are numbers and names",
+            "entry 1) and names ('x', entry 2)",
         ),
     ],
 )
@@ -389,6 +405,8 @@ def test_class_name_mistakes_are_named(videos: Path, text: str, message: str) ->
         "clip,sport\n{a},run\n{b},jump\n",
         "my_column,label\n{a},run\n{b},jump\n",
         "label,path\nrun,{a}\njump,{b}\n",
+        "fname,y\n{a},run\n{b},jump\n",
+        "xxx yyy\n{a} run\n{b} jump\n",
         "Class\tFile Name\nrun\t{a}\njump\t{b}\n",
         "path,label,split\n{a},run,train\n{b},jump,train\n",
         "id;seconds;video path;action\n1;0.5;{a};run\n2;1;{b};jump\n",
@@ -525,6 +543,7 @@ def test_hostile_json_lists_end_with_a_short_error(videos: Path, text: str) -> N
         ("n.txt", b"caf\xe9\n"),
         ("n.txt", b"a\0b\n"),
         ("n.txt", b"\n \n"),
+        ("n.txt", b"1,a\n2,b\n"),
         ("n.json", b'["\\ud800"]'),
         ("n.json", b'["a", " "]'),
         ("n.json", b'{"a": 0, "a": 1}'),
@@ -571,7 +590,7 @@ def test_missing_and_unreadable_lists(tmp_path: Path, read: Callable[[Path, Path
 
 def test_text_and_names_that_are_not_utf8_are_named(videos: Path, tmp_path: Path) -> None:
     (videos / "train.csv").write_bytes(b"v/a.mp4 0\nv/\xff.mp4 0\n")
-    with fails("train.csv, line 2: this isn't UTF-8 text (it has the byte 0xff)"):
+    with fails("train.csv, line 2: this isn't UTF-8 text"):
         csv_splits(videos / "train.csv", videos / "train.csv")
     folder = tmp_path / "folder" / "a"
     folder.mkdir(parents=True)
