@@ -25,6 +25,7 @@ from mvit_video.data.files import (
     names_in,
 )
 from mvit_video.errors import ConfigError, DataError
+from mvit_video.io.console import valid_text
 
 _SPLIT_NAMES = {
     "train": ("train", "training"),
@@ -79,7 +80,7 @@ class VideoIndex:
             if video.label is not None and not 0 <= video.label < num_classes:
                 raise DataError(f"row {row} ({video.path}): {out_of_range(video.label, num_classes)}")
             if not (is_name(video.path) and is_name(video.id)):
-                raise DataError(f"{_bytes_of(video.path)}: its name isn't UTF-8 text; rename it")
+                raise DataError(f"{valid_text(video.path)}: its name isn't UTF-8 text; rename it")
             if rows.setdefault(video.id, row) != row:
                 raise DataError(f"rows {rows[video.id]} and {row} have the same id, {video.id}")
 
@@ -200,15 +201,14 @@ def folder_splits(
         if others:
             log.warning("%s: folders beside the splits aren't looked at: %s", root, ", ".join(sorted(others)))
         train = _index_of_folder(folders["train"], root, search, names)
-        val, test = folders.get("val"), folders.get("test")
-        if val is None:
-            val, test = test, None
-        assert val is not None
-        splits = VideoSplits(
-            train,
-            _index_of_folder(val, root, search, train.class_names),
-            None if test is None else _index_of_test_folder(test, root, search, train.class_names),
-        )
+        val = _index_of_folder(folders.get("val") or folders["test"], root, search, train.class_names)
+        test: VideoIndex | None = None
+        if "val" in folders and "test" in of_classes:
+            test = _index_of_folder(folders["test"], root, search, train.class_names)
+        elif "val" in folders and "test" in folders and (files := search.below(folders["test"])):
+            videos = (LabelledVideo(path, None, relative(path, str(root))) for path in files)
+            test = VideoIndex(tuple(videos), train.class_names)
+        splits = VideoSplits(train, val, test)
     search.report(root)
     return splits
 
@@ -293,23 +293,6 @@ def _index_of_folder(
     if not videos:
         raise DataError(f"no videos found in {folder}; expected {expected}")
     return VideoIndex(tuple(videos), class_names or tuple(found))
-
-
-def _index_of_test_folder(
-    folder: Path, root: Path, search: FileSearch, class_names: tuple[str, ...]
-) -> VideoIndex | None:
-    if _class_folders(folder):
-        return _index_of_folder(folder, root, search, class_names)
-    videos = tuple(LabelledVideo(path, None, relative(path, str(root))) for path in search.below(folder))
-    return VideoIndex(videos, class_names) if videos else None
-
-
-def _bytes_of(path: str) -> str:
-    """A path as an error shows it, whatever it has in it."""
-    try:
-        return repr(os.fsencode(path))
-    except UnicodeEncodeError:
-        return repr(path)
 
 
 def _split_by_hash(index: VideoIndex, val_fraction: float, seed: int) -> VideoSplits:

@@ -204,24 +204,24 @@ def _label(row: Row, label_of: LabelOf, num_classes: int, where: str, *, require
 
 def names_in_rows(video_list: VideoList) -> tuple[str, ...]:
     """Class names as the labels of a list tell them. Raises DataError where numbers and names are mixed."""
-    rows: dict[type, dict[int | str, Row]] = {int: {}, str: {}}
+    examples: dict[type, Row] = {}
     for row in video_list.rows:
-        if row.label is not None:
-            rows[type(row.label)].setdefault(row.label, row)
         # A number that isn't a label, such as a time, would make names until memory is full.
         if isinstance(row.label, int) and not 0 <= row.label < _MAX_CLASSES:
             raise DataError(
                 f"{video_list.where(row)} ({row.path}): label {quoted(row.label)} is out of range; "
                 f"labels are 0 to {_MAX_CLASSES - 1:,}, or names"
             )
-    numbers, words = rows.values()
-    if numbers and words:
-        one, other = (next(iter(found.values())) for found in (numbers, words))
+        examples.setdefault(type(row.label), row)
+    if int in examples and str in examples:
+        both = [(examples[kind].label, examples[kind].number) for kind in (int, str)]
+        told = " and ".join(f"{quoted(label)} in {video_list.unit} {number}" for label, number in both)
         raise DataError(
-            f"{video_list.file}: labels are numbers ({one.label}, {video_list.unit} {one.number}) and names "
-            f"({quoted(other.label)}, {video_list.unit} {other.number}); use one kind, or give class_names"
+            f"{video_list.file}: labels are numbers and names ({told}); use one kind, or give class_names"
         )
-    return tuple(sorted(map(str, words))) or tuple(map(str, range(max(map(int, numbers), default=-1) + 1)))
+    labels = {row.label for row in video_list.rows if row.label is not None}
+    numbers = [label for label in labels if isinstance(label, int)]
+    return tuple(map(str, range(max(numbers) + 1) if numbers else sorted(map(str, labels))))
 
 
 def existing_paths(paths: Iterable[str]) -> set[str]:
@@ -322,10 +322,10 @@ def _is_header(rows: list[Row]) -> bool:
 
 
 def _row_of_line(file: Path, number: int, line: str) -> Row:
-    fields = _split_line(file, number, line)
-    if len(fields) > 2 or not all(fields):
+    path, *labels = _split_line(file, number, line)
+    if len(labels) > 1 or not all([path, *labels]):
         raise DataError(f"{file}, line {number}: expected `path label` or `path,label`, got {quoted(line)}")
-    return Row(number, fields[0], _number_or_name(fields[1]) if len(fields) == 2 else None)
+    return Row(number, path, _number_or_name(labels[0]) if labels else None)
 
 
 def _split_line(file: Path, number: int, line: str) -> list[str]:

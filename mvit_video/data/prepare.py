@@ -7,9 +7,8 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 from itertools import chain
 from multiprocessing.pool import ThreadPool
@@ -25,7 +24,7 @@ from mvit_video.data.index import LabelledVideo, VideoSplits
 from mvit_video.data.lists import NO_FILE
 from mvit_video.data.probe import probe, settings, stat_of
 from mvit_video.data.table import SPLITS, Entry, FileInfo, Table, read_table, write_table
-from mvit_video.errors import DataError, VideoError
+from mvit_video.errors import DataError
 from mvit_video.io.console import track
 from mvit_video.io.fingerprint import Fingerprint, differences
 from mvit_video.io.writing import replacing, set_aside, sole_writer
@@ -102,8 +101,7 @@ def prepare(
                     notes.write(json.dumps([path, *new]) + "\n")
             entries = [Entry(split, video, info[video.path]) for split, video in listed]
             place = None if root is None else str(root.absolute())
-            table = Table(entries, splits.class_names, place, made_with=made_with)
-            table = replace(table, unlisted=tuple(_unlisted(table)))
+            table = Table(entries, splits.class_names, place, tuple(_unlisted(place, info)), made_with)
             write_table(file, table)
             journal.unlink()
     except OSError as error:
@@ -170,17 +168,17 @@ def compare(table: Table) -> Changes:
     """How the disk differs from an index; of the files only those are opened that couldn't be read before."""
     info = {entry.video.path: entry.info for entry in table.entries}
     changes = Changes([], [], [], [])
-    for (path, old), stat in zip(info.items(), _stats(list(info)), strict=True):
-        if isinstance(stat, str):
-            if old.error != stat:
+    for (path, old), now in zip(info.items(), _stats(list(info)), strict=True):
+        if now.error is not None:
+            if old.error != now.error:
                 changes.missing.append(path)
         elif old.error == NO_FILE:
             changes.returned.append(path)
-        elif stat != (old.size, old.mtime_ns):
+        elif (now.size, now.mtime_ns) != (old.size, old.mtime_ns):
             changes.changed.append(path)
         elif old.error is not None and probe(path).error is None:
             changes.returned.append(path)
-    changes.new.extend(sorted(set(_unlisted(table)) - set(table.unlisted)))
+    changes.new.extend(sorted(set(_unlisted(table.root, info)) - set(table.unlisted)))
     return changes
 
 
@@ -192,27 +190,19 @@ def _videos_of(splits: VideoSplits) -> Iterator[tuple[str, LabelledVideo]]:
             yield split, LabelledVideo(os.path.abspath(video.path), video.label, video.id)  # noqa: PTH100
 
 
-def _stats(paths: list[str]) -> list[tuple[int, int] | str]:
-    """Size and time of each path, or why there are none; many at once, for network disks."""
+def _stats(paths: list[str]) -> list[FileInfo]:
+    """Size and time of each path; many at once, for network disks."""
     with ThreadPool(16) as pool:
-        return pool.map(_stat, paths, chunksize=1000)
+        return pool.map(stat_of, paths, chunksize=1000)
 
 
-def _stat(path: str) -> tuple[int, int] | str:
-    try:
-        return stat_of(path)
-    except VideoError as error:
-        return error.reason
-
-
-def _unlisted(table: Table) -> list[str]:
-    """Files below the root of the kinds that the index has, and that it doesn't name."""
-    if table.root is None or not Path(table.root).is_dir():
+def _unlisted(root: str | None, named: Collection[str]) -> list[str]:
+    """Files below the root of the kinds that the data set has, and that it doesn't name."""
+    if root is None or not Path(root).is_dir():
         return []
-    named = {entry.video.path for entry in table.entries}
-    files = {path.lower() for path in named if not path.endswith(IMAGE_EXTENSIONS) or "[" not in path}
+    files = [path.lower() for path in named if entry_on_disk(path) == path]
     kinds = [kind for kind in (VIDEO_EXTENSIONS, IMAGE_EXTENSIONS) if any(f.endswith(kind) for f in files)]
-    found = FileSearch(tuple(chain.from_iterable(kinds))).below(table.root) if kinds else []
+    found = FileSearch(tuple(chain.from_iterable(kinds))).below(root) if kinds else []
     return [path for path in found if path not in named]
 
 
@@ -220,11 +210,12 @@ def _sort_out(paths: list[str], known: dict[str, FileInfo]) -> tuple[dict[str, F
     """What is known of the files or that they are missing, and the files that have to be read."""
     info: dict[str, FileInfo] = {}
     todo: list[str] = []
-    for path, stat in zip(paths, _stats(paths), strict=True):
-        if isinstance(stat, str):
-            info[path] = FileInfo(error=stat)
-        elif path in known and (known[path].size, known[path].mtime_ns) == stat:
-            info[path] = known[path]
+    for path, now in zip(paths, _stats(paths), strict=True):
+        old = known.get(path)
+        if now.error is not None:
+            info[path] = now
+        elif old is not None and (old.size, old.mtime_ns) == (now.size, now.mtime_ns):
+            info[path] = old
         else:
             todo.append(path)
     return info, todo

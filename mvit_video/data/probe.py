@@ -26,23 +26,19 @@ def settings(frame_rate: float, index_cache: str | None = None) -> Fingerprint:
     return fingerprint(probe=PROBE, frame_rate=float(frame_rate), index_cache=cache, **libraries)
 
 
-def stat_of(path: str) -> tuple[int, int]:
-    """Size in bytes and time of the last change in nanoseconds; of pictures, their sum and the newest.
-
-    Raises:
-        VideoError: something isn't there, or is no file.
-    """
+def stat_of(path: str) -> FileInfo:
+    """Size and time of the last change alone, or an `error`; of pictures, their sum and the newest."""
     try:
         found = [os.stat(file) for file in image_files(path)]  # noqa: PTH116 (speed)
-    except FileNotFoundError as error:
-        raise VideoError(path, NO_FILE) from error
+    except FileNotFoundError:
+        return FileInfo(error=NO_FILE)
+    except VideoError as error:
+        return FileInfo(error=valid_text(error.reason))
     except (OSError, ValueError) as error:
-        raise VideoError(path, f"the file can't be read ({error})") from error
-    if not found:
-        raise VideoError(path, "this names no pictures")
+        return FileInfo(error=valid_text(f"the file can't be read ({error})"))
     if not all(S_ISREG(stat.st_mode) for stat in found):
-        raise VideoError(path, "this is no regular file")  # a pipe would be waited for
-    return sum(stat.st_size for stat in found), max(stat.st_mtime_ns for stat in found)
+        return FileInfo(error="this is no regular file")  # a pipe would be waited for
+    return FileInfo(sum(stat.st_size for stat in found), max(stat.st_mtime_ns for stat in found))
 
 
 def probe(path: str, frame_rate: float = 30.0, index_cache: str | None = None) -> FileInfo:
@@ -52,11 +48,9 @@ def probe(path: str, frame_rate: float = 30.0, index_cache: str | None = None) -
         frame_rate: of pictures, as of `open_video`.
         index_cache: folder that keeps what was read of the file, as of `open_video`.
     """
-    try:
-        size, mtime_ns = stat_of(path)
-    except VideoError as error:
-        return FileInfo(error=valid_text(error.reason))
-    info = FileInfo(size, mtime_ns)
+    info = stat_of(path)
+    if info.error is not None:
+        return info
     try:
         info = info._replace(sha256=file_sha256(*image_files(path)))
         with open_video(path, backend="pyav", frame_rate=frame_rate, index_cache=index_cache) as video:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -22,7 +22,6 @@ from mvit_video.io.writing import replacing
 INDEX_NAME = "index.parquet"
 SPLITS = ("train", "val", "test")
 _METADATA_KEY = b"mvit_video"
-_KINDS = (pa.types.is_integer, pa.types.is_floating, pa.types.is_string)
 
 
 class FileInfo(NamedTuple):
@@ -73,24 +72,17 @@ class Table:
     made_with: Fingerprint = field(default_factory=dict)
 
 
+_TYPES = {int: pa.int64(), float: pa.float64(), str: pa.string(), str | None: pa.string()}
 _SCHEMA = pa.schema(
     [
-        ("split", pa.dictionary(pa.int8(), pa.string())),
+        ("split", pa.string()),
         ("id", pa.string()),
         ("path", pa.string()),  # relative to the index where the video lies below it
         ("label", pa.int32()),
-        ("size", pa.int64()),
-        ("mtime_ns", pa.int64()),
-        ("frames", pa.int32()),
-        ("fps", pa.float64()),
-        ("duration", pa.float64()),
-        ("height", pa.int32()),
-        ("width", pa.int32()),
-        ("codec", pa.dictionary(pa.int16(), pa.string())),
-        ("sha256", pa.string()),
-        ("error", pa.string()),
+        *((name, _TYPES[kind]) for name, kind in get_type_hints(FileInfo).items()),
     ]
 )
+_OPTIONAL = ("label", "error")
 
 
 def index_splits(path: str | Path, *, max_missing: float = 0.2) -> VideoSplits:
@@ -203,21 +195,30 @@ def _problem_of_columns(table: pa.Table, columns: Sequence[str]) -> str | None:
     for name in columns:
         if name not in table.column_names:
             return f"it has no column {name!r}"
-        wanted, kind = _plain_type(_SCHEMA.field(name).type), _plain_type(table.schema.field(name).type)
-        alike = next(is_kind for is_kind in _KINDS if is_kind(wanted))
-        optional = name in ("label", "error")
-        if not alike(kind) and not (pa.types.is_null(kind) and optional):
+        wanted, kind = _kind(_SCHEMA.field(name).type), _kind(table.schema.field(name).type)
+        if kind != wanted and not (kind == "null" and name in _OPTIONAL):
             return f"column {name!r} is {kind}, not {wanted}"
-        values = table[name].cast(kind)
-        lacks = values.null_count > 0 and not optional
+        values = table[name]
+        whole = name in _OPTIONAL or not values.null_count
         if name in ("split", "id", "path"):
-            lacks = lacks or pc.any(pc.equal(values, "")).as_py()
-        if pa.types.is_floating(kind):
-            lacks = lacks or not pc.all(pc.is_finite(values)).as_py()
-        if lacks:
+            whole = whole and not pc.any(pc.equal(values.cast(pa.string()), "")).as_py()
+        elif kind == "float":
+            whole = whole and pc.all(pc.is_finite(values)).as_py()
+        if not whole:
             return f"column {name!r} lacks a value in some rows"
     unknown = set(pc.unique(table["split"]).to_pylist()) - set(SPLITS)
     return f"it has a split {min(unknown)!r}; there are {', '.join(SPLITS)}" if unknown else None
+
+
+def _kind(column: pa.DataType) -> str:
+    """Of the values, whatever their width; text may be stored by number."""
+    column = column.value_type if pa.types.is_dictionary(column) else column
+    tests = {
+        "integer": pa.types.is_integer,
+        "float": pa.types.is_floating,
+        "text": lambda kind: pa.types.is_string(kind) or pa.types.is_large_string(kind),
+    }
+    return next((name for name, test in tests.items() if test(column)), str(column))
 
 
 def _problem_of_metadata(metadata: Any) -> str | None:
@@ -227,9 +228,3 @@ def _problem_of_metadata(metadata: Any) -> str | None:
             if is_text and isinstance(others.get("made_with", {}), dict):
                 return None
     return "its metadata lacks class_names, root or unlisted, or has them in another form"
-
-
-def _plain_type(kind: pa.DataType) -> pa.DataType:
-    """Of the values; long text and text by number is text."""
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    return pa.string() if pa.types.is_large_string(kind) else kind

@@ -16,7 +16,6 @@ import torch
 
 from mvit_video.data.index import LabelledVideo
 from mvit_video.data.probe import stat_of
-from mvit_video.errors import VideoError
 from mvit_video.io.fingerprint import Fingerprint, file_sha256, fingerprint
 from mvit_video.model import VideoModel
 from mvit_video.weights import weights_sha256
@@ -55,12 +54,8 @@ def identity(provenance: Mapping[str, Any]) -> Fingerprint:
 
 def file_identity(video: LabelledVideo) -> Fingerprint:
     """What tells that a video's scores are of the same file, and that its label is the same."""
-    try:
-        size, mtime_ns = stat_of(video.path)
-    except VideoError:
-        size, mtime_ns = 0, 0
-    path = os.path.abspath(video.path)  # noqa: PTH100 (speed)
-    return {"path": path, "label": video.label, "size": size, "mtime_ns": mtime_ns}
+    info, path = stat_of(video.path), os.path.abspath(video.path)  # noqa: PTH100 (speed)
+    return {"path": path, "label": video.label, "size": info.size, "mtime_ns": info.mtime_ns}
 
 
 def versions() -> dict[str, str]:

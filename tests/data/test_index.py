@@ -368,7 +368,7 @@ def test_csv_mistakes_are_named(videos: Path, text: str, message: str) -> None:
         ('[{"path": "v/a.mp4", "label": null}]', "train.json, entry 1: expected"),
         (
             '[{"path": "v/a.mp4", "label": 0}, {"path": "v/b.mp4", "label": "x"}]',
-            "entry 1) and names ('x', entry 2)",
+            "labels are numbers and names (0 in entry 1 and 'x' in entry 2)",
         ),
     ],
 )
@@ -596,7 +596,7 @@ def test_text_and_names_that_are_not_utf8_are_named(videos: Path, tmp_path: Path
     folder.mkdir(parents=True)
     (folder / "b.mp4").touch()
     Path(os.fsdecode(os.fsencode(folder) + b"/\xff.mp4")).touch()
-    with fails(r"\xff.mp4': its name isn't UTF-8 text; rename it"):
+    with fails(r"\xff.mp4: its name isn't UTF-8 text; rename it"):
         folder_splits(folder.parent)
 
 
