@@ -165,22 +165,14 @@ class ClipAugmentation:
 def _spatial_view(
     height: int, width: int, size: int, augment: Augment, rng: random.Random
 ) -> CropBox | SpatialView:
+    flip = augment.flip_probability
     if augment.short_side_range is not None:
+        sides = augment.short_side_range
         return random_short_side_crop(
-            height,
-            width,
-            short_sides=augment.short_side_range,
-            crop=size,
-            flip_probability=augment.flip_probability,
-            rng=rng,
+            height, width, short_sides=sides, crop=size, flip_probability=flip, rng=rng
         )
     return random_resized_crop(
-        height,
-        width,
-        area=augment.area,
-        aspect=augment.aspect,
-        flip_probability=augment.flip_probability,
-        rng=rng,
+        height, width, area=augment.area, aspect=augment.aspect, flip_probability=flip, rng=rng
     )
 
 

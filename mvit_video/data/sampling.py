@@ -125,14 +125,15 @@ def torchvision_frame_indices(
         num_frames=num_frames, fps=fps, clip_frames=clip_frames, frame_rate=frame_rate, num_clips=num_clips
     )
     step = fps / frame_rate
-    if step.is_integer():
-        kept = list(range(0, num_frames, int(step)))
-    else:  # float32 and truncation, as there
-        count = max(math.floor(num_frames * frame_rate / fps), 1)
-        kept = (torch.arange(count, dtype=torch.float32, device="cpu") * step).long().tolist()
-    kept += [kept[-1]] * (clip_frames - len(kept))
-    starts = torch.linspace(0, len(kept) - clip_frames, num_clips, device="cpu").long().tolist()
-    return [kept[start : start + clip_frames] for start in starts]
+    whole = step.is_integer()
+    count = math.ceil(num_frames / step) if whole else max(math.floor(num_frames * frame_rate / fps), 1)
+    starts = torch.linspace(0, max(count - clip_frames, 0), num_clips, device="cpu").long()
+    positions = (starts[:, None] + torch.arange(clip_frames, device="cpu")).clamp_(max=count - 1)
+    # float32 and truncation, as there
+    indices: list[list[int]] = (
+        positions * int(step) if whole else (positions.float() * step).long()
+    ).tolist()
+    return indices
 
 
 @dataclass(frozen=True)

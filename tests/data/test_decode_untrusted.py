@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -96,9 +97,14 @@ def _probed(path: Path) -> None:
         raise VideoError(path, error)
 
 
-@pytest.mark.parametrize("enter", [_opened, _windows, _followed, _file_object, _annotated, _probed])
+WAYS = [_opened, _windows, _followed, _file_object, _annotated, _probed]
+
+
 @pytest.mark.parametrize("text", [_hls, _hls_absolute, _concat, _sdp, _dash, _subtitles])
-@pytest.mark.parametrize("suffix", [".mp4", ".m3u8", ".ts", ".sdp"])
+@pytest.mark.parametrize(
+    ("suffix", "enter"),
+    [*((".mp4", way) for way in WAYS), *((suffix, _opened) for suffix in (".m3u8", ".ts", ".sdp"))],
+)
 def test_files_that_refer_to_others_are_refused(
     folder: Path, suffix: str, text: Callable[[Path], str], enter: Callable[[Path], None]
 ) -> None:
@@ -168,6 +174,30 @@ def test_larger_pictures_than_allowed_are_refused(tmp_path: Path, suffix: str) -
 def test_a_run_of_endless_length_builds_no_names(tmp_path: Path, run: str) -> None:
     with pytest.raises(VideoError):
         open_video(tmp_path / run)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp", "a.tif", "animation.png", "animation.webp"])
+def test_damaged_pictures_are_video_errors(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    pictures = [Image.fromarray(numbered_frame(number)) for number in range(3)]
+    more: dict[str, Any] = {"save_all": True, "append_images": pictures[1:]} if "animation" in name else {}
+    pictures[0].save(path, **more)
+    sound = path.read_bytes()
+    with open_video(path) as video:
+        assert video.num_frames == (3 if more else 1)
+    refused = 0
+    for seed in range(60):
+        some = random.Random(seed)
+        damaged = bytearray(sound)
+        for _ in range(5):
+            damaged[some.randrange(min(len(sound), 1000))] = some.randrange(256)
+        path.write_bytes(damaged[: some.choice((len(damaged), len(damaged) // 2))])
+        try:
+            with open_video(path) as video:
+                assert video.get_frames([video.num_frames - 1]).shape[1] == 3
+        except VideoError:
+            refused += 1
+    assert refused > 10
 
 
 def _shrunk(video: Any, indices: list[int]) -> tuple[torch.Tensor, list[int]]:

@@ -89,6 +89,12 @@ def test_torchvision_clips_of_short_videos_repeat_the_last_frame(num_frames: int
     assert others == [first] * 4
 
 
+def test_a_clock_of_ages_between_frames_takes_no_memory() -> None:
+    for clip in torchvision_frame_indices(10, 1e-9, num_clips=5):
+        assert len(clip) == 16
+        assert 0 <= min(clip) <= max(clip) < 10
+
+
 @pytest.mark.parametrize(("height", "width"), [(240, 320), (321, 240), (256, 341), (480, 481), (1080, 607)])
 def test_torchvision_crops_equal_its_own_code(height: int, width: int) -> None:
     where = torch.stack(torch.meshgrid(torch.arange(width), torch.arange(height), indexing="xy"))

@@ -127,7 +127,7 @@ def _decord_problem(indexed: PyAVVideo) -> str | None:
         return "does not follow its edit list"
     if index.has_open_gops:
         return "is a frame late after a seek in open groups of pictures"
-    if indexed.start_ticks != 0:
+    if indexed.start != 0:
         return "loses frames of a clock that doesn't start at 0"
     if indexed.container_format not in ("mp4", "matroska"):
         return f"seeks badly in this container ({indexed.container_format})"

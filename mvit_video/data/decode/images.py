@@ -9,6 +9,7 @@ import itertools
 import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeAlias
 
@@ -150,39 +151,38 @@ class ImageSequence(Video):
         return np.concatenate([[0.0], np.cumsum(seconds)])
 
     def _go_to(self, image: Image.Image, index: int) -> None:
-        try:
-            image.seek(index + self._hidden)
-            image.load()
-        except (OSError, ValueError, SyntaxError, EOFError) as error:
-            message = f"frame {index} can't be decoded, the file is damaged ({error})"
-            raise VideoError(self.path, message) from error
+        image.seek(index + self._hidden)
+        image.load()
 
     def _pixels(self, image: Image.Image, file: str) -> Picture:
-        name = _named(file, self.path)
-        try:
-            picture = _to_rgb(ImageOps.exif_transpose(image))
-        except (OSError, ValueError, SyntaxError) as error:
-            raise VideoError(self.path, f"{name}is damaged ({error})") from error
+        picture = _to_rgb(ImageOps.exif_transpose(image))
         if picture.shape[:2] != self.size:
             size = f"{picture.shape[1]}x{picture.shape[0]}, the first picture {self.width}x{self.height}"
-            raise VideoError(self.path, f"{name}is {size}")
+            raise VideoError(self.path, f"{self._named(file)} is {size}")
         return picture
 
-    def _open(self, file: str) -> Image.Image:
-        name = _named(file, self.path)
+    @contextmanager
+    def _open(self, file: str) -> Iterator[Image.Image]:
+        """Whatever is done with the picture, an error that it causes becomes a `VideoError`."""
+        name = self._named(file)
         try:
             if not os.path.getsize(file):  # noqa: PTH202 (thousands a second)
-                raise VideoError(self.path, f"{name}is empty")
-            image = Image.open(file)
+                raise VideoError(self.path, f"{name} is empty")
+            with Image.open(file) as image:
+                require_pixels(*image.size, self._max_pixels, self.path)
+                yield image
+        except VideoError:
+            raise
         except FileNotFoundError as error:
-            missing = "no such file" if file == self.path else f"{Path(file).name} is missing"
+            missing = "no such file" if file == self.path else f"{name} is missing"
             raise VideoError(self.path, missing) from error
-        except (UnidentifiedImageError, SyntaxError) as error:
-            raise VideoError(self.path, f"{name}is no picture, or a damaged one") from error
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
-            raise VideoError(self.path, f"{name}can't be read ({error})") from error
-        require_pixels(*image.size, self._max_pixels, self.path)
-        return image
+        except UnidentifiedImageError as error:
+            raise VideoError(self.path, f"{name} is no picture, or a damaged one") from error
+        except Exception as error:  # Pillow raises many kinds for a damaged file
+            raise VideoError(self.path, f"{name} is damaged or can't be read ({error})") from error
+
+    def _named(self, file: str) -> str:
+        return "the file" if file == self.path else Path(file).name
 
 
 _ANIMATED = ("WEBP", "PNG")  # formats whose further pictures are shown after the first; a TIFF's are pages
@@ -212,10 +212,6 @@ def _to_rgb(image: Image.Image) -> Picture:
         levels = samples / 257
     gray = np.nan_to_num(levels).round().clip(0, 255).astype(np.uint8)
     return np.repeat(gray[:, :, None], 3, axis=2)
-
-
-def _named(file: str, path: str) -> str:
-    return "the file " if file == path else f"{Path(file).name} "
 
 
 def _upright_size(image: Image.Image) -> tuple[int, int]:

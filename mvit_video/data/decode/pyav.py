@@ -320,12 +320,11 @@ class PyAVVideo(Video):
         tick = self._stream.time_base
         guessed = self.has_guessed_times and found.index is None  # an AVI file has one rate throughout
         pts = [None] * len(found.pts) if guessed else found.pts
-        self.times, self.fps, self.start_ticks, num_jumps = measure_times(
+        self.times, self.fps, self.start, num_jumps = measure_times(
             pts, tick or Fraction(1), declared, clock_may_jump=clock_may_jump
         )
         if num_jumps:
             warn_of_jumps(self.path, num_jumps, self.fps)
-        self.start = self.start_ticks * float(tick or 0)  # seconds on the stream's clock
         self.num_frames = len(found.pts)
 
     def _error(self, reason: str) -> VideoError:

@@ -27,13 +27,13 @@ class FrameTimes(NamedTuple):
         seconds: from the first frame, rising.
         fps: frames a second: (frames - 1) / (time of the last - time of the first frame), or by the usual
             distance of two frames where the clock restarts or has gaps.
-        start_ticks: the first time on the stream's own clock.
+        start: seconds of the first frame on the stream's own clock.
         num_jumps: how often the clock restarts or has a gap.
     """
 
     seconds: npt.NDArray[np.float64]
     fps: float
-    start_ticks: int
+    start: float
     num_jumps: int
 
 
@@ -50,15 +50,15 @@ def measure_times(
     """
     start = next((time for time in pts if time is not None), 0)
     if len(pts) < 2 or None in pts:
-        return FrameTimes(np.arange(len(pts)) / declared_fps, declared_fps, start, 0)
+        return FrameTimes(np.arange(len(pts)) / declared_fps, declared_fps, float(start * tick), 0)
     ticks = np.array(pts, np.int64)
     ordered = np.unique(ticks)
-    if len(ordered) == len(ticks) and (np.diff(ticks) * tick > -_GAP_SECONDS).all():
+    if len(ordered) == len(ticks) and (np.diff(ticks) > -_GAP_SECONDS / tick).all():
         ticks, start = ordered, int(ordered[0])  # frames that were told each other's times
     steps = np.diff(ticks)
     rising = steps[steps > 0]
     if not len(rising):
-        return FrameTimes(np.arange(len(pts)) / declared_fps, declared_fps, start, 0)
+        return FrameTimes(np.arange(len(pts)) / declared_fps, declared_fps, float(start * tick), 0)
     usual = float(np.median(rising))
     gap = max(_GAP_SECONDS / tick, _GAP_RATIO * usual)
     gaps = steps > gap
@@ -68,14 +68,14 @@ def measure_times(
     if not jumps.any():
         # In fractions: 29.999999999999996 for 30 costs a clip's last frame.
         fps = float((len(pts) - 1) / (int(ticks[-1] - ticks[0]) * tick))
-        return FrameTimes((ticks - start).astype(np.float64) * float(tick), fps, start, 0)
+        return FrameTimes((ticks - start).astype(np.float64) * float(tick), fps, float(start * tick), 0)
     near = rising[(rising > usual / 2) & (rising < usual * 3 / 2)]
     fps = float(len(near) / (int(near.sum()) * tick))
     bridged = steps <= 0
     if clock_may_jump:
         bridged |= gaps & (steps > _MAX_DISCONTINUITY / tick)
     seconds = np.where(bridged, 1 / fps, steps * float(tick)).cumsum()
-    return FrameTimes(np.concatenate([[0.0], seconds]), fps, start, int(jumps.sum()))
+    return FrameTimes(np.concatenate([[0.0], seconds]), fps, float(start * tick), int(jumps.sum()))
 
 
 @functools.lru_cache(maxsize=10_000)
