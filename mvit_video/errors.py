@@ -43,3 +43,8 @@ def did_you_mean(word: str, known: Iterable[str], form: str = "{!r}") -> str:
     """The known word nearest to ``word`` as a question in brackets, or nothing where none is near."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f" (did you mean {form.format(close[0])}?)" if close else ""
+
+
+def brief(error: BaseException) -> str:
+    """A library's error on one line, whatever a file has put into it."""
+    return " ".join(f"{type(error).__name__}: {error}"[:1000].split())[:200]

@@ -67,14 +67,14 @@ def _score_data_set(config: DictConfig, output: Path, ranks: Ranks) -> tuple[Sco
     if model is None:
         model = app.build_model(config, num_classes=len(known or splits.class_names))
     class_map = read_class_map(config.class_map)
-    matrix = matching_classes(
-        known or model.class_names, model.config.num_classes, splits.class_names, class_map
-    )
+    known = known or model.class_names
+    matrix = matching_classes(known, model.config.num_classes, splits.class_names, class_map)
     index = _chosen_split(splits, config.split)
     provenance = provenance_of(
         model,
         config.weights or OmegaConf.select(config, "model.weights"),
         class_map=class_map,
+        model_classes=None if matrix is None else known,
         decoder=OmegaConf.to_container(config.decoder, resolve=True),
         split=config.split,
         data=_data_set(config.data),

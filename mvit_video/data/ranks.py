@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from mvit_video.errors import ConfigError, MVitVideoError
+from mvit_video.errors import ConfigError, MVitVideoError, brief
 
 T = TypeVar("T")
 
@@ -83,8 +83,9 @@ def process_group() -> Iterator[Ranks]:
             "gloo", init_method=address, rank=rank, world_size=size, timeout=timedelta(minutes=10)
         )
     except (RuntimeError, ValueError) as error:  # a port in use, a variable that lacks
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"rank {rank} of {size}: the processes can't find each other: {reason}") from None
+        raise ConfigError(
+            f"rank {rank} of {size}: the processes can't find each other: {brief(error)}"
+        ) from None
     try:
         # One process may have far more to do than another; one that dies is noticed at once all the same.
         group = dist.new_group(backend="gloo", timeout=timedelta(days=7))

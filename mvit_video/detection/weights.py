@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mvit_video.errors import CheckpointError, ConfigError
+from mvit_video.errors import CheckpointError, ConfigError, brief
 from mvit_video.weights.checkpoint import LoadReport
 from mvit_video.weights.formats import adapt_shape, to_pyslowfast_keys
-from mvit_video.weights.reading import brief, find_weights, read_checkpoint
+from mvit_video.weights.reading import find_weights, read_checkpoint
 
 BACKBONE = "backbone.bottom_up."
 # What depends on the classes.

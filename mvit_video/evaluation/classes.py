@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mvit_video.data.class_names import check_same_classes
 from mvit_video.data.files import existing, parse_json, read_text
-from mvit_video.errors import ConfigError, DataError, did_you_mean
+from mvit_video.errors import ConfigError, DataError, brief, did_you_mean
 
 ClassMap = dict[str, list[str]]
 
@@ -31,7 +31,7 @@ def read_class_map(source: str | None) -> ClassMap | None:
         try:
             content = yaml.load(read_text(file), Loader=_YamlOfText)
         except (yaml.YAMLError, RecursionError) as error:
-            raise DataError(f"{where}: {' '.join(str(error).split())[:200]}") from None
+            raise DataError(f"{where}: {brief(error)}") from None
     if not isinstance(content, dict):
         raise DataError(f"{where}: expected {{class of the data set: class or classes of the model}}")
     return {str(name): _model_classes(name, value, where) for name, value in content.items()}
@@ -51,6 +51,11 @@ def class_matrix(
     """
     mapping = mapping or {}
     position = {name: index for index, name in enumerate(known)}
+    if len(position) < len(known):
+        twice = next(name for index, name in enumerate(known) if position[name] != index)
+        raise DataError(
+            f"two classes of the model are called {twice!r}; class_names=FILE can tell them apart"
+        )
     matrix = torch.zeros(len(known), len(wanted))
     for name in mapping:
         if name not in wanted:

@@ -21,18 +21,22 @@ from torch import Tensor
 
 from mvit_video.data.files import existing, parse_json
 from mvit_video.data.index import LabelledVideo, VideoIndex
-from mvit_video.errors import DataError
+from mvit_video.errors import DataError, brief
 from mvit_video.evaluation.classes import ClassMap, map_classes, matching_classes
 from mvit_video.evaluation.score_files import read_scores
 from mvit_video.evaluation.scores import ScoreTable, with_labels
 
-SUFFIXES = (".pkl", ".pickle", ".json")
 _UNEXPECTED = (AttributeError, LookupError, ArithmeticError, RuntimeError, TypeError, ValueError)
 
 
 def read_table(path: Path) -> ScoreTable:
-    """Scores of mvit-eval or, by the suffix, of another tool."""
-    return read_foreign_scores(path) if path.suffix in SUFFIXES else read_scores(path)
+    """Scores of mvit-eval or, by the suffix, of another tool. Raises DataError."""
+    path = existing(path)
+    return read_foreign_scores(path) if _is_foreign(path) else read_scores(path)
+
+
+def _is_foreign(path: Path) -> bool:
+    return path.suffix.lower() in (".pkl", ".pickle", ".json")
 
 
 def read_foreign_scores(path: Path) -> ScoreTable:
@@ -53,12 +57,12 @@ def read_foreign_scores(path: Path) -> ScoreTable:
             a pickle asks for anything but arrays.
     """
     try:
-        content = parse_json(path) if path.suffix == ".json" else _read_pickle(path)
+        content = parse_json(path) if path.suffix.lower() == ".json" else _read_pickle(path)
         scores, labels = _scores_and_labels(content, most=path.stat().st_size)
     except _UNEXPECTED as error:
         raise DataError(
             f"{path}: neither PySlowFast's (scores, labels) nor mmaction2's list of pred_score and gt_label "
-            f"({_line(error)})"
+            f"({brief(error)})"
         ) from None
     number, classes = scores.shape
     wrong = ~(scores.abs() <= torch.finfo(torch.float32).max)
@@ -89,7 +93,7 @@ def as_in_data_set(
     Raises:
         DataError: classes, videos or labels differ.
     """
-    if path.suffix in SUFFIXES:  # another tool's, which has no names
+    if _is_foreign(path):  # another tool's, which has no names
         table = _in_order_of(table, index.videos, path)
     if class_map is None and table.class_names == tuple(map(str, range(len(index.class_names)))):
         return with_labels(table, index.videos, index.class_names)
@@ -160,21 +164,17 @@ def _probabilities(scores: Tensor) -> Tensor:
     return (scores / totals if positive else scores.softmax(1)).float()
 
 
-def _line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
-
-
 # Pickles
 
 
 def _read_pickle(path: Path) -> Any:
-    with existing(path).open("rb") as file:
+    with path.open("rb") as file:
         try:
             return _Arrays(file, str(path)).load()
         except DataError:
             raise
         except Exception as error:  # a damaged pickle can raise anything
-            raise DataError(f"{path}: no readable pickle ({_line(error)})") from None
+            raise DataError(f"{path}: no readable pickle ({brief(error)})") from None
 
 
 def _load_storage(content: bytes) -> Any:

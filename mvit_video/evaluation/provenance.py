@@ -22,7 +22,10 @@ from mvit_video.weights import weights_sha256
 
 PACKAGES = ("mvit-video", "torch", "torchvision", "torchmetrics", "av", "numpy")
 # Scores are only added to others that were made with the same of these.
-_SAME = ("model", "protocol", "class_names", "class_map", "precision", "decoder", "split", "data")
+_SAME = (
+    *("model", "protocol", "precision", "decoder"),
+    *("class_names", "class_map", "model_classes", "split", "data"),
+)
 
 
 def provenance_of(model: VideoModel, weights: str | None, **settings: Any) -> Fingerprint:
@@ -30,7 +33,7 @@ def provenance_of(model: VideoModel, weights: str | None, **settings: Any) -> Fi
 
     Args:
         weights: their file, or the name of published ones.
-        settings: further JSON values: class_map, decoder, split, data.
+        settings: further JSON values: class_map, model_classes, decoder, split, data.
     """
     file = Path(weights or "").expanduser()
     return fingerprint(

@@ -23,17 +23,10 @@ from mvit_video.io.writing import replacing
 
 log = logging.getLogger(__name__)
 
-_SETTINGS = [
-    "date",
-    "weights_sha256",
-    "model_sha256",
-    "model",
-    "precision",
-    "class_map",
-    "decoder",
-    "split",
-    "data",
-]
+_SETTINGS = (
+    *("date", "weights_sha256", "model_sha256", "model", "precision"),
+    *("class_map", "decoder", "split", "data"),
+)
 
 
 def report_table(

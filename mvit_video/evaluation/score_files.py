@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from mvit_video.data.index import LabelledVideo
-from mvit_video.errors import DataError
+from mvit_video.errors import DataError, brief
 from mvit_video.evaluation.scores import ScoreTable, VideoScores
 from mvit_video.io.fingerprint import Fingerprint
 from mvit_video.io.writing import append, naming, replacing, set_aside
@@ -32,8 +32,14 @@ log = logging.getLogger(__name__)
 
 _METADATA, _FILE = b"mvit_video", b"file"
 _PROVENANCE = "facts"  # the name that files of all versions have for it
-_COLUMNS = ("id", "path", "label", "view", "start", "end", "scores")
-_TYPES = (pa.string(), pa.string(), pa.int64(), pa.int32(), pa.float64(), pa.float64())
+_COLUMNS = {  # and "scores", lists of C float32
+    "id": pa.string(),
+    "path": pa.string(),
+    "label": pa.int64(),
+    "view": pa.int32(),
+    "start": pa.float64(),
+    "end": pa.float64(),
+}
 _PROVENANCE_TYPES = {
     **dict.fromkeys(("weights", "scores", "protocol_text", "precision", "split", "date"), str),
     **dict.fromkeys(("versions", "protocol", "model", "decoder", "data"), dict),
@@ -61,7 +67,7 @@ def read_scores(path: Path) -> ScoreTable:
     try:
         found = pq.read_table(path)
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: no Parquet file of scores ({_line(error)})") from None
+        raise DataError(f"{path}: no Parquet file of scores ({brief(error)})") from None
     return _table(found, str(path))
 
 
@@ -147,7 +153,7 @@ def _whole_batches(
         reader = pa.ipc.open_stream(pa.memory_map(str(path)))
         class_names, provenance = _metadata(reader.schema, str(path))
     except (pa.ArrowException, DataError) as error:
-        set_aside(path, f"no log of scores ({_line(error)})")
+        set_aside(path, f"no log of scores ({brief(error)})")
         return
     check({"class_names": list(class_names), **provenance})
     try:
@@ -155,7 +161,7 @@ def _whole_batches(
             batch.validate(full=True)
             yield batch, json.loads(custom[_FILE]) if custom else {}
     except (pa.ArrowException, OSError, ValueError) as error:
-        log.warning("%s: its end is torn; what is before it counts (%s)", path, _line(error))
+        log.warning("%s: its end is torn; what is before it counts (%s)", path, brief(error))
 
 
 # Rows
@@ -163,8 +169,8 @@ def _whole_batches(
 
 def _schema(class_names: Sequence[str], provenance: Mapping[str, Any]) -> pa.Schema:
     content = json.dumps({"class_names": list(class_names), _PROVENANCE: dict(provenance)})
-    types = (*_TYPES, pa.list_(pa.float32(), len(class_names)))
-    return pa.schema(list(zip(_COLUMNS, types, strict=True)), metadata={_METADATA: content.encode()})
+    columns = [*_COLUMNS.items(), ("scores", pa.list_(pa.float32(), len(class_names)))]
+    return pa.schema(columns, metadata={_METADATA: content.encode()})
 
 
 def _batch(
@@ -181,9 +187,9 @@ def _batch(
         spans[..., 0].flatten().numpy(),
         spans[..., 1].flatten().numpy(),
     ]
-    arrays = [pa.array(values, kind) for values, kind in zip(columns, _TYPES, strict=True)]
-    flat = views.contiguous().flatten().numpy()
-    arrays.append(pa.FixedSizeListArray.from_arrays(pa.array(flat, pa.float32()), views.shape[-1]))
+    arrays = [pa.array(values, kind) for values, kind in zip(columns, _COLUMNS.values(), strict=True)]
+    flat = pa.array(views.flatten().numpy(), pa.float32())
+    arrays.append(pa.FixedSizeListArray.from_arrays(flat, views.shape[-1]))
     return pa.RecordBatch.from_arrays(arrays, schema=schema)
 
 
@@ -194,7 +200,9 @@ def _table(rows: pa.Table, where: str) -> ScoreTable:
         class_names = tuple(map(str, range(len(first_row))))
     if not class_names or not len(rows):
         raise DataError(f"{where}: no scores; it has {len(rows)} rows, the first with {first_row!r:.60}")
-    ids, paths, labels, view, start, end, scores = _columns(rows, len(class_names), where)
+    kinds = {**_COLUMNS, "scores": pa.list_(pa.float32(), len(class_names))}
+    ids, paths, labels, view, start, end, scores = (_column(rows, *item, where) for item in kinds.items())
+    scores = scores.reshape(len(rows), -1)
     wrong = ~((scores >= 0) & (scores <= 1 + _ROUNDING))
     first_wrong = scores[np.arange(len(rows)), wrong.argmax(1)]
     _refuse(wrong.any(1), first_wrong, f"{where}: scores", "no softmax: NaN, infinite, or not in 0 to 1")
@@ -202,8 +210,15 @@ def _table(rows: pa.Table, where: str) -> ScoreTable:
     outside = ~unknown & ~((labels >= 0) & (labels < len(class_names)))
     _refuse(outside, labels, f"{where}: label", f"there are {len(class_names)} classes, counted from 0")
 
-    order = np.lexsort((view, pa.array(ids).dictionary_encode().indices.to_numpy()))
-    number = _views_per_video(ids[order], view[order], where)
+    of_video = pa.array(ids).dictionary_encode().indices.to_numpy()
+    order = np.lexsort((view, of_video))
+    counts = np.bincount(of_video)
+    number = int(counts.max())
+    expected = np.arange(len(rows)) - (counts.cumsum() - counts)[of_video[order]]
+    odd = (view[order] != expected) | (counts[of_video[order]] != number)
+    if odd.any():
+        video_id = ids[order[odd.argmax()]]
+        raise DataError(f"{where}: {video_id} lacks a view of 0 to {number - 1}, or has one twice")
     first = order[::number]
     for name, values in (("label", np.where(unknown, -1, labels)), ("path", paths)):
         differs = np.zeros(len(rows), dtype=bool)
@@ -218,20 +233,17 @@ def _table(rows: pa.Table, where: str) -> ScoreTable:
     return ScoreTable(videos, views, spans, class_names, provenance)
 
 
-def _columns(rows: pa.Table, classes: int, where: str) -> list[Any]:
-    """Arrays of the columns; scores (rows, C)."""
-    arrays = []
-    for name, kind in zip(_COLUMNS, (*_TYPES, pa.list_(pa.float32(), classes)), strict=True):
-        column = rows[name]
-        if column.null_count and name not in ("label", "start", "end"):
-            raise DataError(f"{where}: {name} of row {column.is_null().index(True)} is missing")
-        try:
-            column = column.cast(kind).combine_chunks()
-        except pa.ArrowException as error:
-            raise DataError(f"{where}: {name} of {column.type}, expected {kind}: {_line(error)}") from None
-        values = column.flatten() if name == "scores" else column
-        arrays.append(values.to_numpy(zero_copy_only=False))
-    return [*arrays[:-1], arrays[-1].reshape(len(rows), classes)]
+def _column(rows: pa.Table, name: str, kind: pa.DataType, where: str) -> Any:
+    """A column as an array; lists of scores one after the other."""
+    column = rows[name]
+    if column.null_count and name not in ("label", "start", "end"):
+        raise DataError(f"{where}: {name} of row {column.is_null().index(True)} is missing")
+    try:
+        column = column.cast(kind).combine_chunks()
+    except pa.ArrowException as error:
+        raise DataError(f"{where}: {name} of {column.type}, expected {kind}: {brief(error)}") from None
+    values = column.flatten() if name == "scores" else column
+    return values.to_numpy(zero_copy_only=False)
 
 
 def _refuse(wrong: Any, values: Any, what: str, why: str) -> None:
@@ -240,21 +252,9 @@ def _refuse(wrong: Any, values: Any, what: str, why: str) -> None:
         raise DataError(f"{what} of row {row} is {values[row]}; {why}")
 
 
-def _views_per_video(ids: Sequence[str], views: Sequence[int], where: str) -> int:
-    """How many views each video has, of rows sorted by video and view."""
-    found: dict[str, list[int]] = {}
-    for video_id, view in zip(ids, views, strict=True):
-        found.setdefault(video_id, []).append(int(view))
-    number = max(map(len, found.values()))
-    for video_id, numbers in found.items():
-        if numbers != list(range(number)):
-            raise DataError(f"{where}: {video_id} lacks a view of 0 to {number - 1}, or has one twice")
-    return number
-
-
 def _metadata(schema: pa.Schema, where: str) -> tuple[tuple[str, ...], dict[str, Any]]:
     """Class names, () where there are none, and provenance."""
-    missing = [name for name in _COLUMNS if name not in schema.names]
+    missing = [name for name in (*_COLUMNS, "scores") if name not in schema.names]
     if missing:
         raise DataError(f"{where}: no scores of mvit-eval; it has no column {missing[0]}")
     try:
@@ -270,9 +270,5 @@ def _metadata(schema: pa.Schema, where: str) -> tuple[tuple[str, ...], dict[str,
         if not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
             raise ValueError("class_names aren't different names")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise DataError(f"{where}: damaged metadata ({_line(error)})") from None
+        raise DataError(f"{where}: damaged metadata ({brief(error)})") from None
     return tuple(names), provenance
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]

@@ -150,8 +150,10 @@ class MViTConfig:
         for name in grids:
             self._require(name, _is_grid(getattr(self, name), 1), "be three positive numbers (T, H, W)")
         padding = self.patch_padding
-        is_padding = padding is None or _is_grid(padding, 0)
-        self._require("patch_padding", is_padding, "be three numbers (T, H, W) from 0")
+        is_padding = padding is None or (_is_grid(padding, 0) and all(type(item) is int for item in padding))
+        self._require("patch_padding", is_padding, "be three whole numbers (T, H, W) from 0")
+        if padding and any(pad > kernel for pad, kernel in zip(padding, self.patch_kernel, strict=True)):
+            raise ValueError(f"patch_padding {padding} must not exceed patch_kernel {self.patch_kernel}")
         has_blocks = bool(self.stages) and min(self.stages) > 0
         self._require("stages", has_blocks, "list the blocks of each stage, at least one each")
         depth = sum(self.stages)

@@ -7,10 +7,10 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import safetensors.torch
 import torch
@@ -35,9 +35,6 @@ from mvit_video.weights.description import (
 from mvit_video.weights.formats import adapt_shape, to_pyslowfast_keys
 from mvit_video.weights.pyslowfast import make_cfg, parse_cfg, parse_yaml, read_cfg
 from mvit_video.weights.reading import METADATA_KEY, find_weights, is_plain, read_checkpoint
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 log = logging.getLogger(__name__)
 
@@ -71,29 +68,12 @@ class LoadReport:
         lines = [f"{len(self.loaded)} tensors loaded"]
         if self.prefix:
             lines[0] += f", without the prefix {self.prefix}"
-        for how, groups in self._groups():
-            names = [f"{name} (x{count})" if count > 1 else name for name, count in groups.items()]
-            lines.append(f"{groups.total()} {how}: {', '.join(names)}")
-        return "\n".join(lines)
-
-    def __rich__(self) -> Table:
-        """For rich's ``print``: a table with a row for each kind of tensor that something happened to."""
-        from rich.table import Table
-
-        table = Table(title=str(self).partition("\n")[0], title_justify="left")
-        for column in ("what", "tensors", "count"):
-            table.add_column(column, overflow="fold", justify="right" if column == "count" else "left")
-        for how, groups in self._groups():
-            for name, count in groups.items():
-                table.add_row(how, name, str(count))
-        return table
-
-    def _groups(self) -> Iterator[tuple[str, Counter[str]]]:
-        """All ways but "loaded", with names; those of all blocks are one."""
         for how in ("reshaped", "inflated", "interpolated", "fresh"):
             groups = Counter(re.sub(r"\.\d+\.", ".*.", name) for name in getattr(self, how))
-            if groups:
-                yield how, groups
+            names = [f"{name} (x{count})" if count > 1 else name for name, count in groups.items()]
+            if names:
+                lines.append(f"{groups.total()} {how}: {', '.join(names)}")
+        return "\n".join(lines)
 
 
 def load_model(path: str | Path) -> VideoModel:

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mvit_video.errors import CheckpointError
+from mvit_video.errors import CheckpointError, brief
 from mvit_video.model.base import VideoModel
 from mvit_video.model.baselines import Baseline, BaselineConfig
 from mvit_video.model.clip_spec import ClipSpec
 from mvit_video.model.config import MViTConfig
 from mvit_video.model.mvit import MViT
 from mvit_video.model.variants import VARIANTS, replace_fields
-from mvit_video.weights.reading import brief, is_plain, require_bounded
+from mvit_video.weights.reading import is_plain, require_bounded
 
 # Far above any model's, far below what would fill a machine's memory.
 MAX_BLOCKS = 1000
@@ -95,8 +95,9 @@ def model_metadata(model: VideoModel) -> dict[str, Any]:
 
 
 def parse_metadata(metadata: Any, name: str) -> Description:
-    """``model_metadata`` read back from the file ``name``. Raises CheckpointError."""
+    """``model_metadata``, or its JSON text, read back from the file ``name``. Raises CheckpointError."""
     try:
+        metadata = json.loads(metadata) if isinstance(metadata, str) else metadata
         require_bounded(metadata)
         values, names = dict(metadata["config"]), metadata["class_names"]
         if not isinstance(names, list | tuple | None):

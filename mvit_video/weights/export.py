@@ -17,13 +17,13 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from mvit_video.errors import CheckpointError, ConfigError
+from mvit_video.errors import CheckpointError, ConfigError, brief
 from mvit_video.model.config import MViTConfig
 from mvit_video.model.mvit import MViT
 from mvit_video.weights.description import model_metadata, parse_metadata
-from mvit_video.weights.reading import EXPORTED, METADATA_KEY, brief
+from mvit_video.weights.reading import EXPORTED, METADATA_KEY
 
-MAX_BATCH = 1024  # of a program; ONNX has no limit
+MAX_BATCH = 1024  # clips that a program takes at once
 
 Run = Callable[[Tensor], Tensor]
 
@@ -38,13 +38,7 @@ class ExportedModel(nn.Module):
         super().__init__()
         if not metadata:
             raise CheckpointError(f"{path}: holds no description of the model; was it made by mvit-export?")
-        try:
-            values = json.loads(metadata)
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(
-                f"{path}: its description of the model can't be used ({brief(error)})"
-            ) from None
-        description = parse_metadata(values, path)
+        description = parse_metadata(metadata, path)
         if not isinstance(description.config, MViTConfig):
             raise CheckpointError(f"{path}: describes {description.config.name}, but only MViT is exported")
         self.config, self.protocol = description.config, description.protocol
@@ -59,7 +53,12 @@ class ExportedModel(nn.Module):
                 f"{self.path} was exported for clips of {size}, got {tuple(clips.shape[1:])}; "
                 "export it with these views"
             )
-        logits = self._run(clips)
+        try:
+            logits = torch.cat([self._run(part) for part in clips.split(MAX_BATCH)])
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # of a program: anything
+            raise CheckpointError(f"{self.path}: its program fails ({brief(error)})") from None
         if tuple(logits.shape) != (expected := (len(clips), self.config.num_classes)):
             raise CheckpointError(f"{self.path}: gives {tuple(logits.shape)}, its description {expected}")
         return logits
@@ -91,11 +90,15 @@ def export_model(model: MViT, path: str | Path, *, compiled: bool = False) -> No
             return
         program = torch.export.export(model, (clips,), dynamic_shapes=shapes)
         if compiled:
-            torch._inductor.aoti_compile_and_package(
-                program,
-                package_path=str(path),
-                inductor_configs={"aot_inductor.metadata": {METADATA_KEY: metadata}},
-            )
+            settings = {"aot_inductor.metadata": {METADATA_KEY: metadata}}
+            try:
+                torch._inductor.aoti_compile_and_package(
+                    program, package_path=str(path), inductor_configs=settings
+                )
+            except RuntimeError as error:  # of a compiler that isn't there, or fails
+                raise ConfigError(
+                    f"{path}: can't be compiled ({brief(error)}); compiled=true needs a C++ compiler"
+                ) from None
         else:
             torch.export.save(program, path, extra_files={METADATA_KEY: metadata})
 
@@ -162,10 +165,7 @@ def _load_onnx(path: Path, device: str | torch.device) -> tuple[Run, str | None]
         raise CheckpointError(f"{path}: not an ONNX model, or damaged ({brief(error)})") from None
 
     def run(clips: Tensor) -> Tensor:
-        try:
-            return torch.from_numpy(session.run(["logits"], {"clips": clips.float().cpu().numpy()})[0])
-        except Exception as error:
-            raise CheckpointError(f"{path}: its program fails ({brief(error)})") from None
+        return torch.from_numpy(session.run(["logits"], {"clips": clips.float().cpu().numpy()})[0])
 
     return run, session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -11,15 +10,12 @@ from torch import nn
 from mvit_video.io.fingerprint import file_sha256
 
 
-def weights_sha256(model: nn.Module | str | Path) -> str:
+def weights_sha256(model: nn.Module) -> str:
     """The hexadecimal SHA-256 of a model's weights, whatever file they came from.
 
-    Args:
-        model: its names, shapes and values count, so ask before it is cast to another precision. An exported
-            model or a path is known by the content of its file.
+    Names, shapes and values count, so ask before the model is cast to another precision. An exported model is
+    known by the content of its file.
     """
-    if isinstance(model, str | Path):
-        return file_sha256(model)
     if isinstance(path := getattr(model, "path", None), str):
         return file_sha256(path)
     digest = hashlib.sha256()

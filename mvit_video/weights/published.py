@@ -6,6 +6,7 @@ import re
 import shutil
 import urllib.request
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -14,7 +15,7 @@ from filelock import FileLock
 from rich.console import Console
 from rich.progress import wrap_file
 
-from mvit_video.errors import CheckpointError
+from mvit_video.errors import CheckpointError, brief
 from mvit_video.io.fingerprint import file_sha256
 from mvit_video.io.writing import replacing
 from mvit_video.weights.reading import read_checkpoint
@@ -105,8 +106,8 @@ def fetch(entry: PublishedWeights) -> dict[str, Any]:
                         _download(entry, path)
                 finally:
                     lock_file.unlink(missing_ok=True)
-        except OSError as error:
-            raise CheckpointError(f"{entry.url} can't be fetched ({error}); {by_hand}") from None
+        except (OSError, HTTPException, ValueError) as error:  # whatever a server answers
+            raise CheckpointError(f"{entry.url} can't be fetched ({brief(error)}); {by_hand}") from None
         except CheckpointError as error:
             raise CheckpointError(f"{entry.url} arrived damaged ({error}); try again, or {by_hand}") from None
     _check_hash(path, entry)

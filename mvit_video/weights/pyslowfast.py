@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import ast
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from typing import Any
 
 import yaml
 
-from mvit_video.errors import CheckpointError
+from mvit_video.errors import CheckpointError, brief
 from mvit_video.model.clip_spec import ClipSpec
 from mvit_video.model.config import (
     Grid,
@@ -25,7 +26,7 @@ from mvit_video.model.config import (
     same_padding,
 )
 from mvit_video.weights.description import MAX_BLOCKS, Description
-from mvit_video.weights.reading import brief, find_weights, require_bounded
+from mvit_video.weights.reading import find_weights, require_bounded
 
 # Options that mean what a field of MViTConfig means: that field, and the official default.
 _SAME: dict[str, dict[str, tuple[str, Any]]] = {
@@ -352,26 +353,28 @@ def _clip_spec(options: Sections) -> ClipSpec:
 
 
 def _grid(mvit: dict[str, Any], option: str, *before: int) -> Grid:
-    try:
+    with _named(mvit, option, f"be {3 - len(before)} numbers"):
         t, h, w = (int(value) for value in (*before, *mvit[option]))
-    except (TypeError, ValueError):
-        raise ValueError(f"MVIT.{option} = {mvit[option]!s:.80} must be {3 - len(before)} numbers") from None
     return t, h, w
 
 
 def _strides(mvit: dict[str, Any], option: str) -> dict[int, Grid]:
     """(block, T, H, W) entries; the last of several for one block counts."""
-    try:
+    with _named(mvit, option, "list [block, T, H, W]"):
         return {int(block): (int(t), int(h), int(w)) for block, t, h, w in mvit[option]}
-    except (TypeError, ValueError):
-        raise ValueError(f"MVIT.{option} = {mvit[option]!s:.80} must list [block, T, H, W]") from None
 
 
 def _factors(mvit: dict[str, Any], option: str) -> dict[int, float]:
-    try:
+    with _named(mvit, option, "list [block, factor]"):
         return {int(block): float(factor) for block, factor in mvit[option]}
+
+
+@contextmanager
+def _named(mvit: dict[str, Any], option: str, must: str) -> Iterator[None]:
+    try:
+        yield
     except (TypeError, ValueError):
-        raise ValueError(f"MVIT.{option} = {mvit[option]!s:.80} must list [block, factor]") from None
+        raise ValueError(f"MVIT.{option} = {mvit[option]!s:.80} must {must}") from None
 
 
 def _entries(strides: dict[int, Grid]) -> tuple[tuple[int, int, int, int], ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from mvit_video.errors import CheckpointError
+from mvit_video.errors import CheckpointError, brief
 
 METADATA_KEY = "mvit_video"  # in our checkpoints: config, protocol and class names beside the weights
 EXPORTED = (".onnx", ".pt2")
@@ -74,9 +73,9 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         with safe_open(path, framework="pt") as file:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
             metadata = (file.metadata() or {}).get(METADATA_KEY)
-        return {"model_state": weights} | ({METADATA_KEY: json.loads(metadata)} if metadata else {})
-    except Exception as error:  # of its Rust part, of types that torch lacks, of JSON
+    except Exception as error:  # of its Rust part, of types that torch lacks
         raise CheckpointError(f"{path}: not a safetensors file, or damaged ({brief(error)})") from None
+    return {"model_state": weights} | ({METADATA_KEY: metadata} if metadata else {})
 
 
 def find_weights(checkpoint: Mapping[str, Any], name: str) -> tuple[dict[str, Tensor], str]:
@@ -148,8 +147,3 @@ def require_bounded(values: Any) -> None:
             remaining.extend(item.values())
         elif isinstance(item, list | tuple):
             remaining.extend(item)
-
-
-def brief(error: BaseException) -> str:
-    """An error on one line, whatever a file has put into it."""
-    return " ".join(f"{type(error).__name__}: {error}"[:1000].split())[:200]

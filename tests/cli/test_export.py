@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Command
+from conftest import Command, error_line
+from torch._inductor.exc import InvalidCxxCompiler
 
 import mvit_video as mv
 from mvit_video.weights import METADATA_KEY, model_metadata
@@ -30,6 +31,19 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     weights = {f"model.{name}": torch.randn_like(value) / 3 for name, value in model.state_dict().items()}
     torch.save({"state_dict": weights, METADATA_KEY: model_metadata(model)}, path)
     return path
+
+
+def test_a_compiler_that_is_missing_is_one_line(
+    command: Command, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object, **options: object) -> None:
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr("torch.export.export", lambda *args, **options: None)  # which takes seconds
+    monkeypatch.setattr("torch._inductor.aoti_compile_and_package", refuse)
+    result = command("export", f"weights={small}", "output=model.pt2", "runs=1", "compiled=true")
+    assert "C++ compiler" in error_line(result, "export")
+    assert not list(tmp_path.iterdir())
 
 
 def check(command: Command, small: Path, two_classes: Path, tmp_path: Path, name: str, *options: str) -> None:

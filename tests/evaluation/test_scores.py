@@ -301,6 +301,11 @@ def test_classes_without_counterpart_are_named(wanted: list[str], mapping: dict,
         class_matrix(["run", "jump"], wanted, mapping)
 
 
+def test_a_name_of_two_classes_is_no_counterpart() -> None:
+    with pytest.raises(DataError, match=r"'run'.*class_names"):
+        class_matrix(["run", "jump", "run"], ["run"])
+
+
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [

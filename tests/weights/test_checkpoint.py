@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from golden_models import golden, golden_input, golden_state
+from small_models import small_model
 from torch import Tensor
 
 from mvit_video.errors import CheckpointError
@@ -26,12 +27,6 @@ from mvit_video.weights import (
 )
 
 TINY = "tiny_v2"
-
-
-def small_model(seed: int = 0, **overrides: Any) -> MViT:
-    torch.manual_seed(seed)
-    settings = {"num_classes": 3, "embed_dim": 8, "stages": (1, 1), "crop_size": 16, "num_frames": 4}
-    return create_model("mvitv2_nano_8x4", **(settings | overrides))
 
 
 def lightning_like(model: MViT) -> dict[str, Any]:
@@ -90,12 +85,6 @@ def test_load_weights_finds_the_format_out(tmp_path, wrap, from_file):
     source = wrap(trained)
     load_weights(model, save(source, tmp_path / "weights.pt") if from_file else source)
     assert_same_weights(model, trained.state_dict())
-
-
-def test_load_weights_takes_text_paths_and_keeps_the_mode(tmp_path):
-    model = small_model(2)
-    load_weights(model, str(save(small_model(1).state_dict(), tmp_path / "weights.pt")))
-    assert model.training
 
 
 def test_load_weights_takes_class_names_along():
@@ -213,9 +202,7 @@ READERS = {
 def test_files_that_are_no_checkpoints_are_refused_by_name(tmp_path, write, read):
     path = tmp_path / "weights.pt"
     write(path)
-    with pytest.raises(
-        CheckpointError, match=r"weights\.pt: (not a checkpoint file, or damaged|refused)"
-    ) as e:
+    with pytest.raises(CheckpointError, match=r"weights\.pt: not a checkpoint file, or damaged") as e:
         read(path)
     assert "\n" not in str(e.value)
 
@@ -238,7 +225,7 @@ class Malicious:
         return os.system, (self.command,)
 
 
-REFUSED = r"weights\.pt: refused, .*could run code"
+REFUSED = r"weights\.pt: refused, .*could run code \(\w+\.system\)$"
 MALICIOUS_WRITERS = {
     "torch file": (torch.save, REFUSED),
     # Of a newer pickle protocol than torch reads: may also be taken for damage.
@@ -258,8 +245,9 @@ def test_code_in_a_file_is_not_run(tmp_path, where, write, message, read):
     content = slowfast_checkpoint() | {where: Malicious(f"touch {mark}")}
     path = tmp_path / "weights.pt"
     write(content, path)
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(CheckpointError, match=message) as caught:
         read(path)
+    assert "weights_only" not in str(caught.value)  # no dangerous advice
     assert not mark.exists()
     pickle.loads(pickle.dumps(content[where]))  # the payload itself works
     assert mark.exists()
@@ -285,12 +273,6 @@ def test_other_content_is_named(tmp_path, read):
         read(save([1, 2], tmp_path / "list.pt"))
 
 
-@pytest.mark.parametrize("content", [{"epoch": 3, "lr": 0.1}, {"weights": [1.0]}])
-def test_dict_without_weights_lists_its_keys(content):
-    with pytest.raises(CheckpointError, match="no weights found; its keys are " + ", ".join(content)):
-        load_weights(small_model(), content)
-
-
 def test_load_model_of_bare_weights_asks_for_the_name(tmp_path):
     path = save(small_model().state_dict(), tmp_path / "bare.pt")
     with pytest.raises(
@@ -310,12 +292,6 @@ def test_from_slowfast_says_what_is_absent(keep, said):
 
 
 # What is refused: weights that don't fit
-
-
-def test_other_class_count_is_said_first():
-    model = small_model(num_classes=3)
-    with pytest.raises(CheckpointError, match="its head has 7 classes, the model has 3"):
-        load_weights(model, small_model(num_classes=7).state_dict())
 
 
 def test_missing_unexpected_and_misshapen_are_all_named():
@@ -408,50 +384,3 @@ def test_cfg_that_is_no_yaml(text):
 def test_cfg_that_is_no_mvit_configuration(cfg):
     with pytest.raises(CheckpointError, match="its cfg is no MViT configuration"):
         from_slowfast(slowfast_checkpoint() | {"cfg": cfg})
-
-
-# Proposed with checkpoint_fix.patch
-
-
-@pytest.mark.parametrize(
-    ("option", "value"),
-    [
-        ("DROPPATH_RATE", 2),
-        ("EMBED_DIM", 0),
-        ("PATCH_KERNEL", [7, 7]),
-        ("DIM_MUL", [[1, 2.0, 3]]),
-    ],
-)
-def test_cfg_out_of_range_is_a_checkpoint_error(option, value):
-    with pytest.raises(CheckpointError, match="its cfg is no MViT configuration"):
-        from_slowfast(slowfast_checkpoint(**{f"MVIT__{option}": value}))
-
-
-@pytest.mark.parametrize(
-    "metadata",
-    [
-        {},
-        {"config": {"embed_dims": 8}, "protocol": {}, "class_names": None},
-        {"config": {"embed_dim": 0}, "protocol": {}, "class_names": None},
-        {"config": {}, "protocol": {"crop": 0}, "class_names": None},
-    ],
-)
-def test_metadata_that_cannot_be_used(tmp_path, metadata):
-    path = save(lightning_like(small_model()) | {METADATA_KEY: metadata}, tmp_path / "best.ckpt")
-    with pytest.raises(CheckpointError, match=r"best\.ckpt: its description of the model can't be used"):
-        load_model(path)
-
-
-@pytest.mark.parametrize("write", [write_text, write_page])
-def test_text_is_not_called_code(tmp_path, write):
-    path = tmp_path / "weights.pt"
-    write(path)
-    with pytest.raises(CheckpointError, match="not a checkpoint file, or damaged"):
-        load_model(path)
-
-
-def test_refusal_names_what_was_found_and_gives_no_dangerous_advice(tmp_path):
-    path = save({"model_state": Malicious("true")}, tmp_path / "weights.pt")
-    with pytest.raises(CheckpointError, match=r"could run code \(\w+\.system\)$") as caught:
-        load_model(path)
-    assert "weights_only" not in str(caught.value)

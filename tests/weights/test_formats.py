@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +10,12 @@ import golden_weights
 import pytest
 import torch
 import torchvision
-from peers import TORCHVISION_NAMES, randomized, renamed, torchvision_twin
-from rich.console import Console
+from peers import randomized, torchvision_twin
 from safetensors.torch import save_file
 
 import mvit_video as mv
 from mvit_video.model.variants import VARIANTS
-from mvit_video.weights import METADATA_KEY, save_weights
+from mvit_video.weights import save_weights
 from mvit_video.weights.formats import to_pyslowfast_keys
 from mvit_video.weights.pyslowfast import make_cfg, parse_cfg
 
@@ -147,9 +145,6 @@ def test_a_new_head_is_kept_when_asked_for() -> None:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (lambda s: s.pop("norm.bias"), "missing norm.bias"),
-        (lambda s: s.update(extra=torch.zeros(1)), "unexpected extra"),
-        (lambda s: s.update({"norm.bias": torch.zeros(3)}), "norm.bias is (3,), expected (32,)"),
         (
             lambda s: s.update({"blocks.0.attn.rel_pos_h": torch.zeros(7, 4)}),
             "blocks.0.attn.rel_pos_h is (7, 4)",
@@ -210,12 +205,6 @@ def test_bare_and_broken_safetensors(tmp_path: Path) -> None:
             mv.load_weights(tiny(), tmp_path / "broken.safetensors")
 
 
-def test_renaming_goes_both_ways() -> None:
-    state = tiny().state_dict()
-    back = to_pyslowfast_keys(renamed(dict(state), TORCHVISION_NAMES))
-    assert sorted(back) == sorted(state)
-
-
 @torch.inference_mode()
 @pytest.mark.parametrize("joint", ["space", "space_time"])
 def test_joint_relative_tables_fit_another_size(joint: str) -> None:
@@ -251,11 +240,6 @@ def test_timms_class_token_is_refused() -> None:
 def test_report_takes_the_blocks_together() -> None:
     report = mv.load_weights(tiny(), tiny(crop_size=64).state_dict())
     assert "4 interpolated: blocks.*.attn.rel_pos_h (x2), blocks.*.attn.rel_pos_w (x2)" in str(report)
-    console = Console(width=100, file=io.StringIO())
-    console.print(report)
-    shown = console.file.getvalue()
-    assert "blocks.*.attn.rel_pos_w" in shown
-    assert "interpolated" in shown
 
 
 @pytest.mark.parametrize(
@@ -265,6 +249,7 @@ def test_report_takes_the_blocks_together() -> None:
         ({"model_state": {3: torch.ones(1)}}, "3 is a Tensor|no weights"),
         ({"model_state": "os.system"}, "no weights found; its keys are model_state"),
         ({"state_dict": {}}, "no weights found; its keys are state_dict"),
+        ({"epoch": 3, "weights": [1.0]}, "no weights found; its keys are epoch, weights"),
     ],
 )
 def test_entries_that_are_no_weights_are_named(content, said: str) -> None:
@@ -272,20 +257,11 @@ def test_entries_that_are_no_weights_are_named(content, said: str) -> None:
         mv.load_weights(tiny(), content)
 
 
-def test_a_wrapped_state_dict_and_safetensors_without_a_suffix(tmp_path: Path) -> None:
+def test_safetensors_without_a_suffix(tmp_path: Path) -> None:
     source = tiny()
-    mv.load_weights(tiny(), {"state_dict": source.state_dict()})
     save_weights(source, tmp_path / "model.safetensors")
     path = (tmp_path / "model.safetensors").rename(tmp_path / "model")
     assert torch.equal(mv.load_model(path).norm.weight, source.norm.weight)
-
-
-@pytest.mark.parametrize("text", ["{", "[1]", '{"config": {"_target_": "os.system"}}'])
-def test_safetensors_metadata_that_describe_no_model(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "model.safetensors"
-    save_file(tiny().state_dict(), path, {METADATA_KEY: text})
-    with pytest.raises(mv.CheckpointError, match=r"damaged|its description of the model can't be used"):
-        mv.load_model(path)
 
 
 # PySlowFast's configuration of a model

@@ -31,6 +31,8 @@ class Server:
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
         self.cut = False
+        self.length: str | None = None
+        self.status = b""
         self.delay = 0.0
         self.requests: list[str] = []
         outer = self
@@ -44,8 +46,11 @@ class Server:
                     return
                 time.sleep(outer.delay)
                 content = outer.files[name]
+                if outer.status:
+                    self.wfile.write(outer.status)
+                    return
                 self.send_response(200)
-                self.send_header("Content-Length", str(len(content)))
+                self.send_header("Content-Length", outer.length or str(len(content)))
                 self.end_headers()
                 self.wfile.write(content[: len(content) // 2] if outer.cut else content)
 
@@ -121,6 +126,17 @@ def test_a_broken_transfer_leaves_nothing(
     assert not list((tmp_path / "hub" / "checkpoints").iterdir())
     server.cut = False
     mv.create_model(NANO, weights="kinetics400")
+
+
+@pytest.mark.parametrize(("status", "length"), [(b"nonsense\r\n\r\n", None), (b"", "many")])
+def test_a_server_that_answers_nonsense_is_one_line(
+    monkeypatch, server: Server, model: mv.MViT, tmp_path: Path, status: bytes, length: str | None
+) -> None:
+    publish(monkeypatch, server, "nano.pyth", packed(model))
+    server.status, server.length = status, length
+    with pytest.raises(mv.CheckpointError, match=r"can't be fetched .* by hand"):
+        mv.create_model(NANO, weights="kinetics400")
+    assert not list((tmp_path / "hub" / "checkpoints").iterdir())
 
 
 def test_processes_that_start_at_once_fetch_once(

@@ -16,21 +16,16 @@ import safetensors.torch
 import torch
 import yaml
 from conftest import Command, error_line
+from small_models import small_model
 from torch import Tensor
 
 import mvit_video as mv
 from mvit_video.model.baselines import create_baseline
 from mvit_video.weights import METADATA_KEY, model_metadata, save_weights
-from mvit_video.weights.export import ExportedModel, load_exported
+from mvit_video.weights.export import MAX_BATCH, ExportedModel, load_exported
 from mvit_video.weights.pyslowfast import make_cfg
 
 NAN = math.nan
-SMALL = {"num_classes": 3, "embed_dim": 8, "stages": (1, 1), "crop_size": 16, "num_frames": 4}
-
-
-def small_model(**overrides: Any) -> mv.MViT:
-    torch.manual_seed(0)
-    return mv.create_model("mvitv2_nano_8x4", **(SMALL | overrides))
 
 
 def checkpoint(part: str, key: str, value: Any, model: Any = None) -> dict[str, Any]:
@@ -60,6 +55,7 @@ LIES: list[tuple[str, str, Any]] = [
     ("config", "num_classes", "3"),
     ("config", "embed_dim", 10**6),
     ("config", "embed_dim", 10**30),
+    ("config", "embed_dim", 0),
     ("config", "stages", [10**6]),
     ("config", "stages", [1] * 10**5),
     ("config", "stages", "11"),
@@ -73,6 +69,8 @@ LIES: list[tuple[str, str, Any]] = [
     ("config", "dim_mul", [[1, 1e300]]),
     ("config", "head_mul", [["a", 2.0]]),
     ("config", "patch_stride", [0, 1, 1]),
+    ("config", "patch_padding", [10**9, 3, 3]),
+    ("config", "patch_padding", [1.5, 3.0, 3.0]),
     ("config", "pool_kernel", None),
     ("config", "name", "x3d_s"),
     ("config", "name", ["x3d_s"]),
@@ -101,6 +99,7 @@ LIES: list[tuple[str, str, Any]] = [
     ("", "config", torch.zeros(2, 2)),
     ("", "", torch.zeros(2, 2)),
     ("", "", None),
+    ("", "", {}),
     ("", "", "text"),
 ]
 
@@ -131,7 +130,7 @@ def test_load_weights_looks_at_the_description_too(part: str, key: str, value: A
 
 
 @pytest.mark.parametrize(
-    "text", ["[" * 100_000, '{"config": ' + "9" * 5000 + "}", '"\\ud800"', "{}", "nan", "1"]
+    "text", ["[" * 100_000, '{"config": ' + "9" * 5000 + "}", '"\\ud800"', "{", "{}", "[1]", "nan", "1"]
 )
 def test_descriptions_in_safetensors(tmp_path: Path, text: str) -> None:
     path = tmp_path / "model.safetensors"
@@ -175,6 +174,9 @@ def test_descriptions_of_baselines(tmp_path: Path, key: str, value: Any) -> None
         ("MVIT", "DEPTH", "many"),
         ("MVIT", "DEPTH", 3),
         ("MVIT", "EMBED_DIM", 10**9),
+        ("MVIT", "EMBED_DIM", 0),
+        ("MVIT", "DROPPATH_RATE", 2),
+        ("MVIT", "PATCH_KERNEL", [7, 7]),
         ("MVIT", "DIM_MUL", 5),
         ("MVIT", "DIM_MUL", [[1, math.inf]]),
         ("MVIT", "MODE", laughs()),
@@ -370,6 +372,25 @@ def test_descriptions_of_exported_models(part: str, key: str, value: Any) -> Non
 def test_descriptions_that_are_no_json(text: str | None) -> None:
     with pytest.raises(mv.CheckpointError, match=r"model\.onnx: "):
         ExportedModel(lambda clips: clips, text, "model.onnx")
+
+
+def test_a_program_that_fails_is_one_line() -> None:
+    def run(clips: Tensor) -> Tensor:
+        raise AssertionError("Guard\nfailed")
+
+    model = ExportedModel(run, json.dumps(model_metadata(small_model())), "model.onnx")
+    with pytest.raises(mv.CheckpointError, match=r"model\.onnx: .*Guard failed"):
+        model(torch.zeros(2, 3, 4, 16, 16))
+
+
+def test_a_program_takes_more_clips_than_fit_into_its_batch() -> None:
+    def run(clips: Tensor) -> Tensor:
+        assert len(clips) <= MAX_BATCH
+        return clips[:, :, 0, 0, 0]
+
+    model = ExportedModel(run, json.dumps(model_metadata(small_model())), "model.pt2")
+    clips = torch.rand(MAX_BATCH + 1, 3, 1, 1, 1).expand(-1, -1, 4, 16, 16)
+    assert torch.equal(model(clips), clips[:, :, 0, 0, 0])
 
 
 def test_a_program_that_answers_otherwise_than_it_says() -> None:

@@ -10,19 +10,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import Command, error_line
+from small_models import small_model
 from torch import nn
 
 import mvit_video as mv
 from mvit_video.model.baselines import create_baseline
 from mvit_video.weights import METADATA_KEY, save_weights
 from mvit_video.weights.description import as_overrides
-
-SMALL = {"num_classes": 3, "embed_dim": 8, "stages": (1, 1), "crop_size": 16, "num_frames": 4}
-
-
-def small_model(seed: int = 0, **overrides: Any) -> mv.MViT:
-    torch.manual_seed(seed)
-    return mv.create_model("mvitv2_nano_8x4", **(SMALL | overrides))
 
 
 class Wrapper(nn.Module):
