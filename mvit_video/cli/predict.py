@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from mvit_video.cli import app
 from mvit_video.errors import ConfigError, DataError, VideoError
 from mvit_video.io.console import print_table, printable, track
 from mvit_video.io.fingerprint import Fingerprint, fingerprint
-from mvit_video.io.writing import append, keep_whole_lines, sole_writer
+from mvit_video.io.writing import append, growing, keep_whole_lines, naming, sole_writer
 from mvit_video.model import VideoModel
 from mvit_video.model.inference import prepare
 from mvit_video.prediction.inputs import STDIN, expand
@@ -29,7 +29,7 @@ from mvit_video.prediction.ray import Predict, predict_with_ray
 from mvit_video.prediction.recognizer import Recognizer
 from mvit_video.prediction.saving import output_names, save_explanation, save_timeline
 from mvit_video.prediction.stream import redact_credentials
-from mvit_video.prediction.writer import COLUMNS, PredictionWriter, as_text, format_of, rows_of
+from mvit_video.prediction.writer import COLUMNS, PredictionWriter, as_text, claim, format_of, rows_of
 from mvit_video.weights import weights_sha256
 from mvit_video.weights.export import ExportedModel, load_exported
 from mvit_video.weights.reading import EXPORTED
@@ -45,45 +45,31 @@ def predict_files(config: DictConfig, files: list[str]) -> None:
     _check(config, arguments)
     recognizer, settings = build_recognizer(config)
     if config.live:
-        watch(config, recognizer, arguments[0])
+        watch(config, recognizer, settings, arguments[0])
         return
     videos = [STDIN] if arguments == [STDIN] and config.window else expand(arguments)
     log.info("%d video%s; %s", len(videos), "s"[: len(videos) != 1], recognizer.protocol)
     names = output_names(videos)
-    text_format = None if config.output else config.format
+    text_format = config.format if config.format in ("jsonl", "csv") and not config.output else None
+    if text_format == "csv":
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(encoding="utf-8")  # as the file would be, whatever the locale
+        _print(",".join(COLUMNS) + "\n")
     shown: list[Prediction] = []
     failed: list[Prediction] = []
-    warned = False
-    with ExitStack() as stack:
-        writer, todo = None, videos
-        if config.output:
-            format = format_of(config.output, config.format)
-            writer = PredictionWriter(
-                config.output,
-                format=format,
-                settings=settings | {"format": format},
-                per_clip=config.per_clip,
-                resume=config.resume,
-            )
-            todo = stack.enter_context(writer).remaining(videos)
-            if len(todo) < len(videos):
-                log.info("resuming: %d of them are in %s already", len(videos) - len(todo), config.output)
+    with _open_output(config, settings, videos) as writer:
+        todo = writer.todo if writer else videos
         predictions = _predictions(config, recognizer, todo, names)
-        if text_format == "csv":
-            if isinstance(sys.stdout, io.TextIOWrapper):
-                sys.stdout.reconfigure(encoding="utf-8")  # as the file would be, whatever the locale
-            _print(",".join(COLUMNS) + "\n")
         for prediction in track(predictions, len(videos), done=len(videos) - len(todo), what="predicting"):
             if prediction.error is not None:
-                if prediction.error == NOT_FINITE and not warned:  # before hours of them
-                    log.warning("%s: %s", prediction.path, NOT_FINITE)
-                    warned = True
+                if prediction.error == NOT_FINITE and NOT_FINITE not in [p.error for p in failed]:
+                    log.warning("%s: %s", prediction.path, NOT_FINITE)  # before hours of them
                 failed.append(prediction)
-            if writer is not None:
+            if writer:
                 writer.add(prediction)
-            if text_format in ("jsonl", "csv"):
+            if text_format:
                 _print(as_text(prediction, text_format, per_clip=config.per_clip))
-            elif len(shown) < MAX_TABLE or writer is None:
+            elif not writer or len(shown) < MAX_TABLE:
                 shown.append(prediction)
     _show(shown, title="random weights" * (settings["weights"] == "random"), per_clip=config.per_clip)
     _summarize(config, len(todo), failed)
@@ -91,16 +77,40 @@ def predict_files(config: DictConfig, files: list[str]) -> None:
         raise DataError(f"no video could be predicted, the first: {failed[0].path}: {failed[0].error}")
 
 
-def watch(config: DictConfig, recognizer: Recognizer, source: str) -> None:
+@contextmanager
+def _open_output(
+    config: DictConfig, settings: Fingerprint, videos: list[str]
+) -> Iterator[PredictionWriter | None]:
+    if not config.output:
+        yield None
+        return
+    format = format_of(config.output, config.format)
+    with PredictionWriter(
+        config.output,
+        videos,
+        format=format,
+        settings=settings | {"format": format},
+        per_clip=config.per_clip,
+        resume=config.resume,
+    ) as writer:
+        if len(writer.todo) < len(videos):
+            log.info("resuming: %d of them are in %s already", len(videos) - len(writer.todo), config.output)
+        yield writer
+
+
+def watch(config: DictConfig, recognizer: Recognizer, settings: Fingerprint, source: str) -> None:
     """Print what happens in each window of a live source as soon as it was seen, a line each."""
-    output = Path(config.output) if config.output else None
     with ExitStack() as stack:
         file = None
-        if output is not None:
+        if config.output:
+            output = Path(os.path.realpath(config.output))
             stack.enter_context(sole_writer(output))
-            if output.exists():
+            claim(output, settings | {"format": "live"}, resume=config.resume and output.exists())
+            if not config.resume:
+                output.unlink(missing_ok=True)
+            elif output.exists():
                 keep_whole_lines(output)
-            file = stack.enter_context(output.open("a", encoding="utf-8"))
+            file = stack.enter_context(growing(output))
         for clip in recognizer.watch(
             source,
             length=config.window,
@@ -110,7 +120,7 @@ def watch(config: DictConfig, recognizer: Recognizer, source: str) -> None:
         ):
             line = json.dumps({"path": redact_credentials(source), **asdict(clip)}, allow_nan=False) + "\n"
             if file is not None:
-                append(file, line, sync=False)
+                append(file, line.encode(), sync=False)
             elif config.format == "jsonl":
                 _print(line)
             else:
@@ -175,15 +185,15 @@ def _predict_here(
 
 
 def _through_windows(config: DictConfig, recognizer: Recognizer, video: str, name: Path) -> Prediction:
-    stride = config.stride or config.window / 2
+    stride, path = config.stride or config.window / 2, redact_credentials(video)
     try:
         timeline = recognizer.timeline(video, length=config.window, stride=stride).smoothed(config.smoothing)
     except VideoError as error:
-        return Prediction(video, error=error.reason)
+        return Prediction(path, error=error.reason)
     segments = timeline.segments(config.min_score)
     save_timeline(video, timeline, segments, name, config.save)
     return Prediction.from_scores(
-        video, timeline.scores, timeline.spans, recognizer.class_names, config.topk, segments=segments
+        path, timeline.scores, timeline.spans, recognizer.class_names, config.topk, segments=segments
     )
 
 
@@ -266,7 +276,8 @@ def _table_rows(prediction: Prediction, *, per_clip: bool) -> list[tuple[str, st
 
 def _print(text: str) -> None:
     try:
-        print(text, end="", flush=True)
+        with naming(Path("standard output")):
+            print(text, end="", flush=True)
     except BrokenPipeError:  # whoever read the predictions has had enough, such as head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)

@@ -59,6 +59,13 @@ def replacing(path: str | Path, mode: str = "wb", **options: Any) -> Iterator[IO
             raise
 
 
+@contextmanager
+def growing(path: Path) -> Iterator[IO[bytes]]:
+    """A file to ``append`` to. Raises OSError with its name, also when it is closed."""
+    with naming(path), path.open("ab") as file:
+        yield file
+
+
 def append(file: IO[Any], rows: str | bytes, *, sync: bool = True) -> None:
     """Add whole rows to an open file; then they survive a kill and, with ``sync``, a power loss."""
     with naming(Path(file.name)):
@@ -124,12 +131,14 @@ def sole_writer(path: str | Path) -> Iterator[None]:
     """Be the only run that writes to a file or folder; the lock ends with the process, however that ends.
 
     Raises:
-        ConfigError: another run writes there.
+        ConfigError: another run writes there, or it is a device or a pipe.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))  # whatever links lead to it
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise ConfigError(f"{path} is a device or a pipe, which nobody owns; name a file or a folder")
     with naming(path):
         _make_parents(path)
-        lock_file = path.with_name(f".{path.name}.lock")
+        lock_file = path.parent / f".{path.name}.lock"
         lock = FileLock(lock_file, timeout=0)
         try:
             lock.acquire()

@@ -239,10 +239,11 @@ class Recognizer:
         return in_full_batches(videos, run or self._softmax, self.batch_size)
 
     def _read(self, path: str) -> VideoViews:
-        video = LabelledVideo(path, None, path)
         if is_address(path):
+            name = redact_credentials(path)
             reason = "an address isn't a file; add window=SECONDS, and live=true for a stream without an end"
-            return VideoViews(video, torch.empty(0), error=reason)
+            return VideoViews(LabelledVideo(name, None, name), torch.empty(0), error=reason)
+        video = LabelledVideo(path, None, path)
         return TestViews([video], self.protocol, open_file=self.open_file)[0]
 
     def _prepare(self, clips: Tensor) -> Tensor:

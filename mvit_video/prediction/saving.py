@@ -13,6 +13,7 @@ from mvit_video.errors import VideoError
 from mvit_video.prediction.explain import Explanation, write_overlay_video, write_strip
 from mvit_video.prediction.prediction import Segment
 from mvit_video.prediction.render import annotate_video, plot_timeline
+from mvit_video.prediction.stream import redact_credentials
 from mvit_video.prediction.timeline import Timeline, write_srt, write_vtt
 
 log = logging.getLogger(__name__)
@@ -22,9 +23,9 @@ _MAX_NAME = 200  # bytes, so that a suffix has room on every file system
 
 def output_names(videos: Sequence[str]) -> dict[str, Path]:
     """For each video a relative path without suffix, all of them different."""
-    parents = [os.path.dirname(os.path.abspath(video)) for video in videos]  # noqa: PTH100, PTH120 (links stay)
-    common = os.path.commonpath(parents) if parents else ""
-    full = {v: Path(p).relative_to(common) / Path(v).name for v, p in zip(videos, parents, strict=True)}
+    shown = [os.path.abspath(redact_credentials(video)) for video in videos]  # noqa: PTH100 (links stay)
+    common = os.path.commonpath(map(os.path.dirname, shown)) if shown else ""
+    full = {video: Path(path).relative_to(common) for video, path in zip(videos, shown, strict=True)}
     stems = Counter(path.with_suffix("") for path in full.values())
     # a.mp4 and a.webm side by side keep their suffixes, and so does what would be called like one of these
     clashing = {path for path in full.values() if stems[path.with_suffix("")] > 1}

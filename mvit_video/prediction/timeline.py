@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mvit_video.errors import ConfigError
 from mvit_video.io.console import caption
-from mvit_video.io.writing import replacing
+from mvit_video.io.writing import keep_former, replacing
 from mvit_video.prediction.prediction import Segment
 
 
@@ -92,20 +92,28 @@ class Timeline:
 
 
 def write_srt(segments: Sequence[Segment], path: Path) -> None:
-    """SubRip subtitles, one for each segment."""
-    with replacing(path, "w") as file:
-        for number, s in enumerate(segments, start=1):
-            separator = "\n" if number > 1 else ""
-            file.write(f"{separator}{number}\n{_clock(s.start, ',')} --> {_clock(s.end, ',')}\n{_line(s)}\n")
+    """SubRip subtitles, one for each segment; others of that name are kept, see ``keep_former``."""
+    blocks = [
+        f"{number}\n{_clock(s.start, ',')} --> {_clock(s.end, ',')}\n{_line(s)}\n"
+        for number, s in enumerate(segments, start=1)
+    ]
+    _write("\n".join(blocks), path)
 
 
 def write_vtt(segments: Sequence[Segment], path: Path) -> None:
-    """WebVTT subtitles, one for each segment."""
+    """WebVTT subtitles, else as ``write_srt``."""
+    blocks = [
+        f"{_clock(s.start, '.')} --> {_clock(s.end, '.')}\n{html.escape(_line(s), quote=False)}\n"
+        for s in segments
+    ]
+    _write("\n".join(["WEBVTT\n", *blocks]), path)
+
+
+def _write(text: str, path: Path) -> None:
+    if path.is_file() and path.read_bytes() != text.encode():
+        keep_former(path)  # it may be someone's work: subtitles beside a film are called so
     with replacing(path, "w") as file:
-        file.write("WEBVTT\n")
-        for s in segments:
-            text = html.escape(_line(s), quote=False)
-            file.write(f"\n{_clock(s.start, '.')} --> {_clock(s.end, '.')}\n{text}\n")
+        file.write(text)
 
 
 def _line(segment: Segment) -> str:

@@ -251,9 +251,15 @@ def test_a_video_on_standard_input_is_no_list(checkpoint: Path, tmp_path: Path, 
             expand("-")
 
 
-def test_an_address_needs_a_window(command: Command, checkpoint: Path) -> None:
-    result = command("predict", "http://127.0.0.1:9/live", f"weights={checkpoint}")
-    assert "window=" in error_line(result, "predict")
+def test_an_address_needs_a_window_and_keeps_its_secrets(
+    command: Command, checkpoint: Path, tmp_path: Path
+) -> None:
+    arguments = ["http://me:secret@127.0.0.1:9/live", f"weights={checkpoint}", "output=a.csv"]
+    assert "window=" in error_line(command("predict", *arguments), "predict")
+    result = command("predict", *arguments, "window=1", "save=[srt]", "resume=false")
+    assert "127.0.0.1:9/live" in error_line(result, "predict")
+    written = "".join(path.read_text() for path in tmp_path.iterdir())
+    assert "secret" not in written + result.err + result.out
 
 
 def test_errors_are_counted_and_shown(

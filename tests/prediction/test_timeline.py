@@ -116,17 +116,21 @@ def test_smoothing_and_segments() -> None:
 
 
 def test_subtitles(tmp_path: Path) -> None:
+    (tmp_path / "a.srt").write_text("of a film")
     segments = [Segment(0, 2.5, "cats & <dogs>", 0.934), Segment(3599.9996, 3661.25, "birds", 0.5)]
     write_srt(segments, tmp_path / "a.srt")
     assert (tmp_path / "a.srt").read_text() == (
         "1\n00:00:00,000 --> 00:00:02,500\ncats & <dogs> (93%)\n\n"
         "2\n01:00:00,000 --> 01:01:01,250\nbirds (50%)\n"
     )
-    write_vtt(segments, tmp_path / "a.vtt")
+    for _ in range(2):
+        write_vtt(segments, tmp_path / "a.vtt")
     text = (tmp_path / "a.vtt").read_text()
     assert text.startswith("WEBVTT\n\n00:00:00.000 --> 00:00:02.500\ncats &amp; &lt;dogs&gt; (93%)\n\n")
     with av.open(str(tmp_path / "a.vtt")) as file:  # FFmpeg reads it
         assert [float(p.pts * p.time_base) for p in file.demux() if p.pts is not None] == [0, 3600]
+    assert (tmp_path / "a.srt.former").read_text() == "of a film"
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".webm", ".avi", ".mkv"])
