@@ -9,10 +9,11 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -57,8 +58,10 @@ def predict_files(config: DictConfig, files: list[str]) -> None:
         _print(",".join(COLUMNS) + "\n")
     shown: list[Prediction] = []
     failed: list[Prediction] = []
-    with _open_output(config, settings, videos) as writer:
+    with _output(config, settings, videos) as writer:
         todo = writer.todo if writer else videos
+        if len(todo) < len(videos):
+            log.info("resuming: %d of them are in %s already", len(videos) - len(todo), config.output)
         predictions = _predictions(config, recognizer, todo, names)
         for prediction in track(predictions, len(videos), done=len(videos) - len(todo), what="predicting"):
             if prediction.error is not None:
@@ -71,31 +74,29 @@ def predict_files(config: DictConfig, files: list[str]) -> None:
                 _print(as_text(prediction, text_format, per_clip=config.per_clip))
             elif not writer or len(shown) < MAX_TABLE:
                 shown.append(prediction)
-    _show(shown, title="random weights" * (settings["weights"] == "random"), per_clip=config.per_clip)
+    if shown:
+        title = "random weights" * (settings["weights"] == "random")
+        rows = _table(shown, per_clip=config.per_clip)
+        print_table(title, ("video", "seconds", "class", "score"), rows)
     _summarize(config, len(todo), failed)
     if todo and len(failed) == len(videos):
         raise DataError(f"no video could be predicted, the first: {failed[0].path}: {failed[0].error}")
 
 
-@contextmanager
-def _open_output(
+def _output(
     config: DictConfig, settings: Fingerprint, videos: list[str]
-) -> Iterator[PredictionWriter | None]:
+) -> PredictionWriter | AbstractContextManager[None]:
     if not config.output:
-        yield None
-        return
+        return nullcontext()
     format = format_of(config.output, config.format)
-    with PredictionWriter(
+    return PredictionWriter(
         config.output,
         videos,
         format=format,
         settings=settings | {"format": format},
         per_clip=config.per_clip,
         resume=config.resume,
-    ) as writer:
-        if len(writer.todo) < len(videos):
-            log.info("resuming: %d of them are in %s already", len(videos) - len(writer.todo), config.output)
-        yield writer
+    )
 
 
 def watch(config: DictConfig, recognizer: Recognizer, settings: Fingerprint, source: str) -> None:
@@ -143,13 +144,13 @@ def _check(config: DictConfig, arguments: Sequence[str]) -> None:
 
 
 def _predictions(
-    config: DictConfig, recognizer: Recognizer, videos: list[str], names: Mapping[str, Path]
+    config: DictConfig, recognizer: Recognizer, videos: Sequence[str], names: Mapping[str, Path]
 ) -> Iterator[Prediction]:
     if config.engine != "ray":
-        return _predict_here(config, recognizer, videos, names)
+        return _predict_here(config, recognizer, names, videos)
     return predict_with_ray(
         videos,
-        partial(_predictor, OmegaConf.to_yaml(config), names),
+        partial(_of_actor, OmegaConf.to_yaml(config), names),
         actors=config.actors,
         cpus=max(config.num_workers, 1),
         gpus=float(str(recognizer.device).startswith("cuda")),
@@ -157,16 +158,13 @@ def _predictions(
     )
 
 
-def _predictor(settings: str, names: Mapping[str, Path]) -> Predict:
-    """What an actor predicts with, from the configuration as YAML."""
-    config = OmegaConf.create(settings)
-    assert isinstance(config, DictConfig)
-    recognizer, _ = build_recognizer(config)
-    return lambda videos: _predict_here(config, recognizer, list(videos), names)
+def _of_actor(settings: str, names: Mapping[str, Path]) -> Predict:
+    config = DictConfig(OmegaConf.create(settings))
+    return partial(_predict_here, config, build_recognizer(config)[0], names)
 
 
 def _predict_here(
-    config: DictConfig, recognizer: Recognizer, videos: list[str], names: Mapping[str, Path]
+    config: DictConfig, recognizer: Recognizer, names: Mapping[str, Path], videos: Sequence[str]
 ) -> Iterator[Prediction]:
     """Predictions in order; beside them it writes what ``save`` and ``explain`` ask for."""
     folder = Path(config.save_dir)
@@ -220,7 +218,7 @@ def build_recognizer(config: DictConfig) -> tuple[Recognizer, Fingerprint]:
         open_file=app.build_decoder(config),
     )
     keys = ("topk", "per_clip", "window", "stride", "smoothing", "min_score", "save", "explain", "decoder")
-    settings = OmegaConf.to_container(OmegaConf.masked_copy(config, list(keys)), resolve=True)
+    chosen = OmegaConf.to_container(OmegaConf.masked_copy(config, list(keys)), resolve=True)
     return recognizer, fingerprint(
         weights=weights,
         weights_sha256=digest,
@@ -229,7 +227,7 @@ def build_recognizer(config: DictConfig) -> tuple[Recognizer, Fingerprint]:
         class_names=recognizer.class_names,
         precision=precision,
         save_dir=str(Path(config.save_dir).absolute()) if config.save or config.explain else None,
-        **{str(key): value for key, value in dict(settings).items()},  # type: ignore[arg-type]
+        **cast(dict[str, Any], chosen),
     )
 
 
@@ -256,21 +254,18 @@ def _summarize(config: DictConfig, count: int, failed: Sequence[Prediction]) -> 
         )
 
 
-def _show(predictions: Sequence[Prediction], *, title: str, per_clip: bool) -> None:
-    rows = [row for prediction in predictions for row in _table_rows(prediction, per_clip=per_clip)]
-    if rows:
-        print_table(title, ("video", "seconds", "class", "score"), rows)
-
-
-def _table_rows(prediction: Prediction, *, per_clip: bool) -> list[tuple[str, str, str, str]]:
-    """A video's name and each span are shown once."""
-    if prediction.error:
-        return [(prediction.path, "", f"error: {prediction.error}", "")]
+def _table(predictions: Sequence[Prediction], *, per_clip: bool) -> list[tuple[str, str, str, str]]:
+    """Rows in which a video's name and each span are shown once."""
     table: list[tuple[str, str, str, str]] = []
-    for row in rows_of(prediction, per_clip=per_clip):
-        span = "all" if row["part"] == "video" else f"{row['start']:.2f} - {row['end']:.2f}"
-        name = "" if table else prediction.path
-        table.append((name, span if row["rank"] == 1 else "", row["class"], f"{row['score']:.4f}"))
+    for prediction in predictions:
+        name = prediction.path
+        if prediction.error:
+            table.append((name, "", f"error: {prediction.error}", ""))
+            continue
+        for row in rows_of(prediction, per_clip=per_clip):
+            span = "all" if row["part"] == "video" else f"{row['start']:.2f} - {row['end']:.2f}"
+            table.append((name, span if row["rank"] == 1 else "", row["class"], f"{row['score']:.4f}"))
+            name = ""
     return table
 
 

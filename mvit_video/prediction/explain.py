@@ -24,6 +24,7 @@ from mvit_video.io.writing import replacing
 from mvit_video.model import ClipSpec, MViT
 from mvit_video.model.config import Grid
 from mvit_video.prediction.prediction import NOT_FINITE
+from mvit_video.prediction.render import new_figure
 
 Method = Literal["gradcam", "rollout"]
 
@@ -96,7 +97,7 @@ def explain(
         tuple(names[label] for label in labels),
         tuple(best.values.tolist()),
         spans[view],
-        _to_frames(clips[view], protocol),
+        denormalise(clips[view].cpu().transpose(0, 1), protocol.mean, protocol.std),
         _unit(maps),
         torch.stack([_unit(row) for row in importance.cpu()]),
     )
@@ -189,11 +190,6 @@ def _spread(shares: Tensor, pooled: Grid, grid: Grid, num_prefix_tokens: int) ->
     return torch.cat([shares[:num_prefix_tokens], tokens.flatten()])
 
 
-def _to_frames(clip: Tensor, protocol: ClipSpec) -> Tensor:
-    """A prepared clip (3, T, H, W) as uint8 frames (T, 3, H, W) again."""
-    return denormalise(clip.cpu().transpose(0, 1), protocol.mean, protocol.std)
-
-
 def _unit(values: Tensor) -> Tensor:
     return values / values.max().clamp(min=1e-12)
 
@@ -210,32 +206,26 @@ def overlays(explanation: Explanation) -> Tensor:
 
 def write_strip(explanation: Explanation, path: Path) -> None:
     """A picture: frames of the clip, the same with the maps, and below how much each frame counts."""
-    from matplotlib.figure import Figure
-
     num_frames = len(explanation.frames)
     shown = np.linspace(0, num_frames - 1, min(MAX_PICTURES, num_frames)).round().astype(int)
-    figure = Figure(figsize=(1.8 * len(shown), 6), layout="constrained")
-    rows = figure.add_gridspec(3, len(shown))
-    frame_rows = (explanation.frames, overlays(explanation))
     seconds = np.linspace(*explanation.span, num_frames)
-    for row, frames in enumerate(frame_rows):
-        for column, index in enumerate(shown):
-            axes = figure.add_subplot(rows[row, column])
-            axes.imshow(frames[index].permute(1, 2, 0).numpy())
-            axes.axis("off")
-            if row == 0:
-                axes.set_title(f"{seconds[index]:.2f} s", fontsize=9)
-    axes = figure.add_subplot(rows[2, :])
-    for name, score, values in zip(
-        explanation.class_names, explanation.scores, explanation.importance, strict=True
-    ):
-        axes.plot(seconds, values.numpy(), marker=".", label=f"{printable(name)} ({score:.0%})")
-    axes.set(xlabel="seconds", ylabel="frame importance", ylim=(0, 1.05))
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    figure.suptitle(f"{explanation.method}: {printable(explanation.class_names[0])}")
-    with replacing(path) as file:
-        figure.savefig(file, format="png", dpi=100)
+    with new_figure(path, (1.8 * len(shown), 6), 100) as figure:
+        rows = figure.add_gridspec(3, len(shown))
+        for row, frames in enumerate((explanation.frames, overlays(explanation))):
+            for column, index in enumerate(shown):
+                axes = figure.add_subplot(rows[row, column])
+                axes.imshow(frames[index].permute(1, 2, 0).numpy())
+                axes.axis("off")
+                if row == 0:
+                    axes.set_title(f"{seconds[index]:.2f} s", fontsize=9)
+        axes = figure.add_subplot(rows[2, :])
+        classes = zip(explanation.class_names, explanation.scores, explanation.importance, strict=True)
+        for name, score, values in classes:
+            axes.plot(seconds, values.numpy(), marker=".", label=f"{printable(name)} ({score:.0%})")
+        axes.set(xlabel="seconds", ylabel="frame importance", ylim=(0, 1.05))
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+        figure.suptitle(f"{explanation.method}: {printable(explanation.class_names[0])}")
 
 
 def write_overlay_video(explanation: Explanation, path: Path) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import bisect
 import textwrap
 import warnings
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
@@ -39,17 +39,24 @@ _FORMATS = {".mp4": "mp4", ".mkv": "matroska"}
 _MP4_AUDIO = {"aac", "mp3", "mp2", "opus", "ac3", "eac3", "flac", "alac", "vorbis"}
 
 
-def plot_timeline(timeline: Timeline, segments: Sequence[Segment], path: Path) -> None:
-    """The likeliest classes' scores against time, and the segments as bars below."""
+@contextmanager
+def new_figure(path: Path, size: tuple[float, float], dpi: int) -> Iterator[Figure]:
+    """A figure that is written as PNG when the block ends well; names in it may hold a "$"."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    with mpl.rc_context({"text.parse_math": False}), warnings.catch_warnings():  # names may hold a "$"
+    with mpl.rc_context({"text.parse_math": False}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
-        figure = Figure(figsize=(12, 5), layout="constrained")
-        _draw_timeline(timeline, segments, figure)
+        figure = Figure(figsize=size, layout="constrained")
+        yield figure
         with replacing(path) as file:
-            figure.savefig(file, format="png", dpi=120)
+            figure.savefig(file, format="png", dpi=dpi)
+
+
+def plot_timeline(timeline: Timeline, segments: Sequence[Segment], path: Path) -> None:
+    """The likeliest classes' scores against time, and the segments as bars below."""
+    with new_figure(path, (12, 5), 120) as figure:
+        _draw_timeline(timeline, segments, figure)
 
 
 def _draw_timeline(timeline: Timeline, segments: Sequence[Segment], figure: Figure) -> None:

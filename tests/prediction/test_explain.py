@@ -12,7 +12,8 @@ from torch import Tensor
 
 import mvit_video as mv
 from mvit_video.model import MViT, MViTConfig
-from mvit_video.prediction.explain import attention_rollout, explain, grad_cam, overlays
+from mvit_video.prediction.explain import attention_rollout, explain, grad_cam, overlays, write_strip
+from mvit_video.prediction.render import plot_timeline
 
 SMALL = MViTConfig(
     num_classes=3,
@@ -129,6 +130,17 @@ def test_the_command_leaves_pictures_and_videos(
     assert (frames - overlays(explanation).float()).abs().mean() < 12
     assert 0 <= explanation.maps.min() <= explanation.maps.max() <= 1
     assert explanation.importance.shape == (2, 8)
+
+
+def test_names_are_no_formulas(two_classes: Path, checkpoint: Path, tmp_path: Path) -> None:
+    model = mv.load_model(checkpoint)
+    model.class_names = ("$\\frac{", "_" * 20 + "$^$")
+    recognizer = mv.Recognizer(model, num_clips=1)
+    video = two_classes / "cats" / "0.mp4"
+    write_strip(recognizer.explain(video), tmp_path / "strip.png")
+    timeline = recognizer.timeline(video, length=1, stride=1)
+    plot_timeline(timeline, timeline.segments(), tmp_path / "timeline.png")
+    assert {path.read_bytes()[:4] for path in tmp_path.iterdir()} == {b"\x89PNG"}
 
 
 def test_what_can_not_be_explained_is_said(command: Command, two_classes: Path, checkpoint: Path) -> None:
