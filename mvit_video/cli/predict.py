@@ -30,7 +30,15 @@ from mvit_video.prediction.ray import Predict, predict_with_ray
 from mvit_video.prediction.recognizer import Recognizer
 from mvit_video.prediction.saving import output_names, save_explanation, save_timeline
 from mvit_video.prediction.stream import redact_credentials
-from mvit_video.prediction.writer import COLUMNS, PredictionWriter, as_text, claim, format_of, rows_of
+from mvit_video.prediction.writer import (
+    COLUMNS,
+    PredictionWriter,
+    as_text,
+    format_of,
+    leave_settings,
+    require_own,
+    rows_of,
+)
 from mvit_video.weights import weights_sha256
 from mvit_video.weights.export import ExportedModel, load_exported
 from mvit_video.weights.reading import EXPORTED
@@ -106,11 +114,13 @@ def watch(config: DictConfig, recognizer: Recognizer, settings: Fingerprint, sou
         if config.output:
             output = Path(os.path.realpath(config.output))
             stack.enter_context(sole_writer(output))
-            claim(output, settings | {"format": "live"}, resume=config.resume and output.exists())
+            settings = settings | {"format": "live"}
+            require_own(output, settings, resume=config.resume and output.exists())
             if not config.resume:
                 output.unlink(missing_ok=True)
             elif output.exists():
                 keep_whole_lines(output)
+            leave_settings(output, settings)
             file = stack.enter_context(growing(output))
         for clip in recognizer.watch(
             source,

@@ -90,23 +90,28 @@ def as_text(prediction: Prediction, format: Format, *, per_clip: bool) -> str:
     return text.getvalue()
 
 
-def claim(path: Path, settings: Fingerprint, *, resume: bool, is_ours: bool | None = None) -> None:
-    """Leave the settings of a run beside its output, for the next one.
+def require_own(path: Path, settings: Fingerprint, *, resume: bool, is_ours: bool | None = None) -> None:
+    """Refuse an output that wasn't written here or, to be resumed, has other settings. Raises ConfigError.
 
     Args:
         is_ours: whether a run has written it; None: what lies beside it tells.
-
-    Raises ConfigError for an output that wasn't written here or, to be resumed, that has other settings.
     """
-    run_file = Path(f"{path}.run.json")
-    before, now = _read_json(run_file), settings | _VERSION
+    before = _read_json(_run_file(path))
     if not (bool(before) if is_ours is None else is_ours) and _holds_something(path):
         raise ConfigError(f"{path} exists and mvit-predict hasn't written it; name another output")
     if before and resume:
         remedy = "name another output, or resume=false to write it anew"
-        require_same(before, now, what=str(path), remedy=remedy, free=_FREE)
-    with replacing(run_file, "w") as file:
-        json.dump(now, file, indent=2)
+        require_same(before, settings | _VERSION, what=str(path), remedy=remedy, free=_FREE)
+
+
+def leave_settings(path: Path, settings: Fingerprint) -> None:
+    """Write down what an output depends on, for the next run; what has other ones must be gone before."""
+    with replacing(_run_file(path), "w") as file:
+        json.dump(settings | _VERSION, file, indent=2)
+
+
+def _run_file(path: Path) -> Path:
+    return Path(f"{path}.run.json")
 
 
 class PredictionWriter:
@@ -196,7 +201,7 @@ class PredictionWriter:
             raise ConfigError(f"{self.path} is {'no' if is_folder else 'a'} folder; name another output")
         begun = self.resume and (is_document or self.path.exists())
         own_document = {"protocol", "videos"} <= _read_json(self.path).keys() if is_document else None
-        claim(self.path, self.settings, resume=begun, is_ours=own_document)
+        require_own(self.path, self.settings, resume=begun, is_ours=own_document)
         self._stamps = {video: file_stamp(video) for video in self.todo}
         finished = set()
         for entry in self._entries() if begun else ():
@@ -213,6 +218,7 @@ class PredictionWriter:
             for entry in self._entries() if begun else ():
                 if entry["stamp"] and entry["prediction"]["path"] not in again:
                     file.write(_sealed(entry))
+        leave_settings(self.path, self.settings)
 
     def _entries(self) -> Iterator[dict[str, Any]]:
         return (entry for entry in _read_journal(self._journal_file) if "prediction" in entry)
@@ -276,7 +282,7 @@ class PredictionWriter:
             log.error("all predictions are in %s; the same command goes on from there", self._journal_file)
             raise
         self._journal_file.unlink()
-        Path(f"{self.path}.run.json").unlink()
+        _run_file(self.path).unlink()
 
 
 def _sealed(entry: dict[str, Any]) -> bytes:

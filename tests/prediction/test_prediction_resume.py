@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -11,8 +12,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -218,20 +220,14 @@ def test_what_a_power_loss_left_is_set_aside(
     assert write(tmp_path / name, videos) == 0
 
 
-@pytest.mark.parametrize("name", ["a.json", *GROWING])
-def test_a_kill_at_any_moment_loses_nothing(
-    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(writer_module, "_CLIPS_PER_PART", 2)
-    videos = videos_in(tmp_path, 5)
-    most = 0
-    for moment in range(1, 40):
-        os.utime(videos[moment % 5], ns=(moment, moment))  # one to do again
-        pid = os.fork()
-        if pid == 0:
+def write_until(moment: int, *arguments: Any, **settings: Any) -> bool:
+    """``write`` in a process that is killed before its ``moment``-th step; False where it ends before."""
+    pid = os.fork()
+    if pid == 0:
+        try:
             calls = iter(range(moment))
 
-            def dying(call: Callable[..., object], calls: Iterator[int] = calls) -> Callable[..., object]:
+            def dying(call: Callable[..., object]) -> Callable[..., object]:
                 def counted(*args: object, **kwargs: object) -> object:
                     if next(calls, None) is None:
                         os.kill(os.getpid(), signal.SIGKILL)
@@ -239,25 +235,45 @@ def test_a_kill_at_any_moment_loses_nothing(
 
                 return counted
 
-            try:
-                for what in ("append", "replacing", "set_aside"):
-                    monkeypatch.setattr(writer_module, what, dying(getattr(writer_module, what)))
-                monkeypatch.setattr(Path, "unlink", dying(Path.unlink))
-                write(tmp_path / name, videos, protocol="5x1")
-                os._exit(0)
-            finally:
-                os._exit(1)
-        status = os.waitpid(pid, 0)[1]
-        assert os.WTERMSIG(status) or os.WEXITSTATUS(status) == 0
-        journal = tmp_path / f"{name}.videos.jsonl"
+            for what in ("append", "replacing", "set_aside"):
+                setattr(writer_module, what, dying(getattr(writer_module, what)))
+            Path.unlink = dying(Path.unlink)  # type: ignore[method-assign]
+            write(*arguments, **settings)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    status = os.waitpid(pid, 0)[1]
+    assert os.WTERMSIG(status) or os.WEXITSTATUS(status) == 0
+    return bool(os.WTERMSIG(status))
+
+
+@pytest.mark.parametrize("name", ["a.json", *GROWING])
+def test_a_kill_at_any_moment_loses_nothing(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer_module, "_CLIPS_PER_PART", 2)
+    videos, journal = videos_in(tmp_path, 5), tmp_path / f"{name}.videos.jsonl"
+    most, moment = 0, 1
+    while write_until(moment, tmp_path / name, videos, protocol="5x1"):
         kept = len(set(re.findall(r"\d.mp4", journal.read_text()))) if journal.exists() else 0
         assert kept >= most - 1 or (tmp_path / "a.json").exists()
-        most = max(most, kept)
-        if not os.WTERMSIG(status):
-            break
+        most, moment = max(most, kept), moment + 1
+        os.utime(videos[moment % 5], ns=(moment, moment))  # one to do again
     assert write(tmp_path / name, videos, protocol="5x1") in (0, 5)  # a document that is whole begins anew
     assert classes_in(tmp_path / name) == {f"{number}.mp4": "cats" for number in range(5)}
-    assert not list(tmp_path.rglob("*.torn"))
+    assert moment > 5
+
+
+@pytest.mark.parametrize("name", ["a.json", *GROWING])
+def test_a_new_start_that_is_killed_mixes_nothing(tmp_path: Path, name: str) -> None:
+    videos = videos_in(tmp_path, 2)
+    for moment in range(1, 9):
+        output = tmp_path / str(moment) / name
+        write_until(7, output, videos, protocol="old")
+        write_until(moment, output, videos, protocol="new", name="dogs", resume=False)
+        with contextlib.suppress(mv.ConfigError):  # the old run's still
+            write(output, videos, protocol="new", name="dogs")
+            assert set(classes_in(output).values()) == {"dogs"}
 
 
 @pytest.mark.parametrize("name", ["link", "fifo", "."])
