@@ -148,20 +148,13 @@ def test_training_and_evaluation_read_the_index(command: Command, data: Path, tm
     assert trained.code == 0, trained.err
     assert "2 classes" in trained.out
     assert not (tmp_path / "run" / "bad_videos.csv").exists()
-    weights = "weights=run/checkpoints/last.ckpt"
-    for place in (moved, moved / "index.parquet"):
-        result = command(
-            "eval", "data=index", f"data.path={place}", "data.max_missing=0.5", weights, "num_workers=0"
-        )
-        assert result.code == 0, result.err
-
-
-def test_too_many_unreadable_videos_stop_what_reads_the_index(command: Command, data: Path) -> None:
-    prepare(command, data)
-    result = command("train", *ONE_EPOCH, "data=index", f"data.path={data}", "data.max_missing=0.1")
-    assert result.code == 1
-    assert "videos can't be read" in result.err
-    assert "max_missing=0.1" in result.err
+    evaluated = command("eval", *source, "weights=run/checkpoints/last.ckpt", "num_workers=0")
+    assert evaluated.code == 0, evaluated.err
+    assert index_splits(moved, max_missing=0.5) == index_splits(moved / "index.parquet", max_missing=0.5)
+    refused = command("train", *ONE_EPOCH, "data=index", f"data.path={moved}", "data.max_missing=0.1")
+    assert refused.code == 1
+    assert "videos can't be read" in refused.err
+    assert "max_missing=0.1" in refused.err
 
 
 def test_a_second_run_reads_only_what_changed(command: Command, data: Path, read: list[str]) -> None:
@@ -456,7 +449,7 @@ def test_a_file_in_the_place_of_the_journal_is_kept(command: Command, data: Path
     (data / "index.parquet.unfinished").write_text("precious")
     prepare(command, data)
     assert (data / "index.parquet.unfinished.damaged").read_text() == "precious"
-    for number, text in enumerate(['{"made_with": 5}', '{"made_with": null}\n["x"]', "[" * 100_000]):
+    for number, text in enumerate(['{"made_with": null}\n["x"]', "[" * 100_000]):
         (data / "index.parquet.unfinished").write_text(text)
         prepare(command, data)
         assert (data / f"index.parquet.unfinished.damaged.{number + 1}").read_text() == text

@@ -282,7 +282,7 @@ def test_kinetics_without_anything_says_what_is_expected(tmp_path: Path, a_video
         kinetics_splits(tmp_path, class_names="kinetics400")
 
 
-@pytest.mark.parametrize("number", [400, 600, 700])
+@pytest.mark.parametrize("number", [400, *(pytest.param(n, marks=pytest.mark.slow) for n in (600, 700))])
 def test_kinetics_is_trained_and_evaluated_by_command(
     command: Command, tmp_path: Path, a_video: PutVideo, number: int
 ) -> None:
@@ -529,7 +529,7 @@ def test_mmaction2_lists_of_frames(tmp_path: Path) -> None:
         assert read_number(frames.get_frames([4])[0]) == 4
 
 
-@pytest.mark.parametrize("data", ["ssv2", "ssv2_frames"])
+@pytest.mark.parametrize("data", [pytest.param("ssv2", marks=pytest.mark.slow), "ssv2_frames"])
 def test_ssv2_is_trained_and_evaluated_by_command(
     command: Command, tmp_path: Path, a_video: PutVideo, data: str
 ) -> None:
@@ -801,7 +801,9 @@ def test_lists_as_windows_leaves_them(
     assert index(tmp_path) == before
 
 
-@pytest.mark.parametrize(("data", "make"), [("ucf101", ucf101), ("hmdb51", hmdb51)])
+@pytest.mark.parametrize(
+    ("data", "make"), [("ucf101", ucf101), pytest.param("hmdb51", hmdb51, marks=pytest.mark.slow)]
+)
 def test_fixed_folds_are_trained_on_by_command(
     command: Command, tmp_path: Path, a_video: PutVideo, data: str, make: Callable[[Path, PutVideo], Path]
 ) -> None:
@@ -852,32 +854,3 @@ def test_each_data_set_can_be_prepared(
     options: dict[str, object] = {"class_names": data, "max_missing": 0.25} if data == "kinetics400" else {}
     if data in kinds:
         assert index_splits(root, max_missing=0.25) == kinds[data](root, **options)
-
-
-@pytest.mark.parametrize(
-    ("text", "labels"),
-    [
-        ("a b.mp4\tplay, guitar\nc.mp4\tdance\n", ["play, guitar", "dance"]),
-        ("a b.mp4\t1\nc.mp4\t0\n", ["1", "0"]),
-        ('"a b.mp4" 1\nc.mp4 0\n', ["1", "0"]),
-        ("video,label\na b.mp4,sit\nc.mp4,run\n", ["sit", "run"]),
-        ("file_name\tclass\na b.mp4\tsit\nc.mp4\trun\n", ["sit", "run"]),
-    ],
-)
-def test_tabs_quotes_and_headers_in_lists(tmp_path: Path, text: str, labels: list[str]) -> None:
-    for name in ("a b.mp4", "c.mp4"):
-        (tmp_path / name).touch()
-    file = tmp_path / "list.csv"
-    file.write_text(text)
-    index = csv_splits(file, file).train
-    assert [Path(video.path).name for video in index.videos] == ["a b.mp4", "c.mp4"]
-    assert [index.class_names[video.label] for video in index.videos if video.label is not None] == labels
-
-
-@pytest.mark.parametrize("label", [-1, 100_000, 10**12])
-def test_a_number_that_is_no_label_is_named_with_its_line(tmp_path: Path, label: int) -> None:
-    (tmp_path / "a.mp4").touch()
-    file = tmp_path / "list.csv"
-    file.write_text(f"a.mp4 {label}\n")
-    with pytest.raises(DataError, match=rf"list\.csv, line 1 \(a\.mp4\): label {label} is out of range"):
-        csv_splits(file, file)

@@ -262,6 +262,21 @@ def test_csv_forms(videos: Path, text: str) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "v/b c.mp4\tplay, guitar\nv/a.mp4\tsit\n",
+        "file_name\tclass\nv/b c.mp4\tplay, guitar\nv/a.mp4\tsit\n",
+        'video,label\nv/b c.mp4,"play, guitar"\nv/a.mp4,sit\n',
+    ],
+)
+def test_names_with_spaces_and_commas(videos: Path, text: str) -> None:
+    file = write(videos / "list.csv", text)
+    splits = csv_splits(file, file)
+    assert splits.class_names == ("play, guitar", "sit")
+    assert [(video.id, video.label) for video in splits.train.videos] == [("v/b c.mp4", 0), ("v/a.mp4", 1)]
+
+
 def test_columns_without_a_label(videos: Path) -> None:
     train = write(videos / "train.csv", "path,label,split\nv/a.mp4,run,train\n")
     test = write(videos / "test.csv", "split,path,label\ntest,v/b.mp4,\n")
@@ -353,6 +368,13 @@ def test_csv_mistakes_are_named(videos: Path, text: str, message: str) -> None:
     file = write(videos / "train.csv", text)
     with fails(message.format(root=videos)):
         csv_splits(file, file, class_names=["run", "jump"])
+
+
+@pytest.mark.parametrize("label", [-1, 100_000, 10**12])
+def test_a_number_that_is_no_label_is_named_with_its_line(videos: Path, label: int) -> None:
+    file = write(videos / "list.csv", f"v/a.mp4 {label}\n")
+    with fails(f"list.csv, line 1 (v/a.mp4): label {label} is out of range"):
+        csv_splits(file, file)
 
 
 @pytest.mark.parametrize(
