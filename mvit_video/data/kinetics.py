@@ -70,16 +70,17 @@ def kinetics_splits(
     }
     if lists["train"] is None and lists["val"] is None:
         return _class_folders(root, names)
-    for split in ("train", "val"):
-        if lists[split] is None:
-            raise DataError(f"{root} has no {split} list; give data.{split}=FILE ({_usual_names(split)})")
-    columns = {split: _columns(file) for split, file in lists.items() if file is not None}
-    on_disk = _clips_below(root) if any(columns.values()) else {}
     found: dict[str, VideoList] = {}
+    on_disk: dict[Clip, list[str]] | None = None
     for split, file in lists.items():
-        if file is not None and columns[split]:
-            found[split] = _read_official(file, columns[split], root, split, on_disk)
-        elif file is not None:
+        if file is None and split != "test":
+            raise DataError(f"{root} has no {split} list; give data.{split}=FILE ({_usual_names(split)})")
+        if file is None:
+            continue
+        if columns := _columns(file):
+            on_disk = _clips_below(root) if on_disk is None else on_disk
+            found[split] = _read_official(file, columns, root, split, on_disk)
+        else:
             found[split] = read_csv(file)
             found[split].base = _base_of(found[split], root, split)
     if "test" in found:  # its list comes with every copy, its videos seldom do
@@ -153,9 +154,8 @@ def _read_official(
         path = _choose(on_disk.get(clip, []), folders, root)
         path = path or os.path.join(root, folders[0], clip.name + ".mp4")  # noqa: PTH118 (speed)
         rows.append(Row(number, path, values.get("label") or None, clip.name))
-    there = {path for paths in on_disk.values() for path in paths}
     remedy = f"videos are looked for below {root} by their names, <youtube id>_<start>_<end>.mp4"
-    return VideoList(file, rows, there=there, remedy=remedy)
+    return VideoList(file, rows, remedy=remedy)
 
 
 def _seconds(text: str) -> int:

@@ -10,7 +10,7 @@ import csv
 import logging
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,7 +67,6 @@ class VideoList:
     Attributes:
         unit: what `Row.number` counts.
         base: where relative paths start; by default in the folder of the list.
-        there: the paths that exist, where the reader of the list has looked already.
         remedy: what to do about missing videos, the end of an error.
         optional: none of its videos needs to exist; without any there is no such split.
     """
@@ -76,7 +75,6 @@ class VideoList:
     rows: list[Row]
     unit: str = "line"
     base: Path | None = None
-    there: Collection[str] | None = None
     remedy: str | None = None
     optional: bool = False
 
@@ -180,9 +178,7 @@ def index_of_list(
             places = f"{video_list.unit} {other.number} and {video_list.unit} {row.number}"
             raise DataError(f"{row.file or video_list.file}: {video_id} comes twice, in {places}")
         videos.append(LabelledVideo(path, label, video_id))
-    there = video_list.there
-    if there is None:
-        there = existing_paths(entry_on_disk(video.path) for video in videos)
+    there = _existing(entry_on_disk(video.path) for video in videos)
     return leave_out(
         VideoIndex(tuple(videos), names),
         {video.id: NO_FILE for video in videos if entry_on_disk(video.path) not in there},
@@ -224,7 +220,7 @@ def names_in_rows(video_list: VideoList) -> tuple[str, ...]:
     return tuple(map(str, range(max(numbers) + 1) if numbers else sorted(map(str, labels))))
 
 
-def existing_paths(paths: Iterable[str]) -> set[str]:
+def _existing(paths: Iterable[str]) -> set[str]:
     """Those of the paths that exist, by listing each folder once.
 
     A stat for each of Kinetics' 240,000 files takes minutes on a network.

@@ -9,7 +9,7 @@ from operator import itemgetter
 from pathlib import Path
 
 from mvit_video.data.class_names import ClassNames, read_class_names
-from mvit_video.data.decode.images import entry_on_disk, frame_pattern, image_files
+from mvit_video.data.decode.images import frame_pattern, image_files
 from mvit_video.data.files import (
     VIDEO_EXTENSIONS,
     existing,
@@ -22,7 +22,7 @@ from mvit_video.data.files import (
     quoted,
 )
 from mvit_video.data.index import VideoSplits
-from mvit_video.data.lists import Row, VideoList, existing_paths, splits_of_lists
+from mvit_video.data.lists import Row, VideoList, splits_of_lists
 from mvit_video.errors import DataError, VideoError
 
 _PREFIX = "something-something-v2-"
@@ -68,7 +68,7 @@ def ssv2_splits(
         folders = [existing_folder(videos)]
     else:
         folders = [root / name for name in _VIDEO_FOLDERS if (root / name).is_dir()] + [root]
-    there = _entries(folders[0]) if frame_lists is None else {}
+    paths = _entries(folders[0]) if frame_lists is None else {}
     lists: dict[str, VideoList] = {}
     for split, given in {"train": train, "val": val, "test": test}.items():
         file = existing(given) if given is not None else _find(root, _NAMES[split])
@@ -77,8 +77,8 @@ def ssv2_splits(
         if file is None or (frame_lists is not None and split == "test"):
             continue  # PySlowFast has no frame list of the test videos
         if frame_lists is not None:
-            there = _frame_patterns(existing(root / frame_lists[split == "val"]), folders)
-        lists[split] = _read(file, folders[0], there, split)
+            paths = _frame_patterns(existing(root / frame_lists[split == "val"]), folders)
+        lists[split] = _read(file, folders[0], paths, split)
         lists[split].optional = split == "test" and given is None
     return splits_of_lists(lists, names, max_missing=max_missing)
 
@@ -118,16 +118,15 @@ def _read(file: Path, folder: Path, paths: dict[str, str], split: str) -> VideoL
                 )
         missing = os.path.join(folder, f"{video}.webm")  # noqa: PTH118
         rows.append(Row(number, paths.get(str(video), missing), label, str(video)))
-    there = {entry_on_disk(path) for path in paths.values()}
     remedy = f"videos are looked for in {folder}: give data.videos=FOLDER"
-    return VideoList(file, rows, "entry", there=there, remedy=remedy)
+    return VideoList(file, rows, "entry", remedy=remedy)
 
 
 # PySlowFast's lists of frames
 
 
 def _frame_patterns(file: Path, folders: list[Path]) -> dict[str, str]:
-    """Id to the path of its pictures, `folder/78687/78687_[000001-000042].jpg`, of the videos that exist.
+    """Id to the path of its pictures, `folder/78687/78687_[000001-000042].jpg`.
 
     The paths start at the first of the folders that has the first picture.
 
@@ -151,8 +150,7 @@ def _frame_patterns(file: Path, folders: list[Path]) -> dict[str, str]:
         found[video] = os.path.join(folder, pattern)  # noqa: PTH118
     if not found:
         raise DataError(f"{file}: it lists no frames")
-    there = existing_paths(entry_on_disk(path) for path in found.values())
-    return {video: path for video, path in found.items() if entry_on_disk(path) in there}
+    return found
 
 
 def _means(pattern: str, paths: Sequence[str]) -> bool:
