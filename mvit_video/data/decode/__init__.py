@@ -1,4 +1,4 @@
-"""Exact frames out of video files: `open_video`, and the protocol that all engines share.
+"""Exact frames out of video files: `open_video`, and the class that all engines share.
 
 PyAV is the engine that is right on every file and needs nothing installed; torchcodec and decord are there
 to be compared with it. All of them take number, times and identity of the frames from the same index.

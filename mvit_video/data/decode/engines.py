@@ -1,4 +1,4 @@
-"""torchcodec and decord behind the same protocol, each refused for the files that it gets wrong.
+"""torchcodec and decord as other videos, each refused for the files that it gets wrong.
 
 Our own index says how many frames there are and when each is shown. An engine whose own count, size or times
 differ is refused, and so are the kinds of file on which it is known to give other frames without a word.

@@ -52,8 +52,8 @@ def measure_times(
     if len(pts) < 2 or None in pts:
         return FrameTimes(np.arange(len(pts)) / declared_fps, declared_fps, float(start * tick), 0)
     ticks = np.array(pts, np.int64)
-    ordered = np.unique(ticks)
-    if len(ordered) == len(ticks) and (np.diff(ticks) > -_GAP_SECONDS / tick).all():
+    ordered = np.sort(ticks)
+    if (np.diff(ordered) > 0).all() and (np.diff(ticks) > -_GAP_SECONDS / tick).all():
         ticks, start = ordered, int(ordered[0])  # frames that were told each other's times
     steps = np.diff(ticks)
     rising = steps[steps > 0]
