@@ -26,45 +26,31 @@ from mvit_video.data.bad_videos import BadVideos, allowed_bad_videos
 from mvit_video.data.class_names import check_same_classes
 from mvit_video.data.datasets import TestViews, TrainingClips, training_loader, validation_loader
 from mvit_video.data.index import VideoSplits
-from mvit_video.data.loader import WORKER_TYPES
+from mvit_video.data.loader import WORKER_TYPES, ClipLoader
 from mvit_video.data.ranks import rank_and_size, use_own_gpu
 from mvit_video.errors import ConfigError
 from mvit_video.io.fingerprint import Fingerprint, fingerprint
 from mvit_video.io.writing import keep_former, remove_unfinished, sole_writer
 from mvit_video.model import VideoModel
-from mvit_video.training import processes
-from mvit_video.training.callbacks import (
-    BadVideoPolicy,
-    BatchPicture,
-    EpochProgress,
-    EstimatedTime,
-    Interrupts,
-)
+from mvit_video.training import callbacks, processes
 from mvit_video.training.checkpoints import AtomicCheckpoints, LastCheckpoint
 from mvit_video.training.fit import fit, lightning_errors
 from mvit_video.training.metrics import BestCheckpoint, EpochLogger, ResumableMetrics
 from mvit_video.training.module import Classifier, freeze
 from mvit_video.training.plots import describe_labels, plot_history
 from mvit_video.training.profiler import StageProfiler
-from mvit_video.training.resume import (
-    RunFingerprint,
-    SeedEachStep,
-    find_checkpoint,
-    optimizer_kind,
-    resume,
-    videos_sha256,
-)
+from mvit_video.training.resume import find_checkpoint, resume, videos_sha256
 from mvit_video.training.sharding import AveragedWeights, FullySharded
 from mvit_video.weights import load_weights
 
 log = logging.getLogger(__name__)
 
 PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
-FREE_SETTINGS = ("num_workers", "loader", "save_every_n_steps", "early_stopping", "compile", "max_bad_videos")
-FREE_TRAINER_SETTINGS = (
-    *("accelerator", "strategy", "precision", "max_epochs", "max_steps", "max_time", "limit_val_batches"),
-    *("val_check_interval", "check_val_every_n_epoch", "gradient_clip_val", "gradient_clip_algorithm"),
-)
+
+# What a resumed run is compared by: other steps of training, where they differ.
+BATCH = ("accumulate_grad_batches", "limit_train_batches", "overfit_batches")
+RECIPE = ("seed", "augment", "mixing", "freeze", "ema")
+FREE = ("num_workers", "loader", "save_every_n_steps", "early_stopping", "compile", "max_bad_videos")
 
 
 def train(config: DictConfig) -> float | None:
@@ -73,86 +59,65 @@ def train(config: DictConfig) -> float | None:
     Returns the best validation top-1, for sweepers; None without a validation.
     """
     output = Path(HydraConfig.get().runtime.output_dir)
+    folder = output / "checkpoints"
     with ExitStack() as stack:
         if rank_and_size()[0] == 0:
-            stack.enter_context(sole_writer(output / "checkpoints"))
-        return _train(config, output, stack)
+            stack.enter_context(sole_writer(folder))
+        # Everything that can be checked without data is built before data are read.
+        pl.seed_everything(config.seed, workers=True, verbose=False)
+        use_own_gpu()
+        _check_recipe(config)
+        resume_from = find_checkpoint(config.ckpt_path, output, own_only=_has_own_folder())
+        history, policy = EpochLogger(), callbacks.BadVideoPolicy()
+        trainer = _build_trainer(config, output, [ResumableMetrics(), history, policy])
+
+        splits: VideoSplits = app.build(config.data)
+        model = _build_model(config, splits)
+        classifier: Classifier = app.build(config.optim, _partial_=True)(
+            model, batch_size=config.batch_size, mixing=app.build(config.mixing), seed=config.seed
+        )
+        training, validation = (
+            stack.enter_context(closing(loader)) for loader in _build_loaders(config, model, splits, trainer)
+        )
+        _describe(model, splits, output)
+        classifier.run_fingerprint = _fingerprint(config, model, splits, trainer.world_size)
+        if resume_from is not None:
+            resume(resume_from, classifier.run_fingerprint, training, max_epochs=trainer.max_epochs)
+        if trainer.is_global_zero:
+            remove_unfinished(folder)
+            if resume_from is None or resume_from.parent != folder:
+                keep_former(folder)
+        total = len(splits.train) + len(splits.val)
+        policy.bad_videos = BadVideos(
+            output / "bad_videos.csv",
+            allowed=allowed_bad_videos(config.max_bad_videos, total),
+            total=total,
+            go_on=resume_from is not None or not trainer.is_global_zero,
+        )
+        try:
+            fit(trainer, classifier, training, validation, resume_from)
+        except SIGTERMException:
+            log.warning("stopped by a signal; ckpt_path=last resumes from the last checkpoint")
+            sys.exit(128 + signal.SIGTERM)
+    _report(trainer, history, policy.bad_videos, output)
+    return history.best()
 
 
-def _train(config: DictConfig, output: Path, stack: ExitStack) -> float | None:
-    # Everything that can be checked without data is built before data are read.
+def _has_own_folder() -> bool:
+    """Whether the user has chosen the run's folder, so that no other run is meant to be resumed in it."""
+    run = HydraConfig.get()
+    return run.mode == RunMode.MULTIRUN or any(o.startswith("hydra.run.dir=") for o in run.overrides.hydra)
+
+
+def _check_recipe(config: DictConfig) -> None:
     augment, mixing = app.build(config.augment), app.build(config.mixing)
     if mixing is not None and mixing.probability and config.batch_size * augment.repeats < 2:
         raise ConfigError("mixing pairs the clips of a batch; batch_size=2 or more is needed, or mixing=none")
-    pl.seed_everything(config.seed, workers=True, verbose=False)
-    use_own_gpu()
-    open_file = app.build_decoder(config)
-    own_only = HydraConfig.get().mode == RunMode.MULTIRUN or any(
-        override.startswith("hydra.run.dir=") for override in HydraConfig.get().overrides.hydra
-    )
-    resume_from = find_checkpoint(config.ckpt_path, output, own_only=own_only)
-    history, policy, identity = EpochLogger(), BadVideoPolicy(), RunFingerprint()
-    with lightning_errors():
-        trainer = _build_trainer(config, output, [history, policy, identity])
-    processes.check_processes(trainer, HydraConfig.get().overrides.task)
+    app.build_decoder(config)
     with torch.device("meta"):
         sketch = app.build(config.model, weights=None)
         app.override_protocol(sketch.protocol, config.views)
         app.build(config.optim, model=sketch)
-
-    splits: VideoSplits = app.build(config.data)
-    model = _build_model(config, splits)
-    classifier = app.build(config.optim, _partial_=True)(
-        model, batch_size=config.batch_size, mixing=mixing, seed=config.seed
-    )
-    if config.compile:
-        model.compile()
-    loading: dict[str, Any] = {
-        "batch_size": config.batch_size,
-        "num_workers": config.num_workers,
-        "rank": trainer.global_rank,
-        "num_replicas": trainer.world_size,
-        "worker_type": WORKER_TYPES[config.loader],
-        "pin_memory": torch.cuda.is_available() and config.num_workers > 0,
-    }
-    clips = TrainingClips(splits.train.videos, model.protocol, augment, seed=config.seed, open_file=open_file)
-    one_view = replace(model.protocol, num_clips=1, num_crops=1)
-    centre_clips = TestViews(splits.val.videos, one_view, open_file=open_file)
-    shuffle = not config.trainer.overfit_batches
-    training = stack.enter_context(closing(training_loader(clips, shuffle=shuffle, **loading)))
-    validation = stack.enter_context(closing(validation_loader(centre_clips, **loading)))
-    _describe(model, splits, output)
-
-    identity.fingerprint = _fingerprint(config, classifier, splits, trainer.world_size)
-    folder = output / "checkpoints"
-    if resume_from is not None:
-        resume(resume_from, identity.fingerprint, training, max_epochs=trainer.max_epochs)
-    if trainer.is_global_zero:
-        remove_unfinished(folder)
-        if resume_from is None or resume_from.parent != folder:
-            keep_former(folder)
-    total = len(splits.train) + len(splits.val)
-    bad_videos = policy.bad_videos = BadVideos(
-        output / "bad_videos.csv",
-        allowed=allowed_bad_videos(config.max_bad_videos, total),
-        total=total,
-        go_on=resume_from is not None or not trainer.is_global_zero,
-    )
-    try:
-        fit(trainer, classifier, training, validation, resume_from)
-    except SIGTERMException:
-        log.warning("stopped by a signal; ckpt_path=last resumes from the last checkpoint")
-        sys.exit(128 + signal.SIGTERM)
-    if bad_videos.found:
-        plural = "s" if len(bad_videos.found) > 1 else ""
-        log.warning("%d unreadable video%s, listed in %s", len(bad_videos.found), plural, bad_videos.file)
-    if history.epochs and trainer.is_global_zero:
-        plot_history(history.epochs, output / "learning_curve.png")
-        log.info("learning curve: %s", output / "learning_curve.png")
-    best = trainer.checkpoint_callback
-    if isinstance(best, BestCheckpoint) and best.best_model_path:
-        log.info("best checkpoint: %s", best.best_model_path)
-    return history.best()
 
 
 def _build_model(config: DictConfig, splits: VideoSplits) -> VideoModel:
@@ -170,7 +135,29 @@ def _build_model(config: DictConfig, splits: VideoSplits) -> VideoModel:
     model.class_names = splits.class_names
     if config.freeze:
         freeze(model, list(config.freeze) if OmegaConf.is_list(config.freeze) else [str(config.freeze)])
+    if config.compile:
+        model.compile()
     return model
+
+
+def _build_loaders(
+    config: DictConfig, model: VideoModel, splits: VideoSplits, trainer: pl.Trainer
+) -> tuple[ClipLoader[Any], ClipLoader[Any]]:
+    """Random clips for training, and the central clip of each validation video."""
+    loading: dict[str, Any] = {
+        "batch_size": config.batch_size,
+        "num_workers": config.num_workers,
+        "rank": trainer.global_rank,
+        "num_replicas": trainer.world_size,
+        "worker_type": WORKER_TYPES[config.loader],
+        "pin_memory": torch.cuda.is_available() and config.num_workers > 0,
+    }
+    open_file, augment = app.build_decoder(config), app.build(config.augment)
+    clips = TrainingClips(splits.train.videos, model.protocol, augment, seed=config.seed, open_file=open_file)
+    one_view = replace(model.protocol, num_clips=1, num_crops=1)
+    centre_clips = TestViews(splits.val.videos, one_view, open_file=open_file)
+    shuffle = not config.trainer.overfit_batches
+    return training_loader(clips, shuffle=shuffle, **loading), validation_loader(centre_clips, **loading)
 
 
 def _describe(model: VideoModel, splits: VideoSplits, output: Path) -> None:
@@ -187,81 +174,72 @@ def _describe(model: VideoModel, splits: VideoSplits, output: Path) -> None:
     log.info("training videos of each class:\n%s", describe_labels(labels, splits.class_names))
 
 
-def _fingerprint(
-    config: DictConfig, classifier: Classifier, splits: VideoSplits, world_size: int
-) -> Fingerprint:
+def _fingerprint(config: DictConfig, model: VideoModel, splits: VideoSplits, world_size: int) -> Fingerprint:
     """What the run is made of; ``settings`` may change when it is resumed."""
     plain = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
-    trainer, model = plain["trainer"], classifier.model
+    trainer, optim = plain["trainer"], plain["optim"]
     fields = asdict(cast(Any, model.config))
-    optimizer = classifier.make_optimizer([{"params": [torch.nn.Parameter(torch.empty(1))]}])
     return fingerprint(
-        batch={
-            "size": config.batch_size * world_size,  # over all processes
-            "accumulate_grad_batches": trainer["accumulate_grad_batches"],
-            "limit_train_batches": trainer["limit_train_batches"],
-            "overfit_batches": trainer["overfit_batches"],
-        },
-        seed=config.seed,
+        batch={"size": config.batch_size * world_size} | {key: trainer[key] for key in BATCH},
         data={
             "classes": splits.class_names,
             "train": videos_sha256(splits.train.videos),
             "val": videos_sha256(splits.val.videos),
         },
         clips=asdict(model.protocol),
-        augment=plain["augment"],
-        mixing=plain["mixing"],
         model={key: value for key, value in fields.items() if key != "checkpoint_blocks"},  # same numbers
-        freeze=plain["freeze"],
-        ema=config.ema,
-        optim={key: value for key, value in plain["optim"].items() if key not in ("_target_", "_partial_")},
-        optimizer=optimizer_kind(optimizer.defaults),
-        settings={
-            **{key: plain[key] for key in FREE_SETTINGS},
-            **{key: trainer[key] for key in FREE_TRAINER_SETTINGS},
-        },
+        optim={key: value for key, value in optim.items() if key not in ("_target_", "_partial_")},
+        **{key: plain[key] for key in RECIPE},
+        settings={key: plain[key] for key in FREE}
+        | {key: value for key, value in trainer.items() if key not in (*BATCH, "_target_")},
     )
 
 
-def _build_trainer(config: DictConfig, output: Path, callbacks: list[Callback]) -> pl.Trainer:
-    config.trainer.devices, config.trainer.num_nodes = processes.choose_devices(
-        config.trainer.devices, config.trainer.num_nodes
-    )
-    callbacks = [ResumableMetrics(), *callbacks, SeedEachStep(config.seed)]
-    callbacks.append(BatchPicture(output / "batch.png"))
-    if config.trainer.enable_checkpointing:
-        callbacks.append(BestCheckpoint(output / "checkpoints"))
-        callbacks.append(LastCheckpoint(output / "checkpoints", config.save_every_n_steps))
-    if config.trainer.enable_progress_bar:
-        callbacks.append(EpochProgress())
-    if config.ema is not None:
-        callbacks.append(AveragedWeights(decay=config.ema))
-    if config.early_stopping is not None:
-        callbacks.append(EarlyStopping("val/top1", mode="max", patience=config.early_stopping))
-    callbacks += [EstimatedTime(), Interrupts()]
-    loggers = list(app.build(config.logger).values())
-    if loggers:
-        callbacks.append(LearningRateMonitor("step"))
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", ".*AMP with fp16 is not supported on CPU.*")  # an error of our own
-    profiler: Any = config.trainer.profiler
-    if config.profile:
-        profiler = StageProfiler()
-    elif profiler is not None:
-        profiler = PROFILERS[profiler](dirpath=output, filename="profile")
-    sharded = config.trainer.strategy == "fsdp"
-    precision = str(config.trainer.precision)
+def _build_trainer(config: DictConfig, output: Path, own: list[Callback]) -> pl.Trainer:
+    trainer, folder = config.trainer, output / "checkpoints"
+    trainer.devices, trainer.num_nodes = processes.choose_devices(trainer.devices, trainer.num_nodes)
+    precision, sharded = str(trainer.precision), trainer.strategy == "fsdp"
     if sharded and precision in ("16", "16-mixed"):  # Lightning scales no gradients in shards
         raise ConfigError(f"trainer.precision={precision} isn't possible with fsdp; bf16-mixed is")
-    trainer: pl.Trainer = app.build(
-        config.trainer,
-        **({"strategy": FullySharded()} if sharded else {}),
-        callbacks=callbacks,
-        logger=loggers,
-        profiler=profiler,
-        plugins=[AtomicCheckpoints()],
-        default_root_dir=str(output),
-    )
-    if isinstance(trainer.accelerator, CPUAccelerator) and precision in ("16", "16-mixed", "16-true"):
+    used = [*own, callbacks.BatchPicture(output / "batch.png")]
+    if trainer.enable_checkpointing:
+        used += [BestCheckpoint(folder), LastCheckpoint(folder, config.save_every_n_steps)]
+    if trainer.enable_progress_bar:
+        used.append(callbacks.EpochProgress())
+    if config.ema is not None:
+        used.append(AveragedWeights(decay=config.ema))
+    if config.early_stopping is not None:
+        used.append(EarlyStopping("val/top1", mode="max", patience=config.early_stopping))
+    loggers = list(app.build(config.logger).values())
+    if loggers:
+        used.append(LearningRateMonitor("step"))
+    profiler: Any = trainer.profiler and PROFILERS[trainer.profiler](dirpath=output, filename="profile")
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", ".*AMP with fp16 is not supported on CPU.*")  # an error of our own
+    with lightning_errors():
+        built: pl.Trainer = app.build(
+            trainer,
+            **({"strategy": FullySharded()} if sharded else {}),
+            callbacks=[*used, callbacks.EstimatedTime(), callbacks.Interrupts()],
+            logger=loggers,
+            profiler=StageProfiler() if config.profile else profiler,
+            plugins=[AtomicCheckpoints()],
+            default_root_dir=str(output),
+            enable_progress_bar=False,  # Lightning's
+        )
+    if isinstance(built.accelerator, CPUAccelerator) and precision in ("16", "16-mixed", "16-true"):
         raise ConfigError(f"trainer.precision={precision} (float16) is for GPUs; on a CPU give bf16-mixed")
-    return trainer
+    processes.check_processes(built, HydraConfig.get().overrides.task)
+    return built
+
+
+def _report(trainer: pl.Trainer, history: EpochLogger, bad_videos: BadVideos, output: Path) -> None:
+    if bad_videos.found:
+        plural = "s" if len(bad_videos.found) > 1 else ""
+        log.warning("%d unreadable video%s, listed in %s", len(bad_videos.found), plural, bad_videos.file)
+    if history.epochs and trainer.is_global_zero:
+        plot_history(history.epochs, output / "learning_curve.png")
+        log.info("learning curve: %s", output / "learning_curve.png")
+    best = trainer.checkpoint_callback
+    if isinstance(best, BestCheckpoint) and best.best_model_path:
+        log.info("best checkpoint: %s", best.best_model_path)

@@ -42,14 +42,8 @@ from mvit_video.errors import ConfigError, DataError
 log = logging.getLogger(__name__)
 
 WorkerType = Literal["auto", "thread", "process"]
-WORKER_TYPES: dict[str, WorkerType] = {  # by what the config key ``loader`` may say
-    "auto": "auto",
-    "threads": "thread",
-    "thread": "thread",
-    "workers": "process",
-    "processes": "process",
-    "process": "process",
-}
+# By what the config key ``loader`` may say.
+WORKER_TYPES: dict[str, WorkerType] = {"auto": "auto", "threads": "thread", "workers": "process"}
 
 MAX_THREADS = 2  # that one interpreter keeps busy
 PREFETCH_MEMORY_FRACTION = 1 / 8  # of the memory that samples made ahead may fill

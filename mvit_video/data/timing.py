@@ -13,12 +13,12 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import nn
+
+from mvit_video.io.console import print_table
+from mvit_video.io.writing import replacing
 
 LOADER_STAGES = ("demux", "decode", "convert", "transform")
 MAIN_STAGES = ("wait for data", "transfer", "model", "rest")
@@ -100,16 +100,8 @@ timed = stage  # as decorators are called
 
 def watch(model: nn.Module) -> None:
     """Make the model's forward passes a stage, where this thread is being measured."""
-    current = _thread.clock
-    if current is None:
-        return
-    outer: list[str] = []
-    model.register_forward_pre_hook(lambda *_: outer.append(current.switch("model")))
-
-    def end(*_: Any) -> None:
-        current.switch(outer.pop())
-
-    model.register_forward_hook(end)
+    if _thread.clock is not None:
+        model.forward = stage("model")(model.forward)
 
 
 @contextmanager
@@ -119,24 +111,22 @@ def profiled(folder: Path) -> Iterator[None]:
         yield
     main = {name: current.seconds[name] for name in MAIN_STAGES}
     # Without helpers, the main thread does their work while it waits.
-    alone = not current.samples
-    loader = {name: (current.seconds if alone else current.helpers)[name] for name in LOADER_STAGES}
-    parts: list[tuple[str, dict[str, float]]] = [("loader, all workers", loader), ("main process", main)]
-    if alone:
+    found = current.helpers if current.samples else current.seconds
+    loader = {name: found[name] for name in LOADER_STAGES}
+    if not current.samples:
         main["wait for data"] += sum(loader.values())
+    rows = []
+    for part, stages in (("loader, all workers", loader), ("main process", main)):
+        whole = sum(stages.values()) or 1.0
+        for name, seconds in stages.items():
+            a_video = 1000 * seconds / current.samples if current.samples else ""
+            rows.append((part, name, seconds, f"{seconds / whole:.1%}", a_video))
     verdict = _verdict(main)
-    table = Table(title="where the time went", caption=verdict)
-    for name in ("", "stage", "seconds", "share", "ms a video"):
-        table.add_column(name, justify="left" if name in ("", "stage") else "right")
-    for title, seconds in parts:
-        total = sum(seconds.values()) or 1.0
-        for index, (name, value) in enumerate(seconds.items()):
-            a_video = f"{1000 * value / current.samples:.2f}" if current.samples else ""
-            cells = (name, f"{value:.2f}", f"{value / total:.1%}", a_video)
-            table.add_row(title if index == 0 else "", *cells, end_section=index == len(seconds) - 1)
-    Console().print(table)
+    print_table("where the time went", ("", "stage", "seconds", "share", "ms a video"), rows)
+    print(verdict)
     saved = {"loader": loader, "main": main, "videos": current.samples or None, "verdict": verdict}
-    (folder / "profile.json").write_text(json.dumps(saved, indent=2))
+    with replacing(folder / "profile.json", "w") as file:
+        json.dump(saved, file, indent=2)
 
 
 def _verdict(main: dict[str, float]) -> str:

@@ -5,15 +5,13 @@ from __future__ import annotations
 import logging
 import signal
 import sys
-import threading
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import ProgressBar
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mvit_video.data.bad_videos import BadVideos
 from mvit_video.data.datasets import Batch
@@ -31,13 +29,11 @@ class BadVideoPolicy(pl.Callback):
 
     bad_videos: BadVideos
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Batch, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Batch, *_: Any) -> None:
         self.bad_videos.note(batch.bad)
 
-    def on_validation_batch_start(
-        self, trainer: pl.Trainer, pl_module: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        self.bad_videos.note(batch.bad)
+    def on_validation_batch_start(self, *arguments: Any) -> None:
+        self.on_train_batch_start(*arguments)
 
 
 class EstimatedTime(pl.Callback):
@@ -102,7 +98,7 @@ class Interrupts(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Not where it is ignored, as in a background job.
-        if signal.getsignal(signal.SIGINT) == signal.default_int_handler and _in_main_thread():
+        if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
             signal.signal(signal.SIGINT, self._interrupt)
 
     def _interrupt(self, number: int, frame: Any) -> None:
@@ -114,20 +110,15 @@ class Interrupts(pl.Callback):
             raise KeyboardInterrupt
 
     def on_validation_batch_start(self, *_: Any) -> None:
-        if self._interrupted:
-            raise KeyboardInterrupt
+        self.on_train_batch_start()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if signal.getsignal(signal.SIGINT) == self._interrupt and _in_main_thread():
+        if signal.getsignal(signal.SIGINT) == self._interrupt:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _in_main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()
-
-
-class EpochProgress(ProgressBar):
-    """A bar for the epoch and one for its validation, below the log; only on terminals."""
+class EpochProgress(pl.Callback):
+    """A bar for the epoch or its validation, below the log; only on terminals."""
 
     SHOWN: ClassVar = {
         "train/loss_step": "loss {:.3f}",
@@ -137,68 +128,15 @@ class EpochProgress(ProgressBar):
     }
 
     def __init__(self) -> None:
-        super().__init__()
-        self._is_enabled = True
-        self._progress: Progress | None = None
-        self._task = TaskID(0)
+        text, metrics = TextColumn("{task.description}"), TextColumn("{task.fields[metrics]}")
+        bar = (text, BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn(), metrics)
+        self._progress = Progress(*bar, transient=True)
+        self._task = self._progress.add_task("", metrics="", visible=False)
         self._open = ExitStack()
 
-    def disable(self) -> None:
-        self._is_enabled = False
-
-    def enable(self) -> None:
-        self._is_enabled = True
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        self._show(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}", self.total_train_batches)
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if self._progress is None:  # a run that goes on in the middle of an epoch
-            self.on_train_epoch_start(trainer)
-        self._advance(batch_idx, trainer)
-
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._show("validation", sum(self.num_val_batches(trainer)))
-
-    def on_validation_batch_end(
-        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, *_: Any
-    ) -> None:
-        self._advance(batch_idx, trainer)
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.on_train_epoch_start(trainer)
-
-    def on_exception(self, *_: Any) -> None:
-        self._close()
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._close()
-
-    @staticmethod
-    def num_val_batches(trainer: pl.Trainer) -> list[int]:
-        batches = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
-        return [int(number) for number in (batches if isinstance(batches, list) else [batches])]
-
-    def _show(self, description: str, total: float) -> None:
-        if not self._is_enabled:
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if not trainer.is_global_zero or not self._progress.console.is_terminal:
             return
-        if self._progress is None:
-            self._start()
-        assert self._progress is not None
-        self._progress.reset(self._task, total=total, description=description)
-
-    def _start(self) -> None:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(20),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[metrics]}"),
-        )
-        self._progress = Progress(*columns, transient=True)
-        self._task = self._progress.add_task("", metrics="")
         stdout, stderr = sys.stdout, sys.stderr
         self._open.enter_context(self._progress)  # what is printed from here on comes above the bar
         for handler in logging.getLogger().handlers:
@@ -206,16 +144,41 @@ class EpochProgress(ProgressBar):
                 self._open.callback(handler.setStream, handler.stream)
                 handler.setStream(sys.stdout if handler.stream is stdout else sys.stderr)
 
-    def _advance(self, batch_idx: int, trainer: pl.Trainer) -> None:
-        if self._progress is None:
-            return
-        fields: dict[str, Any] = {}
-        if self._progress.console.is_terminal:
-            values = trainer.progress_bar_metrics
-            found = [text.format(values[name]) for name, text in self.SHOWN.items() if name in values]
-            fields = {"metrics": "  ".join(found)}
-        self._progress.update(self._task, completed=batch_idx + 1, **fields)
+    def on_train_epoch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        self._show(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}", trainer.num_training_batches)
 
-    def _close(self) -> None:
-        self._progress = None
+    def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.on_train_epoch_start(trainer)  # which isn't called where a run is resumed in an epoch
+
+    def on_validation_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.on_train_epoch_start(trainer)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        self._progress.update(self._task, completed=batch_idx + 1)
+        if (
+            self._progress.live.is_started
+            and (trainer.global_step % (cast(Any, trainer).log_every_n_steps or 1)) == 0
+        ):
+            found = trainer.callback_metrics  # reading them waits for the GPU
+            shown = [text.format(found[name].item()) for name, text in self.SHOWN.items() if name in found]
+            self._progress.update(self._task, metrics="  ".join(shown))
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        sizes = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
+        self._show("validation", sum(sizes))
+
+    def on_validation_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        self._progress.update(self._task, completed=batch_idx + 1)
+
+    def on_exception(self, *_: Any) -> None:
         self._open.close()
+
+    def teardown(self, *_: Any, **__: Any) -> None:
+        self._open.close()
+
+    def _show(self, description: str, total: float) -> None:
+        self._progress.reset(self._task, total=total, description=description, visible=True)

@@ -26,8 +26,6 @@ def fit(
         TrainingError: memory isn't enough.
         ConfigError: Lightning refuses a setting, or the checkpoint doesn't fit.
     """
-    steps = _FirstStep()
-    trainer.callbacks.append(steps)  # type: ignore[attr-defined]
     try:
         with lightning_errors():
             trainer.fit(module, training, validation, ckpt_path=ckpt_path, weights_only=True)
@@ -41,8 +39,8 @@ def fit(
                 "out of memory: lower batch_size (trainer.accumulate_grad_batches makes up for that), or set "
                 "model.checkpoint_blocks=true or trainer.precision=bf16-mixed"
             ) from None
-        if ckpt_path is None or steps.begun or isinstance(error, MVitVideoError):
-            raise
+        if ckpt_path is None or trainer.callback_metrics or isinstance(error, MVitVideoError):
+            raise  # not of the resuming, for a step has been made
         raise ConfigError(
             f"{ckpt_path} can't be resumed with these settings ({_first_line(error)}); give those that it "
             f"was started with, or start a new run with weights={ckpt_path}"
@@ -64,13 +62,6 @@ def lightning_errors() -> Iterator[None]:
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether a device, or the CPU, had too little memory."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-class _FirstStep(pl.Callback):
-    begun = False
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        self.begun = True
 
 
 def _first_line(error: BaseException) -> str:

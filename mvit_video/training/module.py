@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import random
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,10 +21,12 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from mvit_video.data.datasets import Batch
 from mvit_video.errors import ConfigError, DataError, TrainingError
+from mvit_video.io.fingerprint import Fingerprint
 from mvit_video.io.writing import replacing
 from mvit_video.model import MViT, VideoModel, layer_groups
 from mvit_video.training.metrics import Means
 from mvit_video.training.mixing import Mixing, soft_targets
+from mvit_video.training.resume import FINGERPRINT_KEY
 from mvit_video.training.sharding import FullySharded, shard
 from mvit_video.weights import METADATA_KEY, model_metadata
 
@@ -117,11 +120,17 @@ class Classifier(pl.LightningModule):
         lr_batch_size: videos a step, over all devices, that the learning rates are meant for; they are scaled
             linearly to those there are. None: they are taken as they are.
         batch_size: videos a step and device, for ``lr_batch_size``.
-        mixing: how batches are mixed; its choices depend on ``seed``, epoch, batch and rank alone.
+        mixing: how batches are mixed.
+        seed: random numbers of a step depend on it, epoch, batch and rank alone.
 
     Raises:
-        ValueError: a value is out of range.
+        ConfigError: ``layer_decay`` of a model without known layers.
+
+    Attributes:
+        run_fingerprint: what the run is made of, kept in its checkpoints; set before training.
     """
+
+    run_fingerprint: Fingerprint | None = None
 
     def __init__(
         self,
@@ -141,18 +150,6 @@ class Classifier(pl.LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for name, value in {"lr": lr, "warmup_start_lr": warmup_start_lr, "end_lr": end_lr}.items():
-            if value < 0:
-                raise ValueError(f"{name} must not be negative, got {value}")
-        for name, value in {"warmup": warmup, "label_smoothing": label_smoothing}.items():
-            if not 0 <= value < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {value}")
-        if weight_decay < 0:
-            raise ValueError(f"weight_decay must not be negative, got {weight_decay}")
-        if not 0 < layer_decay <= 1:
-            raise ValueError(f"layer_decay must be in (0, 1], got {layer_decay}")
-        if lr_batch_size is not None and lr_batch_size < 1:
-            raise ValueError(f"lr_batch_size must be at least 1 or null, got {lr_batch_size}")
         parameter_groups(model, weight_decay, layer_decay)  # finds early what it can't do
         self.model = model
         self.make_optimizer = optimizer
@@ -171,6 +168,11 @@ class Classifier(pl.LightningModule):
 
     def forward(self, clips: Tensor) -> Tensor:
         return self.model(clips)
+
+    def on_train_batch_start(self, batch: Batch, batch_index: int) -> None:
+        """Seed all generators, so that nothing about them needs to be kept for a run that is resumed."""
+        key = f"{self.seed} {self.current_epoch} {batch_index} {self.global_rank}"
+        pl.seed_everything(random.Random(key).getrandbits(32), verbose=False)
 
     def mix(self, batch: Batch, batch_index: int) -> tuple[Tensor, float]:
         """The batch's clips, mixed with their reverse, and lam, the share of a clip's own class."""
@@ -199,9 +201,9 @@ class Classifier(pl.LightningModule):
         # Processes agree on a number only where it is logged.
         every = cast(Any, self.trainer).log_every_n_steps
         is_logged = bool(every) and (self.trainer.global_step + 1) % every == 0
-        self.log("train/loss_step", loss, prog_bar=True, sync_dist=is_logged)
-        self.log("train/top1_step", top1, prog_bar=True, sync_dist=is_logged)
-        self.log("clips/s_step", speed, prog_bar=True)
+        self.log("train/loss_step", loss, sync_dist=is_logged)
+        self.log("train/top1_step", top1, sync_dist=is_logged)
+        self.log("clips/s_step", speed)
         return loss
 
     def on_train_epoch_start(self) -> None:
@@ -235,7 +237,7 @@ class Classifier(pl.LightningModule):
                 raise DataError("no validation video can be read")
             return
         for name, mean in means.items():
-            self.log(name, mean, prog_bar=name == "val/top1")
+            self.log(name, mean)
 
     def configure_optimizers(self) -> Any:
         groups = parameter_groups(self.model, self.weight_decay, self.layer_decay)
@@ -273,6 +275,8 @@ class Classifier(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[METADATA_KEY] = model_metadata(self.model)
+        if self.run_fingerprint is not None:
+            checkpoint[FINGERPRINT_KEY] = self.run_fingerprint
 
     def _stop(self, batch: Batch, clips: Tensor, targets: Tensor, logits: Tensor) -> None:
         """Save what gave a loss that isn't finite, and raise TrainingError."""

@@ -9,6 +9,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from mvit_video.data.pixels import RGB, denormalise
+
 
 def plot_history(epochs: Sequence[dict[str, float]], path: Path) -> None:
     """Learning curves: loss and accuracy against epochs, training and validation."""
@@ -36,8 +38,8 @@ def plot_batch(
     class_names: Sequence[str] | None,
     path: Path,
     *,
-    mean: Sequence[float],
-    std: Sequence[float],
+    mean: RGB,
+    std: RGB,
 ) -> None:
     """A row for each of the first six clips, as the model sees them: eight frames and the classes.
 
@@ -46,16 +48,15 @@ def plot_batch(
         labels: int64 (B,), before they were mixed.
         lam: share of a clip's own class; 1 for a batch that wasn't mixed.
     """
-    shown = clips[:6].detach().float().cpu()
-    moments = (torch.tensor(values)[:, None, None, None] for values in (std, mean))
-    pixels = shown * next(moments) + next(moments)
-    frames = torch.linspace(0, clips.shape[2] - 1, min(8, clips.shape[2])).round().int().tolist()
-    figure = Figure(figsize=(1.6 * len(frames), 1.9 * len(shown)), layout="constrained")
-    grid = figure.subplots(len(shown), len(frames), squeeze=False)
-    pairs = zip(pixels, labels.tolist(), labels.flip(0).tolist(), strict=False)
+    times = torch.linspace(0, clips.shape[2] - 1, min(8, clips.shape[2])).round().int().tolist()
+    shown = clips[:6, :, times].detach().float().cpu()
+    figure = Figure(figsize=(1.6 * len(times), 1.9 * len(shown)), layout="constrained")
+    grid = figure.subplots(len(shown), len(times), squeeze=False)
+    pairs = zip(shown, labels.tolist(), labels.flip(0).tolist(), strict=False)
     for row, (clip, label, partner) in enumerate(pairs):
+        frames = denormalise(clip.movedim(1, 0), mean, std).movedim(1, -1)  # (T, H, W, 3)
         for axes, frame in zip(grid[row], frames, strict=True):
-            axes.imshow(clip[:, frame].permute(1, 2, 0).clamp(0, 1).numpy())
+            axes.imshow(frame.numpy())
             axes.set_axis_off()
         name, other = (class_names[i] if class_names else str(i) for i in (label, partner))
         title = name if lam == 1 else f"{lam:.2f} {name} + {1 - lam:.2f} {other}"

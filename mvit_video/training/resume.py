@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import random
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pytorch_lightning as pl
 import torch
 
 from mvit_video.data.index import LabelledVideo
@@ -30,37 +27,6 @@ log = logging.getLogger(__name__)
 
 FINGERPRINT_KEY = "run_fingerprint"  # of a checkpoint
 FREE = "settings"  # part of a fingerprint that may change when a run goes on
-
-
-class SeedEachStep(pl.Callback):
-    """Seeds all generators before each training step, by seed, epoch, batch and process alone."""
-
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        key = f"{self.seed} {trainer.current_epoch} {batch_idx} {trainer.global_rank}"
-        number = random.Random(key).getrandbits(32)
-        random.seed(number)
-        np.random.seed(number)  # noqa: NPY002 (libraries draw from it)
-        torch.manual_seed(number)
-
-
-class RunFingerprint(pl.Callback):
-    """Keeps in every checkpoint what the run is made of.
-
-    Attributes:
-        fingerprint: set before training, when data and model are known.
-    """
-
-    fingerprint: Fingerprint
-
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        checkpoint[FINGERPRINT_KEY] = self.fingerprint
 
 
 def videos_sha256(videos: Iterable[LabelledVideo]) -> str:
@@ -81,7 +47,11 @@ def resume(path: Path, now: Fingerprint, loader: ClipLoader[Any], *, max_epochs:
     checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     before = checkpoint.get(FINGERPRINT_KEY)
     if before is None:
-        log.warning("%s doesn't say which settings it comes from; they must be those of now", path)
+        log.warning(
+            "%s is of an older version and doesn't say which settings it comes from; they must be those of "
+            "now. Of the epoch that goes on, the training loss and top-1 are those of the rest",
+            path,
+        )
         before = _described(checkpoint, now)
         now = {part: {key: now[part][key] for key in values} for part, values in before.items()}
     free = differences(before.get(FREE, {}), now.get(FREE, {}))
@@ -109,13 +79,7 @@ def _described(checkpoint: Mapping[str, Any], now: Fingerprint) -> Fingerprint:
     return {
         "model": fingerprint(**model),
         "data": {"classes": metadata.get("class_names")},
-        "optimizer": optimizer_kind(checkpoint["optimizer_states"][0]["param_groups"][0]),
     }
-
-
-def optimizer_kind(options: Mapping[str, Any]) -> Fingerprint:
-    """What tells families of optimizers apart, whatever version of torch they are of."""
-    return {"options": sorted(options.keys() & {"alpha", "betas", "momentum", "rho"})}
 
 
 def find_checkpoint(ckpt_path: str | None, output: Path, *, own_only: bool) -> Path | None:
