@@ -157,10 +157,8 @@ class EpochProgress(pl.Callback):
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
         self._progress.update(self._task, completed=batch_idx + 1)
-        if (
-            self._progress.live.is_started
-            and (trainer.global_step % (cast(Any, trainer).log_every_n_steps or 1)) == 0
-        ):
+        every = cast(Any, trainer).log_every_n_steps or 1
+        if self._progress.live.is_started and trainer.global_step % every == 0:
             found = trainer.callback_metrics  # reading them waits for the GPU
             shown = [text.format(found[name].item()) for name, text in self.SHOWN.items() if name in found]
             self._progress.update(self._task, metrics="  ".join(shown))

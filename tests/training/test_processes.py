@@ -211,7 +211,7 @@ def test_a_run_in_shards_averages_its_weights_and_goes_on_exactly(
 
 STOPPED = """
 import os, signal
-from mvit_video.cli import train
+from mvit_video.cli import main
 from mvit_video.training.module import Classifier
 
 step, batches = Classifier.validation_step, iter(range(100))
@@ -222,7 +222,7 @@ def stopping_step(self, *args):
     return step(self, *args)
 
 Classifier.validation_step = stopping_step
-train.main()
+main.train()
 """
 
 
