@@ -216,6 +216,7 @@ def _naming_slow_files(current_files: Callable[[], list[str]]) -> Iterator[None]
         log.warning("no sample for %g s; being read: %s", WARN_AFTER_S, ", ".join(current_files()))
 
     timer = threading.Timer(WARN_AFTER_S, warn)
+    timer.daemon = True  # Ctrl-C may come before it can be cancelled
     timer.start()
     try:
         yield

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
+import threading
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -91,7 +93,12 @@ class BatchPicture(pl.Callback):
 
 
 class Interrupts(pl.Callback):
-    """Ctrl-C ends a run even where Python drops its exception, as in a destructor: with the next batch."""
+    """Ctrl-C ends a run even where Python drops its exception, as in a destructor: with the next batch.
+
+    It does so too where what closes down waits for ever, such as for a logger's thread that was interrupted.
+    """
+
+    END_AFTER_S = 30.0
 
     def __init__(self) -> None:
         self._interrupted = False
@@ -103,6 +110,9 @@ class Interrupts(pl.Callback):
 
     def _interrupt(self, number: int, frame: Any) -> None:
         self._interrupted = True
+        last = threading.Timer(self.END_AFTER_S, os._exit, (128 + signal.SIGINT,))
+        last.daemon = True
+        last.start()
         raise KeyboardInterrupt
 
     def on_train_batch_start(self, *_: Any) -> None:

@@ -131,10 +131,7 @@ def test_a_validation_that_is_not_finite_stops_the_run(
         "trainer.limit_train_batches=0.01",
         "trainer.limit_val_batches=0.01",
         "trainer.overfit_batches=0.01",
-        "trainer.accumulate_grad_batches=0",
-        "trainer.check_val_every_n_epoch=0",
         "trainer.min_epochs=5",
-        "seed=-1",
     ],
 )
 def test_what_lightning_refuses_is_one_line(command: Command, two_classes: Path, override: str) -> None:

@@ -9,6 +9,7 @@ import resource
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -27,10 +28,13 @@ from mvit_video.cli import main
 from mvit_video.data.decode import Decoder, open_video
 from mvit_video.io.writing import sole_writer
 from mvit_video.model import MViT
-from mvit_video.training.metrics import MEANS_KEY
+from mvit_video.training import processes
+from mvit_video.training.callbacks import Interrupts
+from mvit_video.training.metrics import MEANS_KEY, EpochLogger
 from mvit_video.training.module import Classifier
 from mvit_video.training.resume import FINGERPRINT_KEY, find_checkpoint
 
+SLOW = pytest.mark.slow
 SMALL = [
     "data=folder",
     "batch_size=2",  # of ten training videos: five steps an epoch
@@ -242,35 +246,37 @@ def test_sigterm_saves_and_ends(
     assert_equal_weights(tmp_path / "run", whole)
 
 
-@pytest.mark.parametrize("scontrol", ["there", "refuses", "missing"])
+def scontrol(folder: Path, ending: str) -> Path:
+    """A folder with a program that stands for Slurm's."""
+    program = folder / "bin" / "scontrol"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\necho $* > {folder}/called\n{ending}")
+    program.chmod(0o755)
+    return program.parent
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["refuses", "missing"])
+def test_a_job_that_can_not_be_queued_again_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, there: bool
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "123")
+    monkeypatch.setenv("PATH", str(scontrol(tmp_path, "echo nope >&2; exit 1") if there else tmp_path))
+    processes.requeue()
+    reason = "nope" if there else "scontrol can't be run (No such file or directory)"
+    assert f"the job isn't queued again: {reason}" in caplog.text
+
+
 def test_sigusr1_in_a_slurm_job_saves_and_queues_it_again(
-    command: Command,
-    arguments: list[str],
-    whole: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    scontrol: str,
+    command: Command, arguments: list[str], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in {"NTASKS": "1", "PROCID": "0", "LOCALID": "0", "NODEID": "0", "JOB_ID": "123"}.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     monkeypatch.setenv("SLURM_JOB_NAME", "train")
-    if scontrol != "missing":
-        program = tmp_path / "bin" / "scontrol"
-        program.parent.mkdir()
-        ending = "echo nope >&2; exit 1" if scontrol == "refuses" else ""
-        program.write_text(f"#!/bin/sh\necho $* > {tmp_path}/called\n{ending}")
-        program.chmod(0o755)
-        monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
+    monkeypatch.setenv("PATH", str(scontrol(tmp_path, "")), prepend=os.pathsep)
     arguments = [*arguments, "num_workers=0", "hydra.run.dir=run"]
     assert train_in_child(arguments, signal_in_batch(3, signal.SIGUSR1)) == 128 + signal.SIGTERM
-    said = (tmp_path / "run" / "train.log").read_text()
-    if scontrol == "there":
-        assert "job 123 is queued again" in said
-    else:
-        reason = "nope" if scontrol == "refuses" else "scontrol can't be run (No such file or directory)"
-        assert f"the job isn't queued again: {reason}" in said
-    if scontrol != "missing":
-        assert (tmp_path / "called").read_text() == "requeue 123\n"
+    assert "job 123 is queued again" in (tmp_path / "run" / "train.log").read_text()
+    assert (tmp_path / "called").read_text() == "requeue 123\n"
     assert {path.name for path in (tmp_path / "run").iterdir() if "ckpt" in path.name} == set()
     assert command("train", *arguments).code == 0
     assert losses(tmp_path / "run") == {s: loss for s, loss in losses(whole).items() if s >= 4}
@@ -280,15 +286,15 @@ def test_sigusr1_in_a_slurm_job_saves_and_queues_it_again(
 @pytest.mark.parametrize(
     ("added", "batch", "saved", "which"),
     [
-        ([], 1, 4, signal.SIGTERM),
-        ([], (1, 2), 8, signal.SIGTERM),  # again, after the resume
+        pytest.param([], 1, 4, signal.SIGTERM, marks=SLOW),
+        pytest.param([], (1, 2), 8, signal.SIGTERM, marks=SLOW),  # again, after the resume
         ([], (1, 1), 4, signal.SIGTERM),  # again, in the same validation
-        (["trainer.num_sanity_val_steps=2"], 0, None, signal.SIGTERM),
-        (["ema=0.9"], 2, 8, signal.SIGTERM),
-        (["trainer.val_check_interval=2"], 1, 2, signal.SIGTERM),
+        pytest.param(["trainer.num_sanity_val_steps=2"], 0, None, signal.SIGTERM, marks=SLOW),
+        pytest.param(["ema=0.9"], 2, 8, signal.SIGTERM, marks=SLOW),
+        pytest.param(["trainer.val_check_interval=2"], 1, 2, signal.SIGTERM, marks=SLOW),
         (["trainer.val_check_interval=2", "ema=0.9"], 4, 6, signal.SIGTERM),
         (["trainer.val_check_interval=3"], 1, 3, signal.SIGKILL),  # written as the validation began
-        (["trainer.max_steps=8"], 2, 6, signal.SIGTERM),
+        pytest.param(["trainer.max_steps=8"], 2, 6, signal.SIGTERM, marks=SLOW),
         (["trainer.val_check_interval=3", "trainer.accumulate_grad_batches=2"], 0, None, signal.SIGTERM),
     ],
     ids=[
@@ -465,6 +471,22 @@ def test_ctrl_c_ends_a_run(
     assert code == 128 + signal.SIGINT
     assert "epoch 2/3" not in (tmp_path / "run" / "train.log").read_text()
     assert_group_has_ended(int(group.read_text()))
+
+
+def interrupt_and_hang(group: Path) -> None:
+    interrupt_group(group, swallowed=False)
+    Interrupts.END_AFTER_S = 0.5
+    EpochLogger.on_exception = lambda *_: threading.Event().wait()
+
+
+def test_ctrl_c_ends_a_run_that_hangs_while_it_closes_down(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    loading = ["num_workers=2", "loader=workers", "hydra.run.dir=run"]
+    code = train_in_child([*arguments, *loading], partial(interrupt_and_hang, tmp_path / "group"))
+    assert code == 128 + signal.SIGINT
+    assert_group_has_ended(int((tmp_path / "group").read_text()))
 
 
 def interrupt_evaluation() -> None:
