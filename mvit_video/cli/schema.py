@@ -64,7 +64,7 @@ Share = Annotated[float, Range(0, 1)]
 ShareBelow1 = Annotated[float, Range(0, 1, below=True)]
 Rate = Annotated[float, Range(0, 10_000, above=True)]
 Grid = Annotated[list[Few], Length(3)]
-Batches = Share | Count | None  # a share of them, or so many
+Batches = Annotated[float, Range(0, 1, above=True)] | Count | None  # a share of them, or so many
 Table = list[list[float]]
 
 

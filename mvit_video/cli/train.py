@@ -209,7 +209,10 @@ def _build_trainer(config: DictConfig, output: Path, own: list[Callback]) -> pl.
     if config.ema is not None:
         used.append(AveragedWeights(decay=config.ema))
     if config.early_stopping is not None:
-        used.append(EarlyStopping("val/top1", mode="max", patience=config.early_stopping))
+        if trainer.limit_val_batches == 0:
+            raise ConfigError("early_stopping looks at validations, and trainer.limit_val_batches=0 has none")
+        patience = {"patience": config.early_stopping, "check_on_train_epoch_end": False}
+        used.append(EarlyStopping("val/top1", mode="max", **patience))
     loggers = list(app.build(config.logger).values())
     if loggers:
         used.append(LearningRateMonitor("step"))

@@ -54,13 +54,12 @@ class EstimatedTime(pl.Callback):
         if self.steps == warmup:
             self.start = time.perf_counter()
         if self.steps == warmup + measured:
-            epoch = (time.perf_counter() - self.start) / measured * in_epoch
-            left = (trainer.max_epochs or 1) - trainer.current_epoch
+            batch = (time.perf_counter() - self.start) / measured
+            left = trainer.estimated_stepping_batches - trainer.global_step  # of the optimizer
             log.info(
-                "one epoch will take about %s, the training %s (%d epochs, validation not counted)",
-                duration(epoch),
-                duration(epoch * left),
-                left,
+                "one epoch will take about %s, the rest of the training %s (validation not counted)",
+                duration(batch * in_epoch),
+                duration(batch * left * trainer.accumulate_grad_batches),
             )
 
 

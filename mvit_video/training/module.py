@@ -243,6 +243,10 @@ class Classifier(pl.LightningModule):
         groups = parameter_groups(self.model, self.weight_decay, self.layer_decay)
         optimizer = self.make_optimizer(groups)
         total = float(self.trainer.estimated_stepping_batches)
+        if total == math.inf:
+            raise ConfigError(
+                "the learning rate has to know its last step: set trainer.max_epochs or max_steps"
+            )
 
         def factor(step: int) -> float:
             return learning_rate(
