@@ -11,6 +11,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.callbacks import LambdaCallback
 
 from mvit_video.errors import ConfigError, MVitVideoError, TrainingError
 
@@ -26,6 +27,8 @@ def fit(
         TrainingError: memory isn't enough.
         ConfigError: Lightning refuses a setting, or the checkpoint doesn't fit.
     """
+    done: set[bool] = set()  # whether a step was made
+    trainer.callbacks.append(LambdaCallback(on_train_batch_end=lambda *_: done.add(True)))  # type: ignore[attr-defined]
     try:
         with lightning_errors():
             trainer.fit(module, training, validation, ckpt_path=ckpt_path, weights_only=True)
@@ -39,8 +42,8 @@ def fit(
                 "out of memory: lower batch_size (trainer.accumulate_grad_batches makes up for that), or set "
                 "model.checkpoint_blocks=true or trainer.precision=bf16-mixed"
             ) from None
-        if ckpt_path is None or trainer.callback_metrics or isinstance(error, MVitVideoError):
-            raise  # not of the resuming, for a step has been made
+        if ckpt_path is None or done or isinstance(error, MVitVideoError):
+            raise
         raise ConfigError(
             f"{ckpt_path} can't be resumed with these settings ({_first_line(error)}); give those that it "
             f"was started with, or start a new run with weights={ckpt_path}"

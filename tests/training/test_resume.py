@@ -25,7 +25,7 @@ from pytorch_lightning.callbacks import EMAWeightAveraging
 from pytorch_lightning.loops.training_epoch_loop import _TrainingEpochLoop
 
 from mvit_video.cli import main
-from mvit_video.data.decode import Decoder, open_video
+from mvit_video.data.decode import Decoder
 from mvit_video.io.writing import sole_writer
 from mvit_video.model import MViT
 from mvit_video.training import processes
@@ -508,10 +508,12 @@ def test_ctrl_c_ends_an_evaluation(
 def test_a_killed_process_of_the_loader_ends_a_run_with_the_name_of_its_video(
     command: Command, arguments: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    opens = Decoder.__call__
+
     def deadly(self: Decoder, path: str) -> Any:
         if path.endswith("cats/3.mp4") and multiprocessing.parent_process() is not None:
             os.kill(os.getpid(), signal.SIGKILL)
-        return open_video(path)
+        return opens(self, path)
 
     monkeypatch.setattr(Decoder, "__call__", deadly)
     options = ["num_workers=2", "loader=workers", "hydra.run.dir=run"]
