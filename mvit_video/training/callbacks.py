@@ -97,7 +97,7 @@ class Interrupts(pl.Callback):
     It does so too where what closes down waits for ever, such as for a logger's thread that was interrupted.
     """
 
-    END_AFTER_S = 30.0
+    END_AFTER_S = 60.0
 
     def __init__(self) -> None:
         self._interrupted = False

@@ -79,7 +79,7 @@ def test_batches_depend_neither_on_kind_nor_on_number(
 
 
 @BOTH
-@pytest.mark.parametrize("taken", [0, 1, 3, 4])
+@pytest.mark.parametrize("taken", [1, 4])
 def test_a_loader_goes_on_where_another_was(
     videos: list[LabelledVideo], kind: WorkerType, taken: int
 ) -> None:
@@ -267,7 +267,7 @@ def test_closing_kills_a_process_that_hangs(videos: list[LabelledVideo]) -> None
     assert multiprocessing.active_children() == before
 
 
-@pytest.mark.parametrize("epochs", [0.5, 1, 2])
+@pytest.mark.parametrize("epochs", [0.5, 2])
 @BOTH
 def test_closing_ends_threads_and_processes(
     videos: list[LabelledVideo], kind: WorkerType, epochs: float
