@@ -48,7 +48,13 @@ def replacing(path: str | Path, mode: str = "wb", **options: Any) -> Iterator[IO
         try:
             _make_parents(path)
             with unfinished.open(mode.replace("w", "x"), **options) as file:
-                yield file
+                try:
+                    yield file
+                except RuntimeError:  # torch's, in the place of the system's own if there was one
+                    file.flush()
+                    for _ in range(2):  # the first may still fill what is left
+                        os.write(file.fileno(), bytes(1 << 20))
+                    raise
                 file.flush()
                 os.fsync(file.fileno())
             unfinished.replace(path)

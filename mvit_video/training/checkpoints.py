@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
@@ -33,34 +33,11 @@ class AtomicCheckpoints(TorchCheckpointIO):
     ) -> None:
         target = Path(path)
         with replacing(target) as file:
-            watched = _WatchedFile(file)
-            try:
-                torch.save(checkpoint, cast(Any, watched))
-            except RuntimeError:  # torch's, with a stack trace of its own, in the place of the system's
-                if watched.error is None:
-                    raise
-                raise watched.error from None
+            torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
             if target.name == LAST and target.exists():
                 target.replace(target.with_name(PREVIOUS))
-
-
-class _WatchedFile:
-    """A file that remembers why it couldn't be written."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self.file, self.error = file, cast(OSError | None, None)
-
-    def write(self, data: bytes) -> int:
-        try:
-            return self.file.write(data)
-        except OSError as error:
-            self.error = error
-            raise
-
-    def flush(self) -> None:
-        self.file.flush()
 
 
 class LastCheckpoint(Checkpoint):

@@ -3,12 +3,14 @@ from __future__ import annotations
 import errno
 import multiprocessing
 import os
+import resource
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from mvit_video.errors import ConfigError
 from mvit_video.io.fingerprint import differences, file_sha256, file_stamp, fingerprint, require_same
@@ -44,6 +46,23 @@ def test_an_error_of_the_disk_names_the_file(tmp_path: Path, number: int) -> Non
         raise OSError(number, os.strerror(number))
     assert caught.value.filename == str(path)
     assert [p.name for p in tmp_path.iterdir()] == []
+
+
+def test_a_full_disk_is_said_where_torch_hides_it(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    path.write_text("old")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(OSError, match=r"weights\.pth") as caught, replacing(path) as file:
+            torch.save({"weight": torch.zeros(100_000)}, file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caught.value.filename == str(path)
+    assert path.read_text() == "old"
+    with pytest.raises(RuntimeError, match="another"), replacing(path):
+        raise RuntimeError("another reason")
+    assert [p.name for p in tmp_path.iterdir()] == ["weights.pth"]
 
 
 def test_a_missing_folder_is_made_and_a_file_in_its_place_is_named(tmp_path: Path) -> None:
