@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from mvit_video.io.console import print_table
 from mvit_video.io.writing import replacing
 
 LOADER_STAGES = ("demux", "decode", "convert", "transform")
@@ -122,6 +121,8 @@ def profiled(folder: Path) -> Iterator[None]:
             a_video = 1000 * seconds / current.samples if current.samples else ""
             rows.append((part, name, seconds, f"{seconds / whole:.1%}", a_video))
     verdict = _verdict(main)
+    from mvit_video.io.console import print_table  # it needs rich, decoding doesn't
+
     print_table("where the time went", ("", "stage", "seconds", "share", "ms a video"), rows)
     print(verdict)
     saved = {"loader": loader, "main": main, "videos": current.samples or None, "verdict": verdict}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 
 import torch
-from pytorchvideo.models.vision_transformers import create_multiscale_vision_transformers
 from torch import Tensor, nn
 from torchvision.models.video import mvit as torchvision_mvit
 
@@ -92,6 +91,8 @@ def torchvision_twin(model: MViT) -> nn.Module:
 
 def pytorchvideo_twin(model: MViT) -> nn.Module:
     """pytorchvideo's MViT of the same layout and weights; it has the first version's options alone."""
+    from pytorchvideo.models.vision_transformers import create_multiscale_vision_transformers
+
     config = model.config
     plans = list(plan_blocks(config))
     doubled = [[start, 2.0] for start in config.stage_starts[1:]]

@@ -11,12 +11,11 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from mvit_video.data.decode.container import MAX_PIXELS, require_pixels
@@ -24,6 +23,9 @@ from mvit_video.data.decode.frames import FrameCollector, Transform
 from mvit_video.data.decode.video import Video
 from mvit_video.data.files import IMAGE_EXTENSIONS
 from mvit_video.errors import VideoError
+
+if TYPE_CHECKING:  # at run time where a picture is opened: videos need no Pillow
+    from PIL import Image
 
 Picture: TypeAlias = npt.NDArray[np.uint8]  # (H, W, 3)
 
@@ -155,6 +157,8 @@ class ImageSequence(Video):
         image.load()
 
     def _pixels(self, image: Image.Image, file: str) -> Picture:
+        from PIL import ImageOps
+
         picture = _to_rgb(ImageOps.exif_transpose(image))
         if picture.shape[:2] != self.size:
             size = f"{picture.shape[1]}x{picture.shape[0]}, the first picture {self.width}x{self.height}"
@@ -164,6 +168,8 @@ class ImageSequence(Video):
     @contextmanager
     def _open(self, file: str) -> Iterator[Image.Image]:
         """Whatever is done with the picture, an error that it causes becomes a `VideoError`."""
+        from PIL import Image, UnidentifiedImageError
+
         name = self._named(file)
         try:
             if not os.path.getsize(file):  # noqa: PTH202 (thousands a second)
