@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mvit_video.data.datasets import BadVideo
 from mvit_video.errors import ConfigError, DataError
-from mvit_video.io.console import csv_cell
+from mvit_video.io.console import csv_cell, printable
 from mvit_video.io.writing import append, keep_whole_lines
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class BadVideos:
         new = {path: video for path, video in cells.items() if path not in self.found}
         self.found |= new
         for video in new.values():
-            log.warning("unreadable video %s: %s", video.path, video.reason)
+            log.warning("unreadable video %s: %s", printable(video.path), printable(video.reason))
             self._append(video)
         if new:
             self.check()
