@@ -97,9 +97,9 @@ def csv_splits(
 
     The label follows the last space, so a path may contain spaces; a tab in place of the space lets labels
     have them too; in the form with commas or semicolons, quotes protect them. Blank lines, lines that begin
-    with `#` and a first line `path label` (or `video,class`, ...) are passed over. A first line of names with
-    commas, semicolons or tabs also tells which of several columns are meant. A path may also name a folder of
-    pictures.
+    with `#` and a first line of column names (`path label`, `video,class`, or any words above names of files)
+    are passed over. With commas, semicolons or tabs it also tells which of several columns are meant. A path
+    may also name a folder of pictures.
 
     Args:
         train, val, test: the list files; the lines of `test` may have no label.
