@@ -45,7 +45,10 @@ def test_a_resumed_job_counts_those_of_before(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="3 of 9"):
         resumed.note([BadVideo("b.mp4", "damaged")])
     assert [row[0] for row in rows(file)] == ["path", "a.mp4", "\\xff=1.mp4", "b.mp4"]
+    before = file.read_bytes()
     assert BadVideos(file, allowed=2, total=9).found == {}
+    assert not file.exists()
+    assert (tmp_path / "bad.csv.former").read_bytes() == before
 
 
 @pytest.mark.parametrize(
