@@ -219,6 +219,7 @@ def _build_trainer(config: DictConfig, output: Path, own: list[Callback]) -> pl.
     profiler: Any = trainer.profiler and PROFILERS[trainer.profiler](dirpath=output, filename="profile")
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*AMP with fp16 is not supported on CPU.*")  # an error of our own
+    warnings.filterwarnings("ignore", ".*could not find the monitored key.*")  # where no validation was due
     with lightning_errors():
         built: pl.Trainer = app.build(
             trainer,

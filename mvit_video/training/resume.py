@@ -106,14 +106,15 @@ def find_checkpoint(ckpt_path: str | None, output: Path, *, own_only: bool) -> P
             found = max(left, key=lambda files: files[0].stat().st_mtime, default=[])
         if not found:
             raise ConfigError(f"ckpt_path=last: no run below {runs} has left a checkpoint")
-    problems = []
+    problems: list[str] = []
     for path in found:
         problem = _problem(path)
         if problem is None:
+            for former in problems:
+                log.warning("%s", former)
             log.info("resuming from %s", path)
             return path
         problems.append(f"{path}: {problem}")
-        log.warning("%s", problems[-1])
     raise CheckpointError("; ".join(problems))
 
 
@@ -124,6 +125,8 @@ def _left_in(run: Path) -> list[Path]:
 
 def _problem(path: Path) -> str | None:
     """Why nothing can be resumed from a checkpoint; None if it can."""
+    if path.is_dir():
+        return "a folder; ckpt_path takes a file, such as checkpoints/last.ckpt of a run, or 'last'"
     if not path.is_file():
         return "no such file; ckpt_path takes a checkpoint or 'last'"
     try:

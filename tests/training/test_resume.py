@@ -402,9 +402,15 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_taken(
     assert "previous.ckpt: the checkpoint is cut off or damaged" in line
 
 
-def test_weights_alone_are_nothing_to_resume(command: Command, checkpoint: Path, two_classes: Path) -> None:
-    line = error_line(command("train", f"data.root={two_classes}", f"ckpt_path={checkpoint}"), "train")
+def test_weights_alone_and_folders_are_nothing_to_resume(
+    command: Command, checkpoint: Path, two_classes: Path
+) -> None:
+    result = command("train", f"data.root={two_classes}", f"ckpt_path={checkpoint}")
+    line = error_line(result, "train")
     assert "model.ckpt: no checkpoint of a run but weights alone; weights=FILE" in line
+    assert "weights alone" not in result.out  # said once
+    line = error_line(command("train", f"data.root={two_classes}", f"ckpt_path={two_classes}"), "train")
+    assert "a folder; ckpt_path takes a file" in line
 
 
 def children(pid: int) -> list[int]:
