@@ -1,4 +1,4 @@
-"""What scores came from: said in results, and compared before scores are added to others."""
+"""What scores came from: written into results, and compared before an evaluation is resumed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mvit_video.model import VideoModel
 from mvit_video.weights import weights_sha256
 
 PACKAGES = ("mvit-video", "torch", "torchvision", "torchmetrics", "av", "numpy")
-# Scores are only added to others that were made with the same of these.
+# An evaluation is only resumed with the same of these.
 _SAME = (
     *("model", "protocol", "precision", "decoder"),
     *("class_names", "class_map", "model_classes", "split", "data"),
@@ -50,7 +50,7 @@ def provenance_of(model: VideoModel, weights: str | None, **settings: Any) -> Fi
 
 
 def identity(provenance: Mapping[str, Any]) -> Fingerprint:
-    """The part of a provenance, with class_names, that another evaluation must share to be gone on with."""
+    """The part of a provenance, with class_names, that another evaluation must share to be resumed."""
     weights = {"sha256": provenance.get("model_sha256")}
     return fingerprint(weights=weights, **{name: provenance.get(name) for name in _SAME})
 

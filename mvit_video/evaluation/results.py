@@ -1,4 +1,4 @@
-"""What an evaluation leaves: results.json, tables and the report, from tables of scores."""
+"""The results of an evaluation, from tables of scores: results.json, videos.parquet and the report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One evaluation of a data set: shared by several processes, and taken up where a killed one has ended."""
+"""One evaluation of a data set: shared by several processes, and resumed where a killed one has ended."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ class _Logs:
 
 
 def remove_logs(output: Path) -> None:
-    """The evaluation is finished; its scores are elsewhere."""
+    """Remove the score logs of an evaluation whose scores are written."""
     for file in (output / UNFINISHED).glob("*.arrows"):
         file.unlink()
     with suppress(OSError):  # it holds files of somebody else

@@ -1,4 +1,4 @@
-"""What a model says of every view of every video, and how it becomes one answer per video."""
+"""Softmax scores of every view of every video, and how they become one prediction per video."""
 
 from __future__ import annotations
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -268,22 +269,42 @@ def _fit(
     new_head: bool = False,
     hint: Callable[[], str] = str,
 ) -> tuple[dict[str, Tensor], LoadReport]:
-    """The weights in the shapes and types of ``model``, which may be on the meta device.
+    """See ``fit_weights``.
 
     Args:
         grid: of the model's tokens (T, H, W), for weights of clips of another size; None: shapes must agree.
-        hint: gives what to add to the error where names or shapes differ.
-
-    Raises:
-        CheckpointError: names or shapes differ, or a number is NaN or infinite.
     """
-    expected = model.state_dict()
-    head = f"{model.classifier}."
+    expected, head = model.state_dict(), f"{model.classifier}."
     kept = [key for key in expected if new_head and key.startswith(head)]
     if new_head:
         weights = {key: value for key, value in weights.items() if not key.startswith(head)}
     else:
         _check_head(weights.get(f"{head}weight"), expected[f"{head}weight"], name, hint)
+    adapt = functools.partial(adapt_shape, grid=grid) if grid else None
+    return fit_weights(expected, weights, name, kept=kept, adapt=adapt, hint=hint)
+
+
+def fit_weights(
+    expected: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
+    name: str,
+    *,
+    kept: Collection[str],
+    adapt: Callable[[str, Tensor, tuple[int, ...]], tuple[Tensor, str] | None] | None = None,
+    hint: Callable[[], str] = str,
+) -> tuple[dict[str, Tensor], LoadReport]:
+    """Weights in the shapes and types of a model's state dict, which may be on the meta device.
+
+    Args:
+        expected: the state dict.
+        name: of the weights' file.
+        kept: names that may be missing, as their tensors stay as initialised.
+        adapt: a weight in another shape and how that was done, see ``adapt_shape``; None: shapes must agree.
+        hint: gives what to add to the error where names or shapes differ.
+
+    Raises:
+        CheckpointError: names or shapes differ, or a number is NaN or infinite.
+    """
     fitted: dict[str, Tensor] = {}
     how: dict[str, list[str]] = {"loaded": [], "reshaped": [], "inflated": [], "interpolated": []}
     misfits = []
@@ -294,13 +315,13 @@ def _fit(
         elif found.shape == value.shape:
             fitted[key] = found.to(value.dtype)
             how["loaded"].append(key)
-        elif grid and (adapted := adapt_shape(key, found.to(value.dtype), tuple(value.shape), grid)):
+        elif adapt and (adapted := adapt(key, found.to(value.dtype), tuple(value.shape))):
             fitted[key] = adapted[0]
             how[adapted[1]].append(key)
         else:
             misfits.append(f"{key} is {tuple(found.shape)}, expected {tuple(value.shape)}")
     if how["inflated"]:  # an image model has no time
-        kept += [key for key in expected if key == "cls_token" or key.endswith("rel_pos_t")]
+        kept = [*kept, *(key for key in expected if key == "cls_token" or key.endswith("rel_pos_t"))]
     fresh = [key for key in kept if key not in weights]
     problems = [
         *(f"missing {key}" for key in expected if key not in weights and key not in fresh),

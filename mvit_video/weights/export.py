@@ -46,7 +46,7 @@ class ExportedModel(nn.Module):
         self._run, self.path = run, path
 
     def forward(self, clips: Tensor) -> Tensor:
-        """Raises ConfigError for clips of another size, CheckpointError where the file can't answer them."""
+        """Raises ConfigError for clips of another size, CheckpointError where the program fails."""
         size = (3, *self.config.input_size)
         if tuple(clips.shape[1:]) != size:
             raise ConfigError(
