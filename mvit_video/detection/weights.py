@@ -94,8 +94,10 @@ def load_detector_weights(
         name,
         kept=fresh,
         adapt=_adapt,
-        hint=lambda: "; other classes need head=new, a backbone that widens in its MLPs (published L) needs "
-        "dim_mul_in_attention=False",
+        hint=lambda: (
+            "; other classes need head=new, a backbone that widens in its MLPs (published L) needs "
+            "dim_mul_in_attention=False"
+        ),
     )
     detector.load_state_dict(fitted, strict=False)
     return report
