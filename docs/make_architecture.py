@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 TARGET = ROOT / "docs" / "architecture.svg"
-_WIDTH, _BOX, _HEIGHT, _GAP = 860, 250, 96, 44  # pixels
+_WIDTH, _BOX, _HEIGHT, _GAP = 860, 250, 96, 64  # pixels
 
 _HEAD = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif">
 <defs><marker id="tip" viewBox="0 0 10 10" refX="9" refY="5" markerWidth="8" markerHeight="8" orient="auto">
@@ -47,30 +47,40 @@ def levels(found: dict[str, set[str]]) -> list[list[str]]:
     return placed
 
 
-def _direct(found: dict[str, set[str]], room: str) -> set[str]:
-    """What a room imports from and none of these do: the arrows that say all."""
-    return {other for other in found[room] if not any(other in found[via] for via in found[room])}
+def _direct(found: dict[str, set[str]]) -> list[tuple[str, str]]:
+    """Rooms and what they import from, without what is seen through another one: the arrows that say all."""
+    return [
+        (room, other)
+        for room, others in sorted(found.items())
+        for other in sorted(others)
+        if not any(other in found[via] for via in others)
+    ]
 
 
 def picture(package: Path) -> str:
     """The drawing as SVG."""
     found = imports(package)
     rows = levels(found)[::-1]
-    height = len(rows) * (_HEIGHT + _GAP)
-    parts = [_HEAD.format(width=_WIDTH, height=height)]
+    arrows = _direct(found)
     place = {}
     for number, row in enumerate(rows):
         for index, room in enumerate(row):
             place[room] = (_WIDTH * (2 * index + 1) // (2 * len(row)), _GAP // 2 + number * (_HEIGHT + _GAP))
-    for room, (x, y) in place.items():
-        for other in sorted(_direct(found, room)):
-            to_x, to_y = place[other]
-            parts.append(
-                f'<line x1="{x}" y1="{y + _HEIGHT}" x2="{to_x}" y2="{to_y}" '
-                'stroke="#57606a" stroke-width="1.5" marker-end="url(#tip)"/>'
-            )
-    for room, (x, y) in place.items():
-        parts.append(_box(package, room, x - _BOX // 2, y))
+
+    def port(room: str, end: str, ends: list[str]) -> int:
+        """Where an arrow meets a box (x): side by side, in the order of their other ends."""
+        order = sorted(ends, key=lambda other: place[other][0])
+        return place[room][0] + _BOX * (2 * order.index(end) + 1 - len(order)) // (2 * len(order))
+
+    parts = [_HEAD.format(width=_WIDTH, height=len(rows) * (_HEIGHT + _GAP))]
+    for room, other in arrows:
+        x = port(room, other, [below for above, below in arrows if above == room])
+        to_x = port(other, room, [above for above, below in arrows if below == other])
+        parts.append(
+            f'<line x1="{x}" y1="{place[room][1] + _HEIGHT}" x2="{to_x}" y2="{place[other][1]}" '
+            'stroke="#57606a" stroke-width="1.5" marker-end="url(#tip)"/>'
+        )
+    parts += [_box(package, room, x - _BOX // 2, y) for room, (x, y) in place.items()]
     return "\n".join([*parts, "</svg>\n"])
 
 

@@ -13,6 +13,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -49,21 +50,39 @@ def run(command: str, load: Callable[[], Callable[..., Any]], arguments: list[st
     full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise instead of printing
     accept_all_text()
-    begun: list[bool] = []  # before, whatever goes wrong lies in the arguments
+    begun = False  # before, whatever goes wrong lies in the arguments
     files: list[list[str]] = []
+
+    def job(config: DictConfig) -> Any:
+        nonlocal begun
+        begun = True
+        attempt = partial(_checked, command, load, config, *files)
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            return _job_of_sweep(command, attempt, full_error)
+        try:
+            return attempt()
+        except Exception as error:  # Hydra adds lines to errors that leave a job
+            if full_error or isinstance(error, BrokenPipeError) or not _is_users(error):
+                raise
+            _exit(command, one_line(error))
+
     try:
         if command == "predict":
             named, arguments = split_arguments(arguments)
-            files = [named]
+            files.append(named)
         sweep = bool({"-m", "--multirun"} & set(arguments))
         sys.argv[1:] = [quote(argument, COMMANDS[command], sweep=sweep) for argument in arguments]
         sys.argv += _of_several_processes(command, arguments)
         if {"-h", "--help"} & set(arguments):
             print(help_page(command, compose_defaults(command, sys.argv[1:], with_hydra=True)))
-            return
-        _quiet_libraries()
-        job = _guarded(command, load, files, begun, full_error)
-        hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=command)(job)()
+        else:
+            _quiet_libraries()
+            hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=command)(job)()
+        if sys.stdout is not None:  # it is where a shell has closed it
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.stderr.write(f"mvit-{command}: interrupted\n")
+        sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:  # whoever read the output has had enough, such as head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
@@ -73,51 +92,36 @@ def run(command: str, load: Callable[[], Callable[..., Any]], arguments: list[st
         _exit(command, explain_composition(error, command))
 
 
-def _guarded(
-    command: str,
-    load: Callable[[], Callable[..., Any]],
-    files: list[list[str]],
-    begun: list[bool],
-    full_error: bool,
-) -> Callable[[DictConfig], Any]:
-    """The job with its configuration checked; Hydra adds lines to errors that leave it, so none does."""
-
-    def job(config: DictConfig) -> Any:
-        begun.append(True)
-        sweep = HydraConfig.get().mode == RunMode.MULTIRUN
-        try:
-            protect_terminal()
-            check(config, COMMANDS[command])
-            value, problem = _profiled(load(), config, *files), None
-        except KeyboardInterrupt:
-            sys.stderr.write(f"mvit-{command}: interrupted\n")
-            sys.exit(128 + signal.SIGINT)
-        except Exception as error:
-            known = _is_users(error)
-            if not sweep and (full_error or not known):
-                raise
-            problem = one_line(error) if known else f"{type(error).__name__}: {one_line(error)}"
-            if not sweep:
-                _exit(command, problem)
-            if full_error or not known:
-                log.exception("a job failed")
-            where = f"error in job {HydraConfig.get().job.num}"
-            sys.stderr.write(f"mvit-{command}: {where}: {printable(problem)}\n")
-            value = float("nan")
-        if sweep and _is_first_process():
-            _write_result(value, problem)
-        return value
-
-    return job
-
-
-def _profiled(job: Callable[..., Any], config: DictConfig, *files: list[str]) -> Any:
+def _checked(
+    command: str, load: Callable[[], Callable[..., Any]], config: DictConfig, *files: list[str]
+) -> Any:
+    """What the job returns for a configuration whose values fit."""
+    protect_terminal()
+    check(config, COMMANDS[command])
+    job = load()
     if not (config.get("profile") and _is_first_process()):
         return job(config, *files)
     from mvit_video.data import timing
 
     with timing.profiled(Path(HydraConfig.get().runtime.output_dir)):
         return job(config, *files)
+
+
+def _job_of_sweep(command: str, attempt: Callable[[], Any], full_error: bool) -> Any:
+    """What one of several jobs returns, NaN where it fails, so that the others run; leaves its result."""
+    problem = None
+    try:
+        value = attempt()
+    except Exception as error:
+        value, problem = float("nan"), one_line(error)
+        if not _is_users(error):
+            problem = f"{type(error).__name__}: {problem}"
+        if full_error or not _is_users(error):
+            log.exception("a job failed")
+        sys.stderr.write(f"mvit-{command}: error in job {HydraConfig.get().job.num}: {printable(problem)}\n")
+    if _is_first_process():
+        _write_result(value, problem)
+    return value
 
 
 def _is_users(error: BaseException) -> bool:

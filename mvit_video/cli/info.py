@@ -6,7 +6,6 @@ import os
 import platform
 from collections.abc import Callable
 from importlib import metadata
-from typing import NamedTuple
 
 import av
 import torch
@@ -25,19 +24,6 @@ _CODECS = ("h264", "hevc", "vp8", "vp9", "av1", "mpeg4", "mpeg2video", "mjpeg", 
 _NVDEC_CODECS = ("h264", "hevc", "vp8", "vp9", "av1")  # those that the toolkit decodes there
 
 
-class Row(NamedTuple):
-    """One finding: what was looked for, what there is, and how to get what is missing."""
-
-    what: str
-    found: str
-    remedy: str = ""
-
-
-def print_system() -> None:
-    """Print what ``describe_system`` finds."""
-    print_table("", ("", "here", "what is missing, and how to get it"), describe_system())
-
-
 def print_model(config: DictConfig) -> None:
     """Print the stages of the model that ``config.model`` names, its parameters and its cost per view."""
     with torch.device("meta"):
@@ -47,19 +33,13 @@ def print_model(config: DictConfig) -> None:
         print(f"{config.model.name}: {parameters:,} parameters; {model.protocol}")
         return
     described = describe(model.config)
-    rows = [
-        (
-            number,
-            stage.blocks,
-            "x".join(map(str, stage.tokens)),
-            stage.channels,
-            stage.num_heads,
-            "x".join(map(str, stage.q_stride)),
-            "x".join(map(str, stage.kv_stride)),
-            round(stage.gmacs, 2),
+    rows = []
+    for number, stage in enumerate(described.stages, start=1):
+        tokens, q_stride, kv_stride = (
+            "x".join(map(str, grid)) for grid in (stage.tokens, stage.q_stride, stage.kv_stride)
         )
-        for number, stage in enumerate(described.stages, start=1)
-    ]
+        size = (stage.blocks, tokens, stage.channels, stage.num_heads)
+        rows.append((number, *size, q_stride, kv_stride, round(stage.gmacs, 2)))
     print_table(
         config.model.name,
         ("stage", "blocks", "tokens", "channels", "heads", "q stride", "kv stride", "GMACs"),
@@ -68,41 +48,33 @@ def print_model(config: DictConfig) -> None:
     print(f"{described.parameters:,} parameters, {described.gmacs:.2f} GMACs a view; {model.protocol}")
 
 
-def describe_system() -> list[Row]:
-    """Versions, GPU, and each decoder with its codecs, as this process finds them."""
-    return [
-        Row("machine", f"{platform.machine()}, {os.cpu_count()} CPU cores, {platform.system()}"),
-        Row("Python", platform.python_version()),
-        Row("PyTorch", torch.__version__),
-        _gpu(),
-        Row("PyAV", f"{av.__version__}, FFmpeg {av.ffmpeg_version_info}"),
-        Row("PyAV on the CPU", ", ".join(codec for codec in _CODECS if _decodes(codec))),
-        _nvdec(),
-        _engine("torchcodec", import_torchcodec),
-        _engine("decord", import_decord),
+def print_system(_: DictConfig) -> None:
+    """Print versions, GPU, and each decoder with its codecs, as this process finds them."""
+    no_gpu, no_nvdec = why_no_gpu(), why_no_nvdec()
+    gpus = [] if no_gpu else [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    on_gpu = (
+        ("no", no_nvdec) if no_nvdec else (", ".join(_NVDEC_CODECS), "other codecs are decoded on the CPU")
+    )
+    rows = [
+        ("machine", f"{platform.machine()}, {os.cpu_count()} CPU cores, {platform.system()}", ""),
+        ("Python", platform.python_version(), ""),
+        ("PyTorch", torch.__version__, ""),
+        ("GPU", ", ".join(gpus) or "none", no_gpu or ""),
+        ("PyAV", f"{av.__version__}, FFmpeg {av.ffmpeg_version_info}", ""),
+        ("PyAV on the CPU", ", ".join(codec for codec in _CODECS if _decodes(codec)), ""),
+        ("PyAV on the GPU (NVDEC)", *on_gpu),
+        ("torchcodec", *_engine("torchcodec", import_torchcodec)),
+        ("decord", *_engine("decord", import_decord)),
     ]
+    print_table("", ("", "here", "what is missing, and how to get it"), rows)
 
 
-def _gpu() -> Row:
-    problem = why_no_gpu()
-    if problem is not None:
-        return Row("GPU", "none", problem)
-    return Row("GPU", ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())))
-
-
-def _nvdec() -> Row:
-    problem = why_no_nvdec()
-    if problem is not None:
-        return Row("PyAV on the GPU (NVDEC)", "no", problem)
-    return Row("PyAV on the GPU (NVDEC)", ", ".join(_NVDEC_CODECS), "other codecs are decoded on the CPU")
-
-
-def _engine(name: str, load: Callable[[], object]) -> Row:
+def _engine(name: str, load: Callable[[], object]) -> tuple[str, str]:
     try:
         load()
     except ConfigError as error:
-        return Row(name, "no", str(error))
-    return Row(name, metadata.version(name))
+        return "no", str(error)
+    return metadata.version(name), ""
 
 
 def _decodes(codec: str) -> bool:

@@ -9,67 +9,51 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NoReturn
 
-Job = Callable[..., Any]
+
+def _run(command: str, job: str) -> None:
+    """Run a job, given as ``module.function`` of this package, as a Hydra application."""
+    with _signals(command) as job_begins:
+        from mvit_video.cli import edge
+
+        def load() -> Callable[..., Any]:
+            module, _, function = job.partition(".")
+            loaded: Callable[..., Any] = getattr(
+                importlib.import_module(f"mvit_video.cli.{module}"), function
+            )
+            job_begins()
+            return loaded
+
+        edge.run(command, load, sys.argv[1:])
 
 
-def train() -> None:
-    """The command ``mvit-train``."""
-    _run("train", "train:train")
-
-
-def evaluate() -> None:
-    """The command ``mvit-eval``."""
-    _run("eval", "eval:evaluate")
-
-
-def predict() -> None:
-    """The command ``mvit-predict``."""
-    _run("predict", "predict:predict_files")
-
-
-def export() -> None:
-    """The command ``mvit-export``."""
-    _run("export", "export:export_and_check")
-
-
-def demo() -> None:
-    """The command ``mvit-demo``."""
-    _run("demo", "demo:serve")
+train = partial(_run, "train", "train.train")
+evaluate = partial(_run, "eval", "eval.evaluate")
+predict = partial(_run, "predict", "predict.predict_files")
+export = partial(_run, "export", "export.export_and_check")
+demo = partial(_run, "demo", "demo.serve")
 
 
 def info() -> None:
-    """The command ``mvit-info``."""
-    if sys.argv[1:] == ["system"]:
-        importlib.import_module("mvit_video.cli.info").print_system()
+    """The command ``mvit-info``, which describes a model, or behind ``system`` this machine."""
+    if sys.argv[1:2] == ["system"]:
+        del sys.argv[1]
+        _run("info", "info.print_system")
     else:
-        _run("info", "info:print_model")
+        _run("info", "info.print_model")
 
 
 def data() -> None:
     """The command ``mvit-data``, whose first argument is a job."""
-    jobs = {"prepare": "data:prepare_index", "check": "data:check_index"}
+    jobs = {"prepare": "data.prepare_index", "check": "data.check_index"}
     job = sys.argv.pop(1) if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else None
     if job not in jobs and (job or len(sys.argv) == 1):
         what = f"unknown command {job!r}" if job else "missing command"
         sys.stderr.write(f"mvit-data: error: {what}: {' or '.join(jobs)}\n")
         sys.exit(1)
     _run("data", jobs[job or "prepare"])
-
-
-def _run(command: str, job: str) -> None:
-    """Run a job, given as ``module:function`` of this package, as a Hydra application."""
-    with _signals(command) as job_begins:
-        from mvit_video.cli import edge
-
-        def load() -> Job:
-            module, _, function = job.partition(":")
-            loaded: Job = getattr(importlib.import_module(f"mvit_video.cli.{module}"), function)
-            job_begins()
-            return loaded
-
-        edge.run(command, load, sys.argv[1:])
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, InstantiationException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue
 
 from mvit_video.cli.arguments import parsed
 from mvit_video.cli.help import CONF_DIR, groups, options
@@ -28,6 +28,8 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, MissingMandatoryValue):
         key = error.full_key or str(error).rsplit(" ", 1)[-1]
         return f"{key} isn't set; give {key}=..."
+    if isinstance(error, ConfigAttributeError | ConfigKeyError):
+        return f"there is no {error.full_key}, which the command needs; give it, or leave ~{error.full_key} out"
     if isinstance(error, InstantiationException) and error.__cause__ is not None:
         where = re.search(r"full_key: (\S+)", str(error))
         prefix = f"{where[1]}: " if where else ""
@@ -62,6 +64,8 @@ def explain_composition(error: BaseException, command: str) -> str:
 
 def _explain_unknown_key(key: str, command: str) -> str:
     """Name the nearest key and what the composed config has in the place of ``key``."""
+    if f"~{key.partition('.')[0]}" in sys.argv:
+        return f"there is no {key!r}: ~{key.partition('.')[0]} takes it away"
     config = compose_defaults(command, sys.argv[1:])
     parent, _, name = key.rpartition(".")
     node = OmegaConf.select(config, parent) if parent else config

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from types import NoneType, UnionType
@@ -372,11 +373,7 @@ def check(node: DictConfig, group: type[Group], parent: str = "") -> None:
     """
     for name, hint in _hints(group).items():  # type: ignore[arg-type]  # mypy: a class's __hash__
         key = f"{parent}{name}"
-        if name not in node:
-            if not parent and part_of(hint) and NoneType not in members(hint):
-                raise ConfigError(f"there is no {key}, which the command needs: {key}=OPTION")
-            continue
-        if OmegaConf.is_missing(node, name):
+        if name not in node or OmegaConf.is_missing(node, name):
             continue
         value, part = node[name], part_of(hint)
         if part is not None and isinstance(value, DictConfig):
@@ -441,7 +438,7 @@ def fit(value: Any, hint: Any) -> Any:
         return [fit(item, entry) for item in (value if isinstance(value, list | ListConfig) else [value])]
     if get_origin(hint) is Literal:
         for choice in get_args(hint):
-            if choice == value and type(choice) is type(value):
+            if type(choice) is type(value) and choice == value:
                 return choice
             if isinstance(choice, str) and isinstance(value, int | float) and choice == str(value):
                 return choice
@@ -450,25 +447,20 @@ def fit(value: Any, hint: Any) -> Any:
 
 
 def _fit_scalar(value: Any, kind: type) -> Any:
-    if kind is NoneType or value is None:
-        fits = kind is NoneType and value is None
-    elif kind is str:
-        if isinstance(value, bool | int | float):
-            return str(value).lower() if isinstance(value, bool) else str(value)
-        fits = isinstance(value, str) and value != "" and "\0" not in value
-    elif kind is bool or isinstance(value, bool):
-        fits = kind is bool and isinstance(value, bool)
-    elif not isinstance(value, int | float) or not math.isfinite(value):
-        fits = False
-    elif kind is int:
-        if value != int(value):
-            raise ValueError
-        return int(value)
-    else:
-        fits = True
-    if not fits:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    is_number = is_number and abs(value) <= sys.float_info.max  # so it is finite, too
+    if kind is str and isinstance(value, bool | int | float):
+        return str(value).lower() if isinstance(value, bool) else str(value)
+    fits = {
+        NoneType: value is None,
+        str: isinstance(value, str) and value != "" and "\0" not in value,
+        bool: isinstance(value, bool),
+        int: is_number and value == int(value),
+        float: is_number,
+    }
+    if not fits[kind]:
         raise ValueError
-    return value
+    return int(value) if kind is int else value
 
 
 def describe(hint: Any) -> str:

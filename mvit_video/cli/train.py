@@ -180,7 +180,7 @@ def _fingerprint(config: DictConfig, model: VideoModel, splits: VideoSplits, wor
     trainer, optim = plain["trainer"], plain["optim"]
     fields = asdict(cast(Any, model.config))
     return fingerprint(
-        batch={"size": config.batch_size * world_size} | {key: trainer[key] for key in BATCH},
+        batch={"size": config.batch_size * world_size} | {key: trainer.get(key) for key in BATCH},
         data={
             "classes": splits.class_names,
             "train": videos_sha256(splits.train.videos),
