@@ -24,24 +24,22 @@ _OTHER_NAMES = {
 
 
 def one_line(error: BaseException) -> str:
-    """The text of an error without line breaks."""
-    if isinstance(error, MissingMandatoryValue):
-        key = error.full_key or str(error).rsplit(" ", 1)[-1]
-        return f"{key} isn't set; give {key}=..."
-    if isinstance(error, ConfigAttributeError | ConfigKeyError):
-        return f"there is no {error.full_key}, which the command needs; give it, or leave ~{error.full_key} out"
-    if isinstance(error, InstantiationException) and error.__cause__ is not None:
-        where = re.search(r"full_key: (\S+)", str(error))
-        prefix = f"{where[1]}: " if where else ""
-        cause = error.__cause__
-        return one_line(cause) if isinstance(cause, MissingMandatoryValue) else prefix + one_line(cause)
-    if isinstance(error, ValueError) and isinstance(error.__cause__, OSError):
+    """The text of an error without line breaks, behind the key that it speaks of."""
+    if isinstance(error, ValueError) and isinstance(error.__cause__, OSError):  # a log file can't be opened
         return one_line(error.__cause__)
     if isinstance(error, OSError) and error.strerror:  # a folder without permission, a full disk
-        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    else:
-        text = str(error)
-    return " ".join(text.split())
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    text, _, where = str(error).partition("full_key: ")  # of Hydra and OmegaConf
+    key = where.split()[0] if where else str(error).rsplit(" ", 1)[-1]
+    if isinstance(error, MissingMandatoryValue):
+        return f"{key} isn't set; give {key}=..."
+    if isinstance(error, ConfigAttributeError | ConfigKeyError):
+        return f"there is no {key}, which the command needs; give it, or leave ~{key} out"
+    if isinstance(error, InstantiationException) and error.__cause__ is not None:
+        text = one_line(error.__cause__)
+        where = "" if isinstance(error.__cause__, MissingMandatoryValue) else where
+    text = " ".join(text.split()) or type(error).__name__
+    return f"{key}: {text}" if where else text
 
 
 def explain_composition(error: BaseException, command: str) -> str:
