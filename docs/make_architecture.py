@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 TARGET = ROOT / "docs" / "architecture.svg"
-_WIDTH, _BOX, _HEIGHT, _GAP = 860, 250, 96, 64  # pixels
+_BOX, _HEIGHT, _SPACE, _GAP = 250, 96, 36, 64  # pixels
 
 _HEAD = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif">
 <defs><marker id="tip" viewBox="0 0 10 10" refX="9" refY="5" markerWidth="8" markerHeight="8" orient="auto">
@@ -60,19 +60,27 @@ def _direct(found: dict[str, set[str]]) -> list[tuple[str, str]]:
 def picture(package: Path) -> str:
     """The drawing as SVG."""
     found = imports(package)
-    rows = levels(found)[::-1]
+    rows = levels(found)
     arrows = _direct(found)
-    place = {}
-    for number, row in enumerate(rows):
-        for index, room in enumerate(row):
-            place[room] = (_WIDTH * (2 * index + 1) // (2 * len(row)), _GAP // 2 + number * (_HEIGHT + _GAP))
+    width, height = max(map(len, rows)) * (_BOX + _SPACE), len(rows) * (_HEIGHT + _GAP)
+    place: dict[str, tuple[int, int]] = {}
+
+    def middle(room: str) -> float:
+        """Where what a room builds on lies (x), so that its arrows are short."""
+        below = [place[other][0] for above, other in arrows if above == room]
+        return sum(below) / max(len(below), 1)
+
+    for number, row in enumerate(rows, start=1):
+        for index, room in enumerate(sorted(row, key=middle)):
+            x = width * (2 * index + 1) // (2 * len(row))
+            place[room] = (x, height - number * (_HEIGHT + _GAP) + _GAP // 2)
 
     def port(room: str, end: str, ends: list[str]) -> int:
         """Where an arrow meets a box (x): side by side, in the order of their other ends."""
         order = sorted(ends, key=lambda other: place[other][0])
         return place[room][0] + _BOX * (2 * order.index(end) + 1 - len(order)) // (2 * len(order))
 
-    parts = [_HEAD.format(width=_WIDTH, height=len(rows) * (_HEIGHT + _GAP))]
+    parts = [_HEAD.format(width=width, height=height)]
     for room, other in arrows:
         x = port(room, other, [below for above, below in arrows if above == room])
         to_x = port(other, room, [above for above, below in arrows if below == other])
