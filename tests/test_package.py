@@ -20,19 +20,7 @@ def run(*command: str, **options) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
 
 
-def test_importing_leaves_out_what_only_the_commands_need() -> None:
-    code = (
-        "import sys, mvit_video as mv; assert callable(mv.predict); assert len(mv.__all__) > 10;"
-        "print([m for m in ('pytorch_lightning', 'hydra', 'matplotlib', 'pytorchvideo', 'torchvision')"
-        " if m in sys.modules])"
-    )
-    done = run(sys.executable, "-W", "error", "-c", code)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "[]"
-
-
 def test_predict_stays_a_function_beside_its_command() -> None:
-
     assert callable(mv.predict)
     done = run(sys.executable, "-W", "error::RuntimeWarning", "-m", "mvit_video.predict", "--help")
     assert done.returncode == 0, done.stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
@@ -24,20 +25,27 @@ _HYDRA_VALUE_OPTIONS = {
 _OVERRIDE = re.compile(r"(?P<key>\+{0,2}[A-Za-z_][\w/@.]*)=(?P<value>.*)", re.DOTALL)
 
 
-def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Separate files and folders from Hydra's arguments: what exists on disk or has no "=" is a file."""
-    files, others = [], []
+def split_options(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Separate Hydra's own options and their values, which it wants in front, from all else."""
+    options, others = [], []
     rest = iter(arguments)
     for argument in rest:
         if argument.startswith("-") and argument != STDIN and not argument.lower().endswith(VIDEO_EXTENSIONS):
-            others.append(argument)
-            if argument in _HYDRA_VALUE_OPTIONS:
-                others.extend(value for value in [next(rest, None)] if value is not None)
-        elif "=" not in argument or "://" in argument.partition("=")[0] or Path(argument).exists():
-            files.append(expand_home(argument))
+            options += [argument, *islice(rest, argument in _HYDRA_VALUE_OPTIONS)]
         else:
             others.append(argument)
-    return files, others
+    return options, others
+
+
+def split_files(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Separate files and folders from overrides: what exists on disk or has no "=" is a file."""
+    files, overrides = [], []
+    for argument in arguments:
+        if "=" not in argument or "://" in argument.partition("=")[0] or Path(argument).exists():
+            files.append(expand_home(argument))
+        else:
+            overrides.append(argument)
+    return files, overrides
 
 
 def expand_home(path: str) -> str:

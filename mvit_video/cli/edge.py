@@ -25,7 +25,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from mvit_video.cli.arguments import quote, split_arguments
+from mvit_video.cli.arguments import quote, split_files, split_options
 from mvit_video.cli.help import CONF_DIR, help_page
 from mvit_video.cli.messages import compose_defaults, explain_composition, one_line
 from mvit_video.cli.schema import COMMANDS, check
@@ -67,9 +67,11 @@ def run(command: str, load: Callable[[], Callable[..., Any]], arguments: list[st
             _exit(command, one_line(error))
 
     try:
+        options, arguments = split_options(arguments)
         if command == "predict":
-            named, arguments = split_arguments(arguments)
+            named, arguments = split_files(arguments)
             files.append(named)
+        arguments = options + arguments
         sweep = bool({"-m", "--multirun"} & set(arguments))
         sys.argv[1:] = [quote(argument, COMMANDS[command], sweep=sweep) for argument in arguments]
         sys.argv += _of_several_processes(command, arguments)
@@ -78,13 +80,12 @@ def run(command: str, load: Callable[[], Callable[..., Any]], arguments: list[st
         else:
             _quiet_libraries()
             hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=command)(job)()
-        if sys.stdout is not None:  # it is where a shell has closed it
-            sys.stdout.flush()
+        _flush_output()
     except KeyboardInterrupt:
         sys.stderr.write(f"mvit-{command}: interrupted\n")
         sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:  # whoever read the output has had enough, such as head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         sys.exit(128 + signal.SIGPIPE)
     except Exception as error:
         if full_error or (begun and not _is_users(error)):
@@ -152,7 +153,21 @@ def _of_several_processes(command: str, arguments: list[str]) -> list[str]:
 
 def _exit(command: str, message: str) -> NoReturn:
     sys.stderr.write(f"mvit-{command}: error: {printable(message)}\n")
+    try:
+        _flush_output()
+    except OSError:
+        _drop_output()
     sys.exit(1)
+
+
+def _flush_output() -> None:
+    if sys.stdout is not None:  # as it is where a shell has closed it
+        sys.stdout.flush()
+
+
+def _drop_output() -> None:
+    """Forget what can't be written any more, which Python would try again at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _quiet_libraries() -> None:

@@ -64,7 +64,7 @@ def _explain_unknown_key(key: str, command: str) -> str:
     """Name the nearest key and what the composed config has in the place of ``key``."""
     if f"~{key.partition('.')[0]}" in sys.argv:
         return f"there is no {key!r}: ~{key.partition('.')[0]} takes it away"
-    config = compose_defaults(command, sys.argv[1:])
+    config = compose_defaults(command, sys.argv[1:], with_hydra=key.startswith("hydra."))
     parent, _, name = key.rpartition(".")
     node = OmegaConf.select(config, parent) if parent else config
     if parent and node is None:
@@ -74,8 +74,9 @@ def _explain_unknown_key(key: str, command: str) -> str:
     known = sorted({str(k) for k in node if k != "_target_"} | (set() if parent else set(groups(command))))
     if not parent and name in {folder.name for folder in CONF_DIR.iterdir() if folder.is_dir()}:
         return f"mvit-{command} has no group {name!r}; it has: {', '.join(sorted(groups(command)))}"
-    deeper = [found for found in _keys(config) if found.rpartition(".")[2] in (name, _OTHER_NAMES.get(name))]
-    if deeper and not parent:
+    names = (name, _OTHER_NAMES.get(name))
+    deeper = [] if parent else [found for found in _keys(config) if found.rpartition(".")[2] in names]
+    if deeper:
         nearest = f" (did you mean {' or '.join(deeper[:3])}?)"
     else:
         nearest = did_you_mean(name, known, f"{parent}.{{}}" if parent else "{}")

@@ -32,7 +32,24 @@ GROUPS = {
     "logger": schema.Logger,
 }
 # What people type by mistake; each is tried for every key of every command.
-ODD = [None, math.nan, -math.inf, -1, 0.5, 10**30, 7, True, "abc", "", "\0", [], [1, "a"], {"a": 1}, [[[]]]]
+ODD = [
+    None,
+    math.nan,
+    -math.inf,
+    -1,
+    0.5,
+    10**30,
+    10**400,
+    7,
+    True,
+    "abc",
+    "",
+    "\0",
+    [],
+    [1, "a"],
+    {"a": 1},
+    [[[]]],
+]
 
 
 def leaves(node: object, parent: str = "") -> list[str]:
@@ -161,7 +178,7 @@ def test_commas_of_a_sweep_part_jobs(argument: str, quoted: str) -> None:
 
 
 def test_text_and_lists_arrive_as_meant(command: Command) -> None:
-    shown = command("predict", "weights=12", "output=007", "videos=a=b.mp4", "--cfg", "job").out
+    shown = command("predict", "weights=12", "--cfg", "job", "output=007", "videos=a=b.mp4").out
     for line in ("weights: '12'", "output: '007'", "videos: a=b.mp4"):
         assert line in shown
     config = composed("predict")

@@ -20,7 +20,7 @@ from videos import write_numbered_video
 
 import mvit_video as mv
 from mvit_video.cli import predict as predict_module
-from mvit_video.cli.arguments import split_arguments
+from mvit_video.cli.arguments import split_files, split_options
 from mvit_video.prediction.inputs import expand
 from mvit_video.prediction.saving import output_names
 from mvit_video.prediction.timeline import Timeline
@@ -105,7 +105,7 @@ def test_python_names_what_is_wrong(checkpoint: Path, two_classes: Path, tmp_pat
 def test_arguments_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("x=1.mp4").touch()
-    files, others = split_arguments(
+    options, rest = split_options(
         [
             "a.mp4",
             "-b.mp4",
@@ -120,8 +120,8 @@ def test_arguments_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             "job",
         ]
     )
-    assert files == ["a.mp4", "-b.mp4", "x=1.mp4", "folder"]
-    assert others == ["topk=3", "--config-dir", "my/conf", "-m", "weights=w.ckpt", "--cfg", "job"]
+    assert options == ["--config-dir", "my/conf", "-m", "--cfg", "job"]
+    assert split_files(rest) == (["a.mp4", "-b.mp4", "x=1.mp4", "folder"], ["topk=3", "weights=w.ckpt"])
 
 
 def test_a_place_that_can_not_be_written_is_said(
