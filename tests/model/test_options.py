@@ -580,7 +580,10 @@ def test_layer_groups_go_from_input_to_output():
             "'space_time' doesn't go with attention 'window'",
         ),
         ({"patch_2d": True}, r"patch_2d needs .* of 1 in time, got \(3, 7, 7\)"),
-        ({"patch_padding": (1, 3)}, r"patch_padding must be three numbers \(T, H, W\) from 0, got \(1, 3\)"),
+        (
+            {"patch_padding": (1, 3)},
+            r"patch_padding must be three whole numbers \(T, H, W\) from 0, got \(1, 3\)",
+        ),
         (
             {"dim_mul": ((16, 2.0),)},
             r"dim_mul must list \(block, factor\) of blocks 0 to 15, got \(16, 2.0\)",
