@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -123,8 +123,14 @@ class Recognizer:
 
     def iterate(self, files: Iterable[str]) -> Iterator[Prediction]:
         """Predictions for video files as they are made, in order."""
-        for views, scores in self.score_views(threaded_map(self._read, files, self.num_workers)):
-            yield self.describe(views, scores)
+        read = threaded_map(self._read, files, self.num_workers)
+        crops = self.protocol.num_crops
+        for views, scores in in_full_batches(read, self._softmax, self.batch_size):
+            path = views.video.path
+            if views.error is not None:
+                yield Prediction(path, error=views.error)
+            else:
+                yield self._predict(path, scores.unflatten(0, (-1, crops)).mean(1), views.spans[::crops])
 
     def watch(
         self,
@@ -170,7 +176,8 @@ class Recognizer:
                 yield VideoViews(video, clips, [(window.start, window.end)] * len(clips))
 
         depth = 1 if drop else max(self.num_workers, 1)
-        for window, scores in self.score_views(prefetch(views(), depth, drop=drop)):
+        ahead = prefetch(views(), depth, drop=drop)
+        for window, scores in in_full_batches(ahead, self._softmax, self.batch_size):
             if not scores.isfinite().all():
                 raise VideoError(redact_credentials(source), NOT_FINITE)
             yield window.spans[0], scores.mean(0)
@@ -193,7 +200,7 @@ class Recognizer:
             return F.normalize(torch.cat([self._features(part) for part in parts]), dim=-1)
         vectors = []
         read = threaded_map(self._read, expand(videos), self.num_workers)
-        for views, features in self.score_views(read, self._features):
+        for views, features in in_full_batches(read, self._features, self.batch_size):
             if views.error is not None:
                 raise VideoError(views.video.path, views.error)
             if not features.isfinite().all():
@@ -218,25 +225,8 @@ class Recognizer:
         with self.open_file(str(path)) as video, self._lock:
             return explain(video, self._model, method=method, topk=min(self.topk, 3), protocol=self.protocol)
 
-    def describe(self, views: VideoViews, scores: Tensor) -> Prediction:
-        """The prediction for a video whose views have these scores (V, num_classes)."""
-        path, num_crops = views.video.path, self.protocol.num_crops
-        if views.error is not None:
-            return Prediction(path, error=views.error)
-        return self._predict(path, scores.unflatten(0, (-1, num_crops)).mean(1), views.spans[::num_crops])
-
     def _predict(self, path: str, scores: Tensor, spans: Sequence[tuple[float, float]]) -> Prediction:
         return Prediction.from_scores(path, scores, spans, self.class_names, self.topk)
-
-    def score_views(
-        self, videos: Iterable[VideoViews], run: Callable[[Tensor], Tensor] | None = None
-    ) -> Iterator[tuple[VideoViews, Tensor]]:
-        """Send the views of many videos through the model in full batches.
-
-        Yields each video, in order and as soon as it is done, without its clips but with a row for each of
-        them (V, ...): scores, or what ``run`` makes of a batch.
-        """
-        return in_full_batches(videos, run or self._softmax, self.batch_size)
 
     def _read(self, path: str) -> VideoViews:
         if is_address(path):

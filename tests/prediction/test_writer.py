@@ -180,19 +180,21 @@ def test_names_of_all_kinds_are_found_told_and_skipped(
     for file in files:
         Path(os.fsdecode(file)).write_bytes(video)
     (tmp_path / "list.txt").write_bytes(b"\0".join(files))  # as of find -print0
-    kinds = ["srt", "png"] if suffix == "csv" else ["srt"]
-    arguments = [f"weights={checkpoint}", "window=1", f"save=[{','.join(kinds)}]", f"output=a.{suffix}"]
+    arguments = [f"weights={checkpoint}", "window=1", "save=[srt]", f"output=a.{suffix}"]
+    if suffix == "csv":  # pictures with these names once
+        result = command("predict", "in", *arguments, "save=[png]")
+        assert "Glyph" not in result.err
+        assert len(list((tmp_path / "saved").glob("*.png"))) == len(NAMES)
     for given in ("in", "@list.txt"):
         result = command("predict", given, *arguments, "resume=false")
         assert result.code == 0, result.err
         assert "7 predictions, 0 errors" in result.err
         assert "[x]*?.mp4" in result.out
-        assert "Glyph" not in result.err
     result = command("predict", "@list.txt", *arguments)
     assert "0 predictions" in result.err
     told = {row["path"] for row in rows_in(tmp_path / f"a.{suffix}")}
     assert {Path(path).name for path in told} == {name.decode("utf-8", "backslashreplace") for name in NAMES}
-    assert len(list((tmp_path / "saved").iterdir())) == len(kinds) * len(NAMES)
+    assert len(list((tmp_path / "saved").glob("*.srt"))) == len(NAMES)
 
 
 def test_parquet_keeps_what_a_minute_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
