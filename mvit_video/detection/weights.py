@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mvit_video.errors import CheckpointError, ConfigError, brief
-from mvit_video.weights.checkpoint import LoadReport
+from mvit_video.weights.checkpoint import LoadReport, fit_weights
 from mvit_video.weights.formats import adapt_shape, to_pyslowfast_keys
 from mvit_video.weights.reading import find_weights, read_checkpoint
 
@@ -88,39 +88,24 @@ def load_detector_weights(
             key for key in expected if not key.startswith(BACKBONE) or re.search(r"\.scale\d_norm\.", key)
         ]
     weights = {key: value for key, value in weights.items() if key not in fresh}
-    fitted, report = _fit(expected, weights, name, fresh)
+    fitted, report = fit_weights(
+        expected,
+        weights,
+        name,
+        kept=fresh,
+        adapt=_adapt,
+        hint=lambda: (
+            "; other classes need head=new, a backbone that widens in its MLPs (published L) needs "
+            "dim_mul_in_attention=False"
+        ),
+    )
     detector.load_state_dict(fitted, strict=False)
     return report
 
 
-def _fit(
-    expected: Mapping[str, Tensor], weights: Mapping[str, Tensor], name: str, fresh: list[str]
-) -> tuple[dict[str, Tensor], LoadReport]:
-    """The weights in the shapes and types of a detector."""
-    fitted: dict[str, Tensor] = {}
-    ways: dict[str, list[str]] = {"loaded": [], "reshaped": [], "interpolated": []}
-    problems = [f"missing {key}" for key in expected if key not in weights and key not in fresh]
-    problems += [f"unexpected {key[:80]}" for key in weights if key not in expected]
-    for key in (key for key in expected if key in weights):
-        value, wanted = weights[key], expected[key]
-        adapted: tuple[Tensor, str] | None = (value, "loaded")
-        if value.shape != wanted.shape:
-            adapted = adapt_shape(key.removeprefix(BACKBONE), value, tuple(wanted.shape), (1, 1, 1))
-        if adapted is None or adapted[1] not in ways:
-            problems.append(f"{key} is {tuple(value.shape)}, expected {tuple(wanted.shape)}")
-        elif not adapted[0].isfinite().all():
-            raise CheckpointError(f"{name}: {key} holds NaN or infinity: these weights find nothing")
-        else:
-            fitted[key] = adapted[0].to(wanted.dtype)
-            ways[adapted[1]].append(key)
-    if problems:
-        more = f"; and {len(problems) - 6} more" if len(problems) > 6 else ""
-        raise CheckpointError(
-            f"{name}: doesn't fit the detector: {'; '.join(problems[:6])}{more}. Other classes need "
-            "head=new, a backbone that widens in its MLPs (published L) needs dim_mul_in_attention=False"
-        )
-    found: dict[str, Any] = {way: tuple(names) for way, names in ways.items()}
-    return fitted, LoadReport(**found, fresh=tuple(fresh))
+def _adapt(key: str, value: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, str] | None:
+    adapted = adapt_shape(key.removeprefix(BACKBONE), value, shape, (1, 1, 1))
+    return None if adapted and adapted[1] == "inflated" else adapted
 
 
 def from_detectron2(name: str) -> str:

@@ -257,6 +257,21 @@ def test_a_classifier_goes_into_the_backbone() -> None:
     }
 
 
+def test_tensors_that_are_no_weights_are_refused() -> None:
+    detector = create_detector("mask_rcnn_mvitv2_t", num_classes=2)
+    weights = detector.state_dict()
+    key = "roi_heads.mask_predictor.mask_fcn_logits.bias"
+    value = weights[key]
+    for odd in (
+        value.to_sparse(),
+        value.to(torch.int8),
+        torch.zeros(1).expand(len(value)),
+        value * torch.nan,
+    ):
+        with pytest.raises(CheckpointError, match=key):
+            mv.load_weights(detector, {**weights, key: odd})
+
+
 class Malicious:
     def __reduce__(self) -> Any:
         return print, ("code has run",)
