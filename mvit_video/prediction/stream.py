@@ -37,6 +37,7 @@ from mvit_video.data.decode.container import (
 )
 from mvit_video.data.decode.frames import FrameCollector, FrameFormat, Transform, make_buffer
 from mvit_video.data.decode.video import Video
+from mvit_video.data.loader import memory_limit
 from mvit_video.errors import ConfigError, VideoError
 
 log = logging.getLogger(__name__)
@@ -128,18 +129,40 @@ def iter_windows(
         max_pixels: of a frame; a source with larger ones is refused.
 
     Raises:
-        VideoError: nothing can be read. ConfigError: a number isn't positive.
+        VideoError: nothing can be read, or the frames of a window would fill half of the memory.
+        ConfigError: a number isn't positive.
     """
     for name, value in (("length", length), ("stride", stride), ("follow", follow)):
         if value is not None and not (0 < value < math.inf or (name == "follow" and value == 0)):
             raise ConfigError(f"windows need a positive, finite {name} in seconds, got {value:g}")
     reformatter = VideoReformatter()
     fmt: FrameFormat | None = None
-    for span, frames in _slide(_timed_frames_of(source, follow, max_pixels), length, stride):
+    shown = _timed_frames_of(source, follow, max_pixels)
+    for span, frames in _slide(_within_memory(shown, length), length, stride):
         fmt = fmt or FrameFormat.of(frames[0].frame)
         yield Window(frames, span, fmt=fmt, reformatter=reformatter, device=device or torch.device("cpu"))
     if fmt is None:
         raise VideoError(redact_credentials(source), "no frame can be decoded")
+
+
+def _within_memory(frames: Iterable[_TimedFrame], length: float) -> Iterator[_TimedFrame]:
+    """The same frames; raises VideoError before those of a window fill half of the memory."""
+    held: deque[tuple[float, int]] = deque()  # seconds and bytes
+    total, most = 0, memory_limit() // 2
+    for frame in frames:
+        size = sum(plane.buffer_size for plane in frame.frame.planes)
+        held.append((frame.second, size))
+        total += size
+        while held[0][0] < frame.second - length - _SLACK:
+            total -= held.popleft()[1]
+        if total > most:
+            width, height = frame.frame.width, frame.frame.height
+            raise VideoError(
+                frame.source.name,
+                f"{len(held)} frames of {width} x {height} pixels in a window of {length:g} s fill half of the "
+                "memory; choose a shorter window",
+            )
+        yield frame
 
 
 def _slide(

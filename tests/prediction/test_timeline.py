@@ -56,6 +56,21 @@ def test_windows_on_a_gpu_are_those_of_the_cpu(tmp_path: Path) -> None:
         assert (frames.cpu().int() - other.get_frames(range(10)).int()).abs().max() <= 3
 
 
+def test_windows_larger_than_half_of_the_memory_are_refused(
+    command: Command, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = write_numbered_video(tmp_path / "good.mp4", 20, fps=10)
+    with av.open(str(good)) as container:
+        frame = next(container.decode(video=0))
+    size = sum(plane.buffer_size for plane in frame.planes)
+    monkeypatch.setattr("mvit_video.prediction.stream.memory_limit", lambda: 2 * 15 * size)
+    assert len(list(iter_windows(good, length=1.0, stride=1.0))) == 2
+    with pytest.raises(mv.VideoError, match="shorter window"):
+        list(iter_windows(good, length=2.0, stride=1.0))
+    result = command("predict", str(good), f"weights={checkpoint}", "window=2", "format=jsonl")
+    assert "shorter window" in json.loads(result.out.splitlines()[-1])["error"]
+
+
 def test_windows_of_short_files_gaps_and_odd_strides(tmp_path: Path) -> None:
     path = write_numbered_video(tmp_path / "v.mp4", 3, fps=10)
     assert [numbers(w) for w in iter_windows(path, length=2, stride=1)] == [[0, 1, 2]]
