@@ -159,8 +159,8 @@ def _within_memory(frames: Iterable[_TimedFrame], length: float) -> Iterator[_Ti
             width, height = frame.frame.width, frame.frame.height
             raise VideoError(
                 frame.source.name,
-                f"{len(held)} frames of {width} x {height} pixels in a window of {length:g} s fill half of the "
-                "memory; choose a shorter window",
+                f"{len(held)} frames of {width} x {height} pixels in a window of {length:g} s fill half of "
+                "the memory; choose a shorter window",
             )
         yield frame
 
