@@ -155,7 +155,7 @@ def _read_official(
         path = path or os.path.join(root, folders[0], clip.name + ".mp4")  # noqa: PTH118 (speed)
         rows.append(Row(number, path, values.get("label") or None, clip.name))
     remedy = f"videos are looked for below {root} by their names, <youtube id>_<start>_<end>.mp4"
-    return VideoList(file, rows, remedy=remedy)
+    return VideoList(file, rows, base=Path(), remedy=remedy)
 
 
 def _seconds(text: str) -> int:

@@ -119,7 +119,7 @@ def _read(file: Path, folder: Path, paths: dict[str, str], split: str) -> VideoL
         missing = os.path.join(folder, f"{video}.webm")  # noqa: PTH118
         rows.append(Row(number, paths.get(str(video), missing), label, str(video)))
     remedy = f"videos are looked for in {folder}: give data.videos=FOLDER"
-    return VideoList(file, rows, "entry", remedy=remedy)
+    return VideoList(file, rows, "entry", base=Path(), remedy=remedy)
 
 
 # PySlowFast's lists of frames

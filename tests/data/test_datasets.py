@@ -390,6 +390,15 @@ def test_ssv2_by_the_official_files(tmp_path: Path, a_video: PutVideo, prefix: s
     assert labels(splits.test) == {"1420": None}
 
 
+def test_a_root_may_be_relative(tmp_path: Path, a_video: PutVideo, monkeypatch: pytest.MonkeyPatch) -> None:
+    official_ssv2(tmp_path / "ssv2", a_video)
+    official_kinetics(tmp_path / "k400", a_video)
+    monkeypatch.chdir(tmp_path)
+    assert labels(ssv2_splits("ssv2").train) == {"78687": 0, "42326": 1, "100904": 2}
+    splits = kinetics_splits("k400", class_names="kinetics400", max_missing=0.25)
+    assert files(splits.val, tmp_path) == ["k400/val/vvvvvvvvvvv_000012_000022.mp4"]
+
+
 def test_ssv2_uses_the_shipped_templates_without_a_labels_file(tmp_path: Path, a_video: PutVideo) -> None:
     root = official_ssv2(tmp_path, a_video)
     (root / "labels" / "labels.json").unlink()
