@@ -182,6 +182,12 @@ class MViTConfig:
             raise ValueError("rel_pos_joint 'space_time' needs rel_pos_temporal")
         if joint == "space_time" and "window" in self.attention:
             raise ValueError(f"rel_pos_joint 'space_time' doesn't go with attention {self.attention!r}")
+        for number, plan in enumerate(plan_blocks(self)):
+            strides = zip(plan.grid[1:], plan.q_stride[1:], plan.kv_stride[1:], strict=True)
+            if any(length < min(stride, kv_stride) for length, stride, kv_stride in strides):
+                raise ValueError(
+                    f"crop_size {self.crop_size} is too small: block {number} would pool {plan.grid} tokens"
+                )
 
     @property
     def input_size(self) -> Grid:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+
+import torch
 
 from mvit_video.errors import ConfigError, did_you_mean
 from mvit_video.model.clip_spec import IMAGENET_MEAN, IMAGENET_STD, ClipSpec
@@ -107,7 +110,21 @@ def build(variant: Variant, **overrides: Any) -> MViT:
         protocol = replace(
             protocol, clip_frames=config.num_frames, crop=config.crop_size, short_side=short_side
         )
+    if values and torch.get_default_device().type != "meta":
+        _require_memory(config)
     return MViT(config, protocol)
+
+
+def _require_memory(config: MViTConfig) -> None:
+    """ConfigError for a model that this machine can't hold, which the system would end without a word."""
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in MViT(config).parameters())
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if 4 * parameters > memory:
+        raise ConfigError(
+            f"a model of {parameters / 1e9:.1f} billion parameters takes {4 * parameters / 1e9:.0f} GB, this "
+            f"machine has {memory / 1e9:.0f} GB: choose a smaller embed_dim, stages or mlp_ratio"
+        )
 
 
 def change_views(protocol: ClipSpec, values: dict[str, Any]) -> ClipSpec:

@@ -16,6 +16,7 @@ from hydra.utils import instantiate
 from peers import randomized, torchvision_twin
 from torch import Tensor
 
+from mvit_video.errors import ConfigError
 from mvit_video.model import MViT, MViTConfig, describe, list_models
 from mvit_video.model.baselines import BASELINES
 from mvit_video.model.clip_spec import IMAGENET_MEAN, IMAGENET_STD
@@ -384,3 +385,8 @@ def test_position_files_are_the_papers_ablation(position, expected):
     config = model.config
     found = (config.abs_pos, config.rel_pos_temporal, config.rel_pos_spatial, config.rel_pos_joint)
     assert found == expected
+
+
+def test_a_model_that_no_machine_holds_is_refused() -> None:
+    with pytest.raises(ConfigError, match="billion parameters"):
+        create_model("mvitv2_nano_8x4", embed_dim=200_000)
