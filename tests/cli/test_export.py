@@ -77,7 +77,7 @@ def check(command: Command, small: Path, two_classes: Path, tmp_path: Path, name
         assert dict(zip(video["classes"], video["scores"], strict=True)) == pytest.approx(scores, abs=1e-4)
 
 
-@pytest.mark.parametrize("name", ["model.onnx", "model.pt2"])
+@pytest.mark.parametrize("name", ["model.onnx", pytest.param("model.pt2", marks=pytest.mark.slow)])
 def test_an_exported_model_gives_the_same_answers(
     command: Command, small: Path, two_classes: Path, tmp_path: Path, name: str
 ) -> None:

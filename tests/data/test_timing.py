@@ -58,7 +58,12 @@ def test_an_exception_ends_its_stage() -> None:
 
 
 @pytest.mark.parametrize(
-    "loading", [["num_workers=0"], ["num_workers=2", "loader=workers"], ["num_workers=2", "loader=threads"]]
+    "loading",
+    [
+        ["num_workers=0"],
+        ["num_workers=2", "loader=workers"],
+        pytest.param(["num_workers=2", "loader=threads"], marks=pytest.mark.slow),
+    ],
 )
 def test_a_profiled_run_says_where_the_time_went(
     command: Command, two_classes: Path, tmp_path: Path, loading: list[str]

@@ -85,7 +85,10 @@ def test_maps_of_the_backbone() -> None:
             assert difference(found, case["fpn"][level]) < 1e-4
 
 
-@pytest.mark.parametrize("method", ["mask", "cascade"])
+SLOW_CASCADE = pytest.param("cascade", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("method", ["mask", SLOW_CASCADE])
 def test_detections(method: str) -> None:
     expected = reference(f"inference_{method}_t_dev")
     few = {"rpn_pre_nms_top_n_test": 300, "rpn_post_nms_top_n_test": 150}
@@ -141,9 +144,9 @@ def matched(
     ("method", "variant"),
     [
         ("mask", "official_sizes"),
-        ("mask", "all_taken_bitmask"),
+        pytest.param("mask", "all_taken_bitmask", marks=pytest.mark.slow),
         pytest.param("mask", "all_taken", marks=pytest.mark.slow),
-        ("cascade", "official_sizes"),
+        pytest.param("cascade", "official_sizes", marks=pytest.mark.slow),
         pytest.param("cascade", "all_taken", marks=pytest.mark.slow),
     ],
 )
