@@ -9,6 +9,7 @@ import csv
 import json
 import logging
 import os
+import select
 import signal
 import sys
 import warnings
@@ -62,7 +63,7 @@ def run(command: str, load: Callable[[], Callable[..., Any]], arguments: list[st
         try:
             return attempt()
         except Exception as error:  # Hydra adds lines to errors that leave a job
-            if full_error or isinstance(error, BrokenPipeError) or not _is_users(error):
+            if full_error or _output_is_closed(error) or not _is_users(error):
                 raise
             _exit(command, one_line(error))
 
@@ -84,13 +85,22 @@ def run(command: str, load: Callable[[], Callable[..., Any]], arguments: list[st
     except KeyboardInterrupt:
         sys.stderr.write(f"mvit-{command}: interrupted\n")
         sys.exit(128 + signal.SIGINT)
-    except BrokenPipeError:  # whoever read the output has had enough, such as head
-        _drop_output()
-        sys.exit(128 + signal.SIGPIPE)
     except Exception as error:
+        if _output_is_closed(error):  # whoever read the output has had enough, such as head
+            _drop_output()
+            sys.exit(128 + signal.SIGPIPE)
         if full_error or (begun and not _is_users(error)):
             raise
         _exit(command, explain_composition(error, command))
+
+
+def _output_is_closed(error: Exception) -> bool:
+    """Whether it is the standard output that broke, and not another pipe."""
+    if not isinstance(error, BrokenPipeError):
+        return False
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return bool(poll.poll(0))  # errors are told unasked
 
 
 def _checked(

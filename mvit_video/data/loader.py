@@ -356,7 +356,8 @@ class _Processes:
             if threading.current_thread() is threading.main_thread():
                 # torch's handler raises wherever the main thread is just then. Without it, a process that
                 # died is noticed by whoever waits for its sample, a few seconds later.
-                signal.signal(signal.SIGCHLD, sigchld or signal.SIG_DFL)
+                torchs = getattr(sigchld, "__module__", "").startswith("torch.")  # of a loader before
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL if torchs else sigchld or signal.SIG_DFL)
             self._processes = [child for child in multiprocessing.active_children() if child not in others]
             self._threads = [
                 thread
