@@ -182,12 +182,6 @@ class MViTConfig:
             raise ValueError("rel_pos_joint 'space_time' needs rel_pos_temporal")
         if joint == "space_time" and "window" in self.attention:
             raise ValueError(f"rel_pos_joint 'space_time' doesn't go with attention {self.attention!r}")
-        for number, plan in enumerate(plan_blocks(self)):
-            strides = zip(plan.grid[1:], plan.q_stride[1:], plan.kv_stride[1:], strict=True)
-            if any(length < min(stride, kv_stride) for length, stride, kv_stride in strides):
-                raise ValueError(
-                    f"crop_size {self.crop_size} is too small: block {number} would pool {plan.grid} tokens"
-                )
 
     @property
     def input_size(self) -> Grid:
@@ -269,7 +263,11 @@ def plan_blocks(config: MViTConfig) -> Iterator[BlockPlan]:
                 f"dim_mul and head_mul give block {index} {attention_dim} channels, "
                 f"which {num_heads} heads can't share evenly"
             )
-        q_stride = q_strides.get(index, (1, 1, 1))
+        q_stride, kv_stride = q_strides.get(index, (1, 1, 1)), kv_strides.get(index, (1, 1, 1))
+        if any(n < min(strides) for n, *strides in zip(grid[1:], q_stride[1:], kv_stride[1:], strict=True)):
+            raise ValueError(
+                f"crop_size {config.crop_size} is too small: block {index} would pool {grid} tokens"
+            )
         yield BlockPlan(
             stage=stage,
             dim=dim,
@@ -278,7 +276,7 @@ def plan_blocks(config: MViTConfig) -> Iterator[BlockPlan]:
             num_heads=num_heads,
             grid=grid,
             q_stride=q_stride,
-            kv_stride=kv_strides.get(index, (1, 1, 1)),
+            kv_stride=kv_stride,
             pools_q=index in q_strides,
             pools_kv=index in kv_strides,
             window=None if _is_global(config, index) else window,

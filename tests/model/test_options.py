@@ -579,7 +579,6 @@ def test_layer_groups_go_from_input_to_output():
             {"rel_pos_joint": "space_time", "attention": "window"},
             "'space_time' doesn't go with attention 'window'",
         ),
-        ({"crop_size": 4}, r"crop_size 4 is too small"),
         ({"patch_2d": True}, r"patch_2d needs .* of 1 in time, got \(3, 7, 7\)"),
         (
             {"patch_padding": (1, 3)},

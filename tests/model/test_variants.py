@@ -390,3 +390,5 @@ def test_position_files_are_the_papers_ablation(position, expected):
 def test_a_model_that_no_machine_holds_is_refused() -> None:
     with pytest.raises(ConfigError, match="billion parameters"):
         create_model("mvitv2_nano_8x4", embed_dim=200_000)
+    with pytest.raises(ValueError, match="crop_size 4 is too small"):
+        create_model("mvitv2_nano_8x4", crop_size=4)
