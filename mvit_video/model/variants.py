@@ -110,9 +110,12 @@ def build(variant: Variant, **overrides: Any) -> MViT:
         protocol = replace(
             protocol, clip_frames=config.num_frames, crop=config.crop_size, short_side=short_side
         )
-    if values and torch.get_default_device().type != "meta":
+    if any(getattr(config, name) != getattr(variant.config, name) for name in _GROWTH):
         _require_memory(config)
     return MViT(config, protocol)
+
+
+_GROWTH = ("embed_dim", "stages", "mlp_ratio", "dim_mul")  # fields that can make any machine too small
 
 
 def _require_memory(config: MViTConfig) -> None:

@@ -137,39 +137,22 @@ def iter_windows(
             raise ConfigError(f"windows need a positive, finite {name} in seconds, got {value:g}")
     reformatter = VideoReformatter()
     fmt: FrameFormat | None = None
-    shown = _timed_frames_of(source, follow, max_pixels)
-    for span, frames in _slide(_within_memory(shown, length), length, stride):
+    for span, frames in _slide(_timed_frames_of(source, follow, max_pixels), length, stride):
         fmt = fmt or FrameFormat.of(frames[0].frame)
         yield Window(frames, span, fmt=fmt, reformatter=reformatter, device=device or torch.device("cpu"))
     if fmt is None:
         raise VideoError(redact_credentials(source), "no frame can be decoded")
 
 
-def _within_memory(frames: Iterable[_TimedFrame], length: float) -> Iterator[_TimedFrame]:
-    """The same frames; raises VideoError before those of a window fill half of the memory."""
-    held: deque[tuple[float, int]] = deque()  # seconds and bytes
-    total, most = 0, memory_limit() // 2
-    for frame in frames:
-        size = sum(plane.buffer_size for plane in frame.frame.planes)
-        held.append((frame.second, size))
-        total += size
-        while held[0][0] < frame.second - length - _SLACK:
-            total -= held.popleft()[1]
-        if total > most:
-            width, height = frame.frame.width, frame.frame.height
-            raise VideoError(
-                frame.source.name,
-                f"{len(held)} frames of {width} x {height} pixels in a window of {length:g} s fill half of "
-                "the memory; choose a shorter window",
-            )
-        yield frame
-
-
 def _slide(
     frames: Iterable[_TimedFrame], length: float, stride: float
 ) -> Iterator[tuple[tuple[float, float], list[_TimedFrame]]]:
-    """The span and the frames of each window, as soon as a frame behind its end is there."""
+    """The span and the frames of each window, as soon as a frame behind its end is there.
+
+    Raises VideoError before the frames of a window fill half of the memory.
+    """
     held: deque[_TimedFrame] = deque()
+    most = memory_limit() // 2
     number, seen = 0, 0.0  # seen: seconds that earlier windows reached to
     for frame in frames:
         while frame.second >= number * stride + length - _SLACK:
@@ -183,6 +166,12 @@ def _slide(
                 held.popleft()
         if frame.second >= number * stride - _SLACK:
             held.append(frame)
+            if len(held) * sum(plane.buffer_size for plane in frame.frame.planes) > most:
+                raise VideoError(
+                    frame.source.name,
+                    f"{len(held)} frames of {frame.frame.width} x {frame.frame.height} pixels in a window of "
+                    f"{length:g} s fill half of the memory; choose a shorter window",
+                )
     if held and (number == 0 or held[-1].second >= seen - _SLACK):
         last = held[-1]
         yield (number * stride, last.second + 1 / last.source.rate), list(held)
