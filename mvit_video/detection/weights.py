@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from mvit_video.errors import CheckpointError, ConfigError, brief
 from mvit_video.weights.checkpoint import LoadReport, fit_weights
 from mvit_video.weights.formats import adapt_shape, to_pyslowfast_keys
+from mvit_video.weights.pickles import load_arrays
 from mvit_video.weights.reading import find_weights, read_checkpoint
 
 BACKBONE = "backbone.bottom_up."
@@ -25,13 +25,6 @@ _HEAD = re.compile(
 # Constants that detectron2 has written among the weights at times, and a classifier's own end.
 _NO_WEIGHTS = re.compile(r"^(pixel_(mean|std)$|proposal_generator\.anchor_generator\.)")
 _CLASSIFIER_ONLY = re.compile(r"^(norm\.|head\.|cls_token$)")
-_ALLOWED_GLOBALS = {
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-    *((f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core")),
-    ("_codecs", "encode"),  # how Python 2 has written the bytes of arrays
-}
-
 Rule = tuple[str, str | Callable[[re.Match[str]], str]]
 _RULES: tuple[Rule, ...] = (
     (r"^backbone\.fpn_lateral(\d)\.", lambda m: f"backbone.fpn.inner_blocks.{int(m[1]) - 2}.0."),
@@ -121,21 +114,10 @@ def _read(path: Path) -> Mapping[str, Any]:
     return _read_arrays(path) if path.suffix == ".pkl" else read_checkpoint(path)
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """Reads numpy arrays in lists and dictionaries, and nothing that could run code."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _ALLOWED_GLOBALS:
-            raise pickle.UnpicklingError(f"loading it could run code ({module}.{name})"[:160])
-        return super().find_class(module, name)
-
-
 def _read_arrays(path: Path) -> dict[str, Any]:
     """detectron2's model zoo: a pickled dictionary whose "model" holds arrays by name."""
     try:
-        with path.open("rb") as file:
-            content = _ArrayUnpickler(file, encoding="latin1").load()
-        arrays = content["model"]
+        arrays = load_arrays(path, encoding="latin1")["model"]
         numbers = {key: value for key, value in arrays.items() if isinstance(value, np.ndarray)}
         if len(numbers) < len(arrays) or any(value.dtype.kind not in "fiu" for value in numbers.values()):
             raise ValueError("more than arrays of numbers")

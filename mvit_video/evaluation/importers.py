@@ -6,11 +6,7 @@ else; whatever else a file asks for is refused by its name.
 
 from __future__ import annotations
 
-import _codecs
-import collections
-import io
-import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +21,7 @@ from mvit_video.errors import DataError, brief
 from mvit_video.evaluation.classes import ClassMap, map_classes, matching_classes
 from mvit_video.evaluation.score_files import read_scores
 from mvit_video.evaluation.scores import ScoreTable, with_labels
+from mvit_video.weights.pickles import RefusedPickle, load_arrays
 
 _UNEXPECTED = (AttributeError, LookupError, ArithmeticError, RuntimeError, TypeError, ValueError)
 
@@ -168,55 +165,11 @@ def _probabilities(scores: Tensor) -> Tensor:
 
 
 def _read_pickle(path: Path) -> Any:
-    with path.open("rb") as file:
-        try:
-            return _Arrays(file, str(path)).load()
-        except DataError:
-            raise
-        except Exception as error:  # a damaged pickle can raise anything
-            raise DataError(f"{path}: no readable pickle ({brief(error)})") from None
-
-
-def _load_storage(content: bytes) -> Any:
-    """What torch puts into pickles in place of a storage; torch's own function would run code in it."""
-    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-
-
-def _allowed() -> dict[tuple[str, str], Callable[..., Any]]:
-    reconstruct: Any = np.empty(0).__reduce__()[0]
-    scalar: Any = np.float64(0).__reduce__()[0]
-    frombuffer: Any = np.empty(1).__reduce_ex__(5)[0]
-    found: dict[tuple[str, str], Callable[..., Any]] = {
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
-        ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
-        ("torch.storage", "_load_from_bytes"): _load_storage,
-        ("torch", "Size"): torch.Size,
-        ("torch", "device"): torch.device,
-        ("collections", "OrderedDict"): collections.OrderedDict,
-        ("_codecs", "encode"): _codecs.encode,  # how old protocols write bytes
-    }
-    for package in ("numpy.core", "numpy._core"):  # before and since numpy 2
-        found[f"{package}.multiarray", "_reconstruct"] = reconstruct
-        found[f"{package}.multiarray", "scalar"] = scalar
-        found[f"{package}.numeric", "_frombuffer"] = frombuffer
-    return found
-
-
-class _Arrays(pickle.Unpickler):
-    _ALLOWED = _allowed()
-
-    def __init__(self, file: Any, name: str) -> None:
-        super().__init__(file)
-        self._name = name
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self._ALLOWED:
-            raise DataError(
-                f"{self._name}: asks for {module}.{name}; only numpy arrays, torch tensors, lists, tuples, "
-                "dicts, numbers and text are read from pickles"
-            )
-        return self._ALLOWED[module, name]
-
-    def persistent_load(self, pid: Any) -> Any:
-        raise DataError(f"{self._name}: refers to data outside of the file; only plain pickles are read")
+    try:
+        return load_arrays(path)
+    except RefusedPickle as error:
+        raise DataError(f"{path}: {error}") from None
+    except OSError:
+        raise
+    except Exception as error:  # a damaged pickle can raise anything
+        raise DataError(f"{path}: no readable pickle ({brief(error)})") from None
