@@ -94,9 +94,6 @@ def stage(name: str) -> Iterator[None]:
         current.switch(outer)
 
 
-timed = stage  # as decorators are called
-
-
 def watch(model: nn.Module) -> None:
     """Make the model's forward passes a stage, where this thread is being measured."""
     if _thread.clock is not None:

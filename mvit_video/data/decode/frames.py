@@ -21,7 +21,7 @@ from av.video.reformatter import ColorRange, VideoReformatter
 from torch import Tensor
 
 from mvit_video.data.decode.colour import Colour, matrix_of, to_rgb
-from mvit_video.data.timing import stage, timed
+from mvit_video.data.timing import stage
 
 # uint8 (n, 3, H, W) -> (n, ...): what is made of some frames, each by itself.
 Transform: TypeAlias = Callable[[Tensor], Tensor]
@@ -137,7 +137,7 @@ class RgbBuffer:
         self._frames = torch.empty(count, *fmt.upright_size, 3, dtype=torch.uint8)
         self._rows = self._frames.numpy()
 
-    @timed("convert")
+    @stage("convert")
     def write(self, row: int, frame: VideoFrame) -> None:
         """Keep a frame as the row-th."""
         fmt = self._format
@@ -155,7 +155,7 @@ class RgbBuffer:
         rows = np.frombuffer(cast(Any, plane), np.uint8).reshape(-1, plane.line_size)[: fmt.height]
         self._rows[row] = fmt.orientation.apply(rows[:, : fmt.width * 3].reshape(fmt.height, fmt.width, 3))
 
-    @timed("convert")
+    @stage("convert")
     def to_tensor(self) -> Tensor:
         """uint8 (N, 3, H, W), upright."""
         return self._frames.permute(0, 3, 1, 2)
@@ -175,7 +175,7 @@ class PlaneBuffer:
         self._pix_fmt = fmt.pix_fmt
         self._on_gpu = False
 
-    @timed("convert")
+    @stage("convert")
     def write(self, row: int, frame: VideoFrame) -> None:
         """Keep a frame as the row-th.
 
@@ -213,7 +213,7 @@ class PlaneBuffer:
             self._count, *plane.shape, dtype=plane.dtype, device=plane.device, pin_memory=pinned
         )
 
-    @timed("convert")
+    @stage("convert")
     def to_tensor(self) -> Tensor:
         """uint8 (N, 3, H, W) on the device, upright, ordered after what its current stream holds."""
         if self._on_gpu:

@@ -58,7 +58,7 @@ from mvit_video.data.decode.packets import (
 )
 from mvit_video.data.decode.times import measure_times, warn_of_jumps
 from mvit_video.data.decode.video import Video
-from mvit_video.data.timing import timed
+from mvit_video.data.timing import stage
 from mvit_video.errors import VideoError
 
 # Reading on is cheaper than a seek when the next key frame is at most this many packets away.
@@ -232,7 +232,7 @@ class PyAVVideo(Video):
 
     # Opening
 
-    @timed("demux")
+    @stage("demux")
     def _open(self) -> None:
         options = {**_PROBE, **decoder_limit(self._max_pixels)}
         self._container = open_file(
@@ -271,7 +271,7 @@ class PyAVVideo(Video):
             packets = mpeg4.unpacked(self._stream, packets, self._presentation_times)
         return packets
 
-    @timed("demux")
+    @stage("demux")
     def _read_file(self) -> FileIndex:
         if self.container_format == "mpegts":
             self._num_bytes = size_without_padding(self.path)
@@ -396,11 +396,11 @@ class PyAVVideo(Video):
             self._position += packet is not None
         yield None
 
-    @timed("demux")
+    @stage("demux")
     def _next_packet(self) -> Packet[VideoStream] | None:
         return next(self._demuxer, None)
 
-    @timed("demux")
+    @stage("demux")
     def _go_to(self, index: Index, key: Key) -> Packet[VideoStream] | None:
         """Read the key frame's packet, seeking if it is not near."""
         if 0 <= key.position - self._position <= _SHORT_GAP:
@@ -484,7 +484,7 @@ class PyAVVideo(Video):
             yield None
         yield from self._decode_or_none(None)
 
-    @timed("decode")
+    @stage("decode")
     def _decode_or_none(self, packet: Packet[VideoStream] | None) -> Sequence[VideoFrame | None]:
         try:
             return self._codec.decode(packet)

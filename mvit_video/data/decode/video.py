@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mvit_video.data.decode.frames import Transform
-from mvit_video.data.timing import timed
+from mvit_video.data.timing import stage
 
 _Video = TypeVar("_Video", bound="Video")
 
@@ -69,7 +69,7 @@ class Video:
         self._check_range([index])
         return float(self.times[index])
 
-    @timed("decode")
+    @stage("decode")
     def get_frames(self, indices: Sequence[int], *, transform: Transform | None = None) -> Tensor:
         """Decode frames: uint8 (T, 3, H, W), RGB, upright, in the order asked; indices may repeat.
 
