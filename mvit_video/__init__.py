@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mvit_video.errors import CheckpointError, ConfigError, DataError, MVitVideoError, VideoError
     from mvit_video.model import ClipSpec, MViT, MViTConfig, list_models
     from mvit_video.prediction import Prediction, Recognizer, predict
+    from mvit_video.pretraining import create_pretrainer, list_pretrainers
     from mvit_video.weights import create_model, from_slowfast, load_model, load_weights
 
     Protocol = ClipSpec
@@ -35,6 +36,7 @@ _HOMES = {
     "mvit_video.errors": ("CheckpointError", "ConfigError", "DataError", "MVitVideoError", "VideoError"),
     "mvit_video.model": ("ClipSpec", "MViT", "MViTConfig", "list_models"),
     "mvit_video.prediction": ("Prediction", "Recognizer", "predict"),
+    "mvit_video.pretraining": ("create_pretrainer", "list_pretrainers"),
     "mvit_video.weights": ("create_model", "from_slowfast", "load_model", "load_weights"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -53,10 +55,12 @@ __all__ = [
     "VideoError",
     "create_detector",
     "create_model",
+    "create_pretrainer",
     "from_slowfast",
     "kinetics_frame_indices",
     "list_detectors",
     "list_models",
+    "list_pretrainers",
     "load_model",
     "load_weights",
     "open_video",

@@ -105,9 +105,17 @@ class MViT(VideoModel):
 
     def embed(self, clips: Tensor) -> tuple[Tensor, Grid]:
         """Float clips (B, 3, T, H, W) -> tokens (B, N, C), class token first, and their grid (T', H', W')."""
+        x, grid = self.embed_patches(clips)
+        return self.add_positions(x, grid), grid
+
+    def embed_patches(self, clips: Tensor) -> tuple[Tensor, Grid]:
+        """Float clips (B, 3, T, H, W) -> tokens of their patches (B, N, C) and their grid (T', H', W')."""
         if clips.ndim != 5 or clips.shape[1] != 3:
             raise ValueError(f"expected clips of shape (B, 3, T, H, W), got {tuple(clips.shape)}")
-        x, grid = self.patch_embed(clips)
+        return self.patch_embed(clips)
+
+    def add_positions(self, x: Tensor, grid: Grid) -> Tensor:
+        """Tokens of patches (B, N, C) -> tokens as the first block takes them, class token first."""
         if self.cls_token is not None:
             x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
         table: Tensor | None = self.pos_embed
@@ -116,7 +124,7 @@ class MViT(VideoModel):
         if table is not None:
             x = x + resize_table(table, self.grid, grid)
         x = self.dropout(x)
-        return x if self.norm_stem is None else self.norm_stem(x), grid
+        return x if self.norm_stem is None else self.norm_stem(x)
 
     def _run(self, block: nn.Module, x: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
         if self.config.checkpoint_blocks and torch.is_grad_enabled():
@@ -136,7 +144,7 @@ def layer_groups(model: MViT) -> list[list[str]]:
         if part == "blocks":
             groups[int(rest.partition(".")[0]) + 1].append(name)
         else:
-            groups[depth + 1 if part in ("norm", "head") else 0].append(name)
+            groups[depth + 1 if part in ("norm", "head", "pred_head") else 0].append(name)
     return groups
 
 

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import safetensors.torch
 import torch
@@ -33,13 +33,14 @@ from mvit_video.weights.description import (
     model_metadata,
     parse_metadata,
 )
-from mvit_video.weights.formats import adapt_shape, to_pyslowfast_keys
-from mvit_video.weights.pyslowfast import make_cfg, parse_cfg, parse_yaml, read_cfg
+from mvit_video.weights.formats import PRETRAINING_ONLY, adapt_shape, is_pretraining, to_pyslowfast_keys
+from mvit_video.weights.pyslowfast import infer_layout, make_cfg, parse_cfg, parse_yaml, read_cfg
 from mvit_video.weights.reading import METADATA_KEY, find_weights, is_plain, read_checkpoint
 
 log = logging.getLogger(__name__)
 
 
+@runtime_checkable
 class LoadsWeights(Protocol):
     """A model of another task, which reads its own files."""
 
@@ -85,6 +86,7 @@ def load_model(path: str | Path) -> VideoModel:
     holds NaN or infinity.
     """
     name, checkpoint = str(path), read_checkpoint(path)
+    _require_classes(checkpoint, name)
     if METADATA_KEY in checkpoint:
         return _build(parse_metadata(checkpoint[METADATA_KEY], name), checkpoint, name)
     if "model_state" in checkpoint and "cfg" in checkpoint:
@@ -105,8 +107,9 @@ def load_weights(
     """Load weights into ``model``, strictly; the format is found out from the file.
 
     Position tables of another resolution or clip length are interpolated, and weights of an image model are
-    inflated to a video model, where the class token and the temporal tables then stay as initialised. Any
-    other difference in names or shapes is an error, and so is a NaN or an infinity.
+    inflated to a video model, where the class token and the temporal tables then stay as initialised. Weights
+    of a pre-training need ``head="new"`` and leave the last norm as initialised too. Any other difference in
+    names or shapes is an error, and so is a NaN or an infinity.
 
     Args:
         model: with the architecture of the weights.
@@ -121,7 +124,7 @@ def load_weights(
     """
     if head not in ("strict", "new"):
         raise ConfigError(f"head must be 'strict' or 'new', got {head!r}")
-    if not isinstance(model, VideoModel):
+    if isinstance(model, LoadsWeights):
         return model.load_weights(source, head=head)
     if isinstance(source, Mapping):
         return _load(model, source, "state dict", head)
@@ -129,24 +132,37 @@ def load_weights(
 
 
 def build_for_weights(
-    build: Callable[..., VideoModel], path: str | Path, num_classes: int | None = None
+    build: Callable[..., VideoModel],
+    path: str | Path,
+    num_classes: int | None = None,
+    *,
+    head: Literal["strict", "new"] = "strict",
 ) -> tuple[VideoModel, LoadReport]:
     """The model that ``build(num_classes=...)`` gives, with the weights of a file.
 
+    For those of a pre-training, ``build`` is also told where their channels double, ``dim_mul_in_attention``.
+
     Args:
         num_classes: of the model; None: as many as the weights have.
+        head: as of ``load_weights``.
 
     Raises:
         CheckpointError: as ``load_weights``.
     """
     checkpoint, name = read_checkpoint(path), str(path)
+    with torch.device("meta"):
+        empty = build(num_classes=num_classes)
+    weights = _named_weights(empty, checkpoint, name)[0]
+    layout: dict[str, Any] = {}
+    if is_pretraining(weights) and isinstance(empty, MViT):
+        config = infer_layout(empty.config, set(weights))
+        if config.dim_mul_in_attention != empty.config.dim_mul_in_attention:
+            layout = {"dim_mul_in_attention": config.dim_mul_in_attention}
     if num_classes is None:
-        with torch.device("meta"):
-            empty = build(num_classes=None)
-        head = _named_weights(empty, checkpoint, name)[0].get(f"{empty.classifier}.weight")
-        num_classes = len(head) if head is not None and head.ndim and is_plain(head) else None
-    model = build(num_classes=num_classes)
-    return model, _load(model, checkpoint, name, "strict")
+        found = weights.get(f"{empty.classifier}.weight")
+        num_classes = len(found) if found is not None and found.ndim and is_plain(found) else None
+    model = build(num_classes=num_classes, **layout)
+    return model, _load(model, checkpoint, name, head)
 
 
 def _load(
@@ -154,16 +170,26 @@ def _load(
 ) -> LoadReport:
     described = parse_metadata(checkpoint[METADATA_KEY], name) if METADATA_KEY in checkpoint else None
     weights, prefix = _named_weights(model, checkpoint, name)
+    pretraining = is_pretraining(weights)
+    if pretraining:
+        if head == "strict":
+            _require_classes(checkpoint, name)
+        weights = {key: value for key, value in weights.items() if not key.startswith(PRETRAINING_ONLY)}
 
     def hint() -> str:
         with contextlib.suppress(CheckpointError, KeyError):
-            config = described.config if described else read_cfg(checkpoint, name).config
+            config: Any = model.config
+            if pretraining and isinstance(model, MViT):
+                config = infer_layout(config, set(weights))
+            else:
+                config = described.config if described else read_cfg(checkpoint, name).config
             if (own := as_overrides(config)) != as_overrides(model.config):
                 return f"; the file describes another model: {own}"
         return ""
 
     grid = model.grid if isinstance(model, MViT) else None
-    fitted, report = _fit(model, weights, name, grid=grid, new_head=head == "new", hint=hint)
+    kept = [f"{model.classifier}."] * (head == "new") + ["norm."] * pretraining
+    fitted, report = _fit(model, weights, name, grid=grid, own=tuple(kept), hint=hint)
     model.load_state_dict(fitted, strict=False)
     if described:
         trained, own = described.protocol, model.protocol
@@ -229,6 +255,7 @@ def _from_pyslowfast(checkpoint: Mapping[str, Any], name: str) -> MViT:
         absent = " and no ".join(sorted(missing))
         raise CheckpointError(f"{name}: not a PySlowFast checkpoint, it has no {absent}")
     else:
+        _require_classes(checkpoint, name)
         model = _build(read_cfg(checkpoint, name), {"model_state": checkpoint["model_state"]}, name)
     assert isinstance(model, MViT)
     return model
@@ -266,19 +293,19 @@ def _fit(
     name: str,
     *,
     grid: Grid | None = None,
-    new_head: bool = False,
+    own: tuple[str, ...] = (),
     hint: Callable[[], str] = str,
 ) -> tuple[dict[str, Tensor], LoadReport]:
     """See ``fit_weights``.
 
     Args:
         grid: of the model's tokens (T, H, W), for weights of clips of another size; None: shapes must agree.
+        own: what the names begin with of tensors that stay as initialised.
     """
     expected, head = model.state_dict(), f"{model.classifier}."
-    kept = [key for key in expected if new_head and key.startswith(head)]
-    if new_head:
-        weights = {key: value for key, value in weights.items() if not key.startswith(head)}
-    else:
+    kept = [key for key in expected if key.startswith(own)]
+    weights = {key: value for key, value in weights.items() if not key.startswith(own)}
+    if head not in own:
         _check_head(weights.get(f"{head}weight"), expected[f"{head}weight"], name, hint)
     adapt = functools.partial(adapt_shape, grid=grid) if grid else None
     return fit_weights(expected, weights, name, kept=kept, adapt=adapt, hint=hint)
@@ -336,6 +363,14 @@ def fit_weights(
             raise CheckpointError(f"{name}: {key} holds NaN or infinity: these weights give no predictions")
     ways: dict[str, Any] = {key: tuple(names) for key, names in how.items()}
     return fitted, LoadReport(**ways, fresh=tuple(fresh))
+
+
+def _require_classes(checkpoint: Mapping[str, Any], name: str) -> None:
+    if is_pretraining(find_weights(checkpoint, name)[0]):
+        raise CheckpointError(
+            f"{name}: a model pre-trained without labels, it knows no classes; fine-tune it: mvit-train "
+            f"experiment=finetune head=new weights={name}"
+        )
 
 
 def _check_head(found: Tensor | None, expected: Tensor, name: str, hint: Callable[[], str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -32,6 +32,14 @@ _TIMM = (
     (r"\.shortcut_proj_(attn|mlp)\.", ".proj."),
     (r"^head\.fc\.", "head.projection."),
 )
+
+# What a pre-training has that a classifier doesn't; officially, the constants of its features too.
+PRETRAINING_ONLY = ("mask_token", "hogs.", "pred_head.")
+
+
+def is_pretraining(weights: Collection[str]) -> bool:
+    """Whether these are the names of a model that was pre-trained without labels."""
+    return "mask_token" in weights
 
 
 def to_pyslowfast_keys(weights: Mapping[str, Tensor], source: str = "state dict") -> dict[str, Tensor]:

@@ -1,0 +1,72 @@
+"""The pre-trainings that have names (``configs/masked_ssl`` of facebookresearch/SlowFast at 287ec007)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from mvit_video.errors import ConfigError, did_you_mean
+from mvit_video.model import MViTConfig
+from mvit_video.model.clip_spec import ClipSpec
+from mvit_video.model.config import pooling_strides
+from mvit_video.model.variants import VARIANTS, Variant, replace_fields
+from mvit_video.pretraining.maskfeat import Features, MaskFeat
+
+
+def _pretrained(classifier: str, clips: ClipSpec, **layout: Any) -> Variant:
+    regular = {"drop_path": 0.0, "head_dropout": 0.0}
+    return Variant(replace(VARIANTS[classifier].config, **(regular | layout)), clips)
+
+
+# The official ones widen in MLPs, as their classifiers do after fine-tuning.
+PRETRAINERS = {
+    "maskfeat_mvitv2_s_16x4": _pretrained("mvitv2_s_16x4", ClipSpec(), dim_mul_in_attention=False),
+    "maskfeat_mvitv2_l_16x4": _pretrained(
+        "mvitv2_l_40x3", ClipSpec(), dim_mul_in_attention=False, num_frames=16, crop_size=224
+    ),
+    "maskfeat_mvitv2_nano_8x4": _pretrained("mvitv2_nano_8x4", VARIANTS["mvitv2_nano_8x4"].protocol),
+}
+
+
+def list_pretrainers() -> list[str]:
+    """Names that ``create_pretrainer`` knows."""
+    return sorted(PRETRAINERS)
+
+
+def create_pretrainer(
+    name: str, *, depths: Sequence[int] | None = None, features: Features = "hog", **overrides: Any
+) -> MaskFeat:
+    """Build a model for pre-training by name, with fresh weights.
+
+    Its last stage keeps the grid of the stage before, and all else is as in the classifier, whose weights it
+    so gives. With ``dim_mul_in_attention=True``, that is the ordinary MViTv2 of ``create_model``.
+
+    Args:
+        name: one of ``list_pretrainers()``.
+        depths, features: see ``MaskFeat``; None: the last block.
+        overrides: fields of ``MViTConfig`` that differ; None leaves the variant's.
+
+    Raises:
+        ConfigError: for an unknown name or field.
+        ValueError: for a value out of range.
+    """
+    if name not in PRETRAINERS:
+        known = ", ".join(list_pretrainers())
+        raise ConfigError(f"unknown pre-training {name!r}{did_you_mean(name, PRETRAINERS)}; known: {known}")
+    variant = PRETRAINERS[name]
+    given = {key: value for key, value in overrides.items() if value is not None}
+    config: MViTConfig = replace_fields(variant.config, given)
+    clips = replace(
+        variant.protocol,
+        clip_frames=config.num_frames,
+        crop=config.crop_size,
+        short_side=variant.protocol.short_side * config.crop_size // variant.protocol.crop,
+    )
+    if "q_strides" not in given and len(config.stages) > 1:
+        strides = pooling_strides(config)[0] | {config.stage_starts[-1]: (1, 1, 1)}
+        config = replace(config, q_strides=tuple((block, *stride) for block, stride in strides.items()))
+    last = (sum(config.stages) - 1,)
+    return MaskFeat(
+        config, depths=last if depths is None else tuple(depths), features=features, protocol=clips
+    )
