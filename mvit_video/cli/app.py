@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from mvit_video.data import timing
 from mvit_video.data.datasets import OpenVideo
 from mvit_video.data.decode import device_of
+from mvit_video.data.loader import WORKER_TYPES
 from mvit_video.errors import ConfigError
 from mvit_video.model import ClipSpec, VideoModel
 from mvit_video.model.variants import change_views
@@ -58,6 +60,23 @@ def build_decoder(config: DictConfig) -> OpenVideo:
     if device.type != "cpu" and config.num_workers and config.get("loader") == "workers":
         raise ConfigError(f"decoding on {device} happens in threads of this process: loader=threads")
     return open_file
+
+
+def loading(config: DictConfig, trainer: Any) -> dict[str, Any]:
+    """How samples become batches in a training: arguments that all loaders share."""
+    return {
+        "batch_size": config.batch_size,
+        "num_workers": config.num_workers,
+        "rank": trainer.global_rank,
+        "num_replicas": trainer.world_size,
+        "worker_type": WORKER_TYPES[config.loader],
+        "pin_memory": torch.cuda.is_available() and config.num_workers > 0,
+    }
+
+
+def model_identity(config: Any) -> dict[str, Any]:
+    """The fields of a model's configuration that change what it computes."""
+    return {key: value for key, value in asdict(config).items() if key != "checkpoint_blocks"}
 
 
 def override_protocol(protocol: ClipSpec, views: DictConfig) -> ClipSpec:

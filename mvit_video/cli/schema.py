@@ -204,8 +204,8 @@ class Trainer(Group):
     devices: Annotated[int, Range(-1, 100_000)] | list[Whole] | str
     num_nodes: Count
     precision: Literal[
-        "64", "64-true", "32", "32-true", "16", "16-mixed", "16-true", "bf16", "bf16-mixed", "bf16-true",
-        "transformer-engine", "transformer-engine-float16",
+        "auto", "64", "64-true", "32", "32-true", "16", "16-mixed", "16-true", "bf16", "bf16-mixed",
+        "bf16-true", "transformer-engine", "transformer-engine-float16",
     ]  # fmt: skip
     fast_dev_run: bool | Whole
     max_epochs: Annotated[int, Range(-1, 1_000_000)] | None
@@ -264,6 +264,9 @@ class Command(Group):
 
 
 class Train(Command):
+    task: Literal["classification", "detection", "action_detection", "pretraining"]
+    monitor: str | None
+    exact: bool
     model: Model
     data: Data
     views: Views

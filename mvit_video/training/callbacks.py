@@ -10,14 +10,12 @@ import threading
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import pytorch_lightning as pl
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mvit_video.data.bad_videos import BadVideos
-from mvit_video.data.datasets import Batch
-from mvit_video.training.plots import plot_batch
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +29,7 @@ class BadVideoPolicy(pl.Callback):
 
     bad_videos: BadVideos
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Batch, *_: Any) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, *_: Any) -> None:
         self.bad_videos.note(batch.bad)
 
     def on_validation_batch_start(self, *arguments: Any) -> None:
@@ -80,14 +78,12 @@ class BatchPicture(pl.Callback):
     def __init__(self, path: Path) -> None:
         self.path: Path | None = path
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Batch, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if self.path is None or not trainer.is_global_zero:
             return
-        clips, lam = pl_module.mix(batch, batch_idx)
-        model = pl_module.model
-        spec = model.protocol
-        plot_batch(clips, batch.labels, lam, model.class_names, self.path, mean=spec.mean, std=spec.std)
-        log.info("the first batch as the model sees it: %s", self.path)
+        pl_module.draw_batch(batch, batch_idx, self.path)
+        if self.path.exists():
+            log.info("the first batch as the model sees it: %s", self.path)
         self.path = None
 
 
@@ -129,13 +125,6 @@ class Interrupts(pl.Callback):
 class EpochProgress(pl.Callback):
     """A bar for the epoch or its validation, below the log; only on terminals."""
 
-    SHOWN: ClassVar = {
-        "train/loss_step": "loss {:.3f}",
-        "train/top1_step": "top-1 {:.3f}",
-        "val/top1": "val {:.3f}",
-        "clips/s_step": "{:.1f} clips/s",
-    }
-
     def __init__(self) -> None:
         text, metrics = TextColumn("{task.description}"), TextColumn("{task.fields[metrics]}")
         bar = (text, BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn(), metrics)
@@ -169,7 +158,11 @@ class EpochProgress(pl.Callback):
         every = cast(Any, trainer).log_every_n_steps or 1
         if self._progress.live.is_started and trainer.global_step % every == 0:
             found = trainer.callback_metrics  # reading them waits for the GPU
-            shown = [text.format(found[name].item()) for name, text in self.SHOWN.items() if name in found]
+            names = {f"train/{name}_step": name for name in pl_module.train_metrics[:2]}
+            names |= {pl_module.monitor: pl_module.monitor}
+            shown = [f"{text} {found[name].item():.3f}" for name, text in names.items() if name in found]
+            if "clips/s_step" in found:
+                shown.append(f"{found['clips/s_step'].item():.1f} clips/s")
             self._progress.update(self._task, metrics="  ".join(shown))
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

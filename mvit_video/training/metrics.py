@@ -87,21 +87,28 @@ class EpochLogger(pl.Callback):
         self._has_validated = not trainer.sanity_checking
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        names = ["train/loss_epoch", "train/top1_epoch"]
+        found = trainer.callback_metrics
+        names = [name for name in found if name.startswith("train/") and name.endswith("_epoch")]
         if self._has_validated:  # else these are the numbers of an earlier epoch
-            names += ["val/loss", "val/top1", "val/top5"]
-        metrics = {
-            n.removesuffix("_epoch"): trainer.callback_metrics.get(n) for n in [*names, "clips/s_epoch"]
-        }
-        row = {name: float(value) for name, value in metrics.items() if value is not None}
+            names += [name for name in found if name.startswith("val/")]
+        names += ["clips/s_epoch"] if "clips/s_epoch" in found else []
+        row = {name.removesuffix("_epoch"): float(found[name]) for name in names}
         self.epochs.append({"epoch": trainer.current_epoch + 1, **row})
         self._has_validated = False
         line = ", ".join(f"{name} {value:.3f}" for name, value in row.items())
         log.info("epoch %d/%s: %s", trainer.current_epoch + 1, trainer.max_epochs, line)
 
-    def best(self) -> float | None:
-        """The highest validation top-1; None without a validation."""
-        return max((row["val/top1"] for row in self.epochs if "val/top1" in row), default=None)
+    def best(self, monitor: str) -> float | None:
+        """The best value of a metric; None where no epoch has it."""
+        better = min if best_is(monitor) == "min" else max
+        return better((row[monitor] for row in self.epochs if monitor in row), default=None)
+
+    def describe_best(self, monitor: str) -> str:
+        """Epoch and value; of equal values those of the lowest loss, as the checkpoint is."""
+        sign = 1 if best_is(monitor) == "min" else -1
+        rows = [row for row in self.epochs if monitor in row]
+        row = min(rows, key=lambda row: (sign * row[monitor], row.get("val/loss", 0)))
+        return f"epoch {row['epoch']:.0f}, {monitor} {row[monitor]:.3f}"
 
     def state_dict(self) -> dict[str, Any]:
         return {"epochs": self.epochs}
@@ -110,11 +117,16 @@ class EpochLogger(pl.Callback):
         self.epochs = list(state_dict["epochs"])
 
 
-class BestCheckpoint(ModelCheckpoint):
-    """Keeps the weights of the highest validation top-1, and of several such those of the lowest loss."""
+def best_is(monitor: str) -> str:
+    """Whether a metric is best where it is lowest ("min"), as losses are, or highest ("max")."""
+    return "min" if monitor.endswith("loss") else "max"
 
-    def __init__(self, folder: Any) -> None:
-        super().__init__(folder, "best", monitor="val/top1", mode="max", enable_version_counter=False)
+
+class BestCheckpoint(ModelCheckpoint):
+    """Keeps the weights of the best value of a metric, and of several such those of the lowest loss."""
+
+    def __init__(self, folder: Any, monitor: str) -> None:
+        super().__init__(folder, "best", monitor=monitor, mode=best_is(monitor), enable_version_counter=False)
         self._loss = float("inf")
 
     @property

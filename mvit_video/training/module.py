@@ -1,4 +1,4 @@
-"""How a model is trained: parameter groups, learning-rate schedule, loss and what is logged."""
+"""What all trainings share: optimizer, schedule, random numbers, metrics and what a checkpoint holds."""
 
 from __future__ import annotations
 
@@ -6,135 +6,84 @@ import logging
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from abc import abstractmethod
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from mvit_video.data.datasets import Batch
 from mvit_video.errors import ConfigError, DataError, TrainingError
 from mvit_video.io.fingerprint import Fingerprint
 from mvit_video.io.writing import replacing
-from mvit_video.model import MViT, VideoModel, layer_groups
 from mvit_video.training.metrics import Means
-from mvit_video.training.mixing import Mixing, soft_targets
+from mvit_video.training.recipe import learning_rate, parameter_groups
 from mvit_video.training.resume import FINGERPRINT_KEY
 from mvit_video.training.sharding import FullySharded, shard
-from mvit_video.weights import METADATA_KEY, model_metadata
+from mvit_video.weights import METADATA_KEY
 
 log = logging.getLogger(__name__)
 
-_REMEDIES = "Lower optim.lr, lengthen optim.warmup, set trainer.gradient_clip_val=1"
+REMEDIES = "Lower optim.lr, lengthen optim.warmup, set trainer.gradient_clip_val=1"
 
 
-def learning_rate(
-    epoch: float, *, lr: float, epochs: float, warmup_epochs: float, warmup_start_lr: float, end_lr: float
-) -> float:
-    """Linear warm-up, then half a cosine, at a fractional epoch; the official schedule.
+@dataclass(frozen=True)
+class Losses:
+    """What a task makes of a batch.
 
-    ``lr`` is reached at ``warmup_epochs`` and ``end_lr`` at ``epochs``.
+    Attributes:
+        metrics: scalars by the name behind "train/" or "val/", means over ``count`` samples; "loss" is the
+            one that is trained.
+        to_save: what a person needs to find out why the loss isn't finite, by name.
     """
-    if epoch < warmup_epochs:
-        return warmup_start_lr + (lr - warmup_start_lr) * epoch / warmup_epochs
-    progress = min((epoch - warmup_epochs) / max(epochs - warmup_epochs, 1e-12), 1.0)
-    return end_lr + (lr - end_lr) * (1 + math.cos(math.pi * progress)) / 2
+
+    metrics: Mapping[str, Tensor]
+    count: int
+    to_save: Mapping[str, Any]
+
+    @property
+    def loss(self) -> Tensor:
+        return self.metrics["loss"]
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
-    """Split the parameters that are trained by weight decay, and with layer decay by depth.
-
-    Biases and everything one-dimensional (norms) don't decay. As in the official recipe, the class token,
-    position tables and pooling kernels do. ``lr_scale`` of a group is ``layer_decay`` to the power of its
-    distance from the head. Raises ConfigError for layer decay of a model without known layers.
-    """
-    layers = [[name for name, _ in model.named_parameters()]]
-    if layer_decay != 1:
-        if not isinstance(model, MViT):
-            raise ConfigError(f"layer_decay needs an MViT, {type(model).__name__} has no known layers")
-        layers = layer_groups(model)
-    parameters = dict(model.named_parameters())
-    groups: list[dict[str, Any]] = []
-    for depth, names in enumerate(layers):
-        scale = layer_decay ** (len(layers) - 1 - depth)
-        trained = [name for name in names if parameters[name].requires_grad]
-        plain = [name for name in trained if parameters[name].ndim <= 1 or name.endswith(".bias")]
-        decayed = [name for name in trained if name not in plain]
-        groups += [
-            {"params": [parameters[name] for name in chosen], "weight_decay": decay, "lr_scale": scale}
-            for chosen, decay in ((decayed, weight_decay), (plain, 0.0))
-            if chosen
-        ]
-    return groups
-
-
-def freeze(model: VideoModel, parts: Sequence[str]) -> None:
-    """Keep parts of a model as they are, without dropout or drop path in them.
+class TrainingModule(pl.LightningModule):
+    """A training without its task, which says what the losses of a batch are.
 
     Args:
-        parts: names of modules or parameters, such as "blocks.0"; "backbone" is everything but the head.
-
-    Raises:
-        ConfigError: nothing has such a name, or nothing is left to train.
-    """
-    known = [name for name, _ in [*model.named_modules(), *model.named_parameters()] if name]
-    if list(parts) == ["backbone"]:
-        head = f"{model.classifier}."
-        around = [name for name in known if head.startswith(f"{name}.") or f"{name}.".startswith(head)]
-        parts = [name for name in known if name not in around]
-    for part in parts:
-        if part not in known:
-            modules = ", ".join(name for name, _ in model.named_children())
-            raise ConfigError(f"freeze: the model has no {part!r}; it has: backbone, {modules}")
-
-    def chosen(name: str) -> bool:
-        return any(f"{name}.".startswith(f"{part}.") for part in parts)
-
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(parameter.requires_grad and not chosen(name))
-    for name, module in model.named_modules():
-        if chosen(name):
-            module.eval()
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ConfigError("freeze: nothing is left to train")
-
-
-class Classifier(pl.LightningModule):
-    """Trains a model on labelled clips.
-
-    Args:
-        model: gives logits for clips (B, 3, T, H, W).
+        model: what is trained.
         optimizer: makes the optimizer from parameter groups, for example a partial ``torch.optim.AdamW``.
         lr, warmup_start_lr, end_lr: see ``learning_rate``.
         warmup: share of the training steps that the warm-up takes, in [0, 1).
-        weight_decay: see ``parameter_groups``.
-        label_smoothing: share of the target that is spread over all classes, in [0, 1).
-        layer_decay: see ``parameter_groups``.
-        lr_batch_size: videos a step, over all devices, that the learning rates are meant for; they are scaled
-            linearly to those there are. None: they are taken as they are.
-        batch_size: videos a step and device, for ``lr_batch_size``.
-        mixing: how batches are mixed.
+        weight_decay, layer_decay: see ``parameter_groups``.
+        lr_batch_size: samples a step, over all devices, that the learning rates are meant for; they are
+            scaled linearly to those there are. None: they are taken as they are.
+        batch_size: samples a step and device, for ``lr_batch_size``.
         seed: random numbers of a step depend on it, epoch, batch and rank alone.
 
     Raises:
         ConfigError: ``layer_decay`` of a model without known layers.
 
     Attributes:
+        train_metrics, val_metrics: names of the metrics of ``Losses``, "loss" first.
+        monitor: the metric that the best checkpoint has the best value of.
         run_fingerprint: what the run is made of, kept in its checkpoints; set before training.
     """
 
+    train_metrics: ClassVar[Sequence[str]] = ("loss",)
+    val_metrics: ClassVar[Sequence[str]] = ("loss",)
+    monitor: ClassVar[str] = "val/loss"
     run_fingerprint: Fingerprint | None = None
 
     def __init__(
         self,
-        model: VideoModel,
+        model: nn.Module,
         *,
         optimizer: Callable[[list[dict[str, Any]]], Optimizer],
         lr: float,
@@ -142,92 +91,100 @@ class Classifier(pl.LightningModule):
         warmup_start_lr: float = 1e-6,
         end_lr: float = 1e-6,
         weight_decay: float = 0.05,
-        label_smoothing: float = 0.1,
         layer_decay: float = 1.0,
         lr_batch_size: int | None = None,
         batch_size: int = 1,
-        mixing: Mixing | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        parameter_groups(model, weight_decay, layer_decay)  # finds early what it can't do
         self.model = model
         self.make_optimizer = optimizer
         self.lr, self.warmup, self.warmup_start_lr, self.end_lr = lr, warmup, warmup_start_lr, end_lr
-        self.weight_decay, self.layer_decay, self.label_smoothing = weight_decay, layer_decay, label_smoothing
-        self.lr_batch_size, self.batch_size = lr_batch_size, batch_size
-        self.mixing, self.seed = mixing, seed
-        self.train_means = Means(("train/loss", "train/top1", "clips/s"))
-        self.val_means = Means(("val/loss", "val/top1", "val/top5"))
+        self.weight_decay, self.layer_decay = weight_decay, layer_decay
+        self.lr_batch_size, self.batch_size, self.seed = lr_batch_size, batch_size, seed
+        self.parameter_groups()  # finds early what it can't do
+        self.train_means = Means((*(f"train/{name}" for name in self.train_metrics), "clips/s"))
+        self.val_means = Means(f"val/{name}" for name in self.val_metrics)
+        self._unchecked: deque[_Unchecked] = deque()
         self._step_end = time.perf_counter()
+
+    @abstractmethod
+    def training_losses(self, batch: Any, batch_index: int) -> Losses:
+        """The losses of a training batch."""
+
+    @abstractmethod
+    def validation_losses(self, batch: Any) -> Losses | None:
+        """The losses of a validation batch; None where it has no samples, since none could be read."""
+
+    @abstractmethod
+    def metadata(self) -> dict[str, Any]:
+        """What builds the model of a checkpoint again: plain dicts and lists."""
+
+    def draw_batch(self, batch: Any, batch_index: int, path: Path) -> None:
+        """Draw a training batch as the model sees it."""
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What the optimizer takes, with ``lr_scale`` in each group."""
+        return parameter_groups(self.model, self.weight_decay, self.layer_decay)
+
+    def lr_factor(self, step: int, total: float) -> float:
+        """Learning rate at a step of ``total``, over ``lr``."""
+        return learning_rate(
+            step,
+            lr=self.lr,
+            epochs=total,
+            warmup_epochs=self.warmup * total,
+            warmup_start_lr=self.warmup_start_lr,
+            end_lr=self.end_lr,
+        ) / (self.lr or 1.0)
 
     def configure_model(self) -> None:
         strategy = self.trainer.strategy
         if isinstance(strategy, FullySharded) and not isinstance(self.model, FSDPModule):
             shard(self.model, strategy.device_mesh)
 
-    def forward(self, clips: Tensor) -> Tensor:
-        return self.model(clips)
+    def forward(self, *inputs: Any) -> Any:
+        return self.model(*inputs)
 
-    def on_train_batch_start(self, batch: Batch, batch_index: int) -> None:
+    def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
         """Seed all generators, so that nothing about them needs to be kept for a run that is resumed."""
         key = f"{self.seed} {self.current_epoch} {batch_index} {self.global_rank}"
         pl.seed_everything(random.Random(key).getrandbits(32), verbose=False)
 
-    def mix(self, batch: Batch, batch_index: int) -> tuple[Tensor, float]:
-        """The batch's clips, mixed with their reverse, and lam, the share of a clip's own class."""
-        if self.mixing is None:
-            return batch.clips, 1.0
-        key = (self.seed, self.current_epoch, batch_index, self.global_rank)
-        return self.mixing(batch.clips, np.random.RandomState(key))
+    def training_step(self, batch: Any, batch_index: int) -> Tensor:
+        """The loss of a batch, which is logged with the other metrics and clips/s.
 
-    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
-        """The loss of a batch, which is logged with its top-1 and clips/s.
-
-        Raises TrainingError where it isn't finite.
+        Raises TrainingError where it isn't finite; on a GPU a few steps later, so as not to wait for it.
         """
-        clips, lam = self.mix(batch, batch_index)
-        num_classes = self.model.config.num_classes
-        targets = soft_targets(batch.labels, num_classes, lam=lam, smoothing=self.label_smoothing)
-        logits = self(clips)
-        loss = F.cross_entropy(logits, targets)
-        if not torch.isfinite(loss):
-            self._stop(batch, clips, targets, logits)
-        top1 = (logits.argmax(1) == targets.argmax(1)).float().mean()
+        losses = self.training_losses(batch, batch_index)
+        self._unchecked.append(_Unchecked(losses, self.global_step))
+        self._require_finite(wait=False)
         now = time.perf_counter()
-        speed = torch.tensor(len(batch.labels) / (now - self._step_end))
+        speed = torch.tensor(losses.count / (now - self._step_end))
         self._step_end = now
-        self.train_means.add({"train/loss": loss, "train/top1": top1, "clips/s": speed}, len(batch.labels))
+        metrics = {f"train/{name}": value for name, value in losses.metrics.items()}
+        self.train_means.add({**metrics, "clips/s": speed}, losses.count)
         # Processes agree on a number only where it is logged.
         every = cast(Any, self.trainer).log_every_n_steps
         is_logged = bool(every) and (self.trainer.global_step + 1) % every == 0
-        self.log("train/loss_step", loss, sync_dist=is_logged)
-        self.log("train/top1_step", top1, sync_dist=is_logged)
+        for name, value in metrics.items():
+            self.log(f"{name}_step", value, sync_dist=is_logged)
         self.log("clips/s_step", speed)
-        return loss
+        return losses.loss
 
     def on_train_epoch_start(self) -> None:
         self._step_end = time.perf_counter()
 
-    def validation_step(self, batch: Batch, batch_index: int) -> None:
-        """Add a batch, which is empty if none of its videos could be read, to loss and accuracies.
+    def on_validation_epoch_start(self) -> None:
+        self._require_finite(wait=True)
 
-        Raises TrainingError where the model's output isn't finite.
-        """
-        size = len(batch.labels)
-        if not size:
+    def validation_step(self, batch: Any, batch_index: int) -> None:
+        """Add a batch to the means. Raises TrainingError where the model's output isn't finite."""
+        losses = self.validation_losses(batch)
+        if losses is None:
             self.val_means.add({}, 0)
             return
-        logits = self(batch.clips)
-        if not logits.isfinite().all():
-            raise TrainingError(
-                f"the model's output isn't finite in the validation of epoch {self.current_epoch + 1}: its "
-                f"weights or the data aren't. {_REMEDIES}"
-            )
-        hits = logits.topk(min(5, logits.shape[1])).indices == batch.labels[:, None]
-        loss = F.cross_entropy(logits, batch.labels)
-        top1, top5 = hits[:, 0].float().mean(), hits.any(1).float().mean()
-        self.val_means.add({"val/loss": loss, "val/top1": top1, "val/top5": top5}, size)
+        self.val_means.add({f"val/{name}": value for name, value in losses.metrics.items()}, losses.count)
 
     def on_validation_epoch_end(self) -> None:
         means = self.val_means.take()
@@ -236,59 +193,79 @@ class Classifier(pl.LightningModule):
             if not self.trainer.sanity_checking:  # which sees a few videos
                 raise DataError("no validation video can be read")
             return
+        if not means["val/loss"].isfinite():
+            self.stop_validation()
         for name, mean in means.items():
             self.log(name, mean)
 
+    def stop_validation(self) -> None:
+        """Raises TrainingError."""
+        raise TrainingError(
+            f"the model's output isn't finite in the validation of epoch {self.current_epoch + 1}: its "
+            f"weights or the data aren't. {REMEDIES}"
+        )
+
     def configure_optimizers(self) -> Any:
-        groups = parameter_groups(self.model, self.weight_decay, self.layer_decay)
-        optimizer = self.make_optimizer(groups)
+        optimizer = self.make_optimizer(self.parameter_groups())
         total = float(self.trainer.estimated_stepping_batches)
         if total == math.inf:
             raise ConfigError(
                 "the learning rate has to know its last step: set trainer.max_epochs or max_steps"
             )
-
-        def factor(step: int) -> float:
-            return learning_rate(
-                step,
-                lr=self.lr,
-                epochs=total,
-                warmup_epochs=self.warmup * total,
-                warmup_start_lr=self.warmup_start_lr,
-                end_lr=self.end_lr,
-            ) / (self.lr or 1.0)
-
         scale = self._lr_scale()
         for group in optimizer.param_groups:
             group["lr"] = self.lr * scale * group["lr_scale"]
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"},
-        }
+        schedule = LambdaLR(optimizer, lambda step: self.lr_factor(step, total))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _lr_scale(self) -> float:
-        """Linear scaling with the videos of a step: start, peak and end are all multiplied."""
+        """Linear scaling with the samples of a step: start, peak and end are all multiplied."""
         if self.lr_batch_size is None:
             return 1.0
-        videos = self.batch_size * self.trainer.world_size * self.trainer.accumulate_grad_batches
-        scale = videos / self.lr_batch_size
+        samples = self.batch_size * self.trainer.world_size * self.trainer.accumulate_grad_batches
+        scale = samples / self.lr_batch_size
         log.info(
-            "learning rate %g: %g x %d / %d videos", self.lr * scale, self.lr, videos, self.lr_batch_size
+            "learning rate %g: %g x %d / %d samples", self.lr * scale, self.lr, samples, self.lr_batch_size
         )
         return scale
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint[METADATA_KEY] = model_metadata(self.model)
+        self._require_finite(wait=True)
+        checkpoint[METADATA_KEY] = self.metadata()
         if self.run_fingerprint is not None:
             checkpoint[FINGERPRINT_KEY] = self.run_fingerprint
 
-    def _stop(self, batch: Batch, clips: Tensor, targets: Tensor, logits: Tensor) -> None:
-        """Save what gave a loss that isn't finite, and raise TrainingError."""
-        path = Path(self.trainer.default_root_dir) / f"nan_batch_rank{self.global_rank}.pt"
-        saved = {"clips": clips, "targets": targets, "logits": logits.detach(), "paths": list(batch.paths)}
-        with replacing(path) as file:
-            torch.save(saved, file)
-        raise TrainingError(
-            f"the loss isn't finite in epoch {self.current_epoch + 1}, step {self.global_step}; the batch is "
-            f"saved in {path}. {_REMEDIES} or another trainer.precision (now {self.trainer.precision})"
-        )
+    def _require_finite(self, *, wait: bool) -> None:
+        """Look at the losses that are there, or at all. Save what gave one that isn't finite, and raise."""
+        while self._unchecked and (wait or self._unchecked[0].is_there()):
+            unchecked = self._unchecked.popleft()
+            if unchecked.is_finite():
+                continue
+            path = Path(self.trainer.default_root_dir) / f"nan_batch_rank{self.global_rank}.pt"
+            with replacing(path) as file:
+                torch.save(dict(unchecked.losses.to_save), file)
+            raise TrainingError(
+                f"the loss isn't finite in epoch {self.current_epoch + 1}, step {unchecked.step}; the batch "
+                f"is saved in {path}. {REMEDIES} or another trainer.precision (now {self.trainer.precision})"
+            )
+
+
+class _Unchecked:
+    """A loss that a GPU may still be working on; asking whether it is there doesn't wait."""
+
+    def __init__(self, losses: Losses, step: int) -> None:
+        self.losses, self.step = losses, step
+        self._finite = losses.loss.detach().isfinite()
+        self._event: torch.cuda.Event | None = None
+        if self._finite.is_cuda:
+            self._finite = self._finite.to("cpu", non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def is_there(self) -> bool:
+        return self._event is None or self._event.query()
+
+    def is_finite(self) -> bool:
+        if self._event is not None:
+            self._event.synchronize()
+        return bool(self._finite)

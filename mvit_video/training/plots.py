@@ -12,12 +12,14 @@ from torch import Tensor
 from mvit_video.data.pixels import RGB, denormalise
 
 
-def plot_history(epochs: Sequence[dict[str, float]], path: Path) -> None:
-    """Learning curves: loss and accuracy against epochs, training and validation."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    for axes, metric, label in zip(
-        figure.subplots(1, 2), ("loss", "top1"), ("loss", "top-1 accuracy"), strict=True
-    ):
+def plot_history(epochs: Sequence[dict[str, float]], path: Path, *, monitor: str) -> None:
+    """Learning curves: the loss and the metric ``monitor`` against epochs, training and validation."""
+    metrics = {"loss": "loss", monitor.removeprefix("val/"): monitor.removeprefix("val/")}
+    if "top1" in metrics:
+        metrics["top1"] = "top-1 accuracy"
+    figure = Figure(figsize=(5 * len(metrics), 4), layout="constrained")
+    panels = figure.subplots(1, len(metrics), squeeze=False)[0]
+    for axes, (metric, label) in zip(panels, metrics.items(), strict=True):
         for split, style in (("train", "--"), ("val", "-")):
             points = [
                 (row["epoch"], row[f"{split}/{metric}"]) for row in epochs if f"{split}/{metric}" in row

@@ -86,11 +86,12 @@ def test_of_equal_accuracies_the_lower_loss_is_the_best(
     history, data = EpochLogger(), torch.utils.data.DataLoader(torch.ones(2, 1))
     trainer = pl.Trainer(
         accelerator="cpu", devices=1, max_epochs=len(script), logger=False, enable_progress_bar=False,
-        enable_model_summary=False, num_sanity_val_steps=0, callbacks=[BestCheckpoint(tmp_path), history],
+        enable_model_summary=False, num_sanity_val_steps=0,
+        callbacks=[BestCheckpoint(tmp_path, "val/top1"), history],
     )  # fmt: skip
     trainer.fit(Scripted(script), data, data)
     assert torch.load(tmp_path / "best.ckpt", weights_only=True)["epoch"] == best
-    assert history.best() == pytest.approx(max(accuracy for accuracy, _ in script))
+    assert history.best("val/top1") == pytest.approx(max(accuracy for accuracy, _ in script))
 
 
 def test_epochs_without_validation_have_no_validation_numbers(
@@ -101,6 +102,18 @@ def test_epochs_without_validation_have_no_validation_numbers(
     assert result.code == 0, result.err
     lines = [line for line in result.out.splitlines() if re.search(r"epoch \d/3: ", line)]
     assert ["val/" in line for line in lines] == [False, True, False]
+
+
+def test_the_best_of_another_metric_can_be_kept(command: Command, two_classes: Path, tmp_path: Path) -> None:
+    options = ["monitor=val/loss", "early_stopping=5", "trainer.max_epochs=2", f"data.root={two_classes}"]
+    result = command("train", *BASE, *options)
+    assert result.code == 0, result.err
+    found = torch.load(tmp_path / "run" / "checkpoints" / "best.ckpt", weights_only=True)
+    kept = next(state for key, state in found["callbacks"].items() if "ModelCheckpoint" in key)
+    assert kept["monitor"] == "val/loss"
+    assert re.search(r"best checkpoint: .*best.ckpt\s+\(epoch [12], val/loss", result.out)
+    unknown = command("train", *BASE, f"data.root={two_classes}", "monitor=val/topp1")
+    assert "val/topp1" in error_line(unknown, "train")
 
 
 def test_a_sweep_gets_the_best_accuracy(command: Command, two_classes: Path, tmp_path: Path) -> None:

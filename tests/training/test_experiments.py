@@ -24,7 +24,7 @@ ADAMW = {
     "weight_decay": 0.05,
     "label_smoothing": 0.1,
     "layer_decay": 1.0,
-    "precision": "32-true",
+    "precision": "auto",
     "accumulate": 1,
     "ema": None,
     "head_init_scale": 1.0,

@@ -212,7 +212,7 @@ def test_a_run_in_shards_averages_its_weights_and_goes_on_exactly(
 STOPPED = """
 import os, signal
 from mvit_video.cli import main
-from mvit_video.training.module import Classifier
+from mvit_video.training.classification import Classifier
 
 step, batches = Classifier.validation_step, iter(range(100))
 

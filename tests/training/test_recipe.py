@@ -13,12 +13,15 @@ from golden_weights import unit
 from torch.utils.data import DataLoader
 
 import mvit_video as mv
+from mvit_video.cli.train import choose_precision
 from mvit_video.data.datasets import Batch
-from mvit_video.errors import ConfigError
+from mvit_video.errors import ConfigError, TrainingError
 from mvit_video.training.callbacks import BatchPicture, EstimatedTime, duration
+from mvit_video.training.classification import Classifier
 from mvit_video.training.mixing import Mixing, soft_targets
-from mvit_video.training.module import Classifier, freeze, learning_rate, parameter_groups
+from mvit_video.training.module import Losses, _Unchecked
 from mvit_video.training.plots import describe_labels
+from mvit_video.training.recipe import freeze, learning_rate, parameter_groups
 
 REFERENCE = Path(__file__).parents[1] / "reference"
 SCHEDULES = json.loads((REFERENCE / "protocol.json").read_text())["lr"]
@@ -263,6 +266,56 @@ def test_what_the_model_sees_is_drawn_and_the_time_is_told(
     told = [message for message in caplog.messages if "one epoch will take about" in message]
     assert len(told) == 1
     assert "(validation not counted)" in told[0]
+
+
+@pytest.mark.parametrize("in_flight", [0, 2])
+def test_a_broken_loss_that_is_seen_later_leaves_its_own_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_flight: int
+) -> None:
+    """On a GPU a loss is looked at when it is there, some steps later; nothing waits for it."""
+    monkeypatch.setattr(_Unchecked, "is_there", lambda self: classifier.global_step >= self.step + in_flight)
+    model = mv.create_model("mvitv2_nano_8x4", 3, embed_dim=8, stages=(1, 1), crop_size=16, num_frames=2)
+    classifier = Classifier(model, optimizer=torch.optim.SGD, lr=0.0)
+    batches = [
+        Batch(
+            torch.full((2, 3, 2, 16, 16), float(step) if step != 1 else float("nan")),
+            torch.tensor([0, 1]),
+            [],
+        )
+        for step in range(6)
+    ]
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"))
+    trainer = pl.Trainer(accelerator="cpu", devices=1, max_epochs=1, default_root_dir=tmp_path, **quiet)
+    with pytest.raises(TrainingError, match="step 1;"):
+        trainer.fit(classifier, DataLoader(batches, batch_size=None))
+    assert trainer.global_step == 1 + in_flight
+    assert torch.load(tmp_path / "nan_batch_rank0.pt", weights_only=True)["clips"].isnan().all()
+
+
+def test_no_checkpoint_is_written_of_a_broken_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_Unchecked, "is_there", lambda self: False)
+    classifier = fit(tmp_path, lr=0.0)
+    classifier._unchecked.append(_Unchecked(Losses({"loss": torch.tensor(float("inf"))}, 1, {}), step=3))
+    with pytest.raises(TrainingError, match="step 3;"):
+        classifier.trainer.save_checkpoint(tmp_path / "last.ckpt")
+    assert not (tmp_path / "last.ckpt").exists()
+
+
+@pytest.mark.parametrize(
+    ("asked", "accelerator", "has_bf16", "found"),
+    [
+        ("auto", "auto", True, "bf16-mixed"),
+        ("auto", "auto", False, "32-true"),
+        ("auto", "cpu", True, "32-true"),
+        ("16-mixed", "gpu", True, "16-mixed"),
+    ],
+)
+def test_precision_follows_the_gpu(
+    monkeypatch: pytest.MonkeyPatch, asked: str, accelerator: str, has_bf16: bool, found: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
+    assert choose_precision(asked, accelerator) == found
 
 
 @pytest.mark.parametrize(

@@ -30,8 +30,8 @@ from mvit_video.io.writing import sole_writer
 from mvit_video.model import MViT
 from mvit_video.training import processes
 from mvit_video.training.callbacks import Interrupts
+from mvit_video.training.classification import Classifier
 from mvit_video.training.metrics import MEANS_KEY, EpochLogger
-from mvit_video.training.module import Classifier
 from mvit_video.training.resume import FINGERPRINT_KEY, find_checkpoint
 
 SLOW = pytest.mark.slow

@@ -221,7 +221,7 @@ def test_fine_tuning_changes_layers_less_far_from_the_head(
         "optim.layer_decay=0.1",
     )
     assert result.code == 0, result.err
-    assert "learning rate 1.25e-05: 0.0001 x 2 / 16 videos" in result.out
+    assert "learning rate 1.25e-05: 0.0001 x 2 / 16 samples" in result.out
     before = mv.load_model(checkpoint).state_dict()
     after = mv.load_model(tmp_path / "run" / "checkpoints" / "last.ckpt").state_dict()
     moved = [

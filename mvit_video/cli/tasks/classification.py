@@ -1,0 +1,105 @@
+"""Classification of videos."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, replace
+from typing import Any, cast
+
+import pytorch_lightning as pl
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from mvit_video.cli import app
+from mvit_video.data.class_names import check_same_classes
+from mvit_video.data.datasets import TestViews, TrainingClips, training_loader, validation_loader
+from mvit_video.data.index import VideoSplits
+from mvit_video.data.loader import ClipLoader
+from mvit_video.errors import ConfigError
+from mvit_video.model import VideoModel
+from mvit_video.training.classification import Classifier
+from mvit_video.training.plots import describe_labels
+from mvit_video.training.recipe import freeze
+from mvit_video.training.resume import videos_sha256
+from mvit_video.training.task import Training
+from mvit_video.weights import load_weights
+
+log = logging.getLogger(__name__)
+
+MONITOR = Classifier.monitor
+
+
+def check(config: DictConfig) -> None:
+    """ConfigError for what can be refused before data are read."""
+    augment, mixing = app.build(config.augment), app.build(config.mixing)
+    if mixing is not None and mixing.probability and config.batch_size * augment.repeats < 2:
+        raise ConfigError("mixing pairs the clips of a batch; batch_size=2 or more is needed, or mixing=none")
+    app.build_decoder(config)
+    with torch.device("meta"):
+        sketch = app.build(config.model, weights=None)
+        app.override_protocol(sketch.protocol, config.views)
+        app.build(config.optim, model=sketch)
+
+
+def train(config: DictConfig, trainer: pl.Trainer) -> Training:
+    """Random clips for training, and the central clip of each validation video."""
+    splits: VideoSplits = app.build(config.data)
+    model = _build_model(config, splits)
+    classifier: Classifier = app.build(config.optim, _partial_=True)(
+        model, batch_size=config.batch_size, mixing=app.build(config.mixing), seed=config.seed
+    )
+    training, validation = _build_loaders(config, model, splits, trainer)
+    _describe(model, splits)
+    identity = {
+        "data": {
+            "classes": splits.class_names,
+            "train": videos_sha256(splits.train.videos),
+            "val": videos_sha256(splits.val.videos),
+        },
+        "clips": asdict(model.protocol),
+        "model": app.model_identity(model.config),
+    }
+    return Training(classifier, training, validation, len(splits.train) + len(splits.val), identity)
+
+
+def _build_model(config: DictConfig, splits: VideoSplits) -> VideoModel:
+    if splits.num_classes < 2:
+        raise ConfigError(f"the data set has one class ({splits.class_names[0]}); training needs two or more")
+    head: dict[str, Any] = {"head": config.head} if config.model.get("weights") else {}
+    if config.weights:
+        head = {"weights": None}  # a file takes the place of published weights
+    model: VideoModel = app.build(config.model, num_classes=splits.num_classes, **head)
+    model.protocol = app.override_protocol(model.protocol, config.views)
+    if config.weights:
+        report = load_weights(model, config.weights, head=config.head)
+        log.info("weights of %s\n%s", config.weights, report)
+    check_same_classes(model.class_names, model.config.num_classes, splits.class_names)
+    model.class_names = splits.class_names
+    if config.freeze:
+        freeze(model, list(config.freeze) if OmegaConf.is_list(config.freeze) else [str(config.freeze)])
+    return model
+
+
+def _build_loaders(
+    config: DictConfig, model: VideoModel, splits: VideoSplits, trainer: pl.Trainer
+) -> tuple[ClipLoader[Any], ClipLoader[Any]]:
+    loading = app.loading(config, trainer)
+    open_file, augment = app.build_decoder(config), app.build(config.augment)
+    clips = TrainingClips(splits.train.videos, model.protocol, augment, seed=config.seed, open_file=open_file)
+    one_view = replace(model.protocol, num_clips=1, num_crops=1)
+    centre_clips = TestViews(splits.val.videos, one_view, open_file=open_file)
+    shuffle = not config.trainer.overfit_batches
+    return training_loader(clips, shuffle=shuffle, **loading), validation_loader(centre_clips, **loading)
+
+
+def _describe(model: VideoModel, splits: VideoSplits) -> None:
+    log.info(
+        "%.1f M parameters, %d classes, %d training and %d validation videos; %s",
+        sum(p.numel() for p in model.parameters()) / 1e6,
+        splits.num_classes,
+        len(splits.train),
+        len(splits.val),
+        model.protocol,
+    )
+    labels = [cast(int, video.label) for video in splits.train.videos]
+    log.info("training videos of each class:\n%s", describe_labels(labels, splits.class_names))
