@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
 
 from mvit_video.cli import app
-from mvit_video.errors import ConfigError
+from mvit_video.errors import ConfigError, brief
 from mvit_video.io.console import print_table
 from mvit_video.io.writing import replacing
 from mvit_video.model import MViT
+from mvit_video.weights import hub
 from mvit_video.weights.export import ExportedModel, export_model, load_exported
+from mvit_video.weights.model_card import push_to_hub
 from mvit_video.weights.reading import EXPORTED
 
 log = logging.getLogger(__name__)
@@ -26,6 +30,12 @@ def export_and_check(config: DictConfig) -> None:
     model = app.build_model(config)
     if not isinstance(model, MViT):
         raise ConfigError(f"only MViT models can be exported, not {type(model).__name__}")
+    if config.output.startswith(hub.PREFIX):
+        address = push_to_hub(
+            model, config.output, results=_read_results(config.results), licence=config.licence
+        )
+        log.info("%s (private until you publish it there)", address)
+        return
     path = Path(config.output)
     if path.suffix not in EXPORTED:
         raise ConfigError(f"output={path}: models are exported as {' or '.join(EXPORTED)}")
@@ -44,6 +54,19 @@ def export_and_check(config: DictConfig) -> None:
         ("clips", "PyTorch, ms", f"{path.name}, ms", "largest difference of logits"),
         [(batch, f"{ours:.1f}", f"{theirs:.1f}", f"{diff:.1e}") for batch, ours, theirs, diff in rows],
     )
+
+
+def _read_results(path: str | None) -> dict[str, Any] | None:
+    """The results.json of an evaluation."""
+    if path is None:
+        return None
+    try:
+        results = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"results={path}: not a results.json of mvit-eval ({brief(error)})") from None
+    if not isinstance(results, dict) or not isinstance(results.get("video_top1"), float):
+        raise ConfigError(f"results={path}: not a results.json of mvit-eval")
+    return results
 
 
 @torch.inference_mode()

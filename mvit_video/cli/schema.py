@@ -340,6 +340,8 @@ class Export(Command):
     model: Model | None
     views: Views
     output: str
+    results: str | None
+    licence: str | None
     compiled: bool
     tolerance: Positive
     runs: Count

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from mvit_video.errors import CheckpointError, brief
+from mvit_video.weights import hub
 
 METADATA_KEY = "mvit_video"  # in our checkpoints: config, protocol and class names beside the weights
 EXPORTED = (".onnx", ".pt2")
@@ -28,7 +29,9 @@ _WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wr
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint file as plain data onto the CPU. Raises CheckpointError where that fails."""
-    if "://" in str(path):
+    if str(path).startswith(hub.PREFIX):
+        path = hub.download(str(path))
+    elif "://" in str(path):
         raise CheckpointError(f"{path}: an address; download the file and give its path")
     path = Path(path)
     try:

@@ -1,0 +1,57 @@
+"""Models on the Hugging Face Hub: ``hf://user/name`` takes the place of a file.
+
+What comes from there is data as any other file is: nothing but tensors and plain values is read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mvit_video.errors import CheckpointError, ConfigError, brief
+from mvit_video.io.console import printable
+
+PREFIX = "hf://"
+WEIGHTS = "model.safetensors"
+_ADDRESS = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+?))?(?:/([\w./-]+))?", re.ASCII)
+
+
+def download(address: str) -> Path:
+    """The local copy of ``hf://user/name``, of ``hf://user/name@revision`` or of ``hf://user/name/file``.
+
+    Without a file it is ``model.safetensors``. What was fetched before is taken from the Hub's cache, also
+    without a network (``HF_HUB_OFFLINE=1``).
+
+    Raises:
+        CheckpointError: no such address, repository or file, or it can't be fetched.
+        ConfigError: huggingface_hub isn't installed.
+    """
+    repo, revision, file = parse(address)
+    with hub_errors(address) as hub:
+        return Path(hub.hf_hub_download(repo, file or WEIGHTS, revision=revision))
+
+
+def parse(address: str) -> tuple[str, str | None, str | None]:
+    """Repository, revision and file. Raises CheckpointError for another address."""
+    match = _ADDRESS.fullmatch(address)
+    if not match:
+        raise CheckpointError(f"{printable(address)}: expected hf://user/name, also with @revision or /file")
+    return match[1], match[2], match[3]
+
+
+@contextmanager
+def hub_errors(address: str) -> Iterator[Any]:
+    """Gives the module; what goes wrong inside is told as one line."""
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise ConfigError(f"{address} needs huggingface_hub: pip install 'mvit-video[hub]'") from None
+    try:
+        yield huggingface_hub
+    except (CheckpointError, ConfigError):
+        raise
+    except Exception as error:  # of the network, of the Hub, of its cache
+        raise CheckpointError(f"{address}: {brief(error)}") from None
