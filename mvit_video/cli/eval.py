@@ -23,7 +23,7 @@ from mvit_video.errors import ConfigError, DataError
 from mvit_video.evaluation.classes import matching_classes, read_class_map
 from mvit_video.evaluation.importers import as_in_data_set, read_table
 from mvit_video.evaluation.provenance import provenance_of
-from mvit_video.evaluation.run import output_folder, remove_logs, score_data_set
+from mvit_video.evaluation.run import output_folder, remove_journals, score_data_set
 from mvit_video.evaluation.score_files import write_scores
 from mvit_video.evaluation.scores import ScoreTable, aligned, ensemble
 from mvit_video.io.writing import sole_writer
@@ -44,7 +44,9 @@ def evaluate(config: DictConfig) -> None:
             logging.getLogger().setLevel(logging.WARNING)
         output = ranks.broadcast_from_rank0(lambda: output_folder(config.resume, output))
         ranks.broadcast_from_rank0(lambda: locks.enter_context(sole_writer(output)))
-        table, open_file = _score_data_set(config, output, ranks)
+        use_own_gpu()
+        open_file = app.build_decoder(config)
+        table = _score_data_set(config, output, ranks, open_file)
         if table is None:  # rank 0 reports
             return
         write_scores(table, output / "scores.parquet")
@@ -52,15 +54,15 @@ def evaluate(config: DictConfig) -> None:
             log.info("videos without labels: only scores.parquet is written, in %s", output)
         else:
             _report({"": table}, config, output, open_file)
-        remove_logs(output)
+        remove_journals(output)
 
 
-def _score_data_set(config: DictConfig, output: Path, ranks: Ranks) -> tuple[ScoreTable | None, OpenVideo]:
+def _score_data_set(
+    config: DictConfig, output: Path, ranks: Ranks, open_file: OpenVideo
+) -> ScoreTable | None:
     """Every video's scores, in the order of the data set, in rank 0; None in the others."""
     allowed_bad_videos(config.max_bad_videos, 0)  # a wrong value is told before anything is read
     device = app.choose_device(config.device)
-    use_own_gpu()
-    open_file = app.build_decoder(config)
     model = app.build_model(config) if "model" not in config else None
     splits = app.build(config.data)
     known = _class_names(config)
@@ -81,7 +83,7 @@ def _score_data_set(config: DictConfig, output: Path, ranks: Ranks) -> tuple[Sco
     )
     prepare(model, device, precision=config.precision, compiled=config.compile)
     provenance["precision"] = str(next(model.parameters()).dtype).removeprefix("torch.")
-    table = score_data_set(
+    return score_data_set(
         model,
         index,
         output,
@@ -96,30 +98,6 @@ def _score_data_set(config: DictConfig, output: Path, ranks: Ranks) -> tuple[Sco
         device=device,
         open_file=open_file,
     )
-    return table, open_file
-
-
-def _data_set(data: DictConfig) -> dict[str, Any]:
-    """The settings that say which videos these are; paths mean the same from another folder."""
-    settings: Any = OmegaConf.to_container(data, resolve=True)
-    for key, value in settings.items():
-        if isinstance(value, str):
-            with suppress(DataError, RuntimeError):  # it is no path
-                settings[key] = str(existing(value).absolute())
-    return settings
-
-
-def _class_names(config: DictConfig) -> tuple[str, ...] | None:
-    """Names of the model's classes that the command line gives."""
-    names = config.class_names
-    return read_class_names(names if isinstance(names, str) else list(names)) if names else None
-
-
-def _chosen_split(splits: VideoSplits, split: str) -> VideoIndex:
-    index: VideoIndex | None = getattr(splits, split)
-    if index is None:
-        raise ConfigError(f"split={split}: the data set has no such split")
-    return index
 
 
 def _report_files(config: DictConfig, output: Path) -> None:
@@ -138,6 +116,22 @@ def _report_files(config: DictConfig, output: Path) -> None:
     _report(tables, config, output)
 
 
+def _read_table(file: Path, config: DictConfig, splits: VideoSplits | None) -> ScoreTable:
+    table = read_table(file)
+    names = _class_names(config)
+    if names:
+        if len(names) != len(table.class_names):
+            has = f"{file} has {len(table.class_names)} classes"
+            raise DataError(f"class_names has {len(names)} names, {has}")
+        table = replace(table, class_names=names)
+    if splits is not None:
+        index = _chosen_split(splits, config.split)
+        return as_in_data_set(table, index, read_class_map(config.class_map), file)
+    if config.class_map:
+        raise ConfigError("class_map needs the data set whose classes are meant: give data=...")
+    return table
+
+
 def _report(
     tables: Mapping[str, ScoreTable], config: DictConfig, output: Path, open_file: OpenVideo | None = None
 ) -> None:
@@ -148,26 +142,31 @@ def _report(
         results.report_comparison(tables, output, **settings)
     else:
         (table,) = tables.values()
-        results.report_table(
-            table, output, num_mistakes=config.worst_mistakes, open_file=open_file, **settings
-        )
+        settings |= {"num_mistakes": config.worst_mistakes, "open_file": open_file}
+        results.report_table(table, output, **settings)
 
 
-def _read_table(file: Path, config: DictConfig, splits: VideoSplits | None) -> ScoreTable:
-    table = read_table(file)
-    names = _class_names(config)
-    if names:
-        if len(names) != len(table.class_names):
-            raise DataError(
-                f"class_names has {len(names)} names, {file} has {len(table.class_names)} classes"
-            )
-        table = replace(table, class_names=names)
-    if splits is not None:
-        index = _chosen_split(splits, config.split)
-        return as_in_data_set(table, index, read_class_map(config.class_map), file)
-    if config.class_map:
-        raise ConfigError("class_map needs the data set whose classes are meant: give data=...")
-    return table
+def _class_names(config: DictConfig) -> tuple[str, ...] | None:
+    """Names of the model's classes that the command line gives."""
+    names = config.class_names
+    return read_class_names(names if isinstance(names, str) else list(names)) if names else None
+
+
+def _chosen_split(splits: VideoSplits, split: str) -> VideoIndex:
+    index: VideoIndex | None = getattr(splits, split)
+    if index is None:
+        raise ConfigError(f"split={split}: the data set has no such split")
+    return index
+
+
+def _data_set(data: DictConfig) -> dict[str, Any]:
+    """The settings that say which videos these are; paths mean the same from another folder."""
+    settings: Any = OmegaConf.to_container(data, resolve=True)
+    for key, value in settings.items():
+        if isinstance(value, str):
+            with suppress(DataError, RuntimeError):  # it is no path
+                settings[key] = str(existing(value).absolute())
+    return settings
 
 
 def _distinct_names(files: Sequence[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -34,7 +35,16 @@ def read_class_map(source: str | None) -> ClassMap | None:
             raise DataError(f"{where}: {brief(error)}") from None
     if not isinstance(content, dict):
         raise DataError(f"{where}: expected {{class of the data set: class or classes of the model}}")
-    return {str(name): _model_classes(name, value, where) for name, value in content.items()}
+    found: ClassMap = {}
+    for name, value in content.items():
+        names = value if isinstance(value, list) else [value]
+        if not names or not all(isinstance(one, str | int | float) for one in names):
+            possible = "expected a class of the model, or a list of them"
+            raise DataError(f"{where}: {name!r} has {value!r:.100}; {possible}")
+        found[str(name)] = names = [str(one) for one in names]
+        if (twice := _first_twice(names)) is not None:
+            raise DataError(f"{where}: {name!r} has the class {twice!r} twice")
+    return found
 
 
 def class_matrix(
@@ -50,12 +60,11 @@ def class_matrix(
         DataError: a wanted class has no counterpart, a name is unknown, or one counts for two classes.
     """
     mapping = mapping or {}
-    position = {name: index for index, name in enumerate(known)}
-    if len(position) < len(known):
-        twice = next(name for index, name in enumerate(known) if position[name] != index)
+    if (twice := _first_twice(known)) is not None:
         raise DataError(
             f"two classes of the model are called {twice!r}; class_names=FILE can tell them apart"
         )
+    position = {name: index for index, name in enumerate(known)}
     matrix = torch.zeros(len(known), len(wanted))
     for name in mapping:
         if name not in wanted:
@@ -104,17 +113,8 @@ def map_classes(scores: Tensor, matrix: Tensor) -> Tensor:
     return mapped / mapped.sum(-1, keepdim=True).clamp(min=torch.finfo(mapped.dtype).tiny)
 
 
-def _model_classes(name: Any, value: Any, where: str) -> list[str]:
-    found = value if isinstance(value, list) else [value]
-    if not found or not all(isinstance(one, str | int | float) for one in found):
-        raise DataError(
-            f"{where}: {name!r} has {value!r:.100}; expected a class of the model, or a list of them"
-        )
-    names = [str(one) for one in found]
-    for one in names:
-        if names.count(one) > 1:
-            raise DataError(f"{where}: {name!r} has the class {one!r} twice")
-    return names
+def _first_twice(names: Sequence[str]) -> str | None:
+    return next((name for name, count in Counter(names).items() if count > 1), None)
 
 
 class _YamlOfText(yaml.BaseLoader):
@@ -122,9 +122,6 @@ class _YamlOfText(yaml.BaseLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         pairs = [[self.construct_object(part, deep=True) for part in pair] for pair in node.value]
-        found = {str(name): value for name, value in pairs}
-        if len(found) < len(pairs):
-            names = [str(name) for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
+        if (twice := _first_twice([str(name) for name, _ in pairs])) is not None:
             raise yaml.constructor.ConstructorError(None, None, f"key {twice!r} comes twice", node.start_mark)
-        return found
+        return {str(name): value for name, value in pairs}

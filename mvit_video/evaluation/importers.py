@@ -62,14 +62,12 @@ def read_foreign_scores(path: Path) -> ScoreTable:
             f"({brief(error)})"
         ) from None
     number, classes = scores.shape
-    wrong = ~(scores.abs() <= torch.finfo(torch.float32).max)
-    for row, column in wrong.nonzero()[:1].tolist():
+    for row, column in (~(scores.abs() <= torch.finfo(torch.float32).max)).nonzero()[:1].tolist():
         raise DataError(f"{path}: row {row} has the score {scores[row, column]}: NaN, infinite or too large")
     for row, label in enumerate(labels or ()):
         if not (float(label).is_integer() and 0 <= label < classes):
-            raise DataError(
-                f"{path}: row {row} has the label {label}; {classes} classes allow 0 to {classes - 1}"
-            )
+            possible = f"{classes} classes allow 0 to {classes - 1}"
+            raise DataError(f"{path}: row {row} has the label {label}; {possible}")
     return ScoreTable(
         tuple(LabelledVideo("", int(labels[row]) if labels else None, str(row)) for row in range(number)),
         _probabilities(scores)[:, None],
@@ -91,16 +89,16 @@ def as_in_data_set(
         DataError: classes, videos or labels differ.
     """
     if _is_foreign(path):  # another tool's, which has no names
-        table = _in_order_of(table, index.videos, path)
-    if class_map is None and table.class_names == tuple(map(str, range(len(index.class_names)))):
-        return with_labels(table, index.videos, index.class_names)
-    matrix = matching_classes(table.class_names, len(table.class_names), index.class_names, class_map)
-    if matrix is not None:
-        table = replace(table, views=map_classes(table.views, matrix))
+        table = _named_in_order(table, index.videos, path)
+    unnamed = table.class_names == tuple(map(str, range(len(index.class_names))))
+    if class_map is not None or not unnamed:
+        matrix = matching_classes(table.class_names, len(table.class_names), index.class_names, class_map)
+        if matrix is not None:
+            table = replace(table, views=map_classes(table.views, matrix))
     return with_labels(table, index.videos, index.class_names)
 
 
-def _in_order_of(table: ScoreTable, videos: Sequence[LabelledVideo], path: Path) -> ScoreTable:
+def _named_in_order(table: ScoreTable, videos: Sequence[LabelledVideo], path: Path) -> ScoreTable:
     """Give the rows of a file without names the videos of a data set, one after the other."""
     if len(table) != len(videos):
         raise DataError(f"{path} has scores of {len(table)} videos, the data set lists {len(videos)}")
@@ -127,14 +125,14 @@ def _scores_and_labels(content: Any, most: int) -> tuple[Tensor, list[float] | N
     rows = list(content)
     if not rows or not isinstance(rows[0], dict):
         return _matrix(rows, most), None
-    scores = _matrix([_item(row, "pred_score", "pred_scores") for row in rows], most)
+    scores = _matrix([_item(row, "pred_score") for row in rows], most)
     if not any("gt_label" in row or "gt_labels" in row for row in rows):
         return scores, None
-    return scores, [_floats(_item(row, "gt_label", "gt_labels"), 1).item() for row in rows]
+    return scores, [_floats(_item(row, "gt_label"), 1).item() for row in rows]
 
 
-def _item(row: dict[str, Any], name: str, old_name: str) -> Any:
-    return row[name] if name in row else row[old_name]["item"]
+def _item(row: dict[str, Any], name: str) -> Any:
+    return row[name] if name in row else row[f"{name}s"]["item"]
 
 
 def _matrix(rows: Any, most: int) -> Tensor:
@@ -159,9 +157,6 @@ def _probabilities(scores: Tensor) -> Tensor:
     totals = scores.sum(1, keepdim=True)
     positive = bool((scores >= 0).all() and (totals > 0).all())
     return (scores / totals if positive else scores.softmax(1)).float()
-
-
-# Pickles
 
 
 def _read_pickle(path: Path) -> Any:

@@ -10,10 +10,6 @@ from typing import NamedTuple
 import torch
 from scipy.stats import binomtest, norm
 from torch import Tensor
-from torchmetrics.functional.classification import (
-    multiclass_calibration_error,
-    multiclass_confusion_matrix,
-)
 
 from mvit_video.errors import DataError
 from mvit_video.evaluation.scores import Combination, ScoreTable, combine, log_scores
@@ -77,7 +73,8 @@ def measure(table: ScoreTable, how: Combination = "mean", *, seed: int = 0) -> M
         raise DataError(f"there is only one class ({table.class_names[0]}); accuracy needs two or more")
     of_videos = {f"video_top{k}": topk_correct(scores, labels, k) for k in (1, 5)}
     of_clips = {f"clip_top{k}": topk_correct(table.views, labels[:, None], k) for k in (1, 5)}
-    confusion = multiclass_confusion_matrix(scores, labels, classes)
+    pairs = labels * classes + scores.argmax(-1)
+    confusion = torch.bincount(pairs, minlength=classes**2).view(classes, classes)
     return Metrics(
         scores,
         labels,
@@ -85,7 +82,7 @@ def measure(table: ScoreTable, how: Combination = "mean", *, seed: int = 0) -> M
         {name: wilson_interval(int(correct.sum()), number) for name, correct in of_videos.items()},
         confusion,
         confusion.diagonal() / confusion.sum(1).double(),  # 0 / 0 is nan
-        float(multiclass_calibration_error(scores, labels, classes, n_bins=CALIBRATION_BINS, norm="l1")),
+        sum(b.videos * abs(b.accuracy - b.confidence) for b in reliability(scores, labels)) / number,
         accuracy_by_views(table.views, labels, how, seed=seed),
     )
 
@@ -111,18 +108,16 @@ def accuracy_by_views(views: Tensor, labels: Tensor, how: Combination, *, seed: 
     generator = torch.Generator().manual_seed(seed)
     number, count, _ = views.shape
     totals = torch.zeros(count, dtype=torch.float64)
-    orders = 1 if count == 1 else VIEW_ORDERS
-    rows = torch.arange(number)
     terms = log_scores(views) if how == "logits" else views
-    for _ in range(orders):
+    rows = torch.arange(number)
+    for _ in range(VIEW_ORDERS):
         order = torch.rand(number, count, generator=generator).argsort(1)
-        running = terms[rows, order[:, 0]]
+        running = torch.zeros_like(terms[:, 0]) if how != "max" else terms[rows, order[:, 0]]
         for k in range(count):
-            if k:
-                view = terms[rows, order[:, k]]
-                running = torch.maximum(running, view) if how == "max" else running.add_(view)
+            view = terms[rows, order[:, k]]
+            running = torch.maximum(running, view) if how == "max" else running.add_(view)
             totals[k] += (running.argmax(-1) == labels).double().mean()
-    return (totals / orders).tolist()
+    return (totals / VIEW_ORDERS).tolist()
 
 
 class Bin(NamedTuple):
@@ -135,16 +130,11 @@ class Bin(NamedTuple):
 
 def reliability(scores: Tensor, labels: Tensor) -> list[Bin]:
     """The bins of the calibration error that have videos."""
-    confidence, predicted = scores.max(-1)
+    confidence, predicted = scores.double().max(-1)
     correct = (predicted == labels).double()
-    borders = torch.linspace(0, 1, CALIBRATION_BINS + 1)
-    where = (torch.bucketize(confidence, borders, right=True) - 1).clamp(0, CALIBRATION_BINS - 1)
-    inside = [where == index for index in range(CALIBRATION_BINS)]
-    return [
-        Bin(int(mask.sum()), float(confidence[mask].mean()), float(correct[mask].mean()))
-        for mask in inside
-        if mask.any()
-    ]
+    where = (confidence * CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1)
+    inside = [where == index for index in where.unique()]
+    return [Bin(int(m.sum()), float(confidence[m].mean()), float(correct[m].mean())) for m in inside]
 
 
 class Confusion(NamedTuple):

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime
 from importlib.metadata import version
@@ -14,18 +13,11 @@ from typing import Any
 import av
 import torch
 
-from mvit_video.data.index import LabelledVideo
-from mvit_video.data.probe import stat_of
 from mvit_video.io.fingerprint import Fingerprint, file_sha256, fingerprint
 from mvit_video.model import VideoModel
 from mvit_video.weights import weights_sha256
 
 PACKAGES = ("mvit-video", "torch", "torchvision", "torchmetrics", "av", "numpy")
-# An evaluation is only resumed with the same of these.
-_SAME = (
-    *("model", "protocol", "precision", "decoder"),
-    *("class_names", "class_map", "model_classes", "split", "data"),
-)
 
 
 def provenance_of(model: VideoModel, weights: str | None, **settings: Any) -> Fingerprint:
@@ -49,16 +41,14 @@ def provenance_of(model: VideoModel, weights: str | None, **settings: Any) -> Fi
     )
 
 
-def identity(provenance: Mapping[str, Any]) -> Fingerprint:
-    """The part of a provenance, with class_names, that another evaluation must share to be resumed."""
-    weights = {"sha256": provenance.get("model_sha256")}
-    return fingerprint(weights=weights, **{name: provenance.get(name) for name in _SAME})
-
-
-def file_identity(video: LabelledVideo) -> Fingerprint:
-    """What tells that a video's scores are of the same file, and that its label is the same."""
-    info, path = stat_of(video.path), os.path.abspath(video.path)  # noqa: PTH100 (speed)
-    return {"path": path, "label": video.label, "size": info.size, "mtime_ns": info.mtime_ns}
+def identity(provenance: Fingerprint, class_names: Sequence[str]) -> Fingerprint:
+    """The part of a provenance, with precision, that another evaluation must share to be resumed."""
+    same = ("model", "protocol", "precision", "decoder", "class_map", "model_classes", "split", "data")
+    return {
+        "weights": {"sha256": provenance["model_sha256"]},
+        "class_names": list(class_names),
+        **{name: provenance[name] for name in same},
+    }
 
 
 def versions() -> dict[str, str]:

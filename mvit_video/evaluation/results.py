@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mvit_video.data.datasets import OpenVideo
-from mvit_video.evaluation.metrics import Metrics, compare, measure, worst_mistakes
+from mvit_video.evaluation.metrics import Metrics, compare, measure
 from mvit_video.evaluation.provenance import versions
-from mvit_video.evaluation.report import Mistake, frame_strip, write_comparison, write_report
+from mvit_video.evaluation.report import write_comparison, write_report
 from mvit_video.evaluation.scores import Combination, ScoreTable
 from mvit_video.io.console import print_table
 from mvit_video.io.writing import replacing
@@ -49,29 +49,47 @@ def report_table(
     results = _results(table, metrics, how, seed)
     _write_videos(table, metrics, output / "videos.parquet")
     _write_json(results, output / "results.json")
-    names = table.class_names
-    mistakes = [
-        Mistake(
-            table.videos[row].id,
-            names[metrics.labels[row]],
-            names[metrics.scores[row].argmax()],
-            float(metrics.scores[row].max()),
-            float(metrics.scores[row, metrics.labels[row]]),
-            frame_strip(table.videos[row].path, open_file) if open_file else None,
-        )
-        for row in worst_mistakes(metrics.scores, metrics.labels, num_mistakes)
-    ]
-    write_report(output, metrics, names, results=results, mistakes=mistakes)
+    write_report(output, table, metrics, results=results, num_mistakes=num_mistakes, open_file=open_file)
     rows = [(level, results[f"{level}_top1"], results[f"{level}_top5"]) for level in ("video", "clip")]
     print_table(f"{len(table)} videos; {results['protocol']}", ("level", "top-1", "top-5"), rows)
-    low, high = metrics.intervals["video_top1"]
-    log.info(
-        "top-1 %.4f, 95 %% interval %.4f to %.4f; results.json and report.html are in %s",
-        results["video_top1"],
-        low,
-        high,
-        output,
+    text = "top-1 %.4f, 95 %% interval %.4f to %.4f; results.json and report.html are in %s"
+    log.info(text, results["video_top1"], *metrics.intervals["video_top1"], output)
+
+
+def report_comparison(tables: Mapping[str, ScoreTable], output: Path, *, how: Combination, seed: int) -> None:
+    """Compare tables of the same videos, pair by pair: results.json, report.html, comparison.png, tables."""
+    measured = {name: measure(table, how, seed=seed) for name, table in tables.items()}
+    first_table = next(iter(tables.values()))
+    comparisons = []
+    for first, second in combinations(measured, 2):
+        found = compare(measured[first], measured[second])
+        differences = zip(first_table.class_names, found.per_class.tolist(), strict=True)
+        per_class = {name: value for name, value in differences if value == value}  # no nan: it has videos
+        pair = {"first": first, "second": second, "interval": list(found.interval), "per_class": per_class}
+        comparisons.append(asdict(found) | pair)
+    results = {
+        "models": {name: _results(table, measured[name], how, seed) for name, table in tables.items()},
+        "comparisons": comparisons,
+        "videos": len(first_table),
+        "combine": how,
+        "seed": seed,
+        "versions": versions(),
+        "views": None,
+        "data": None,
+    }
+    _write_json(results, output / "results.json")
+    write_comparison(output, first_table.class_names, measured, results=results)
+    accuracies = [(name, m.accuracy["video_top1"], m.accuracy["video_top5"]) for name, m in measured.items()]
+    print_table(f"{len(first_table)} videos", ("scores", "top-1", "top-5"), accuracies)
+    print_table(
+        "McNemar's exact test on the videos that one alone gets right",
+        ("first", "second", "points", "only first", "only second", "p"),
+        [
+            (*pair, f"{100 * c['difference']:+.2f}", c["only_first"], c["only_second"], f"{c['p_value']:.3g}")
+            for pair, c in zip(combinations(measured, 2), comparisons, strict=True)
+        ],
     )
+    log.info("results.json and report.html are in %s", output)
 
 
 def _results(table: ScoreTable, metrics: Metrics, how: Combination, seed: int) -> dict[str, Any]:
@@ -104,6 +122,7 @@ def _results(table: ScoreTable, metrics: Metrics, how: Combination, seed: int) -
 def _write_videos(table: ScoreTable, metrics: Metrics, path: Path) -> None:
     """A row per video: its class, the likeliest one and their scores, and all combined scores."""
     top = metrics.scores.max(-1)
+    flat = pa.array(metrics.scores.flatten().numpy())
     columns = {
         "id": [video.id for video in table.videos],
         "path": [video.path for video in table.videos],
@@ -114,61 +133,10 @@ def _write_videos(table: ScoreTable, metrics: Metrics, path: Path) -> None:
         "correct": metrics.correct.numpy(),
         "confidence": top.values.numpy(),
         "label_score": metrics.scores.gather(1, metrics.labels[:, None])[:, 0].numpy(),
-        "scores": pa.FixedSizeListArray.from_arrays(
-            pa.array(metrics.scores.flatten().numpy()), len(table.class_names)
-        ),
+        "scores": pa.FixedSizeListArray.from_arrays(flat, len(table.class_names)),
     }
     with replacing(path) as file:
         pq.write_table(pa.table(columns), file)
-
-
-def report_comparison(tables: Mapping[str, ScoreTable], output: Path, *, how: Combination, seed: int) -> None:
-    """Compare tables of the same videos, pair by pair: results.json, report.html, comparison.png, tables."""
-    measured = {name: measure(table, how, seed=seed) for name, table in tables.items()}
-    class_names = next(iter(tables.values())).class_names
-    compared = {
-        (first, second): compare(measured[first], measured[second])
-        for first, second in combinations(measured, 2)
-    }
-    results = {
-        "models": {name: _results(table, measured[name], how, seed) for name, table in tables.items()},
-        "comparisons": [
-            {
-                **asdict(found),
-                "first": first,
-                "second": second,
-                "interval": list(found.interval),
-                "per_class": {
-                    name: value
-                    for name, value in zip(class_names, found.per_class.tolist(), strict=True)
-                    if value == value  # no nan: the class has videos
-                },
-            }
-            for (first, second), found in compared.items()
-        ],
-        "videos": len(next(iter(tables.values()))),
-        "combine": how,
-        "seed": seed,
-        "versions": versions(),
-        "views": None,
-        "data": None,
-    }
-    _write_json(results, output / "results.json")
-    write_comparison(output, class_names, measured, results=results)
-    print_table(
-        f"{results['videos']} videos",
-        ("scores", "top-1", "top-5"),
-        [(name, m.accuracy["video_top1"], m.accuracy["video_top5"]) for name, m in measured.items()],
-    )
-    print_table(
-        "McNemar's exact test on the videos that one alone gets right",
-        ("first", "second", "points", "only first", "only second", "p"),
-        [
-            (*pair, f"{100 * c.difference:+.2f}", c.only_first, c.only_second, f"{c.p_value:.3g}")
-            for pair, c in compared.items()
-        ],
-    )
-    log.info("results.json and report.html are in %s", output)
 
 
 def _write_json(values: Mapping[str, Any], path: Path) -> None:

@@ -2,34 +2,41 @@
 
 from __future__ import annotations
 
+import base64
 import logging
+import os
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+import numpy as np
+import torch
 from torch import Tensor
 
 from mvit_video.data.bad_videos import BadVideos
-from mvit_video.data.datasets import BadVideo
-from mvit_video.data.index import VideoIndex
+from mvit_video.data.batches import in_full_batches
+from mvit_video.data.datasets import BadVideo, OpenVideo, TestViews, VideoViews, views_loader
+from mvit_video.data.decode import open_video
+from mvit_video.data.index import LabelledVideo, VideoIndex
+from mvit_video.data.loader import WORKER_TYPES
+from mvit_video.data.probe import stat_of
 from mvit_video.data.ranks import Ranks
+from mvit_video.data.timing import stage
 from mvit_video.errors import ConfigError, DataError
 from mvit_video.evaluation.classes import map_classes
-from mvit_video.evaluation.provenance import file_identity, identity
-from mvit_video.evaluation.score_files import ScoreLog, read_logs
-from mvit_video.evaluation.scores import Combination, ScoreTable, VideoScores, combine, with_labels
-from mvit_video.evaluation.scoring import score_videos
-from mvit_video.io.fingerprint import Fingerprint, require_same
-from mvit_video.io.writing import next_number
+from mvit_video.evaluation.provenance import identity
+from mvit_video.evaluation.scores import Combination, ScoreTable, combine
+from mvit_video.io.console import track
+from mvit_video.io.fingerprint import Fingerprint, read_fingerprint, require_same, write_fingerprint
+from mvit_video.io.journal import Entry, journal, read_journal
 from mvit_video.model import VideoModel
 
 log = logging.getLogger(__name__)
 
-UNFINISHED = "unfinished"  # folder of the score logs that a killed evaluation leaves
+UNFINISHED = "unfinished"  # folder that a killed evaluation leaves: its identity, each process's journal
 # Which videos can be read may change, not what they give.
 _FREE = ("data.max_missing", "decoder.max_pixels", "decoder.index_cache")
 
@@ -44,10 +51,10 @@ def output_folder(resume: str | None, output: Path) -> Path:
         return output
     if resume == "last":
         runs = output.parents[1]
-        logs = sorted(runs.glob(f"*/*/{UNFINISHED}/*.arrows"), key=lambda path: path.stat().st_mtime)
-        if not logs:
+        found = sorted(runs.glob(f"*/*/{UNFINISHED}"), key=lambda path: path.stat().st_mtime)
+        if not found:
             raise ConfigError(f"resume=last: no evaluation below {runs} is unfinished")
-        return logs[-1].parents[1]
+        return found[-1].parent
     if not (Path(resume) / UNFINISHED).is_dir():
         raise ConfigError(f"resume={resume}: no evaluation there is unfinished (there is no {UNFINISHED}/)")
     return Path(resume)
@@ -69,9 +76,8 @@ def score_data_set(
 
     Args:
         provenance: see ``provenance_of``; with precision.
-        matrix: the model's classes as the data set's, see ``class_matrix``; None: they are the same.
         combination: of the accuracy in the progress bar.
-        loading: as of ``score_videos``.
+        matrix, loading: as of ``score_videos``.
 
     Returns:
         The scores in the order of the index in rank 0, None in the others.
@@ -80,107 +86,152 @@ def score_data_set(
         ConfigError: the scores in ``output`` are of other work; the error says what differs.
         DataError: more videos are unreadable than allowed, or the model gives NaN.
     """
-    logs = _Logs(output / UNFINISHED, index, identity({**provenance, "class_names": index.class_names}))
-    bad_file = output / "bad_videos.csv"
-    files, done = ranks.broadcast_from_rank0(logs.files_and_done)
+    folder, bad_file = output / UNFINISHED, output / "bad_videos.csv"
+    work = identity(provenance, index.class_names)
+    files, done = ranks.broadcast_from_rank0(lambda: _take_up(folder, index.videos, work))
     ranks.broadcast_from_rank0(lambda: bad_file.unlink(missing_ok=True))  # they are tried again
     log.info("%d videos; %s", len(index), model.protocol)
     if done:
-        log.info("resuming: %d of them have been scored before, see %s", len(done), logs.folder)
+        log.info("resuming: %d of them have been scored before, see %s", len(done), folder)
     videos = [video for video in index.videos if video.id not in done][ranks.rank :: ranks.size]
     bad = BadVideos(bad_file, allowed=allowed_bad_videos, total=len(index), go_on=True)
-    with (
-        ScoreLog(logs.new_file(ranks.rank), index.class_names, provenance) as score_log,
-        _progress(len(videos), combination, shown=ranks.rank == 0) as advance,
-    ):
-        for scores in score_videos(model, videos, **loading):
-            if scores.error is not None:
-                bad.note([BadVideo(scores.video.path, scores.error)])
+    scored = score_videos(model, videos, matrix=matrix, **loading)
+    if ranks.rank == 0:
+        scored = _with_progress(scored, len(videos), combination)
+    with journal(folder / f"{ranks.rank:04d}.jsonl") as note:
+        for views, scores in scored:
+            video = views.video
+            if views.error is not None:
+                bad.note([BadVideo(video.path, views.error)])
             else:
-                if matrix is not None:
-                    scores = replace(scores, views=map_classes(scores.views, matrix))
-                score_log.append(scores, files[scores.video.id])
-            advance(scores)
+                packed = base64.b64encode(scores.numpy().tobytes()).decode()
+                note({"file": files[video.id], "id": video.id, "spans": views.spans, "scores": packed})
     for found in ranks.all_gather(bad.found):
         bad.found |= found
     if ranks.rank:
         return None
     bad.check()
-    table = logs.read(files)
-    if table is None:
-        raise DataError("no video could be read")
-    provenance = {**provenance, **_not_scored(index, bad)}
-    return with_labels(replace(table, provenance=provenance), index.videos, index.class_names)
+    table = _read_table(folder, index, files)
+    return replace(table, provenance={**provenance, **_not_scored(index, bad.found)})
 
 
-@dataclass(frozen=True)
-class _Logs:
-    """The score logs in a folder, of evaluations of one identity."""
+def score_videos(
+    model: VideoModel,
+    videos: Sequence[LabelledVideo],
+    *,
+    matrix: Tensor | None = None,
+    batch_size: int = 8,
+    num_workers: int = 0,
+    loader: str = "auto",
+    device: str | torch.device = "cpu",
+    open_file: OpenVideo = open_video,
+) -> Iterator[tuple[VideoViews, Tensor]]:
+    """Each video, in order, with the softmax (V, C) of its views, those of ``model.protocol``.
 
-    folder: Path
-    index: VideoIndex
-    identity: Fingerprint
+    Args:
+        matrix: the model's classes as the data set's, see ``class_matrix``; None: they are the same.
+        batch_size: clips that go through the model at once; a video's may be spread over several batches.
+        num_workers, loader: how many processes or threads decode ahead.
 
-    def read(self, files: Mapping[str, Fingerprint]) -> ScoreTable | None:
-        """Raises ConfigError for logs of other work."""
-        return read_logs(self.folder, files, self._check)
+    Raises:
+        DataError: the model gives NaN or infinite scores, as soon as it does; the error names the video.
+    """
+    videos_views = views_loader(
+        TestViews(videos, model.protocol, open_file=open_file),
+        num_workers=num_workers,
+        worker_type=WORKER_TYPES[loader],
+        pin_memory=torch.device(device).type == "cuda" and num_workers > 0,
+    )
+    model = model.to(device).eval()
 
-    def files_and_done(self) -> tuple[dict[str, Fingerprint], set[str]]:
-        """Which file each video is, and which videos have been scored."""
-        files = {video.id: file_identity(video) for video in self.index.videos}
-        before = self.read(files)
-        return files, {video.id for video in before.videos} if before else set()
+    @torch.inference_mode()
+    def softmax(clips: Tensor) -> Tensor:
+        with stage("transfer"):
+            clips = clips.to(device, non_blocking=True)
+        scores = model(clips).float().softmax(-1).cpu()
+        return scores if matrix is None else map_classes(scores, matrix)
 
-    def new_file(self, rank: int) -> Path:
-        return self.folder / f"{next_number(self.folder, f'*-{rank:04d}.arrows'):06d}-{rank:04d}.arrows"
+    with closing(videos_views):
+        for views, scores in in_full_batches(videos_views, softmax, batch_size):
+            if not bool(torch.isfinite(scores).all()):
+                raise DataError(
+                    f"{views.video.path}: the model gives NaN or infinite scores; its weights are damaged, "
+                    "or overflow in this precision (then precision=fp32 helps)"
+                )
+            yield views, scores
 
-    def _check(self, there: Mapping[str, Any]) -> None:
-        remedy = "choose another hydra.run.dir, or remove that folder"
-        require_same(identity(there), self.identity, what=str(self.folder), remedy=remedy, free=_FREE)
 
-
-def remove_logs(output: Path) -> None:
-    """Remove the score logs of an evaluation whose scores are written."""
-    for file in (output / UNFINISHED).glob("*.arrows"):
+def remove_journals(output: Path) -> None:
+    """Remove what would be resumed, when an evaluation's scores are written."""
+    for file in (output / UNFINISHED).glob("*.json*"):
         file.unlink()
     with suppress(OSError):  # it holds files of somebody else
         (output / UNFINISHED).rmdir()
 
 
-def _not_scored(index: VideoIndex, bad: BadVideos) -> dict[str, list[dict[str, str]]]:
+def _take_up(
+    folder: Path, videos: Sequence[LabelledVideo], work: Fingerprint
+) -> tuple[dict[str, Fingerprint], set[str]]:
+    """Which file each video is, and which videos have been scored. Raises ConfigError for other work."""
+    remedy = "choose another hydra.run.dir, or remove that folder"
+    if any(folder.glob("*.arrows")):
+        raise ConfigError(f"{folder} holds scores of an older version, which this one doesn't read; {remedy}")
+    if any(folder.glob("*.jsonl")):
+        require_same(read_fingerprint(folder / "run.json"), work, what=str(folder), remedy=remedy, free=_FREE)
+    write_fingerprint(folder / "run.json", work)
+    files = {}
+    for video in videos:
+        info, path = stat_of(video.path), os.path.abspath(video.path)  # noqa: PTH100 (speed)
+        files[video.id] = {"path": path, "label": video.label, "size": info.size, "mtime_ns": info.mtime_ns}
+    found = [(entry["id"], entry["file"] == files.get(entry["id"])) for entry in _entries(folder)]
+    done = {video_id for video_id, is_same in found if is_same}
+    if outdated := {video_id for video_id, _ in found} - done:
+        text = "%s: scores of %d videos whose file, path or label has changed since don't count, such as %s"
+        log.warning(text, folder, len(outdated), min(outdated))
+    return files, done
+
+
+def _entries(folder: Path) -> Iterator[Entry]:
+    for file in sorted(folder.glob("*.jsonl")):
+        yield from read_journal(file)
+
+
+def _read_table(folder: Path, index: VideoIndex, files: Mapping[str, Fingerprint]) -> ScoreTable:
+    """The scores that the journals have of these files, in the order of the index."""
+    found = {
+        entry["id"]: (np.frombuffer(base64.b64decode(entry["scores"]), np.float32), entry["spans"])
+        for entry in _entries(folder)
+        if entry["file"] == files.get(entry["id"])
+    }
+    if not found:
+        raise DataError("no video could be read")
+    videos = tuple(video for video in index.videos if video.id in found)
+    scores, spans = zip(*(found[video.id] for video in videos), strict=True)
+    views = torch.from_numpy(np.stack(scores)).view(len(videos), -1, len(index.class_names))
+    return ScoreTable(videos, views, torch.tensor(spans, dtype=torch.float64), tuple(index.class_names))
+
+
+def _not_scored(index: VideoIndex, bad: Mapping[str, BadVideo]) -> dict[str, list[dict[str, str]]]:
+    left_out = [(out.video, out.reason) for out in index.left_out]
+    unreadable = [(video, bad[video.path].reason) for video in index.videos if video.path in bad]
     return {
-        "left_out_videos": [
-            {"id": out.video.id, "path": out.video.path, "reason": out.reason} for out in index.left_out
-        ],
-        "bad_videos": [
-            {"id": video.id, **bad.found[video.path]._asdict()}
-            for video in index.videos
-            if video.path in bad.found
-        ],
+        name: [{"id": video.id, "path": video.path, "reason": reason} for video, reason in found]
+        for name, found in (("left_out_videos", left_out), ("bad_videos", unreadable))
     }
 
 
-@contextmanager
-def _progress(total: int, combination: Combination, *, shown: bool) -> Iterator[Any]:
-    """Gives a function that takes each video's scores and shows videos/s and the top-1 so far."""
-    columns = (
-        TextColumn("scoring"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]:.2f} videos/s, top-1 {task.fields[top1]:.4f}"),
-        TimeRemainingColumn(),
-    )
-    start = time.perf_counter()
-    correct = seen = 0
-    with Progress(*columns, disable=not shown) as progress:
-        task = progress.add_task("scoring", total=total, rate=0.0, top1=0.0)
+def _with_progress(
+    scored: Iterator[tuple[VideoViews, Tensor]], total: int, how: Combination
+) -> Iterator[tuple[VideoViews, Tensor]]:
+    """The same; a bar shows videos/s and the top-1 so far."""
+    start, num_read, num_right = time.perf_counter(), 0, 0
 
-        def advance(scores: VideoScores) -> None:
-            nonlocal correct, seen
-            if scores.error is None:
-                seen += 1
-                correct += int(combine(scores.views, combination).argmax()) == scores.video.label
-            rate = (progress.tasks[0].completed + 1) / (time.perf_counter() - start)
-            progress.update(task, advance=1, rate=rate, top1=correct / max(seen, 1))
+    def note() -> str:
+        rate = num_read / (time.perf_counter() - start)
+        return f"{rate:.2f} videos/s, top-1 {num_right / max(num_read, 1):.4f}"
 
-        yield advance
+    for views, scores in track(scored, total, what="scoring", note=note):
+        if views.error is None:
+            num_read += 1
+            num_right += int(combine(scores, how).argmax()) == views.video.label
+        yield views, scores

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
@@ -14,21 +14,6 @@ from mvit_video.errors import DataError
 
 Combination = Literal["mean", "max", "logits"]
 COMBINATIONS: tuple[Combination, ...] = get_args(Combination)
-
-
-@dataclass(frozen=True)
-class VideoScores:
-    """Scores of one video, or why it has none.
-
-    Attributes:
-        views: float (V, C), the softmax of each view; empty for an unreadable video.
-        spans: for each view, its first and last frame in seconds.
-    """
-
-    video: LabelledVideo
-    views: Tensor
-    spans: list[tuple[float, float]]
-    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -87,20 +72,10 @@ def with_labels(table: ScoreTable, videos: Sequence[LabelledVideo], class_names:
         DataError: a video has a label and no scores (and isn't among the table's unreadable ones), or scores
             and no label.
     """
-    row = {video.id: index for index, video in enumerate(table.videos)}
-    unreadable = {video["id"] for video in table.provenance.get("bad_videos", [])}
-    labelled = {video.id for video in videos}
-    _require_none(labelled - row.keys() - unreadable, "in the data set but not scored")
-    _require_none(row.keys() - labelled, "scored but not in the data set")
-    kept = [video for video in videos if video.id in row]
-    order = torch.tensor([row[video.id] for video in kept], dtype=torch.int64)
-    return replace(
-        table,
-        videos=tuple(kept),
-        views=table.views[order],
-        spans=table.spans[order],
-        class_names=tuple(class_names),
-    )
+    excused = {video["id"] for video in table.provenance.get("bad_videos", [])}
+    excused -= {video.id for video in table.videos}
+    wanted = [video for video in videos if video.id not in excused]
+    return replace(_in_order(table, wanted, "scored", "in the data set"), class_names=tuple(class_names))
 
 
 def aligned(tables: Mapping[str, ScoreTable]) -> dict[str, ScoreTable]:
@@ -119,12 +94,9 @@ def aligned(tables: Mapping[str, ScoreTable]) -> dict[str, ScoreTable]:
             here, there = _class_name(table, video), class_of.get(video.id)
             if there is not None and here != there:
                 raise DataError(f"{video.id} is {here!r} in {name} and {there!r} in {first_name}")
-        ids = {video.id for video in table.videos}
-        _require_none(class_of.keys() - ids, f"in {first_name} but not in {name}")
-        _require_none(ids - class_of.keys(), f"in {name} but not in {first_name}")
         columns = [table.class_names.index(class_name) for class_name in first.class_names]
-        reordered = replace(table, views=table.views[..., columns])
-        result[name] = with_labels(reordered, first.videos, first.class_names)
+        table = _in_order(table, first.videos, f"in {name}", f"in {first_name}")
+        result[name] = replace(table, views=table.views[..., columns], class_names=first.class_names)
     return result
 
 
@@ -141,12 +113,17 @@ def ensemble(tables: Mapping[str, ScoreTable], how: Combination) -> ScoreTable:
     return replace(first, views=views, spans=spans, provenance=provenance)
 
 
+def _in_order(table: ScoreTable, videos: Sequence[LabelledVideo], here: str, there: str) -> ScoreTable:
+    row = {video.id: index for index, video in enumerate(table.videos)}
+    wanted = {video.id for video in videos}
+    for ids, problem in ((wanted - row.keys(), f"{there} but not {here}"), (row.keys() - wanted, None)):
+        if ids:
+            more = f" and {len(ids) - 3} more" if len(ids) > 3 else ""
+            named = ", ".join(sorted(ids)[:3])
+            raise DataError(f"{named}{more}: {problem or f'{here} but not {there}'}")
+    order = [row[video.id] for video in videos]
+    return replace(table, videos=tuple(videos), views=table.views[order], spans=table.spans[order])
+
+
 def _class_name(table: ScoreTable, video: LabelledVideo) -> str | None:
     return None if video.label is None else table.class_names[video.label]
-
-
-def _require_none(ids: Iterable[str], problem: str) -> None:
-    ids = sorted(ids)
-    if ids:
-        more = f" and {len(ids) - 3} more" if len(ids) > 3 else ""
-        raise DataError(f"{', '.join(ids[:3])}{more}: {problem}")

@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from rich.console import Console
@@ -94,14 +94,22 @@ def accept_all_text() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def track(items: Iterable[Item], total: int, *, done: int, what: str) -> Iterator[Item]:
-    """The same items; a bar on standard error, where that is a terminal, shows how many and what is left."""
+def track(
+    items: Iterable[Item], total: int, *, done: int = 0, what: str, note: Callable[[], str] = str
+) -> Iterator[Item]:
+    """The same items; a bar on standard error, where that is a terminal, shows how many and what is left.
+
+    Args:
+        note: gives what stands behind it, such as the accuracy so far.
+    """
     console = Console(stderr=True)
-    bar = (what, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), "left", TimeRemainingColumn())
-    with Progress(*bar, console=console, disable=not console.is_terminal, transient=True) as progress:
+    columns = (what, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), "left", TimeRemainingColumn())
+    with Progress(
+        *columns, "{task.description}", console=console, disable=not console.is_terminal, transient=True
+    ) as progress:
         task = progress.add_task("", total=total, completed=done)
         for item in items:
-            progress.advance(task)
+            progress.update(task, advance=1, description=note())
             yield item
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mvit_video.errors import ConfigError
+from mvit_video.io.writing import replacing
 
 Fingerprint = dict[str, Any]
 
@@ -23,6 +24,21 @@ def fingerprint(**parts: Any) -> Fingerprint:
     """The parts as JSON would read them back: tuples become lists, paths and other objects text."""
     values: Fingerprint = json.loads(json.dumps(parts, default=str))
     return values
+
+
+def write_fingerprint(path: Path, values: Mapping[str, Any]) -> None:
+    """Leave it for the next run."""
+    with replacing(path, "w") as file:
+        json.dump(values, file, indent=2)
+
+
+def read_fingerprint(path: Path) -> Fingerprint:
+    """What a former run has left, {} where there is nothing that can be read."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:

@@ -138,6 +138,7 @@ def sole_writer(path: str | Path) -> Iterator[None]:
 
     Raises:
         ConfigError: another run writes there, or it is a device or a pipe.
+        OSError: no file can be made there.
     """
     path = Path(os.path.realpath(path))  # whatever links lead to it
     if path.exists() and not path.is_file() and not path.is_dir():
@@ -152,6 +153,8 @@ def sole_writer(path: str | Path) -> Iterator[None]:
                 lock.release()
                 lock.acquire()
         except Timeout:
+            if not lock_file.exists():
+                raise OSError(errno.EACCES, "no file can be made there", str(path)) from None
             raise ConfigError(
                 f"{path}: another run is writing there; wait for it to end, or choose another output"
             ) from None

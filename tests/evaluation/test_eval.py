@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import hydra
 import numpy as np
@@ -19,14 +20,13 @@ from conftest import Command, error_line
 
 import mvit_video as mv
 import mvit_video.evaluation.run as run_module
-import mvit_video.evaluation.scoring as scoring_module
 from mvit_video.cli.app import override_protocol
 from mvit_video.cli.help import CONF_DIR
 from mvit_video.data.index import LabelledVideo
 from mvit_video.errors import DataError
+from mvit_video.evaluation.run import score_videos
 from mvit_video.evaluation.score_files import read_scores
-from mvit_video.evaluation.scores import ScoreTable, VideoScores
-from mvit_video.evaluation.scoring import score_videos
+from mvit_video.evaluation.scores import ScoreTable
 from mvit_video.io.writing import sole_writer
 from mvit_video.weights.checkpoint import METADATA_KEY, model_metadata
 
@@ -64,9 +64,9 @@ def test_views_of_several_videos_fill_the_batch(
     videos = [LabelledVideo(str(path), 0, path.stem) for path in paths]
     scores = list(score_videos(model, videos, batch_size=batch_size))
     assert found == sizes
-    assert [video.video for video in scores] == videos
-    assert [len(video.views) for video in scores] == [0, 5, 5, 0, 5, 5, 0]
-    assert [video.error is not None for video in scores] == [True, False, False, True, False, False, True]
+    assert [views.video for views, _ in scores] == videos
+    assert [len(rows) for _, rows in scores] == [0, 5, 5, 0, 5, 5, 0]
+    assert [views.error is not None for views, _ in scores] == [True, False, False, True, False, False, True]
 
 
 @pytest.mark.parametrize(
@@ -149,12 +149,14 @@ class Stops:
     def __init__(self, after: int | None) -> None:
         self.after = after
         self.asked: list[str] = []
+        self.given = 0
 
-    def __call__(self, model, videos, **settings) -> Iterator[VideoScores]:
+    def __call__(self, model, videos, **settings) -> Iterator[Any]:
         self.asked += [video.id for video in videos]
         for number, scores in enumerate(score_videos(model, videos, **settings)):
             if number == self.after:
                 raise DataError("power cut")
+            self.given += 1
             yield scores
 
 
@@ -200,7 +202,7 @@ def test_a_killed_evaluation_goes_on(
     assert len(again.asked) == 6
     table = read_scores(killed / "scores.parquet")
     assert len({video.id for video in table.videos}) == 10
-    whole = torch.stack([scores.views for scores in score_videos(mv.load_model(checkpoint), table.videos)])
+    whole = torch.stack([scores for _, scores in score_videos(mv.load_model(checkpoint), table.videos)])
     torch.testing.assert_close(table.views, whole, atol=1e-5, rtol=0)
     predicted = pq.read_table(killed / "videos.parquet")["predicted"].to_pylist()
     assert predicted == whole.mean(1).argmax(1).tolist()
@@ -213,36 +215,53 @@ def other_weights(arguments: list[str], tmp_path: Path) -> str:
     return f"weights={tmp_path}/other.ckpt"
 
 
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        ("views=1x1", ["protocol: num_clips 5 -> 1"]),
-        ("weights", ["weights: sha256"]),
-        ("precision=bf16", ["precision float32 -> bfloat16"]),
-        ("decoder.frame_rate=25", ["decoder: frame_rate 30 -> 25"]),
-        ("data.root", ["data: root"]),
-        ("split=val", ["split train -> val"]),
-        ("data.val_fraction=0.5", ["data: val_fraction 0.2 -> 0.5"]),
-        ("class_map=names", ["class_map null ->"]),
-    ],
-)
 def test_an_evaluation_of_other_work_is_not_resumed(
-    command: Command, arguments: list[str], killed: Path, tmp_path: Path, change: str, named: list[str]
+    command: Command, arguments: list[str], killed: Path, tmp_path: Path
 ) -> None:
-    if change == "weights":
-        change = other_weights(arguments, tmp_path)
-    if change == "data.root":
-        shutil.copytree(arguments[0].removeprefix("data.root="), tmp_path / "second")
-        change = "data.root=second"
+    shutil.copytree(arguments[0].removeprefix("data.root="), tmp_path / "second")
     left = {file: file.read_bytes() for file in (killed / "unfinished").iterdir()}
-    line = error_line(command("eval", *arguments, f"hydra.run.dir={killed}", change), "eval")
-    assert all(text in line for text in [*named, "choose another hydra.run.dir"]), line
+    for change, named in (
+        ("views=1x1", "protocol: num_clips 5 -> 1"),
+        (other_weights(arguments, tmp_path), "weights: sha256"),
+        ("precision=bf16", "precision float32 -> bfloat16"),
+        ("decoder.frame_rate=25", "decoder: frame_rate 30 -> 25"),
+        ("data.root=second", "data: root"),
+        ("split=val", "split train -> val"),
+        ("data.val_fraction=0.5", "data: val_fraction 0.2 -> 0.5"),
+        ("class_map=names", "class_map null ->"),
+    ):
+        line = error_line(command("eval", *arguments, f"hydra.run.dir={killed}", change), "eval")
+        assert named in line
+        assert "choose another hydra.run.dir" in line
     assert {file: file.read_bytes() for file in (killed / "unfinished").iterdir()} == left
+
+
+def test_scores_of_an_older_version_are_left_alone(
+    command: Command, arguments: list[str], tmp_path: Path
+) -> None:
+    """They are logs in Arrow's format, which no run makes any more."""
+    old = tmp_path / "runs" / "day" / "time" / "unfinished" / "000000-0000.arrows"
+    old.parent.mkdir(parents=True)
+    old.write_bytes(b"scores")
+    for choice in (
+        ["resume=last", f"hydra.run.dir={old.parents[2]}/later"],
+        [f"hydra.run.dir={old.parents[1]}"],
+    ):
+        line = error_line(command("eval", *arguments, *choice), "eval")
+        assert "older version" in line
+        assert "hydra.run.dir" in line
+    assert [file.read_bytes() for file in old.parent.iterdir()] == [b"scores"]
 
 
 @pytest.mark.parametrize("what", ["content", "folder"])
 def test_videos_that_were_replaced_are_scored_again(
-    command: Command, arguments: list[str], two_classes: Path, tmp_path: Path, monkeypatch, what: str
+    command: Command,
+    arguments: list[str],
+    two_classes: Path,
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch,
+    what: str,
 ) -> None:
     """Also where the same words mean another folder, such as a relative path or a link."""
     shutil.copytree(two_classes, tmp_path / "first")
@@ -266,9 +285,9 @@ def test_videos_that_were_replaced_are_scored_again(
     result = command(*run)
     assert result.code == 0, result.err
     assert len(again.asked) == (7 if what == "content" else 10)
-    assert command("eval", *arguments, "data.root=data", "hydra.run.dir=whole").code == 0
-    table, whole = (read_scores(tmp_path / name / "scores.parquet") for name in ("run", "whole"))
-    torch.testing.assert_close(table.views, whole.views, atol=1e-5, rtol=0)
+    table = read_scores(tmp_path / "run" / "scores.parquet")
+    whole = [scores for _, scores in score_videos(mv.load_model(checkpoint), table.videos)]
+    torch.testing.assert_close(table.views, torch.stack(whole), atol=1e-5, rtol=0)
 
 
 def test_other_names_of_the_models_classes_are_other_work(
@@ -331,14 +350,11 @@ def test_nan_ends_an_evaluation_with_the_first_batch(
     content = torch.load(arguments[1].removeprefix("weights="), weights_only=True)
     content["state_dict"]["model.head.projection.bias"][0] = value
     torch.save(content, tmp_path / "nan.ckpt")
-    batches: list[int] = []
-    original = scoring_module._softmax
-    monkeypatch.setattr(
-        scoring_module, "_softmax", lambda *given: batches.append(1) or original(*given), raising=True
-    )
+    asked = Stops(after=None)
+    monkeypatch.setattr(run_module, "score_videos", asked)
     line = error_line(command("eval", *arguments, f"weights={tmp_path}/nan.ckpt", "batch_size=5"), "eval")
     assert "0.mp4: the model gives NaN or infinite scores" in line or "nan.ckpt" in line
-    assert len(batches) <= 1
+    assert asked.given == 0
 
 
 def test_too_many_bad_videos_end_an_evaluation_at_once(
@@ -347,18 +363,12 @@ def test_too_many_bad_videos_end_an_evaluation_at_once(
     shutil.copytree(two_classes, tmp_path / "data")
     for number in (0, 1):
         (tmp_path / "data" / "cats" / f"{number}.mp4").write_bytes(b"no video")
-    seen: list[str] = []
-
-    def counted(model, videos, **settings) -> Iterator[VideoScores]:
-        for scores in score_videos(model, videos, **settings):
-            seen.append(scores.video.id)
-            yield scores
-
-    monkeypatch.setattr(run_module, "score_videos", counted)
+    asked = Stops(after=None)
+    monkeypatch.setattr(run_module, "score_videos", asked)
     run = ["eval", *arguments, "data.root=data", "split=train", "data.val_fraction=0.01", "hydra.run.dir=run"]
     line = error_line(command(*run, "max_bad_videos=1"), "eval")
     assert "max_bad_videos" in line
-    assert len(seen) <= 3
+    assert asked.given <= 3
 
 
 # Other classes

@@ -121,9 +121,9 @@ def test_a_killed_evaluation_goes_on_with_the_same_command(
     command += ["num_workers=0", "batch_size=1", "hydra.run.dir=run"]
     count = 1 if victim == "alone" else 2
     processes = as_ranks([command] * count, tmp_path) if count == 2 else [start(command, tmp_path)]
-    log = tmp_path / "run" / "unfinished" / f"000000-{count - 1:04d}.arrows"
+    log = tmp_path / "run" / "unfinished" / f"{count - 1:04d}.jsonl"
     deadline = time.monotonic() + 200
-    while not (log.exists() and log.stat().st_size > 2000) and time.monotonic() < deadline:
+    while not (log.exists() and log.stat().st_size > 500) and time.monotonic() < deadline:
         time.sleep(0.01)
     processes[-1].send_signal(signal.SIGKILL)
     ends = [finish(process) for process in processes]

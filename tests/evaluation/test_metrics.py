@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from synthetic_scores import score_table, table_of_400_classes
+from torchmetrics.functional.classification import multiclass_calibration_error, multiclass_confusion_matrix
 
 from mvit_video.errors import DataError
 from mvit_video.evaluation.metrics import (
@@ -97,15 +98,15 @@ def test_the_interval_of_a_difference_covers_it() -> None:
     assert 0.935 < np.mean([low <= 0.08 - 0.15 <= high for low, high in found]) < 0.97
 
 
-def test_calibration_bins_give_the_calibration_error() -> None:
+def test_calibration_and_confusion_are_those_of_torchmetrics() -> None:
     generator = torch.Generator().manual_seed(0)
     scores = (torch.randn(500, 6, generator=generator) * 2).softmax(-1)
     labels = torch.randint(0, 6, (500,), generator=generator)
     metrics = measure(score_table(scores[:, None], labels.tolist()))
-    bins = reliability(scores, labels)
-    error = sum(b.videos * abs(b.accuracy - b.confidence) for b in bins) / 500
-    assert sum(b.videos for b in bins) == 500
-    assert metrics.calibration_error == pytest.approx(error, abs=1e-5)
+    error = multiclass_calibration_error(scores, labels, 6, n_bins=15, norm="l1")
+    assert metrics.calibration_error == pytest.approx(float(error), abs=1e-5)
+    assert sum(b.videos for b in reliability(scores, labels)) == 500
+    assert torch.equal(metrics.confusion, multiclass_confusion_matrix(scores, labels, 6))
 
 
 @pytest.mark.parametrize("how", COMBINATIONS)

@@ -6,7 +6,6 @@ import json
 import math
 import pickle
 from collections import OrderedDict
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,11 +22,9 @@ from mvit_video.errors import DataError
 from mvit_video.evaluation.classes import class_matrix, map_classes, read_class_map
 from mvit_video.evaluation.importers import read_foreign_scores
 from mvit_video.evaluation.metrics import measure
-from mvit_video.evaluation.score_files import ScoreLog, read_logs, read_scores, write_scores
+from mvit_video.evaluation.score_files import read_scores, write_scores
 from mvit_video.evaluation.scores import (
     COMBINATIONS,
-    ScoreTable,
-    VideoScores,
     aligned,
     combine,
     ensemble,
@@ -199,67 +196,6 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"id": ["a"]}), tmp_path / "b.parquet")
     with pytest.raises(DataError, match=r"b\.parquet: .* path"):
         read_scores(tmp_path / "b.parquet")
-
-
-# What a killed evaluation leaves
-
-
-def write_log(path: Path, table: ScoreTable, videos: Iterable[int], provenance: dict | None = None) -> None:
-    with ScoreLog(path, table.class_names, provenance or {}) as log:
-        for index in videos:
-            scores = VideoScores(table.videos[index], table.views[index], [(0.0, 1.0)] * table.views.shape[1])
-            log.append(scores, {"size": 5})
-
-
-def accept(there: object) -> None:
-    """Every log is of the same work."""
-
-
-def test_logs_are_read_up_to_where_a_process_was_killed(tmp_path: Path) -> None:
-    table = score_table(torch.rand(6, 3, 4).softmax(-1), [0] * 6)
-    files = {video.id: {"size": 5} for video in table.videos}
-    write_log(tmp_path / "0.arrows", table, range(3))
-    write_log(tmp_path / "1.arrows", table, range(2, 6))
-    whole = read_logs(tmp_path, files, accept)
-    assert whole is not None
-    assert torch.equal(whole.views, table.views)  # the third once, though both have it
-    content = (tmp_path / "1.arrows").read_bytes()
-    for cut, least in ((len(content) - 9, 5), (len(content) // 2, 3), (100, 3), (0, 3)):
-        (tmp_path / "1.arrows").write_bytes(content[:cut])
-        found = read_logs(tmp_path, files, accept)
-        assert found is not None
-        assert len(found) >= least
-        assert torch.equal(found.views, table.views[: len(found)])
-    assert (tmp_path / "1.arrows.damaged").read_bytes() == content[:100]  # not one whole row, and not deleted
-
-
-def test_scores_of_a_replaced_file_do_not_count(tmp_path: Path) -> None:
-    table = score_table(torch.rand(3, 3, 4).softmax(-1), [0] * 3)
-    files = {video.id: {"size": 5} for video in table.videos}
-    write_log(tmp_path / "0.arrows", table, range(3))
-    found = read_logs(tmp_path, {**files, "v1": {"size": 6}}, accept)
-    assert found is not None
-    assert [video.id for video in found.videos] == ["v0", "v2"]
-    assert read_logs(tmp_path, {}, accept) is None
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
-    table = score_table(torch.rand(1, 3, 4).softmax(-1), [0])
-    log = ScoreLog(tmp_path / "0.arrows", table.class_names, {})
-    log._file = open("/dev/full", "wb")  # noqa: SIM115, PTH123
-    with pytest.raises(OSError, match="No space left") as error, log:
-        log.append(VideoScores(table.videos[0], table.views[0], [(0.0, 1.0)] * 3), {})
-    assert error.value.filename is not None
-
-
-def test_a_log_is_never_written_over(tmp_path: Path) -> None:
-    table = score_table(torch.rand(1, 3, 4).softmax(-1), [0])
-    write_log(tmp_path / "0.arrows", table, [0])
-    before = (tmp_path / "0.arrows").read_bytes()
-    with pytest.raises(OSError, match=r"0\.arrows"):
-        ScoreLog(tmp_path / "0.arrows", ["a"], {})
-    assert (tmp_path / "0.arrows").read_bytes() == before
 
 
 # Labels, classes, several tables

@@ -219,3 +219,22 @@ def test_a_parent_that_is_a_file_is_named_with_the_path(tmp_path: Path) -> None:
         with pytest.raises(NotADirectoryError) as caught, context:
             pass
         assert caught.value.filename == str(path)
+
+
+def test_a_folder_that_takes_no_files_is_not_another_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in /proc, whose files can't be made."""
+    original = os.open
+
+    def refuse(path: str, flags: int, *more: int, **options: int) -> int:
+        if str(path).endswith(".lock"):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+        return original(path, flags, *more, **options)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with (
+        pytest.raises(OSError, match=r"no file can be made there.*a\.json"),
+        sole_writer(tmp_path / "a.json"),
+    ):
+        pass

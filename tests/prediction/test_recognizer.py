@@ -13,7 +13,7 @@ import torch
 
 import mvit_video as mv
 from mvit_video.data.index import LabelledVideo
-from mvit_video.evaluation.scoring import score_videos
+from mvit_video.evaluation.run import score_videos
 from mvit_video.prediction import recognizer as module
 from mvit_video.prediction.recognizer import prefetch
 
@@ -46,13 +46,13 @@ def test_scores_are_those_of_the_evaluation(
     found = list(recognizer.iterate([str(file) for file in files]))
     assert batches == [min(batch_size, 25 - start) for start in range(0, 25, batch_size)]  # all full
     videos = [LabelledVideo(str(file), None, str(file)) for file in files]
-    for prediction, video in zip(found, score_videos(model, videos), strict=True):
-        assert prediction.path == video.video.path
-        assert prediction.error == video.error
-        if video.error is None:
+    for prediction, (views, rows) in zip(found, score_videos(model, videos), strict=True):
+        assert prediction.path == views.video.path
+        assert prediction.error == views.error
+        if views.error is None:
             scores = dict(zip(prediction.classes, prediction.scores, strict=True))
             assert [scores[name] for name in recognizer.class_names] == pytest.approx(
-                video.views.mean(0).tolist(), abs=1e-6
+                rows.mean(0).tolist(), abs=1e-6
             )
 
 
