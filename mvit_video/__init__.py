@@ -17,6 +17,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 if TYPE_CHECKING:
+    from mvit_video.action_detection import ActionDetector, create_action_detector
     from mvit_video.data.decode import open_video
     from mvit_video.data.sampling import kinetics_frame_indices, segment_frame_indices, spatial_views
     from mvit_video.detection import create_detector, list_detectors
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 # Imported when they are first used, so that what a script doesn't need costs it nothing.
 _HOMES = {
+    "mvit_video.action_detection": ("ActionDetector", "create_action_detector"),
     "mvit_video.data.decode": ("open_video",),
     "mvit_video.data.sampling": ("kinetics_frame_indices", "segment_frame_indices", "spatial_views"),
     "mvit_video.detection": ("create_detector", "list_detectors"),
@@ -42,6 +44,7 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "ActionDetector",
     "CheckpointError",
     "ClipSpec",
     "ConfigError",
@@ -53,6 +56,7 @@ __all__ = [
     "Protocol",
     "Recognizer",
     "VideoError",
+    "create_action_detector",
     "create_detector",
     "create_model",
     "create_pretrainer",
