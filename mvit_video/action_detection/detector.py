@@ -1,4 +1,4 @@
-"""An MViT that is asked what the people in a clip do: RoIAlign on its last map, a logit for each class and box.
+"""An MViT that is asked what the people in a clip do: RoIAlign on its last map, a logit a class and box.
 
 As PySlowFast's ``MViT`` with ``ResNetRoIHead`` (``models/head_helper.py`` at 287ec007), with its names.
 """
@@ -98,8 +98,8 @@ def create_action_detector(name: str, num_classes: int = 80, **overrides: Any) -
     Args:
         name: one of ``mv.list_models()``.
         num_classes: actions; AVA has 80.
-        overrides: ``roi_stride``, ``roi_size``, ``aligned`` and ``last_stage_stride`` (``ActionDetector``), and
-            fields of ``MViTConfig`` that differ from the model's; None leaves those.
+        overrides: ``roi_stride``, ``roi_size``, ``aligned`` and ``last_stage_stride``, see
+            ``ActionDetector``, and fields of ``MViTConfig`` that differ from the model's; None leaves those.
 
     Raises:
         ConfigError: for an unknown name or field.

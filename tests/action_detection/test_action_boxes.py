@@ -47,9 +47,12 @@ def test_single_steps(case: dict[str, Any]) -> None:
     def is_near(found: torch.Tensor, name: str) -> bool:
         return bool((found - torch.tensor(case[name], dtype=torch.float64)).abs().max() < 1e-5)
 
-    assert is_near(pixels := to_pixels(boxes, height, width), "clipped")
-    assert is_near(resized := resize_boxes(pixels, height, width, size), "scaled")
-    assert is_near(flipped := flip_boxes(resized, case["scaled_width"]), "flipped")
+    pixels = to_pixels(boxes, height, width)
+    assert is_near(pixels, "clipped")
+    resized = resize_boxes(pixels, height, width, size)
+    assert is_near(resized, "scaled")
+    flipped = flip_boxes(resized, case["scaled_width"])
+    assert is_near(flipped, "flipped")
     shown = clip_boxes(flipped, case["scaled_height"], case["scaled_width"])
     assert is_near(shown, "flipped_then_clipped")
 

@@ -60,5 +60,5 @@ def test_without_truth_there_is_no_mean() -> None:
 @pytest.mark.parametrize("wrong", [{"order": "best"}, {"detections": [("v", 902, 0, 0, 1, 1, 3, math.nan)]}])
 def test_what_can_not_be_ranked_is_refused(wrong: dict[str, Any]) -> None:
     arguments: dict[str, Any] = {"ground_truth": [], "detections": [], "class_ids": [3]}
-    with pytest.raises(ValueError, match="order|score"):
+    with pytest.raises(ValueError, match=r"order|score"):
         mean_average_precision(**(arguments | wrong))
