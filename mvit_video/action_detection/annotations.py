@@ -1,0 +1,424 @@
+"""Which people do what, and when: AVA's files, and one's own in the same form.
+
+A row of a box file is ``video,second,x1,y1,x2,y2,action,score``, boxes as shares of the picture. Of the truth the
+last is a person's number or lacks; a person that does nothing has no action. What is read how is PySlowFast's
+``datasets/ava_helper.py`` at 287ec007.
+"""
+
+from __future__ import annotations
+
+import csv
+import logging
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+from mvit_video.action_detection.metrics import Moment, Row
+from mvit_video.data.class_names import ClassNames, read_class_names
+from mvit_video.data.decode.images import entry_on_disk, frame_pattern
+from mvit_video.data.files import (
+    VIDEO_EXTENSIONS,
+    FileSearch,
+    existing,
+    existing_folder,
+    find_first,
+    lines_of,
+    names_in,
+    quoted,
+    read_text,
+)
+from mvit_video.errors import ConfigError, DataError
+from mvit_video.io.writing import replacing
+
+log = logging.getLogger(__name__)
+
+Box = tuple[float, float, float, float]
+Files = str | Path | Sequence[str | Path]
+
+# Clips of Kinetics are named by where they were cut out: o3lCwWyyc_s_000012_000022.mp4
+_CUT = re.compile(r"(?P<name>.+)_(?P<start>\d{6})_\d{6}")
+_ITEM = re.compile(r"\{([^{}]*)\}")
+_ITEM_NAME = re.compile(r'\bname:\s*"((?:[^"\\]|\\.)*)"')
+_ITEM_ID = re.compile(r"\b(?:label_)?id:\s*(\d{1,6})\b")
+_FARTHEST = 2.0  # of a box's corners from 0, in pictures
+
+
+class BoxRow(NamedTuple):
+    """A row of a box file; ``text`` is the box as the file has it, which PySlowFast tells boxes apart by."""
+
+    video: str
+    second: float
+    x1: float
+    y1: float
+    x2: float
+    y2: float
+    class_id: int | None
+    score: float | None
+    text: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class KeyFrame:
+    """A moment of a video whose people are looked at.
+
+    Attributes:
+        path: of the video file, the folder of pictures or the numbered run of them.
+        start: second that its first frame is counted as.
+        boxes: shares of the picture.
+        class_ids: of each box.
+    """
+
+    video: str
+    path: str
+    second: float
+    start: float
+    boxes: tuple[Box, ...]
+    class_ids: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class ActionIndex:
+    """The key frames of a split, what is true in them, and the moments that no measure counts."""
+
+    key_frames: tuple[KeyFrame, ...]
+    ground_truth: tuple[Row, ...] = ()
+    excluded: tuple[Moment, ...] = ()
+
+    def every(self, seconds: int) -> ActionIndex:
+        """The part of it at seconds divisible by a number."""
+        return ActionIndex(
+            tuple(frame for frame in self.key_frames if frame.second % seconds == 0),
+            tuple(row for row in self.ground_truth if row[1] % seconds == 0),
+            self.excluded,
+        )
+
+
+@dataclass(frozen=True)
+class ActionSplits:
+    """What to train on and what to measure on.
+
+    Attributes:
+        names: the actions that are evaluated, by id; ids count from 1, and id 1 is a model's first output.
+        val_every: validations in training look at seconds divisible by this.
+    """
+
+    train: ActionIndex
+    val: ActionIndex
+    names: dict[int, str]
+    val_every: int = 1
+    test: ActionIndex | None = None
+
+    @property
+    def num_classes(self) -> int:
+        return max(self.names)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """A name for each output of a model, also for those that aren't evaluated."""
+        return tuple(self.names.get(number, f"action {number}") for number in range(1, self.num_classes + 1))
+
+
+def action_splits(
+    root: str | Path,
+    *,
+    train_boxes: Files,
+    val_boxes: Files,
+    train_persons: Files | None = None,
+    val_persons: Files | None = None,
+    excluded: str | Path | None = None,
+    class_names: ClassNames | None = None,
+    videos: str | Path | None = None,
+    frame_lists: Sequence[str | Path] | None = None,
+    min_person_score: float = 0.8,
+    start_second: float = 0.0,
+    seconds: Sequence[float] | None = None,
+    val_every: int = 1,
+    max_missing: float = 0.2,
+) -> ActionSplits:
+    """Index videos with boxes and actions, as AVA comes and as one's own can be written.
+
+    Args:
+        root: where relative paths start.
+        train_boxes, val_boxes: the true boxes and actions.
+        train_persons: found people, with actions or without, that training sees besides.
+        val_persons: found people that are asked about instead of the true boxes.
+        excluded: (video, second) rows that a validation doesn't count.
+        class_names: actions by id: AVA's ``.pbtxt``, or names in order of ids from 1 (``read_class_names``).
+            By default the ids themselves, up to the highest of training.
+        videos: folder with a file NAME.*, a folder of pictures NAME or a cut NAME_000012_000022.* (by seconds,
+            as of Kinetics) for each video; by default root/videos, root/frames or root.
+        frame_lists: PySlowFast's lists of pictures, for training and validation, whose paths start in
+            ``videos``.
+        min_person_score: people that were found less certainly are left out.
+        start_second: which second the first frame of a file is; AVA's cuts start at 900.
+        seconds: first and last that may occur.
+        val_every: see ``ActionSplits``.
+        max_missing: how large a share of a split's videos may be missing on disk; they are left out.
+
+    Raises:
+        DataError: a file is missing, a row can't be used, or too many videos are missing.
+    """
+    folder = existing_folder(root)
+    place = Path(str(videos)).expanduser() if videos else find_first(folder, ["videos", "frames"]) or folder
+    source = _Films(existing_folder(folder / place), start_second, max_missing)
+    lists = [_read_frame_list(folder / str(file), source.folder) for file in frame_lists or ()] or [
+        None,
+        None,
+    ]
+    truth = {"train": _paths(folder, train_boxes), "val": _paths(folder, val_boxes)}
+    persons = {"train": _paths(folder, train_persons), "val": _paths(folder, val_persons)}
+    names = _names(folder, class_names, truth["train"])
+    limits = _Limits(tuple(map(float, seconds or (-math.inf, math.inf))), max(names))
+
+    train = [(file, None) for file in truth["train"]] + [
+        (file, min_person_score) for file in persons["train"]
+    ]
+    val = [(file, min_person_score) for file in persons["val"]] or [(file, None) for file in truth["val"]]
+    key_frames = [
+        source.key_frames(_people(files, limits), pictures, files[0][0])
+        for files, pictures in ((train, lists[0]), (val, lists[1]))
+    ]
+    rows = [row for file in truth["val"] for row in read_boxes(file) if row.class_id is not None]
+    left_out = tuple(read_moments(folder / str(excluded))) if excluded else ()
+    return ActionSplits(
+        ActionIndex(key_frames[0]), ActionIndex(key_frames[1], tuple(rows), left_out), names, val_every
+    )
+
+
+def read_boxes(path: str | Path) -> list[BoxRow]:
+    """The rows of a box file, but for rows of two columns, which name a frame without people.
+
+    Raises:
+        DataError: the file is missing, or a row has another form; it names the line.
+    """
+    return list(_rows(existing(path)))
+
+
+def write_boxes(path: str | Path, rows: Iterable[Row]) -> None:
+    """Write rows of video, second, x1, y1, x2, y2, class id, score as the official evaluators read them."""
+    with replacing(path, "w", newline="") as file:
+        lines = csv.writer(file, lineterminator="\n")
+        for video, second, *box, number, score in (row[:8] for row in rows):
+            shown = f"{second:04.0f}" if float(second).is_integer() else f"{second:g}"
+            boxes = (f"{value:.3f}" for value in box)
+            lines.writerow([video, shown, *boxes, "" if number is None else number, f"{score or 0:.4f}"])
+
+
+def read_moments(path: str | Path) -> list[Moment]:
+    """The rows video,second of a file, such as of excluded moments. Raises DataError."""
+    file = existing(path)
+    return [
+        (cells[0], _number(cells[1], file, line))
+        for line, cells in _cells(file)
+        if _has(cells, 2, file, line)
+    ]
+
+
+def read_actions(path: str | Path) -> dict[int, str]:
+    """Names by id of AVA's ``.pbtxt`` lists. Raises DataError where there are none."""
+    file = existing(path)
+    names: dict[int, str] = {}
+    for item in _ITEM.findall(read_text(file)):
+        name, number = _ITEM_NAME.search(item), _ITEM_ID.search(item)
+        if name and number:
+            names[int(number[1])] = name[1].replace('\\"', '"').replace("\\'", "'")
+    if not names or min(names) < 1:
+        raise DataError(f'{file}: expected items such as {{ name: "stand" id: 12 }}, ids from 1')
+    return dict(sorted(names.items()))
+
+
+class _Limits(NamedTuple):
+    seconds: tuple[float, ...]  # first and last
+    num_classes: int
+
+
+@dataclass
+class _People:
+    """Boxes of a moment by their text, each with its actions in the order of the files."""
+
+    boxes: dict[tuple[str, ...], Box] = field(default_factory=dict)
+    class_ids: dict[tuple[str, ...], list[int]] = field(default_factory=dict)
+
+    def add(self, row: BoxRow) -> None:
+        self.boxes[row.text] = (row.x1, row.y1, row.x2, row.y2)
+        actions = self.class_ids.setdefault(row.text, [])
+        if row.class_id is not None and row.class_id not in actions:
+            actions.append(row.class_id)
+
+
+People = dict[str, dict[float, _People]]  # by video and second
+
+
+def _people(files: Sequence[tuple[Path, float | None]], limits: _Limits) -> People:
+    people: People = {}
+    first, last = limits.seconds
+    for file, min_score in files:
+        for row in _rows(existing(file)):
+            if min_score is not None and row.score is not None and row.score < min_score:
+                continue
+            if not first <= row.second <= last:
+                raise DataError(
+                    f"{file}: second {row.second:g} of {row.video} is outside of {first:g} to {last:g}, which "
+                    "data.seconds allows"
+                )
+            if row.class_id is not None and not 1 <= row.class_id <= limits.num_classes:
+                raise DataError(
+                    f"{file}: action {row.class_id} of {row.video}, second {row.second:g}: ids go from 1 to "
+                    f"{limits.num_classes}, see data.class_names"
+                )
+            people.setdefault(row.video, {}).setdefault(row.second, _People()).add(row)
+    return people
+
+
+class _Films(NamedTuple):
+    """Where the videos are."""
+
+    folder: Path
+    start: float
+    max_missing: float
+
+    def key_frames(
+        self, people: People, pictures: dict[str, str] | None, source: Path
+    ) -> tuple[KeyFrame, ...]:
+        """The key frames in the order of a list of pictures, or of the box files, those of a video by time."""
+        found = self._find(people) if pictures is None else {k: (v, self.start) for k, v in pictures.items()}
+        order = list(found) if pictures is not None else list(people)
+        missing = [name for name in people if name not in found or not _exists(found[name][0])]
+        if people and (len(missing) == len(people) or len(missing) > self.max_missing * len(people)):
+            raise DataError(
+                f"{source}: {len(missing)} of its {len(people)} videos are missing in {self.folder}, such as "
+                f"{quoted(missing[0])}; set data.videos, or allow it: max_missing is the share allowed"
+            )
+        if missing:
+            log.warning("%s: %d videos are missing, such as %s", source, len(missing), missing[0])
+        return tuple(
+            KeyFrame(
+                video,
+                found[video][0],
+                second,
+                found[video][1],
+                tuple(moment.boxes.values()),
+                tuple(tuple(sorted(ids)) for ids in moment.class_ids.values()),
+            )
+            for video in order
+            if video in people and video not in missing
+            for second, moment in sorted(people[video].items())
+        )
+
+    def _find(self, people: People) -> dict[str, tuple[str, float]]:
+        """Path and first second of the videos that are there."""
+        found: dict[str, tuple[str, float]] = {}
+        others = []
+        for name in names_in(self.folder):
+            path = self.folder / name
+            if path.is_dir() and name not in people:
+                others.append(path)
+            else:
+                self._take(str(path), people, found)
+        if len(found) < len(people):  # folders of classes, as Kinetics has
+            for folder in others:
+                for file in FileSearch().below(folder):
+                    self._take(file, people, found)
+        return found
+
+    def _take(self, path: str, people: People, found: dict[str, tuple[str, float]]) -> None:
+        name = Path(path).name
+        stem, suffix = os.path.splitext(name)  # noqa: PTH122
+        if name in people:
+            found[name] = (path, self.start)
+        elif suffix.lower() in VIDEO_EXTENSIONS and stem in people:
+            found[stem] = (path, self.start)
+        elif suffix.lower() in VIDEO_EXTENSIONS and (cut := _CUT.fullmatch(stem)) and cut["name"] in people:
+            found[cut["name"]] = (path, float(cut["start"]))
+
+
+def _exists(path: str) -> bool:
+    return Path(entry_on_disk(path)).exists()
+
+
+def _read_frame_list(file: Path, folder: Path) -> dict[str, str]:
+    """Of each video of PySlowFast's list, the numbered run of its pictures."""
+    ends: dict[str, list[str]] = {}
+    for line, text in islice(lines_of(existing(file)), 1, None):  # below the names of the columns
+        cells = text.split()
+        if len(cells) < 4:
+            raise DataError(f"{file}, line {line}: expected original_vido_id video_id frame_id path labels")
+        run = ends.setdefault(cells[0], [cells[3], cells[3]])
+        run[1] = cells[3]
+    runs = {
+        name: frame_pattern(str(folder / first), str(folder / last)) for name, (first, last) in ends.items()
+    }
+    for name, run in runs.items():
+        if run is None:
+            raise DataError(f"{file}: the pictures of {name} aren't numbered in order")
+    return {name: str(run) for name, run in runs.items()}
+
+
+def _names(folder: Path, source: ClassNames | None, files: Sequence[Path]) -> dict[int, str]:
+    if source is None:
+        found = {row.class_id for file in files for row in _rows(existing(file)) if row.class_id is not None}
+        if not found:
+            raise DataError(f"{files[0]}: no row has an action")
+        return {number: str(number) for number in range(1, max(found) + 1)}
+    if isinstance(source, str | Path):
+        if str(source).endswith((".pbtxt", ".pbtxt.txt")):
+            return read_actions(folder / source)
+        source = folder / source if (folder / source).exists() else source
+    return dict(enumerate(read_class_names(source), start=1))
+
+
+def _paths(folder: Path, files: Files | None) -> list[Path]:
+    if files is None:
+        return []
+    paths = [files] if isinstance(files, str | Path) else list(files)
+    if not paths:
+        raise ConfigError("a list of box files is empty; leave it null")
+    return [folder / Path(str(path)).expanduser() for path in paths]
+
+
+def _cells(file: Path) -> Iterator[tuple[int, list[str]]]:
+    for line, text in lines_of(file):
+        try:
+            yield line, next(csv.reader([text]))
+        except csv.Error as error:
+            raise DataError(f"{file}, line {line}: {error}") from None
+
+
+def _has(cells: list[str], count: int, file: Path, line: int) -> bool:
+    if len(cells) < count:
+        raise DataError(f"{file}, line {line}: expected at least {count} columns, got {len(cells)}")
+    return True
+
+
+def _rows(file: Path) -> Iterator[BoxRow]:
+    for line, cells in _cells(file):
+        if len(cells) == 2:  # a frame without people
+            continue
+        _has(cells, 7, file, line)
+        numbers = [_number(cell, file, line) for cell in cells[1:6]]
+        if any(abs(value) > _FARTHEST for value in numbers[1:]):
+            raise DataError(
+                f"{file}, line {line}: boxes are shares of the picture, from 0 to 1, got {','.join(cells[2:6])}"
+            )
+        action = cells[6].strip()
+        if action and not action.lstrip("-").isdecimal():
+            raise DataError(f"{file}, line {line}: {quoted(action)} is no number of an action")
+        score = _number(cells[7], file, line) if len(cells) > 7 and cells[7].strip() else None
+        known = int(action) if action and int(action) >= 0 else None
+        second, x1, y1, x2, y2 = numbers
+        yield BoxRow(cells[0], second, x1, y1, x2, y2, known, score, tuple(cells[2:6]))
+
+
+def _number(cell: str, file: Path, line: int) -> float:
+    try:
+        value = float(cell)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise DataError(f"{file}, line {line}: {quoted(cell)} is no number")
+    return value

@@ -1,0 +1,186 @@
+"""Clips around key frames with the boxes of their people: planned, decoded once, transformed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from mvit_video.action_detection.annotations import KeyFrame
+from mvit_video.action_detection.boxes import PixelSplit, clip_view, key_frame_indices, move_boxes
+from mvit_video.data.datasets import MAX_REPLACEMENTS, BadVideo, OpenVideo
+from mvit_video.data.decode import Video, open_video
+from mvit_video.data.pixels import cut_and_resize, normalise, resize_for_test
+from mvit_video.data.sampling import SpatialView
+from mvit_video.errors import DataError, VideoError
+from mvit_video.model.clip_spec import ClipSpec
+
+
+class ActionSample(NamedTuple):
+    """A clip around a key frame.
+
+    Attributes:
+        clip: float (3, T, H, W); empty where the video gave none.
+        boxes: float (N, 4), pixels of the clip.
+        targets: float (N, num_classes), 1 for what is done.
+        bad: videos that it stands in for, or its own.
+    """
+
+    key_frame: KeyFrame
+    clip: Tensor
+    boxes: Tensor
+    targets: Tensor
+    bad: list[BadVideo]
+
+
+class ActionBatch(NamedTuple):
+    """Clips of one size with their people."""
+
+    clips: Tensor  # float (B, 3, T, H, W)
+    boxes: Tensor  # float (R, 5): clip, x1, y1, x2, y2 in pixels
+    targets: Tensor  # float (R, num_classes)
+    key_frames: list[KeyFrame]
+    bad: list[BadVideo]
+
+    @property
+    def paths(self) -> list[str]:
+        return [frame.path for frame in self.key_frames]
+
+
+class ActionClips(Dataset[ActionSample]):
+    """The clip around each key frame; keys are (epoch, index), or an index where nothing is random.
+
+    Args:
+        split: which pixels are seen, see ``clip_view``. In "train" a bad video is replaced by another.
+        seed: random choices depend on it, the epoch and the index alone.
+        short_sides, flip_probability: see ``clip_view``.
+
+    Raises, when a sample is made:
+        ConfigError: ``short_sides`` are smaller than the crop.
+        DataError: in "train", many videos in a row can't be read.
+    """
+
+    def __init__(
+        self,
+        key_frames: Sequence[KeyFrame],
+        spec: ClipSpec,
+        num_classes: int,
+        split: PixelSplit,
+        *,
+        seed: int = 0,
+        short_sides: tuple[int, int] | None = None,
+        flip_probability: float = 0.5,
+        open_file: OpenVideo = open_video,
+    ) -> None:
+        self.key_frames, self.spec, self.num_classes, self.split = key_frames, spec, num_classes, split
+        self.seed, self.short_sides, self.flip_probability = seed, short_sides, flip_probability
+        self.open_file = open_file
+        side = spec.short_side if split == "test" else spec.crop
+        self.sample_nbytes = 4 * 3 * spec.clip_frames * side * side * (2 if split == "test" else 1)
+
+    def __len__(self) -> int:
+        return len(self.key_frames)
+
+    def __getitem__(self, key: tuple[int, int] | int) -> ActionSample:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        rng = random.Random(f"{self.seed} {epoch} {index}")
+        bad: list[BadVideo] = []
+        for _ in range(MAX_REPLACEMENTS):
+            frame = self.key_frames[index]
+            try:
+                with self.open_file(frame.path) as video:
+                    clip, boxes = self._read(video, frame, rng)
+            except VideoError as error:
+                bad.append(BadVideo(error.path, error.reason))
+                if self.split != "train":
+                    return ActionSample(
+                        frame, torch.empty(0), torch.empty(0, 4), torch.empty(0, self.num_classes), bad
+                    )
+                index = rng.randrange(len(self.key_frames))
+                continue
+            targets = torch.zeros(len(boxes), self.num_classes)
+            for row, ids in enumerate(frame.class_ids):
+                targets[row, [number - 1 for number in ids]] = 1
+            return ActionSample(frame, clip, boxes, targets, bad)
+        raise DataError(f"{MAX_REPLACEMENTS} videos in a row can't be read, the last: {': '.join(bad[-1])}")
+
+    def _read(self, video: Video, frame: KeyFrame, rng: random.Random) -> tuple[Tensor, Tensor]:
+        height, width = video.size
+        view, size = clip_view(
+            height,
+            width,
+            self.spec,
+            self.split,
+            short_sides=self.short_sides,
+            flip_probability=self.flip_probability,
+            rng=rng,
+        )
+        boxes = move_boxes(torch.tensor(frame.boxes).reshape(-1, 4), height, width, view, size)
+        return read_clip(video, frame, self.spec, None if self.split == "test" else view), boxes
+
+
+def read_clip(video: Video, frame: KeyFrame, spec: ClipSpec, view: SpatialView | None) -> Tensor:
+    """The clip around a key frame, float (3, T, H, W): a view of the picture, or None: all of it.
+
+    Raises:
+        VideoError: the file can't give it.
+    """
+    numbers = frame_numbers(frame, video.times, spec)
+    if view is None:
+        return video.get_frames(numbers, transform=partial(resize_for_test, spec=spec)).transpose(0, 1)
+    return video.get_frames(numbers, transform=partial(_cut, view=view, spec=spec)).transpose(0, 1)
+
+
+def frame_numbers(frame: KeyFrame, times: Sequence[float] | np.ndarray, spec: ClipSpec) -> list[int]:
+    """The frames around a key frame, ``spec.clip_frames`` of them.
+
+    Strides count in a video of ``spec.target_fps``; of another one the frames are taken that FFmpeg's ``-r``
+    would show there.
+
+    Args:
+        times: seconds of all frames of the video since the first.
+
+    Raises:
+        VideoError: the video isn't shown at that second.
+    """
+    fps = spec.target_fps
+    ticks = np.asarray(times) * fps
+    num_frames, center = round(float(ticks[-1])) + 1, round((frame.second - frame.start) * fps)
+    if not 0 <= center <= num_frames + fps:
+        last = frame.start + num_frames / fps
+        raise VideoError(
+            frame.path,
+            f"second {frame.second:g} was asked of a video from {frame.start:g} to {last:g}; is "
+            "data.start_second right?",
+        )
+    around = key_frame_indices(
+        center, half_length=spec.clip_frames * spec.stride // 2, stride=spec.stride, num_frames=num_frames
+    )
+    shown = np.searchsorted(ticks, np.array(around[: spec.clip_frames]) + 0.5) - 1
+    return [max(int(index), 0) for index in shown]
+
+
+def collate(samples: Sequence[ActionSample]) -> ActionBatch:
+    """Clips of one size; bad videos leave none."""
+    good = [sample for sample in samples if sample.clip.numel()]
+    rows = [
+        torch.cat([torch.full((len(sample.boxes), 1), float(number)), sample.boxes.float()], 1)
+        for number, sample in enumerate(good)
+    ]
+    return ActionBatch(
+        torch.stack([sample.clip for sample in good]) if good else torch.empty(0),
+        torch.cat(rows) if rows else torch.empty(0, 5),
+        torch.cat([sample.targets for sample in good]) if good else torch.empty(0),
+        [sample.key_frame for sample in good],
+        [bad for sample in samples for bad in sample.bad],
+    )
+
+
+def _cut(frames: Tensor, *, view: SpatialView, spec: ClipSpec) -> Tensor:
+    return normalise(cut_and_resize(frames, view, spec.crop), spec.mean, spec.std)
