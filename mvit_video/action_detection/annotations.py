@@ -1,8 +1,8 @@
 """Which people do what, and when: AVA's files, and one's own in the same form.
 
-A row of a box file is ``video,second,x1,y1,x2,y2,action,score``, boxes as shares of the picture. Of the truth the
-last is a person's number or lacks; a person that does nothing has no action. What is read how is PySlowFast's
-``datasets/ava_helper.py`` at 287ec007.
+A row of a box file is ``video,second,x1,y1,x2,y2,action,score``, boxes as shares of the picture. In the
+truth, the last is a person's number or lacks; a person who does nothing has no action. Rows are put together as
+in PySlowFast's ``datasets/ava_helper.py`` at 287ec007.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 
 Box = tuple[float, float, float, float]
 Files = str | Path | Sequence[str | Path]
+Source = tuple[Path, float | None]  # a box file, and the score below which its rows are left out
 
 # Clips of Kinetics are named by where they were cut out: o3lCwWyyc_s_000012_000022.mp4
 _CUT = re.compile(r"(?P<name>.+)_(?P<start>\d{6})_\d{6}")
@@ -148,9 +149,9 @@ def action_splits(
         train_persons: found people, with actions or without, that training sees besides.
         val_persons: found people that are asked about instead of the true boxes.
         excluded: (video, second) rows that a validation doesn't count.
-        class_names: actions by id: AVA's ``.pbtxt``, or names in order of ids from 1 (``read_class_names``).
-            By default the ids themselves, up to the highest of training.
-        videos: folder with a file NAME.*, a folder of pictures NAME or a cut NAME_000012_000022.* (by seconds,
+        class_names: actions by id: AVA's ``.pbtxt``, or names in order of ids from 1
+            (``read_class_names``). By default the ids themselves, up to the highest of training.
+        videos: folder with a file NAME.*, a folder of pictures NAME or a cut NAME_000012_000022.* (seconds,
             as of Kinetics) for each video; by default root/videos, root/frames or root.
         frame_lists: PySlowFast's lists of pictures, for training and validation, whose paths start in
             ``videos``.
@@ -166,24 +167,20 @@ def action_splits(
     folder = existing_folder(root)
     place = Path(str(videos)).expanduser() if videos else find_first(folder, ["videos", "frames"]) or folder
     source = _Films(existing_folder(folder / place), start_second, max_missing)
-    lists = [_read_frame_list(folder / str(file), source.folder) for file in frame_lists or ()] or [
-        None,
-        None,
-    ]
-    truth = {"train": _paths(folder, train_boxes), "val": _paths(folder, val_boxes)}
-    persons = {"train": _paths(folder, train_persons), "val": _paths(folder, val_persons)}
-    names = _names(folder, class_names, truth["train"])
+    lists: list[dict[str, str] | None] = [None, None]
+    if frame_lists:
+        lists = [_read_frame_list(folder / str(file), source.folder) for file in frame_lists]
+    train, true = _sources(folder, train_boxes), _sources(folder, val_boxes)
+    names = _names(folder, class_names, [file for file, _ in train])
     limits = _Limits(tuple(map(float, seconds or (-math.inf, math.inf))), max(names))
 
-    train = [(file, None) for file in truth["train"]] + [
-        (file, min_person_score) for file in persons["train"]
-    ]
-    val = [(file, min_person_score) for file in persons["val"]] or [(file, None) for file in truth["val"]]
+    train += _sources(folder, train_persons, min_person_score)
+    val = _sources(folder, val_persons, min_person_score) or true
     key_frames = [
         source.key_frames(_people(files, limits), pictures, files[0][0])
         for files, pictures in ((train, lists[0]), (val, lists[1]))
     ]
-    rows = [row for file in truth["val"] for row in read_boxes(file) if row.class_id is not None]
+    rows = [row for file, _ in true for row in read_boxes(file) if row.class_id is not None]
     left_out = tuple(read_moments(folder / str(excluded))) if excluded else ()
     return ActionSplits(
         ActionIndex(key_frames[0]), ActionIndex(key_frames[1], tuple(rows), left_out), names, val_every
@@ -212,11 +209,11 @@ def write_boxes(path: str | Path, rows: Iterable[Row]) -> None:
 def read_moments(path: str | Path) -> list[Moment]:
     """The rows video,second of a file, such as of excluded moments. Raises DataError."""
     file = existing(path)
-    return [
-        (cells[0], _number(cells[1], file, line))
-        for line, cells in _cells(file)
-        if _has(cells, 2, file, line)
-    ]
+    moments = []
+    for line, cells in _cells(file):
+        _require(cells, 2, file, line)
+        moments.append((cells[0], _number(cells[1], file, line)))
+    return moments
 
 
 def read_actions(path: str | Path) -> dict[int, str]:
@@ -254,7 +251,7 @@ class _People:
 People = dict[str, dict[float, _People]]  # by video and second
 
 
-def _people(files: Sequence[tuple[Path, float | None]], limits: _Limits) -> People:
+def _people(files: Sequence[Source], limits: _Limits) -> People:
     people: People = {}
     first, last = limits.seconds
     for file, min_score in files:
@@ -263,8 +260,8 @@ def _people(files: Sequence[tuple[Path, float | None]], limits: _Limits) -> Peop
                 continue
             if not first <= row.second <= last:
                 raise DataError(
-                    f"{file}: second {row.second:g} of {row.video} is outside of {first:g} to {last:g}, which "
-                    "data.seconds allows"
+                    f"{file}: second {row.second:g} of {row.video} is outside of {first:g} to {last:g} "
+                    "(data.seconds)"
                 )
             if row.class_id is not None and not 1 <= row.class_id <= limits.num_classes:
                 raise DataError(
@@ -285,7 +282,7 @@ class _Films(NamedTuple):
     def key_frames(
         self, people: People, pictures: dict[str, str] | None, source: Path
     ) -> tuple[KeyFrame, ...]:
-        """The key frames in the order of a list of pictures, or of the box files, those of a video by time."""
+        """The key frames in the order of a list of pictures, else of the box files; a video's by time."""
         found = self._find(people) if pictures is None else {k: (v, self.start) for k, v in pictures.items()}
         order = list(found) if pictures is not None else list(people)
         missing = [name for name in people if name not in found or not _exists(found[name][0])]
@@ -350,13 +347,13 @@ def _read_frame_list(file: Path, folder: Path) -> dict[str, str]:
             raise DataError(f"{file}, line {line}: expected original_vido_id video_id frame_id path labels")
         run = ends.setdefault(cells[0], [cells[3], cells[3]])
         run[1] = cells[3]
-    runs = {
-        name: frame_pattern(str(folder / first), str(folder / last)) for name, (first, last) in ends.items()
-    }
-    for name, run in runs.items():
-        if run is None:
+    runs: dict[str, str] = {}
+    for name, (first, last) in ends.items():
+        pattern = frame_pattern(str(folder / first), str(folder / last))
+        if pattern is None:
             raise DataError(f"{file}: the pictures of {name} aren't numbered in order")
-    return {name: str(run) for name, run in runs.items()}
+        runs[name] = pattern
+    return runs
 
 
 def _names(folder: Path, source: ClassNames | None, files: Sequence[Path]) -> dict[int, str]:
@@ -372,39 +369,38 @@ def _names(folder: Path, source: ClassNames | None, files: Sequence[Path]) -> di
     return dict(enumerate(read_class_names(source), start=1))
 
 
-def _paths(folder: Path, files: Files | None) -> list[Path]:
+def _sources(folder: Path, files: Files | None, min_score: float | None = None) -> list[Source]:
     if files is None:
         return []
     paths = [files] if isinstance(files, str | Path) else list(files)
     if not paths:
         raise ConfigError("a list of box files is empty; leave it null")
-    return [folder / Path(str(path)).expanduser() for path in paths]
+    return [(folder / Path(str(path)).expanduser(), min_score) for path in paths]
 
 
 def _cells(file: Path) -> Iterator[tuple[int, list[str]]]:
-    for line, text in lines_of(file):
-        try:
+    line = 0
+    try:
+        for line, text in lines_of(file):
             yield line, next(csv.reader([text]))
-        except csv.Error as error:
-            raise DataError(f"{file}, line {line}: {error}") from None
+    except csv.Error as error:
+        raise DataError(f"{file}, line {line}: {error}") from None
 
 
-def _has(cells: list[str], count: int, file: Path, line: int) -> bool:
+def _require(cells: list[str], count: int, file: Path, line: int) -> None:
     if len(cells) < count:
         raise DataError(f"{file}, line {line}: expected at least {count} columns, got {len(cells)}")
-    return True
 
 
 def _rows(file: Path) -> Iterator[BoxRow]:
     for line, cells in _cells(file):
         if len(cells) == 2:  # a frame without people
             continue
-        _has(cells, 7, file, line)
+        _require(cells, 7, file, line)
         numbers = [_number(cell, file, line) for cell in cells[1:6]]
         if any(abs(value) > _FARTHEST for value in numbers[1:]):
-            raise DataError(
-                f"{file}, line {line}: boxes are shares of the picture, from 0 to 1, got {','.join(cells[2:6])}"
-            )
+            box = ",".join(cells[2:6])
+            raise DataError(f"{file}, line {line}: boxes are shares of the picture, 0 to 1, got {box}")
         action = cells[6].strip()
         if action and not action.lstrip("-").isdecimal():
             raise DataError(f"{file}, line {line}: {quoted(action)} is no number of an action")

@@ -142,5 +142,5 @@ def test_both_kinds_of_lists_of_actions(tmp_path: Path) -> None:
     (tmp_path / "list.pbtxt").write_text(text)
     assert read_actions(tmp_path / "list.pbtxt") == {64: 'hit (a "person")'}
     (tmp_path / "list.pbtxt").write_text("stand\n")
-    with pytest.raises(DataError, match="list.pbtxt"):
+    with pytest.raises(DataError, match=r"list\.pbtxt"):
         read_actions(tmp_path / "list.pbtxt")
