@@ -1,8 +1,8 @@
 """Which people do what, and when: AVA's files, and one's own in the same form.
 
 A row of a box file is ``video,second,x1,y1,x2,y2,action,score``, boxes as shares of the picture. In the
-truth, the last is a person's number or lacks; a person who does nothing has no action. Rows are put together as
-in PySlowFast's ``datasets/ava_helper.py`` at 287ec007.
+truth, the last is a person's number or lacks; a person who does nothing has no action. Rows are put
+together as in PySlowFast's ``datasets/ava_helper.py`` at 287ec007.
 """
 
 from __future__ import annotations
