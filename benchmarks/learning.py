@@ -32,7 +32,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from mvit_video.cli.help import CONF_DIR
+from mvit_video.cli.conf import CONF_DIR
 from mvit_video.data.datasets import TestViews, TrainingClips, training_loader, validation_loader
 from mvit_video.data.decode import open_video
 from mvit_video.data.index import VideoSplits

@@ -12,13 +12,8 @@ import torch
 from videos import write_numbered_video
 
 import mvit_video as mv
-from mvit_video.cli import main
+from mvit_video.cli.main import main
 from mvit_video.weights import METADATA_KEY, model_metadata
-
-MAINS = {
-    name: getattr(main, "evaluate" if name == "eval" else name)
-    for name in ("train", "eval", "predict", "info", "data", "export", "demo")
-}
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
@@ -49,7 +44,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], 
         monkeypatch.setattr(sys, "argv", [f"mvit-{name}", *map(str, arguments)])
         capfd.readouterr()
         try:
-            MAINS[name]()
+            main(name)
             code = 0
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else 0

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mvit_video.cli.help import read
+from mvit_video.cli.conf import read
 
 ROOT = Path(__file__).parents[1]
 

@@ -7,16 +7,15 @@ import re
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, ValueType
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
-from mvit_video.cli.schema import Group, hint_of, members
+from mvit_video.cli.conf import groups
+from mvit_video.cli.schema import TEXT, ListOf, kinds_of
 from mvit_video.data.files import VIDEO_EXTENSIONS
 
-STDIN = "-"
 # Options of Hydra's that take their value as the next argument.
 _HYDRA_VALUE_OPTIONS = {
     "--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn",
@@ -30,7 +29,7 @@ def split_options(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     options, others = [], []
     rest = iter(arguments)
     for argument in rest:
-        if argument.startswith("-") and argument != STDIN and not argument.lower().endswith(VIDEO_EXTENSIONS):
+        if argument.startswith("-") and argument != "-" and not argument.lower().endswith(VIDEO_EXTENSIONS):
             options += [argument, *islice(rest, argument in _HYDRA_VALUE_OPTIONS)]
         else:
             others.append(argument)
@@ -48,43 +47,18 @@ def split_files(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return files, overrides
 
 
+def without_null_groups(arguments: Sequence[str], command: str) -> list[str]:
+    """All but groups set to null that are null by default anyway, which Hydra can't set to it."""
+    absent = {f"{group}=null" for group, option in groups(command).items() if option is None}
+    return [argument for argument in arguments if argument not in absent]
+
+
 def expand_home(path: str) -> str:
     """``~/x`` below the home folder; a file of this folder whose name begins with ``~`` stays one."""
     if not path.startswith("~"):
         return path
     expanded = os.path.expanduser(path)  # noqa: PTH111  # Path.expanduser raises for an unknown user
     return expanded if expanded != path else f"./{path}"
-
-
-def quote(argument: str, group: type[Group], *, sweep: bool = False) -> str:
-    """An argument ``key=value`` with quotes where text would be read as something else, or not at all.
-
-    Args:
-        group: the command's, which says where text is meant.
-        sweep: commas part the values of several jobs (``--multirun``).
-    """
-    found = _OVERRIDE.fullmatch(argument)
-    if found is None or "${" in argument:
-        return argument
-    key, text = found["key"], found["value"]
-    kinds = [get_args(kind)[0] if get_origin(kind) is Annotated else kind for kind in _kinds(key, group)]
-    lists = [get_args(kind)[0] for kind in kinds if get_origin(kind) is list]
-    is_text = str in kinds or str in lists
-    override = parsed(argument)
-    if override is None:
-        if text[:1] == "[" and text[-1:] == "]":
-            return f"{key}=[{_entries(text[1:-1], is_text)}]"
-        if text[:1] in ("[", "{", "'", '"'):
-            return argument
-        return f"{key}={_entries(text, is_text) if sweep else _quoted(text)}"
-    if override.value_type is ValueType.SIMPLE_CHOICE_SWEEP and not sweep:
-        if lists:
-            return f"{key}=[{_entries(text, is_text)}]"
-        return f"{key}={_quoted(text)}" if is_text else argument
-    value = override.value() if override.value_type is ValueType.ELEMENT else None
-    if is_text and (isinstance(value, bool | int | float) or text.startswith("~")):
-        return f"{key}={_quoted(text)}"
-    return argument
 
 
 def parsed(argument: str) -> Override | None:
@@ -95,17 +69,39 @@ def parsed(argument: str) -> Override | None:
         return None
 
 
-def _kinds(key: str, group: type[Group]) -> tuple[Any, ...]:
-    return members(hint_of(key.lstrip("+"), group))
+def quote(argument: str, command: str, *, sweep: bool = False) -> str:
+    """An argument ``key=value`` with quotes where text would be read as something else, or not at all.
 
+    Args:
+        sweep: commas part the values of several jobs (``--multirun``).
+    """
+    found = _OVERRIDE.fullmatch(argument)
+    if found is None or "${" in argument:
+        return argument
+    key, text = found["key"], found["value"]
+    kinds = kinds_of(command).get(key.lstrip("+"), ())
+    entries = [kind.entry for kind in kinds if isinstance(kind, ListOf)]
+    is_text = TEXT in (*kinds, *entries)
 
-def _entries(text: str, is_text: bool) -> str:
-    """Values between commas, each quoted if it is text or can't be read otherwise."""
-    return ",".join(
-        entry if not is_text and parsed(f"key={entry}") else _quoted(entry) for entry in text.split(",")
-    )
+    def quoted(value: str) -> str:
+        """A value alone, in quotes if it can't be read or reads as something that isn't text."""
+        read = parsed(f"{key}={value}")
+        if read is not None and not read.is_sweep_override():
+            is_misread = isinstance(read.value(), bool | int | float) or value.startswith("~")
+            if not (is_text and is_misread):
+                return value
+        escaped = re.sub(r'(\\*)("|$)', lambda end: end[1] * 2 + '\\"' * bool(end[2]), expand_home(value))
+        return f'"{escaped}"'
 
-
-def _quoted(text: str) -> str:
-    escaped = re.sub(r'(\\*)("|$)', lambda end: end[1] * 2 + '\\"' * bool(end[2]), expand_home(text))
-    return f'"{escaped}"'
+    read, values = parsed(argument), text.split(",")
+    if read is None and text[:1] + text[-1:] == "[]":
+        return f"{key}=[{','.join(map(quoted, text[1:-1].split(',')))}]"
+    if read is None and text[:1] in ("[", "{", "'", '"'):
+        return argument
+    if read is None and sweep:
+        return f"{key}={','.join(map(quoted, values))}"
+    if read is not None and read.is_sweep_override() and (sweep or not (entries or is_text)):
+        return argument
+    if read is not None and read.is_sweep_override() and entries:
+        return f"{key}=[{','.join(map(quoted, values))}]"
+    return f"{key}={quoted(text)}"

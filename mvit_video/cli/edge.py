@@ -8,13 +8,13 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import math
 import os
 import select
 import signal
 import sys
 import warnings
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,10 +26,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from mvit_video.cli.arguments import quote, split_files, split_options
-from mvit_video.cli.help import CONF_DIR, help_page
-from mvit_video.cli.messages import compose_defaults, explain_composition, one_line
-from mvit_video.cli.schema import COMMANDS, check
+from mvit_video.cli.arguments import quote, split_files, split_options, without_null_groups
+from mvit_video.cli.conf import CONF_DIR, compose
+from mvit_video.cli.help import help_page
+from mvit_video.cli.messages import explain_composition, one_line
+from mvit_video.cli.schema import check
+from mvit_video.data.ranks import rank_and_size
 from mvit_video.errors import MVitVideoError
 from mvit_video.io.console import accept_all_text, print_table, printable, protect_terminal
 from mvit_video.io.writing import replacing
@@ -37,6 +39,11 @@ from mvit_video.io.writing import replacing
 log = logging.getLogger(__name__)
 
 _RESULT = "job.json"  # what a job of a sweep leaves in its folder
+_QUIET = (  # warnings of libraries that a user can do nothing about
+    "does not have many workers|Checkpoint directory .* exists|isinstance.treespec, LeafSpec."
+    "|module.s. in eval mode at the start of training"
+    "|number of training batches .* is smaller than the logging interval"
+)
 
 
 def run(command: str, load: Callable[[], Callable[..., Any]], arguments: list[str]) -> None:
@@ -51,56 +58,50 @@ def run(command: str, load: Callable[[], Callable[..., Any]], arguments: list[st
     full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise instead of printing
     accept_all_text()
-    begun = False  # before, whatever goes wrong lies in the arguments
     files: list[list[str]] = []
+    failed: list[Exception] = []
 
     def job(config: DictConfig) -> Any:
-        nonlocal begun
-        begun = True
-        attempt = partial(_checked, command, load, config, *files)
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
-            return _job_of_sweep(command, attempt, full_error)
+        value, error = math.nan, None
         try:
-            return attempt()
-        except Exception as error:  # Hydra adds lines to errors that leave a job
-            if full_error or _output_is_closed(error) or not _is_users(error):
-                raise
-            _exit(command, one_line(error))
+            value = _checked(command, load, config, *files)
+        except Exception as raised:  # Hydra would add lines of its own, and end the other jobs of a sweep
+            error = raised
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            _leave_result(command, value, error, full_error)
+        elif error is not None:
+            failed.append(error)
+        return value
 
     try:
         options, arguments = split_options(arguments)
         if command == "predict":
             named, arguments = split_files(arguments)
             files.append(named)
-        arguments = options + arguments
+        arguments = options + without_null_groups(arguments, command)
         sweep = bool({"-m", "--multirun"} & set(arguments))
-        sys.argv[1:] = [quote(argument, COMMANDS[command], sweep=sweep) for argument in arguments]
+        sys.argv[1:] = [quote(argument, command, sweep=sweep) for argument in arguments]
         sys.argv += _of_several_processes(command, arguments)
         if {"-h", "--help"} & set(arguments):
-            print(help_page(command, compose_defaults(command, sys.argv[1:], with_hydra=True)))
+            print(help_page(command, compose(command, sys.argv[1:])))
         else:
-            _quiet_libraries()
+            warnings.filterwarnings("ignore", f".*({_QUIET})")
             hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=command)(job)()
-        _flush_output()
+        if failed:
+            raise failed[0]
+        if sys.stdout is not None:  # as it is where a shell has closed it
+            sys.stdout.flush()
     except KeyboardInterrupt:
         sys.stderr.write(f"mvit-{command}: interrupted\n")
-        sys.exit(128 + signal.SIGINT)
+        _end(128 + signal.SIGINT)
     except Exception as error:
         if _output_is_closed(error):  # whoever read the output has had enough, such as head
-            _drop_output()
-            sys.exit(128 + signal.SIGPIPE)
-        if full_error or (begun and not _is_users(error)):
+            _end(128 + signal.SIGPIPE)
+        if full_error or (failed and not _is_users(error)):
             raise
-        _exit(command, explain_composition(error, command))
-
-
-def _output_is_closed(error: Exception) -> bool:
-    """Whether it is the standard output that broke, and not another pipe."""
-    if not isinstance(error, BrokenPipeError):
-        return False
-    poll = select.poll()
-    poll.register(sys.stdout.fileno(), 0)
-    return bool(poll.poll(0))  # errors are told unasked
+        text = one_line(error) if failed else explain_composition(error, command, sys.argv[1:])
+        sys.stderr.write(f"mvit-{command}: error: {printable(text)}\n")
+        _end(1)
 
 
 def _checked(
@@ -108,9 +109,9 @@ def _checked(
 ) -> Any:
     """What the job returns for a configuration whose values fit."""
     protect_terminal()
-    check(config, COMMANDS[command])
+    check(config, command)
     job = load()
-    if not (config.get("profile") and _is_first_process()):
+    if not (config.get("profile") and rank_and_size()[0] == 0):
         return job(config, *files)
     from mvit_video.data import timing
 
@@ -118,38 +119,31 @@ def _checked(
         return job(config, *files)
 
 
-def _job_of_sweep(command: str, attempt: Callable[[], Any], full_error: bool) -> Any:
-    """What one of several jobs returns, NaN where it fails, so that the others run; leaves its result."""
-    problem = None
-    try:
-        value = attempt()
-    except Exception as error:
-        value, problem = float("nan"), one_line(error)
-        if not _is_users(error):
-            problem = f"{type(error).__name__}: {problem}"
+def _leave_result(command: str, value: Any, error: Exception | None, full_error: bool) -> None:
+    """Say what one of several jobs came to, for the table at their end."""
+    number, problem = HydraConfig.get().job.num, None
+    if error is not None:
+        problem = one_line(error) if _is_users(error) else f"{type(error).__name__}: {one_line(error)}"
         if full_error or not _is_users(error):
-            log.exception("a job failed")
-        sys.stderr.write(f"mvit-{command}: error in job {HydraConfig.get().job.num}: {printable(problem)}\n")
-    if _is_first_process():
-        _write_result(value, problem)
-    return value
+            log.error("a job failed", exc_info=error)
+        sys.stderr.write(f"mvit-{command}: error in job {number}: {printable(problem)}\n")
+    if rank_and_size()[0] == 0:
+        row = {
+            "job": number,
+            "overrides": list(HydraConfig.get().overrides.task),
+            "metric": float(value) if isinstance(value, int | float) and error is None else None,
+            "error": problem,
+        }
+        with replacing(Path(HydraConfig.get().runtime.output_dir) / _RESULT, "w") as file:
+            json.dump(row, file)
 
 
 def _is_users(error: BaseException) -> bool:
     """Whether it tells of something that a user can mend, and not of a bug."""
-    lightning = sys.modules.get("lightning_fabric.utilities.exceptions")
-    kinds = (MVitVideoError, InstantiationException, OmegaConfBaseException, OSError)
-    if isinstance(error, ValueError) and isinstance(error.__cause__, OSError):  # a log file can't be opened
-        return True
-    return isinstance(error, kinds) or (
-        lightning is not None and isinstance(error, lightning.MisconfigurationException)
+    is_log_file = isinstance(error, ValueError) and isinstance(error.__cause__, OSError)  # can't be opened
+    return is_log_file or isinstance(
+        error, MVitVideoError | InstantiationException | OmegaConfBaseException | OSError
     )
-
-
-def _is_first_process() -> bool:
-    from mvit_video.data.ranks import rank_and_size
-
-    return rank_and_size()[0] == 0
 
 
 def _of_several_processes(command: str, arguments: list[str]) -> list[str]:
@@ -161,47 +155,23 @@ def _of_several_processes(command: str, arguments: list[str]) -> list[str]:
     return processes.overrides(arguments)
 
 
-def _exit(command: str, message: str) -> NoReturn:
-    sys.stderr.write(f"mvit-{command}: error: {printable(message)}\n")
+def _output_is_closed(error: Exception) -> bool:
+    """Whether it is the standard output that broke, and not another pipe."""
+    if not isinstance(error, BrokenPipeError):
+        return False
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return bool(poll.poll(0))  # errors are told unasked
+
+
+def _end(status: int) -> NoReturn:
+    """End the process, without what can't be written any more, which Python would try again."""
     try:
-        _flush_output()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except OSError:
-        _drop_output()
-    sys.exit(1)
-
-
-def _flush_output() -> None:
-    if sys.stdout is not None:  # as it is where a shell has closed it
-        sys.stdout.flush()
-
-
-def _drop_output() -> None:
-    """Forget what can't be written any more, which Python would try again at its end."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _quiet_libraries() -> None:
-    """Drop warnings of libraries that a user can do nothing about."""
-    for message in (
-        ".*does not have many workers.*",
-        ".*Checkpoint directory .* exists.*",
-        ".*isinstance.treespec, LeafSpec..*",
-        ".*module.s. in eval mode at the start of training.*",
-        ".*number of training batches .* is smaller than the logging interval.*",
-    ):
-        warnings.filterwarnings("ignore", message)
-
-
-def _write_result(value: Any, problem: str | None) -> None:
-    config = HydraConfig.get()
-    row = {
-        "job": config.job.num,
-        "overrides": list(config.overrides.task),
-        "metric": float(value) if isinstance(value, int | float) and problem is None else None,
-        "error": problem,
-    }
-    with replacing(Path(config.runtime.output_dir) / _RESULT, "w") as file:
-        json.dump(row, file)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(status)
 
 
 class SweepTable(Callback):
@@ -217,21 +187,18 @@ class SweepTable(Callback):
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         folder = Path(config.hydra.sweep.dir)
         files = [f for f in folder.glob(f"**/{_RESULT}") if f.stat().st_mtime_ns != self._before.get(f)]
-        rows = sorted((json.loads(file.read_text()) for file in files), key=lambda row: row["job"])
-        if not rows:
+        results = sorted((json.loads(file.read_text()) for file in files), key=lambda result: result["job"])
+        if not results:
             return
-        common = set.intersection(*(set(row["overrides"]) for row in rows)) if len(rows) > 1 else set()
-        table = [
-            (
-                row["job"],
-                " ".join(override for override in row["overrides"] if override not in common),
-                "" if row["metric"] is None else row["metric"],
-                row["error"] or "",
-            )
-            for row in rows
-        ]
+        common = set.intersection(*(set(r["overrides"]) for r in results)) if len(results) > 1 else set()
+        rows = []
+        for result in results:
+            own = " ".join(override for override in result["overrides"] if override not in common)
+            metric = "" if result["metric"] is None else result["metric"]
+            rows.append((result["job"], own, metric, result["error"] or ""))
+        columns = ("job", "overrides", "metric", "error")
         with replacing(folder / "jobs.csv", "w", newline="") as file:
-            csv.writer(file).writerows([("job", "overrides", "metric", "error"), *table])
-        print_table(f"{folder / 'jobs.csv'}:", ("job", "overrides", "metric", "error"), table)
-        if any(row["error"] for row in rows):
+            csv.writer(file).writerows([columns, *rows])
+        print_table(f"{folder / 'jobs.csv'}:", columns, rows)
+        if any(result["error"] for result in results):
             sys.exit(1)

@@ -1,100 +1,43 @@
-"""What conf/ says of every value: the pages of ``--help`` and docs/configuration.md come from it."""
+"""The pages of ``--help``: every option of a command, from conf/."""
 
 from __future__ import annotations
 
-import re
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 
-_PACKAGE = Path(__file__).parents[1]
-# A wheel carries conf/ inside the package; a checkout has it beside the package.
-CONF_DIR = next(d for d in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if d.is_dir())
+from mvit_video.cli.conf import CONF_DIR, groups, options, read
+from mvit_video.cli.schema import in_yaml
 
-_LINE = re.compile(r"(?P<indent> *)(?P<key>[\w@/.]+):(?: (?P<value>.*?))??(?:  # (?P<comment>.*))?$")
 _WIDTH = 80
-
-
-class Value(NamedTuple):
-    """A line of a configuration: the dotted key, its default and what is said of it."""
-
-    key: str
-    default: str
-    meaning: str
-
-
-def read(path: Path) -> tuple[str, list[Value]]:
-    """What the file says of itself in its first comment, and its values, without Hydra's own."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    about = " ".join(line.removeprefix("# ") for line in _leading_comments(lines))
-    values: list[Value] = []
-    parents: list[str] = []
-    for line in lines:
-        found = _LINE.fullmatch(line)
-        if found is None:
-            continue
-        parents = [*parents[: len(found["indent"]) // 2], found["key"]]
-        if parents[0] in ("defaults", "hydra"):
-            continue
-        if found["value"] or found["comment"]:
-            values.append(Value(".".join(parents), found["value"] or "", found["comment"] or ""))
-    return about, values
-
-
-def _leading_comments(lines: Sequence[str]) -> Iterator[str]:
-    for line in lines:
-        if line.startswith("# @") or not line:
-            continue
-        if not line.startswith("#"):
-            return
-        yield line
-
-
-def groups(command: str) -> dict[str, str | None]:
-    """The config groups of a command and the option that each has by default."""
-    found: dict[str, str | None] = {}
-    for entry in OmegaConf.load(CONF_DIR / f"{command}.yaml").defaults:
-        if isinstance(entry, DictConfig):
-            found |= {str(k): v for k, v in entry.items() if not str(k).startswith("override ")}
-    return found
-
-
-def options(group: str) -> list[str]:
-    """The names that a config group offers."""
-    return sorted(file.stem for file in (CONF_DIR / group).glob("*.yaml") if not file.stem.startswith("_"))
+_ARGUMENTS = {"predict": "[FILE ...] ", "data": "prepare|check ", "info": "[system] "}
 
 
 def help_page(command: str, config: DictConfig) -> str:
     """Every option of a command with its value in ``config``, which has Hydra's part, too; in 80 columns."""
-    own = OmegaConf.load(CONF_DIR / f"{command}.yaml").hydra.help
-    _, values = read(CONF_DIR / f"{command}.yaml")
-    files = "[FILE ...] " if command == "predict" else "prepare|check " if command == "data" else ""
-    lines = [*textwrap.wrap(own.header, _WIDTH), "", f"Usage: mvit-{command} {files}[KEY=VALUE ...]", ""]
+    own, (_, values) = config.hydra.help, read(CONF_DIR / f"{command}.yaml")
+    usage = f"Usage: mvit-{command} {_ARGUMENTS.get(command, '')}[KEY=VALUE ...] [GROUP=OPTION ...]"
+    lines = [*textwrap.wrap(own.header, _WIDTH), "", usage, ""]
     if values:
-        plain = OmegaConf.to_container(config)
-        assert isinstance(plain, dict)
         lines.append("Options, with their defaults")
-        lines += [line for v in values for line in _line(v.key, plain[v.key], v.meaning)]
+        for value in values:
+            lines += _line(value.key, config._get_node(value.key), value.meaning)
         lines.append("")
-    lines.append("Groups (GROUP=OPTION), with the keys of the option that is chosen")
+    lines.append("Groups, with the keys of the option that is chosen")
     for group in groups(command):
-        lines += _group_lines(group, config)
+        lines += ["", *_group_lines(group, config)]
     return "\n".join([*lines, "", own.footer.rstrip()])
 
 
 def _group_lines(group: str, config: DictConfig) -> Iterator[str]:
-    key = group.replace("/", ".")
-    yield ""
-    yield from textwrap.wrap(
-        f"{group}: {', '.join(options(group))}", _WIDTH, initial_indent="  ", subsequent_indent="      "
-    )
+    key, chosen = group.replace("/", "."), config.hydra.runtime.choices.get(group)
+    names = f"{group}: {', '.join(options(group))}"
+    yield from textwrap.wrap(names, _WIDTH, initial_indent="  ", subsequent_indent="      ")
     node = OmegaConf.select(config, key)
     if isinstance(node, DictConfig):
-        files = _files(group, config.hydra.runtime.choices.get(group))
-        meanings = {value.key: value.meaning for file in files for value in read(file)[1] if value.meaning}
+        meanings = {v.key: v.meaning for file in _files(group, chosen) for v in read(file)[1] if v.meaning}
         for name, value in _leaves(OmegaConf.to_container(node)):
             yield from _line(f"{key}.{name}", value, meanings.get(name, ""))
 
@@ -120,17 +63,10 @@ def _leaves(node: object, parent: str = "") -> Iterator[tuple[str, object]]:
 
 
 def _line(key: str, value: object, meaning: str) -> list[str]:
-    head = f"  {key}={'(needed)' if value == '???' else _shown(value)}"
+    head = f"  {key}={'(needed)' if value == '???' else in_yaml(value)}"
     if not meaning:
         return [head]
     pad = " " * 36
     if len(head) > 34:
         return [head, *textwrap.wrap(meaning, _WIDTH, initial_indent=pad, subsequent_indent=pad)]
     return textwrap.wrap(meaning, _WIDTH, initial_indent=f"{head:<36}", subsequent_indent=pad)
-
-
-def _shown(value: object) -> str:
-    """A value as it is typed on a command line."""
-    if isinstance(value, list):
-        return f"[{','.join(map(_shown, value))}]"
-    return {"None": "null", "True": "true", "False": "false"}.get(str(value), str(value))

@@ -35,16 +35,11 @@ def print_model(config: DictConfig) -> None:
     described = describe(model.config)
     rows = []
     for number, stage in enumerate(described.stages, start=1):
-        tokens, q_stride, kv_stride = (
-            "x".join(map(str, grid)) for grid in (stage.tokens, stage.q_stride, stage.kv_stride)
-        )
-        size = (stage.blocks, tokens, stage.channels, stage.num_heads)
-        rows.append((number, *size, q_stride, kv_stride, round(stage.gmacs, 2)))
-    print_table(
-        config.model.name,
-        ("stage", "blocks", "tokens", "channels", "heads", "q stride", "kv stride", "GMACs"),
-        rows,
-    )
+        grids = ["x".join(map(str, grid)) for grid in (stage.tokens, stage.q_stride, stage.kv_stride)]
+        size = (stage.blocks, grids[0], stage.channels, stage.num_heads)
+        rows.append((number, *size, *grids[1:], round(stage.gmacs, 2)))
+    columns = ("stage", "blocks", "tokens", "channels", "heads", "q stride", "kv stride", "GMACs")
+    print_table(config.model.name, columns, rows)
     print(f"{described.parameters:,} parameters, {described.gmacs:.2f} GMACs a view; {model.protocol}")
 
 
@@ -52,9 +47,7 @@ def print_system(_: DictConfig) -> None:
     """Print versions, GPU, and each decoder with its codecs, as this process finds them."""
     no_gpu, no_nvdec = why_no_gpu(), why_no_nvdec()
     gpus = [] if no_gpu else [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    on_gpu = (
-        ("no", no_nvdec) if no_nvdec else (", ".join(_NVDEC_CODECS), "other codecs are decoded on the CPU")
-    )
+    nvdec = ("no", no_nvdec) if no_nvdec else (", ".join(_NVDEC_CODECS), "the CPU decodes other codecs")
     rows = [
         ("machine", f"{platform.machine()}, {os.cpu_count()} CPU cores, {platform.system()}", ""),
         ("Python", platform.python_version(), ""),
@@ -62,7 +55,7 @@ def print_system(_: DictConfig) -> None:
         ("GPU", ", ".join(gpus) or "none", no_gpu or ""),
         ("PyAV", f"{av.__version__}, FFmpeg {av.ffmpeg_version_info}", ""),
         ("PyAV on the CPU", ", ".join(codec for codec in _CODECS if _decodes(codec)), ""),
-        ("PyAV on the GPU (NVDEC)", *on_gpu),
+        ("PyAV on the GPU (NVDEC)", *nvdec),
         ("torchcodec", *_engine("torchcodec", import_torchcodec)),
         ("decord", *_engine("decord", import_decord)),
     ]

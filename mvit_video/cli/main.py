@@ -6,54 +6,48 @@ import importlib
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NoReturn
 
+# What each command runs, by its first argument where it has several jobs: module.function of this package.
+JOBS = {
+    "train": {"": "train.train"},
+    "eval": {"": "eval.evaluate"},
+    "predict": {"": "predict.predict_files"},
+    "info": {"": "info.print_model", "system": "info.print_system"},
+    "data": {"prepare": "data.prepare_index", "check": "data.check_index"},
+    "export": {"": "export.export_and_check"},
+    "demo": {"": "demo.serve"},
+}
 
-def _run(command: str, job: str) -> None:
-    """Run a job, given as ``module.function`` of this package, as a Hydra application."""
+
+def main(command: str) -> None:
+    """Run the job that the command line asks for, as a Hydra application on ``conf/<command>.yaml``."""
+    jobs, arguments = JOBS[command], sys.argv[1:]
+    first = arguments[0] if arguments else ""
+    if first and first in jobs:
+        del arguments[0]
+    elif "" not in jobs and not first.startswith("-"):
+        what = f"unknown command {first!r}" if first else "missing command"
+        sys.stderr.write(f"mvit-{command}: error: {what}: {' or '.join(jobs)}\n")
+        sys.exit(1)
+    module, _, function = jobs.get(first, next(iter(jobs.values()))).partition(".")
+
     with _signals(command) as job_begins:
         from mvit_video.cli import edge
 
         def load() -> Callable[..., Any]:
-            module, _, function = job.partition(".")
-            loaded: Callable[..., Any] = getattr(
-                importlib.import_module(f"mvit_video.cli.{module}"), function
-            )
+            job: Callable[..., Any] = getattr(importlib.import_module(f"mvit_video.cli.{module}"), function)
             job_begins()
-            return loaded
+            return job
 
-        edge.run(command, load, sys.argv[1:])
-
-
-train = partial(_run, "train", "train.train")
-evaluate = partial(_run, "eval", "eval.evaluate")
-predict = partial(_run, "predict", "predict.predict_files")
-export = partial(_run, "export", "export.export_and_check")
-demo = partial(_run, "demo", "demo.serve")
+        edge.run(command, load, arguments)
 
 
-def info() -> None:
-    """The command ``mvit-info``, which describes a model, or behind ``system`` this machine."""
-    if sys.argv[1:2] == ["system"]:
-        del sys.argv[1]
-        _run("info", "info.print_system")
-    else:
-        _run("info", "info.print_model")
-
-
-def data() -> None:
-    """The command ``mvit-data``, whose first argument is a job."""
-    jobs = {"prepare": "data.prepare_index", "check": "data.check_index"}
-    job = sys.argv.pop(1) if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else None
-    if job not in jobs and (job or len(sys.argv) == 1):
-        what = f"unknown command {job!r}" if job else "missing command"
-        sys.stderr.write(f"mvit-data: error: {what}: {' or '.join(jobs)}\n")
-        sys.exit(1)
-    _run("data", jobs[job or "prepare"])
+train, evaluate, predict = partial(main, "train"), partial(main, "eval"), partial(main, "predict")
+info, data, export, demo = (partial(main, name) for name in ("info", "data", "export", "demo"))
 
 
 @contextmanager
@@ -72,17 +66,15 @@ def _signals(command: str) -> Iterator[Callable[[], None]]:
         sys.exit(128 + signal.SIGTERM)
 
     def job_begins() -> None:
-        if interruptible:
+        if before[signal.SIGINT] is signal.default_int_handler:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        if is_main and before[signal.SIGTERM] == signal.SIG_DFL:
+        if before[signal.SIGTERM] == signal.SIG_DFL:
             signal.signal(signal.SIGTERM, end)
 
-    is_main = threading.current_thread() is threading.main_thread()
-    interruptible = is_main and before[signal.SIGINT] is signal.default_int_handler
-    if interruptible:
+    if before[signal.SIGINT] is signal.default_int_handler:
         signal.signal(signal.SIGINT, end_now)
     try:
         yield job_begins
     finally:
-        for number, handler in before.items() if is_main else ():
+        for number, handler in before.items():
             signal.signal(number, handler)

@@ -21,7 +21,7 @@ from conftest import Command, error_line
 import mvit_video as mv
 import mvit_video.evaluation.run as run_module
 from mvit_video.cli.app import override_protocol
-from mvit_video.cli.help import CONF_DIR
+from mvit_video.cli.conf import CONF_DIR
 from mvit_video.data.index import LabelledVideo
 from mvit_video.errors import DataError
 from mvit_video.evaluation.run import score_videos

@@ -12,7 +12,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from mvit_video.cli.app import override_protocol
-from mvit_video.cli.help import CONF_DIR
+from mvit_video.cli.conf import CONF_DIR
 from mvit_video.model.clip_spec import IMAGENET_MEAN, IMAGENET_STD, KINETICS_MEAN, KINETICS_STD
 
 EXPERIMENTS = sorted(path.stem for path in (CONF_DIR / "experiment").glob("*.yaml"))
