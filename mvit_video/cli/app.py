@@ -24,7 +24,14 @@ log = logging.getLogger(__name__)
 
 
 def build(config: Any, **kwargs: Any) -> Any:
-    """``hydra.utils.instantiate`` with plain lists and dicts as arguments."""
+    """``hydra.utils.instantiate`` with plain lists and dicts as arguments.
+
+    Raises ConfigError where nothing says what is built, as in a group of which no option is chosen.
+    """
+    plain = OmegaConf.to_container(config) if OmegaConf.is_dict(config) else None
+    if plain and not any("_target_" in node for node in (plain, *plain.values()) if isinstance(node, dict)):
+        group = config._get_full_key(None)
+        raise ConfigError(f"{group} has values and no option; choose one by {group}=NAME")
     return hydra.utils.instantiate(config, _convert_="all", **kwargs)
 
 

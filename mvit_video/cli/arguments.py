@@ -90,7 +90,8 @@ def quote(argument: str, command: str, *, sweep: bool = False) -> str:
             is_misread = isinstance(read.value(), bool | int | float) or value.startswith("~")
             if not (is_text and is_misread):
                 return value
-        escaped = re.sub(r'(\\*)("|$)', lambda end: end[1] * 2 + '\\"' * bool(end[2]), expand_home(value))
+        value = expand_home(value) if is_text or not kinds else value
+        escaped = re.sub(r'(\\*)("|$)', lambda end: end[1] * 2 + '\\"' * bool(end[2]), value)
         return f'"{escaped}"'
 
     read, values = parsed(argument), text.split(",")

@@ -15,7 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue
 
 from mvit_video.cli.arguments import parsed
-from mvit_video.cli.conf import CONF_DIR, compose, groups, options
+from mvit_video.cli.conf import CONF_DIR, compose, groups, options, read
+from mvit_video.cli.schema import in_yaml
 from mvit_video.errors import did_you_mean
 
 # What other toolkits call a key.
@@ -49,20 +50,34 @@ def one_line(error: BaseException) -> str:
 
 def explain_composition(error: BaseException, command: str, arguments: Sequence[str]) -> str:
     """Why Hydra can't compose a configuration of arguments: an unknown key, option or override."""
-    for argument in arguments if isinstance(error, HydraException | ValueError) else ():
-        key, equals, value = argument.partition("=")
-        if not argument.startswith(("-", "~")) and not (key and equals):
-            return f"{argument!r} isn't KEY=VALUE; mvit-{command} --help shows the keys"
-        if not argument.startswith("-") and parsed(argument) is None:
-            return f"{argument} can't be read; put its text in quotes inside quotes: '{key}=\"...\"'"
-        if key in groups(command) and value in ("null", ""):
-            return f"{argument} isn't possible; {key} has: {', '.join(options(key))}"
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, choice = (error.missing_cfg_file or "").rpartition("/")
         known = [option for option in error.options if not option.startswith("_")]
         return f"{group} has no {choice!r}{did_you_mean(choice, known, '{}')}; it has: {', '.join(known)}"
     unknown = re.search(r"Could not (?:override|delete from config\.) '([^'@]+)'", str(error))
-    return _explain_unknown_key(unknown[1], command, arguments) if unknown else one_line(error)
+    is_overriding = isinstance(error, HydraException | ValueError)
+    faults = (_fault_of(a, command, arguments) for a in arguments if is_overriding and not a.startswith("-"))
+    found = next(filter(None, faults), None)
+    return found or (_explain_unknown_key(unknown[1], command, arguments) if unknown else one_line(error))
+
+
+def _fault_of(argument: str, command: str, arguments: Sequence[str]) -> str | None:
+    """What is wrong with an argument by itself."""
+    key, equals, _ = argument.partition("=")
+    if not key or not (equals or key.startswith("~")):
+        return f"{argument!r} isn't KEY=VALUE; mvit-{command} --help shows the keys"
+    override = parsed(argument)
+    if override is None:
+        return f"{argument} can't be read; put its text in quotes inside quotes: '{key}=\"...\"'"
+    if override.is_sweep_override():
+        is_sweep = {"-m", "--multirun"} & set(arguments)
+        return None if is_sweep else f"{argument} has several values, which --multirun tries in turn"
+    if key in {folder.name for folder in CONF_DIR.iterdir() if folder.is_dir()} - set(groups(command)):
+        return f"mvit-{command} has no group {key!r}; it has: {', '.join(sorted(groups(command)))}"
+    is_name = isinstance(override.value(), str) and override.value() not in ("", "???")
+    if key in groups(command) and not is_name:
+        return f"{argument} isn't possible; {key} has: {', '.join(options(key))}"
+    return None
 
 
 def _explain_unknown_key(key: str, command: str, arguments: Sequence[str]) -> str:
@@ -73,21 +88,27 @@ def _explain_unknown_key(key: str, command: str, arguments: Sequence[str]) -> st
     config = compose(command, list(arguments))
     if not key.startswith("hydra."):
         config = OmegaConf.masked_copy(config, [str(name) for name in config if name != "hydra"])
-    if f"~{key}" in arguments and OmegaConf.select(config, key, default="absent") is None:
+    absent = object()
+    if f"~{key}" in arguments and OmegaConf.select(config, key, default=absent) is None:
         return f"~{key} isn't possible, for it is null; leave it out"
     parent, _, name = key.rpartition(".")
-    node = OmegaConf.select(config, parent) if parent else config
-    if parent and node is None:
+    node = OmegaConf.select(config, parent, default=absent) if parent else config
+    if parent in groups(command) and node is absent:
+        return f"there is no {key!r} without {parent}=...; it has: {', '.join(options(parent))}"
+    if node is absent:
         return _explain_unknown_key(parent, command, arguments)
     if not isinstance(node, DictConfig):
-        return f"there is no {key!r}: {parent} is a value ({node})"
-    known = sorted({str(k) for k in node if k != "_target_"} | (set() if parent else set(groups(command))))
-    if not parent and (CONF_DIR / name).is_dir():
-        return f"mvit-{command} has no group {name!r}; it has: {', '.join(sorted(groups(command)))}"
+        return f"there is no {key!r}: {parent} is a value ({in_yaml(node)})"
     names = (name, _OTHER_NAMES.get(name))
-    deeper = [] if parent else [found for found in _keys(config) if found.rpartition(".")[2] in names]
-    if deeper:
-        nearest = f" (did you mean {' or '.join(deeper[:3])}?)"
+    group, _, rest = key.partition(".")
+    owners = [o for o in options(group) if rest in [v.key for v in read(CONF_DIR / group / f"{o}.yaml")[1]]]
+    near = [found for found in _keys(config) if found.rpartition(".")[2] in names] if not parent else []
+    near += [f"{group}={owner}" for owner in owners]
+    known = sorted(
+        {str(k) for k in node if not str(k).startswith("_")} | set(() if parent else groups(command))
+    )
+    if near:
+        nearest = f" (did you mean {' or '.join(near[:3])}{', which has it' * bool(owners)}?)"
     else:
         nearest = did_you_mean(name, known, f"{parent}.{{}}" if parent else "{}")
     return f"there is no {key!r}{nearest}; {parent or 'the top level'} has: {', '.join(known)}"
