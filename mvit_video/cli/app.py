@@ -28,7 +28,7 @@ def build(config: Any, **kwargs: Any) -> Any:
 
     Raises ConfigError where nothing says what is built, as in a group of which no option is chosen.
     """
-    plain = OmegaConf.to_container(config) if OmegaConf.is_dict(config) else None
+    plain: Any = OmegaConf.to_container(config) if OmegaConf.is_dict(config) else None
     if plain and not any("_target_" in node for node in (plain, *plain.values()) if isinstance(node, dict)):
         group = config._get_full_key(None)
         raise ConfigError(f"{group} has values and no option; choose one by {group}=NAME")
