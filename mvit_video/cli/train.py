@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-import signal
-import sys
 import warnings
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -17,24 +15,21 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.accelerators import CPUAccelerator
-from pytorch_lightning.callbacks import Callback, EarlyStopping, LearningRateMonitor
+from pytorch_lightning.callbacks import LearningRateMonitor
 from pytorch_lightning.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
-from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from mvit_video.cli import app
-from mvit_video.data.bad_videos import BadVideos, allowed_bad_videos
 from mvit_video.data.ranks import rank_and_size, use_own_gpu
 from mvit_video.errors import ConfigError
 from mvit_video.io.fingerprint import Fingerprint, fingerprint
-from mvit_video.io.writing import keep_former, remove_unfinished, sole_writer
-from mvit_video.training import callbacks, processes
-from mvit_video.training.checkpoints import AtomicCheckpoints, LastCheckpoint
-from mvit_video.training.fit import fit, lightning_errors
-from mvit_video.training.metrics import BestCheckpoint, EpochLogger, ResumableMetrics, best_is
-from mvit_video.training.plots import plot_history
+from mvit_video.io.writing import sole_writer
+from mvit_video.training import processes
+from mvit_video.training.checkpoints import AtomicCheckpoints
+from mvit_video.training.fit import lightning_errors
 from mvit_video.training.profiler import StageProfiler
-from mvit_video.training.resume import find_checkpoint, resume
-from mvit_video.training.sharding import AveragedWeights, FullySharded
+from mvit_video.training.resume import find_checkpoint
+from mvit_video.training.run import CHECKPOINTS, make_callbacks, run
+from mvit_video.training.sharding import FullySharded
 from mvit_video.training.task import Training
 
 log = logging.getLogger(__name__)
@@ -55,48 +50,30 @@ def train(config: DictConfig) -> float | None:
     task = importlib.import_module(f"mvit_video.cli.tasks.{config.task}")
     monitor = config.monitor or task.MONITOR
     output = Path(HydraConfig.get().runtime.output_dir)
-    folder = output / "checkpoints"
     with ExitStack() as stack:
         if rank_and_size()[0] == 0:
-            stack.enter_context(sole_writer(folder))
+            stack.enter_context(sole_writer(output / CHECKPOINTS))
         # Everything that can be checked without data is built before data are read.
         pl.seed_everything(config.seed, workers=True, verbose=False)
         use_own_gpu()
         task.check(config)
         resume_from = find_checkpoint(config.ckpt_path, output, own_only=_has_own_folder())
-        history, policy = EpochLogger(), callbacks.BadVideoPolicy()
-        trainer = _build_trainer(config, output, monitor, [ResumableMetrics(), history, policy])
+        trainer = _build_trainer(config, output, monitor)
 
         training: Training = task.train(config, trainer)
-        module = training.module
         for loader in (training.training, training.validation):
             stack.enter_context(closing(loader))
-        if monitor not in (names := [f"val/{name}" for name in module.val_metrics]):
-            raise ConfigError(f"monitor={monitor} is none of the metrics of a validation: {', '.join(names)}")
         if config.compile:
-            module.model.compile()
-        log.info("output directory: %s", output)
-        module.run_fingerprint = _fingerprint(config, training, trainer.world_size)
-        if resume_from is not None:
-            resume(resume_from, module.run_fingerprint, training.training, max_epochs=trainer.max_epochs)
-        if trainer.is_global_zero:
-            remove_unfinished(folder)
-            if resume_from is None or resume_from.parent != folder:
-                keep_former(folder)
-        policy.bad_videos = BadVideos(
-            output / "bad_videos.csv",
-            allowed=allowed_bad_videos(config.max_bad_videos, training.num_files),
-            total=training.num_files,
-            go_on=resume_from is not None or not trainer.is_global_zero,
+            training.module.model.compile()
+        return run(
+            trainer,
+            training,
+            output,
+            monitor=monitor,
+            run_fingerprint=_fingerprint(config, training, trainer.world_size),
+            resume_from=resume_from,
+            max_bad_videos=config.max_bad_videos,
         )
-        try:
-            fit(trainer, module, training.training, training.validation, resume_from)
-        except SIGTERMException:
-            log.warning("stopped by a signal; ckpt_path=last resumes from the last checkpoint")
-            sys.exit(128 + signal.SIGTERM)
-    if trainer.is_global_zero:
-        _report(trainer, history, policy.bad_videos, output, monitor)
-    return history.best(monitor)
 
 
 def _has_own_folder() -> bool:
@@ -119,7 +96,7 @@ def _fingerprint(config: DictConfig, training: Training, world_size: int) -> Fin
     )
 
 
-def _build_trainer(config: DictConfig, output: Path, monitor: str, own: list[Callback]) -> pl.Trainer:
+def _build_trainer(config: DictConfig, output: Path, monitor: str) -> pl.Trainer:
     trainer = config.trainer
     trainer.devices, trainer.num_nodes = processes.choose_devices(trainer.devices, trainer.num_nodes)
     trainer.precision = choose_precision(str(trainer.precision), str(trainer.accelerator))
@@ -127,6 +104,17 @@ def _build_trainer(config: DictConfig, output: Path, monitor: str, own: list[Cal
     sharded = trainer.strategy == "fsdp"
     if sharded and trainer.precision in ("16", "16-mixed"):  # Lightning scales no gradients in shards
         raise ConfigError(f"trainer.precision={trainer.precision} isn't possible with fsdp; bf16-mixed is")
+    if config.early_stopping is not None and trainer.limit_val_batches == 0:
+        raise ConfigError("early_stopping looks at validations, and trainer.limit_val_batches=0 has none")
+    accompanying = make_callbacks(
+        output,
+        monitor,
+        checkpoints=trainer.enable_checkpointing,
+        progress=trainer.enable_progress_bar,
+        save_every_n_steps=config.save_every_n_steps,
+        ema=config.ema,
+        early_stopping=config.early_stopping,
+    )
     loggers = list(app.build(config.logger).values())
     profiler: Any = trainer.profiler and PROFILERS[trainer.profiler](dirpath=output, filename="profile")
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
@@ -136,13 +124,7 @@ def _build_trainer(config: DictConfig, output: Path, monitor: str, own: list[Cal
         built: pl.Trainer = app.build(
             trainer,
             **({"strategy": FullySharded()} if sharded else {}),
-            callbacks=[
-                *own,
-                *_callbacks(config, output, monitor),
-                *([LearningRateMonitor("step")] if loggers else []),
-                callbacks.EstimatedTime(),
-                callbacks.Interrupts(),
-            ],
+            callbacks=[*accompanying, *([LearningRateMonitor("step")] if loggers else [])],
             logger=loggers,
             profiler=StageProfiler() if config.profile else profiler,
             plugins=[AtomicCheckpoints()],
@@ -157,41 +139,9 @@ def _build_trainer(config: DictConfig, output: Path, monitor: str, own: list[Cal
     return built
 
 
-def _callbacks(config: DictConfig, output: Path, monitor: str) -> list[Callback]:
-    """Those that the configuration asks for."""
-    trainer, folder = config.trainer, output / "checkpoints"
-    used: list[Callback] = [callbacks.BatchPicture(output / "batch.png")]
-    if trainer.enable_checkpointing:
-        used += [BestCheckpoint(folder, monitor), LastCheckpoint(folder, config.save_every_n_steps)]
-    if trainer.enable_progress_bar:
-        used.append(callbacks.EpochProgress())
-    if config.ema is not None:
-        used.append(AveragedWeights(decay=config.ema))
-    if config.early_stopping is not None:
-        if trainer.limit_val_batches == 0:
-            raise ConfigError("early_stopping looks at validations, and trainer.limit_val_batches=0 has none")
-        patience = {"patience": config.early_stopping, "check_on_train_epoch_end": False}
-        used.append(EarlyStopping(monitor, mode=best_is(monitor), **patience))
-    return used
-
-
 def choose_precision(precision: str, accelerator: str) -> str:
     """Resolve "auto": bf16-mixed on GPUs that compute with it, else float32."""
     if precision != "auto":
         return precision
     on_gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     return "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
-
-
-def _report(
-    trainer: pl.Trainer, history: EpochLogger, bad_videos: BadVideos, output: Path, monitor: str
-) -> None:
-    if bad_videos.found:
-        plural = "s" if len(bad_videos.found) > 1 else ""
-        log.warning("%d unreadable video%s, listed in %s", len(bad_videos.found), plural, bad_videos.file)
-    if history.epochs:
-        plot_history(history.epochs, output / "learning_curve.png", monitor=monitor)
-        log.info("learning curve: %s", output / "learning_curve.png")
-    best = trainer.checkpoint_callback
-    if isinstance(best, BestCheckpoint) and best.best_model_path:
-        log.info("best checkpoint: %s (%s)", best.best_model_path, history.describe_best(monitor))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any, cast
 
 import pytorch_lightning as pl
@@ -20,7 +20,7 @@ from mvit_video.model import VideoModel
 from mvit_video.training.classification import Classifier
 from mvit_video.training.plots import describe_labels
 from mvit_video.training.recipe import freeze
-from mvit_video.training.resume import videos_sha256
+from mvit_video.training.run import classification_identity
 from mvit_video.training.task import Training
 from mvit_video.weights import load_weights
 
@@ -50,15 +50,7 @@ def train(config: DictConfig, trainer: pl.Trainer) -> Training:
     )
     training, validation = _build_loaders(config, model, splits, trainer)
     _describe(model, splits)
-    identity = {
-        "data": {
-            "classes": splits.class_names,
-            "train": videos_sha256(splits.train.videos),
-            "val": videos_sha256(splits.val.videos),
-        },
-        "clips": asdict(model.protocol),
-        "model": app.model_identity(model.config),
-    }
+    identity = classification_identity(model, splits)
     return Training(classifier, training, validation, len(splits.train) + len(splits.val), identity)
 
 
