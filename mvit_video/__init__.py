@@ -18,13 +18,16 @@ if "OMP_WAIT_POLICY" not in os.environ:
 
 if TYPE_CHECKING:
     from mvit_video.action_detection import ActionDetector, create_action_detector
+    from mvit_video.data.augment import Augment
     from mvit_video.data.decode import open_video
+    from mvit_video.data.index import folder_splits
     from mvit_video.data.sampling import kinetics_frame_indices, segment_frame_indices, spatial_views
     from mvit_video.detection import create_detector, list_detectors
     from mvit_video.errors import CheckpointError, ConfigError, DataError, MVitVideoError, VideoError
     from mvit_video.model import ClipSpec, MViT, MViTConfig, list_models
     from mvit_video.prediction import Prediction, Recognizer, predict
     from mvit_video.pretraining import create_pretrainer, list_pretrainers
+    from mvit_video.training.run import train
     from mvit_video.weights import create_model, from_slowfast, load_model, load_weights
 
     Protocol = ClipSpec
@@ -33,18 +36,22 @@ if TYPE_CHECKING:
 _HOMES = {
     "mvit_video.action_detection": ("ActionDetector", "create_action_detector"),
     "mvit_video.data.decode": ("open_video",),
+    "mvit_video.data.augment": ("Augment",),
+    "mvit_video.data.index": ("folder_splits",),
     "mvit_video.data.sampling": ("kinetics_frame_indices", "segment_frame_indices", "spatial_views"),
     "mvit_video.detection": ("create_detector", "list_detectors"),
     "mvit_video.errors": ("CheckpointError", "ConfigError", "DataError", "MVitVideoError", "VideoError"),
     "mvit_video.model": ("ClipSpec", "MViT", "MViTConfig", "list_models"),
     "mvit_video.prediction": ("Prediction", "Recognizer", "predict"),
     "mvit_video.pretraining": ("create_pretrainer", "list_pretrainers"),
+    "mvit_video.training.run": ("train",),
     "mvit_video.weights": ("create_model", "from_slowfast", "load_model", "load_weights"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "ActionDetector",
+    "Augment",
     "CheckpointError",
     "ClipSpec",
     "ConfigError",
@@ -60,6 +67,7 @@ __all__ = [
     "create_detector",
     "create_model",
     "create_pretrainer",
+    "folder_splits",
     "from_slowfast",
     "kinetics_frame_indices",
     "list_detectors",
@@ -71,6 +79,7 @@ __all__ = [
     "predict",
     "segment_frame_indices",
     "spatial_views",
+    "train",
 ]
 
 

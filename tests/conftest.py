@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import sys
@@ -33,10 +34,13 @@ Command = Callable[..., Result]
 
 
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Command:
+def command(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> Iterator[Command]:
     """Runs a console script in this process, from an empty folder: ``command("train", "data.root=...")``."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    handlers = logging.getLogger().handlers[:]
 
     def run(name: str, *arguments: str) -> Result:
         if name in ("eval", "predict") and not any(str(a).startswith(("precision=", "-")) for a in arguments):
@@ -52,7 +56,8 @@ def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], 
         out, err = capfd.readouterr()
         return Result(code, out, err)
 
-    return run
+    yield run
+    logging.getLogger().handlers[:] = handlers  # Hydra's write to this test's standard output
 
 
 def error_line(result: Result, name: str) -> str:

@@ -57,7 +57,8 @@ def lightning_errors() -> Iterator[None]:
         yield
     except (MisconfigurationException, ValueError, ZeroDivisionError) as error:
         origin = traceback.extract_tb(error.__traceback__)[-1].filename
-        if not isinstance(error, MisconfigurationException) and "pytorch_lightning" not in Path(origin).parts:
+        of_lightning = {"pytorch_lightning", "lightning_fabric"} & set(Path(origin).parts)
+        if not isinstance(error, MisconfigurationException) and not of_lightning:
             raise
         raise ConfigError(f"trainer: {_first_line(error)}") from None
 

@@ -72,8 +72,10 @@ def make_callbacks(
     if ema is not None:
         used.append(AveragedWeights(decay=ema))
     if early_stopping is not None:
-        patience = {"patience": early_stopping, "check_on_train_epoch_end": False}
-        used.append(EarlyStopping(monitor, mode=best_is(monitor), **patience))
+        mode = best_is(monitor)
+        used.append(
+            EarlyStopping(monitor, patience=early_stopping, mode=mode, check_on_train_epoch_end=False)
+        )
     return [*used, callbacks.EstimatedTime(), callbacks.Interrupts()]
 
 

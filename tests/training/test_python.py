@@ -1,0 +1,52 @@
+"""Training from Python: the same run as by command."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import mvit_video as mv
+from mvit_video.training.resume import FINGERPRINT_KEY
+
+QUIET = {"accelerator": "cpu", "log_every_n_steps": 1}
+
+
+def tiny(num_classes: int = 2) -> mv.MViT:
+    torch.manual_seed(0)
+    return mv.create_model(
+        "mvitv2_nano_8x4", num_classes, embed_dim=8, stages=(1, 1), crop_size=32, num_frames=4
+    )
+
+
+def test_a_folder_is_trained_on_and_its_best_weights_predict(two_classes: Path, tmp_path: Path) -> None:
+    splits = mv.folder_splits(two_classes)
+    model = tiny()
+    settings = {"batch_size": 2, "num_workers": 0, "trainer": QUIET}
+    best = mv.train(model, splits, tmp_path / "run", max_epochs=1, **settings)
+    assert model.class_names == splits.class_names
+    assert not model.training
+    (answer,) = mv.predict([splits.val.videos[0].path], mv.load_model(best))
+    assert set(answer.classes) == set(splits.class_names)
+    assert (tmp_path / "run" / "learning_curve.png").stat().st_size > 5000
+
+    mv.train(tiny(), splits, tmp_path / "run", max_epochs=2, resume=True, **settings)
+    twice = mv.train(tiny(), splits, tmp_path / "other", max_epochs=2, **settings)
+    on, whole = (torch.load(file.with_name("last.ckpt"), weights_only=True) for file in (best, twice))
+    assert on["epoch"] == whole["epoch"] == 1
+    assert on[FINGERPRINT_KEY]["data"] == whole[FINGERPRINT_KEY]["data"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"monitor": "val/topp1"}, "val/topp1"),
+        ({"trainer": {"precision": "fp8"}}, "fp8"),
+        ({"num_classes": 3}, "3"),
+    ],
+)
+def test_what_can_not_work_is_named(two_classes: Path, tmp_path: Path, changes: dict, named: str) -> None:
+    model = tiny(changes.pop("num_classes", 2))
+    with pytest.raises(mv.MVitVideoError, match=named):
+        mv.train(
+            model, mv.folder_splits(two_classes), tmp_path, num_workers=0, **{"trainer": QUIET, **changes}
+        )
