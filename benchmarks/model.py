@@ -11,9 +11,9 @@ Parts (all, if none is named):
 
 ``--clock cpu`` counts the processor's seconds instead of the clock's, for a machine that others use at the
 same time. The headline is the share of what the machine's matrix units give: the model's FLOPs over its time,
-over the speed of a product of 2048 x 2048 matrices in the same run. --write records the parts in model.json, by
-kind of machine, and in model.png and README.md. --check measures the eager part anew and fails where a share
-or a ratio is more than a tenth below the one recorded for this kind of machine.
+over the speed of a product of 2048 x 2048 matrices in the same run. --write records the parts in model.json,
+by kind of machine, and in model.png and README.md. --check measures the eager part anew and fails where a
+share or a ratio is more than a tenth below the one recorded for this kind of machine.
 """
 
 from __future__ import annotations
@@ -296,8 +296,8 @@ def render(records: dict[str, Record], machine: str) -> str:
     record = records[machine]
     lines = [HEADING, ""]
     lines += [
-        "One clip of 16 x 224² through MViTv2-S 16x4 and torchvision's `mvit_v2_s`, same weights: the share of",
-        "what the machine's matrix units give (of ours, of torchvision's) and torchvision's time over ours.",
+        "One clip of 16 x 224² through MViTv2-S 16x4 and torchvision's `mvit_v2_s`, same weights: the share",
+        "of what the machine's matrix units give (ours, torchvision's), and torchvision's time over ours.",
         "",
         "| | " + " | ".join(" ".join(name) for name in SETTINGS) + " |",
         "|---" * (len(SETTINGS) + 1) + "|",
