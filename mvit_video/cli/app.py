@@ -88,7 +88,7 @@ def model_identity(config: Any) -> dict[str, Any]:
 
 def override_protocol(protocol: ClipSpec, views: DictConfig) -> ClipSpec:
     """A copy of a protocol with the values of the ``views`` group that aren't null."""
-    values = OmegaConf.to_container(views, resolve=True)
+    values = OmegaConf.to_container(views, resolve=True, throw_on_missing=True)
     assert isinstance(values, dict)
     try:
         return change_views(protocol, {str(k): v for k, v in values.items() if v is not None})

@@ -12,7 +12,7 @@ import math
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -21,16 +21,8 @@ from mvit_video.cli.conf import defaults
 from mvit_video.errors import ConfigError
 
 
-class Kind:
-    """What a value may be; ``str`` says it in words."""
-
-    def fit(self, value: Any) -> Any:
-        """The value as it is meant; ValueError where it isn't of this kind."""
-        raise NotImplementedError
-
-
 @dataclass(frozen=True)
-class Number(Kind):
+class Number:
     """Numbers from ``low`` to ``high``, without an end that is open."""
 
     low: float = 0
@@ -59,7 +51,7 @@ class Number(Kind):
         return f"{kind} {'above' if self.open_low else 'from'} {low} to {'below ' * self.open_high}{high}"
 
 
-class Choice(Kind):
+class Choice:
     """One of a few values."""
 
     def __init__(self, *values: Any) -> None:
@@ -76,7 +68,7 @@ class Choice(Kind):
         return " or ".join(map(in_yaml, self.values))
 
 
-class Text(Kind):
+class Text:
     """Text; what reads as a number or a truth value is meant as text, too."""
 
     def fit(self, value: Any) -> str:
@@ -91,7 +83,7 @@ class Text(Kind):
 
 
 @dataclass(frozen=True)
-class ListOf(Kind):
+class ListOf:
     """A list, of a certain length perhaps; a single value is a list of it."""
 
     entry: Kind
@@ -107,126 +99,99 @@ class ListOf(Kind):
         return f"a list [...] of {f'{self.length} entries, each ' if self.length else ''}({self.entry})"
 
 
+# What a value may be: ``fit`` gives it as it is meant, or raises ValueError; ``str`` says it in words.
+Kind: TypeAlias = Number | Choice | Text | ListOf
+
 TEXT, FLAG, NULL = Text(), Choice(True, False), Choice(None)
 NUMBER, NOT_NEGATIVE, POSITIVE = Number(-math.inf), Number(), Number(open_low=True)
 SHARE = Number(0, 1)
 SHARE_ABOVE_0, SHARE_BELOW_1 = Number(0, 1, open_low=True), Number(0, 1, open_high=True)
 # Upper ends keep a slip of the finger from filling the memory or starting thousands of threads.
 WHOLE, COUNT, FEW = Number(0, 1e6, whole=True), Number(1, 1e6, whole=True), Number(1, 10_000, whole=True)
-RATE = Number(0, 10_000, open_low=True)
-SEED = Number(0, 2**32 - 1, whole=True)
 
-_LIMITS: dict[str, dict[str, tuple[Kind, ...]]] = {
-    "": {
-        "batch_size topk runs": (COUNT,),
-        "save_every_n_steps": (COUNT, NULL),
-        "actors": (FEW,),
-        "num_workers": (Number(0, 1024, whole=True),),
-        "early_stopping worst_mistakes": (WHOLE,),
-        "weights": (TEXT, NULL),
-        "max_bad_videos": (SHARE_BELOW_1, WHOLE),
-        "seed": (SEED,),
-        "port": (Number(0, 65535, whole=True), NULL),
-        "window stride tolerance max_megabytes max_seconds": (POSITIVE,),
-        "follow": (NOT_NEGATIVE,),
-        "frame_rate": (RATE,),
-        "min_score": (SHARE,),
-        "ema": (Number(0, 1, open_low=True, open_high=True),),
-        "loader": (Choice("auto", "threads", "workers"),),
-        "head": (Choice("strict", "new"),),
-        "task": (Choice("classification", "detection", "action_detection", "pretraining"),),
-        "precision": (Choice("auto", "bf16", "fp32"),),
-        "split": (Choice("train", "val", "test"),),
-        "combine": (Choice("mean", "max", "logits"),),
-        "format": (Choice("json", "jsonl", "csv", "parquet"),),
-        "explain": (Choice("gradcam", "rollout"),),
-        "engine": (Choice("local", "ray"),),
-        "save": (ListOf(Choice("png", "srt", "vtt", "video")),),
-        "videos": (ListOf(TEXT),),
-        "freeze scores class_names": (TEXT, ListOf(TEXT)),
-    },
-    "model": {
-        "num_frames crop_size embed_dim num_heads": (FEW,),
-        "stages": (ListOf(Number(1, 1000, whole=True)),),
-        "mlp_ratio": (Number(0, 1000, open_low=True),),
-        "pool_kernel": (Choice("stride"), ListOf(FEW, 3)),
-        "patch_kernel patch_stride q_stride kv_stride window": (ListOf(FEW, 3),),
-        "patch_padding": (ListOf(WHOLE, 3),),
-        "q_strides kv_strides": (ListOf(ListOf(WHOLE)),),
-        "dim_mul head_mul": (ListOf(ListOf(NUMBER)),),
-        "qkv_bias patch_2d pool_first pool_q_every_block separate_qkv window_padding class_token": (FLAG,),
-        "mean_pooling residual_pooling rel_pos_temporal rel_pos_spatial rel_pos_zero_init": (FLAG,),
-        "norm_stem dim_mul_in_attention checkpoint_blocks": (FLAG,),
-        "dropout drop_path head_dropout": (SHARE_BELOW_1,),
-        "head_init_scale": (NOT_NEGATIVE,),
-    },
-    "data": {
-        "frame_lists": (ListOf(TEXT, 2),),
-        "class_names": (TEXT, ListOf(TEXT)),
-        "val_fraction": (SHARE_BELOW_1,),
-        "max_missing": (SHARE,),
-        "fold": (Number(1, 3, whole=True),),
-        "seed": (SEED,),
-    },
-    "views": {
-        "clip_frames stride num_clips short_side crop": (FEW,),
-        "target_fps": (RATE,),
-        "sampling": (Choice("uniform", "segment", "torchvision"),),
-        "pixels": (Choice("slowfast", "torchvision", "image"),),
-        "num_crops": (Choice(1, 3),),
-        "mean": (ListOf(NUMBER, 3),),
-        "std": (ListOf(POSITIVE, 3),),
-    },
-    "decoder": {
-        "backend": (Choice("auto", "pyav", "torchcodec", "decord"),),
-        "frame_rate": (RATE,),
-        "max_pixels": (Number(1, 1e12, whole=True),),
-    },
-    "augment": {
-        "short_side erase_count": (FEW,),
-        "fill": (ListOf(Number(0, 255, whole=True), 3),),
-        "colour_jitter flip_probability erase_probability": (SHARE,),
-        "area": (ListOf(SHARE_ABOVE_0, 2),),
-        "aspect": (ListOf(POSITIVE, 2),),
-        "short_side_range": (ListOf(FEW, 2),),
-        "repeats": (Number(1, 1000, whole=True),),
-    },
-    "mixing": {"probability switch_probability": (SHARE,)},
-    "optim": {
-        "optimizer.betas": (ListOf(SHARE_BELOW_1, 2),),
-        "optimizer.momentum warmup label_smoothing": (SHARE_BELOW_1,),
-        "layer_decay": (SHARE_ABOVE_0,),
-        "lr_batch_size": (COUNT,),
-    },
-    "trainer": {
-        "devices": (Number(-1, 100_000, whole=True), ListOf(WHOLE), TEXT),
-        "num_nodes accumulate_grad_batches": (COUNT,),
-        "check_val_every_n_epoch": (COUNT, NULL),
-        "fast_dev_run": (FLAG, WHOLE),
-        "max_epochs": (Number(-1, 1e6, whole=True), NULL),
-        "num_sanity_val_steps": (Number(-1, 1e6, whole=True),),
-        "min_epochs": (WHOLE,),
-        "max_steps": (Number(-1, 1e12, whole=True),),
-        "min_steps": (Number(0, 1e12, whole=True),),
-        "limit_train_batches val_check_interval": (SHARE_ABOVE_0, COUNT),
-        "limit_val_batches overfit_batches": (SHARE, WHOLE),
-        "gradient_clip_val": (NOT_NEGATIVE, NULL),
-        "gradient_clip_algorithm": (Choice("norm", "value"),),
-        "deterministic": (FLAG, Choice("warn")),
-        "benchmark": (FLAG,),
-        "profiler": (Choice("simple", "advanced", "pytorch"),),
-        "precision": (
-            Choice(
-                *("auto", "64", "64-true", "32", "32-true", "16", "16-mixed", "16-true"),
-                *("bf16", "bf16-mixed", "bf16-true", "transformer-engine", "transformer-engine-float16"),
-            ),
-        ),
-    },
-}  # fmt: skip
+# By name, which means the same wherever a key of that name stands, or by the whole key where it doesn't.
+_LIMITS: dict[str, Kind | tuple[Kind, ...]] = {
+    # whole numbers
+    "batch_size topk runs num_nodes accumulate_grad_batches lr_batch_size": COUNT,
+    "save_every_n_steps check_val_every_n_epoch": (COUNT, NULL),
+    "num_frames crop_size embed_dim num_heads clip_frames views.stride num_clips short_side crop": FEW,
+    "erase_count actors": FEW,
+    "early_stopping worst_mistakes min_epochs": WHOLE,
+    "seed": Number(0, 2**32 - 1, whole=True),
+    "num_workers": Number(0, 1024, whole=True),
+    "port": (Number(0, 65535, whole=True), NULL),
+    "repeats": Number(1, 1000, whole=True),
+    "fold": Number(1, 3, whole=True),
+    "max_pixels": Number(1, 1e12, whole=True),
+    "max_epochs": (Number(-1, 1e6, whole=True), NULL),
+    "num_sanity_val_steps": Number(-1, 1e6, whole=True),
+    "max_steps": Number(-1, 1e12, whole=True),
+    "min_steps": Number(0, 1e12, whole=True),
+    "devices": (Number(-1, 100_000, whole=True), ListOf(WHOLE), TEXT),
+    # numbers
+    "window stride tolerance max_megabytes max_seconds": POSITIVE,
+    "frame_rate target_fps": Number(0, 10_000, open_low=True),
+    "mlp_ratio": Number(0, 1000, open_low=True),
+    "head_init_scale follow": NOT_NEGATIVE,
+    "gradient_clip_val": (NOT_NEGATIVE, NULL),
+    "min_score max_missing colour_jitter flip_probability erase_probability": SHARE,
+    "probability switch_probability": SHARE,
+    "dropout drop_path head_dropout val_fraction momentum warmup label_smoothing": SHARE_BELOW_1,
+    "layer_decay": SHARE_ABOVE_0,
+    "ema": Number(0, 1, open_low=True, open_high=True),
+    # shares or counts
+    "max_bad_videos": (SHARE_BELOW_1, WHOLE),
+    "limit_train_batches val_check_interval": (SHARE_ABOVE_0, COUNT),
+    "limit_val_batches overfit_batches": (SHARE, WHOLE),
+    # lists
+    "save": ListOf(Choice("png", "srt", "vtt", "video")),
+    "videos": ListOf(TEXT),
+    "frame_lists": ListOf(TEXT, 2),
+    "stages": ListOf(Number(1, 1000, whole=True)),
+    "patch_kernel patch_stride q_stride kv_stride model.window": ListOf(FEW, 3),
+    "pool_kernel": (Choice("stride"), ListOf(FEW, 3)),
+    "patch_padding": ListOf(WHOLE, 3),
+    "q_strides kv_strides": ListOf(ListOf(WHOLE)),
+    "dim_mul head_mul": ListOf(ListOf(NUMBER)),
+    "mean": ListOf(NUMBER, 3),
+    "std": ListOf(POSITIVE, 3),
+    "fill": ListOf(Number(0, 255, whole=True), 3),
+    "area": ListOf(SHARE_ABOVE_0, 2),
+    "aspect": ListOf(POSITIVE, 2),
+    "short_side_range": ListOf(FEW, 2),
+    "betas": ListOf(SHARE_BELOW_1, 2),
+    # text
+    "weights data.videos": (TEXT, NULL),
+    "freeze scores class_names": (TEXT, ListOf(TEXT)),
+    # choices
+    "qkv_bias patch_2d pool_first pool_q_every_block separate_qkv window_padding class_token": FLAG,
+    "mean_pooling residual_pooling rel_pos_temporal rel_pos_spatial rel_pos_zero_init norm_stem": FLAG,
+    "dim_mul_in_attention checkpoint_blocks benchmark": FLAG,
+    "deterministic": (FLAG, Choice("warn")),
+    "fast_dev_run": (FLAG, WHOLE),
+    "task": Choice("classification", "detection", "action_detection", "pretraining"),
+    "loader": Choice("auto", "threads", "workers"),
+    "head": Choice("strict", "new"),
+    "precision": Choice("auto", "bf16", "fp32"),
+    "trainer.precision": Choice(
+        *("auto", "64", "64-true", "32", "32-true", "16", "16-mixed", "16-true", "bf16", "bf16-mixed"),
+        *("bf16-true", "transformer-engine", "transformer-engine-float16"),
+    ),
+    "split": Choice("train", "val", "test"),
+    "combine": Choice("mean", "max", "logits"),
+    "format": Choice("json", "jsonl", "csv", "parquet"),
+    "explain": Choice("gradcam", "rollout"),
+    "engine": Choice("local", "ray"),
+    "sampling": Choice("uniform", "segment", "torchvision"),
+    "pixels": Choice("slowfast", "torchvision", "image"),
+    "num_crops": Choice(1, 3),
+    "backend": Choice("auto", "pyav", "torchcodec", "decord"),
+    "gradient_clip_algorithm": Choice("norm", "value"),
+    "profiler": Choice("simple", "advanced", "pytorch"),
+}
 LIMITS = {
-    f"{group}.{name}".lstrip("."): kinds
-    for group, limits in _LIMITS.items()
-    for names, kinds in limits.items()
+    name: kinds if isinstance(kinds, tuple) else (kinds,)
+    for names, kinds in _LIMITS.items()
     for name in names.split()
 }
 _BY_TYPE: dict[type, Kind] = {bool: FLAG, int: WHOLE, float: NOT_NEGATIVE, str: TEXT}
@@ -237,11 +202,12 @@ def kinds_of(command: str) -> dict[str, tuple[Kind, ...]]:
     """What each dotted key of a command may be."""
     found: dict[str, list[Kind]] = {}
     for key, written in defaults(command):
-        kinds = found.setdefault(key, list(LIMITS.get(key, ())))
+        limits = LIMITS.get(key) or LIMITS.get(key.rpartition(".")[2], ())
+        kinds = found.setdefault(key, list(limits))
         default = yaml.safe_load(written)
         if default is None:
             kinds.append(NULL)
-        elif key not in LIMITS:
+        elif not limits:
             kinds.append(_BY_TYPE[type(default)])
     return {
         key: tuple(dict.fromkeys([TEXT, NULL] if set(kinds) == {NULL} else kinds))

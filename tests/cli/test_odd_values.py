@@ -85,6 +85,7 @@ def test_any_value_ends_well_or_with_one_line(
         ("data", "~index", "~index"),
         ("export", "model.patch_2d=true", "without model="),
         ("export", "views=???", "5x1"),
+        ("export", "views.num_clips=???", "views.num_clips isn't set"),
         ("export", "weights.x=1", "weights is a value (null)"),
         ("demo", "+model.dropout=0", "model=NAME"),
         ("demo", "port=1e9", "port is 1000000000"),
