@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from pathlib import Path
 
@@ -99,7 +98,7 @@ def test_mistakes_get_one_clear_line(
 def test_defaults_of_the_trainer_can_be_left_to_lightning(
     command: Command, two_classes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(importlib.import_module("mvit_video.cli.train"), "fit", lambda *_: None)
+    monkeypatch.setattr("mvit_video.training.run.fit", lambda *_: None)
     arguments = [f"data.root={two_classes}", "model=mvitv2_nano_8x4", "num_workers=0"]
     result = command("train", *arguments, "~trainer.max_epochs", "~trainer.accumulate_grad_batches")
     assert result.code == 0, result.err

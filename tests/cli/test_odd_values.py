@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import random
 from pathlib import Path
@@ -42,7 +41,7 @@ def odd_lines(count: int) -> list[tuple[str, str]]:
 def works(two_classes: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
     """Arguments that are right for each command, which ends where the long part of its work would begin."""
     metadata = json.dumps(model_metadata(mv.load_model(checkpoint)))
-    monkeypatch.setattr(importlib.import_module("mvit_video.cli.train"), "fit", lambda *_: None)
+    monkeypatch.setattr("mvit_video.training.run.fit", lambda *_: None)
     monkeypatch.setattr("mvit_video.cli.demo.launch", lambda *_, **__: None)
     monkeypatch.setattr("mvit_video.cli.export.export_model", lambda *_, **__: None)
     monkeypatch.setattr(
