@@ -24,6 +24,7 @@ Item = TypeVar("Item")
 # Control and formatting characters (some turn the direction of text), lone surrogates, and ends of lines.
 _UNSAFE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 _JOINERS = "\u200c\u200d"  # scripts and emoji need them
+_HYDRA_FORMAT = "[%(asctime)s][%(name)s][%(levelname)s] - %(message)s"
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a cell that begins so is one in every spreadsheet
 
 
@@ -68,23 +69,32 @@ def caption(text: str) -> str:
 
 
 class SafeFormatter(logging.Formatter):
-    """Another formatter's messages, ``printable`` but for line ends."""
+    """Another formatter's messages, ``printable`` but for line ends; without one, messages alone."""
 
     def __init__(self, inner: logging.Formatter | None = None) -> None:
-        super().__init__()
-        self._inner = inner or logging.Formatter()
+        super().__init__("%(message)s")
+        self._inner = inner
 
     def format(self, record: logging.LogRecord) -> str:
         """See ``logging.Formatter.format``."""
-        return printable(self._inner.format(record), keep="\n\t")
+        text = self._inner.format(record) if self._inner else super().format(record)
+        if self._inner is None and record.levelno >= logging.WARNING:
+            text = f"{record.levelname.lower()}: {text}"
+        return printable(text, keep="\n\t")
 
 
 def protect_terminal() -> None:
-    """Make the log and the standard streams safe for text from outside, in any locale."""
+    """Make the log and the standard streams safe for text from outside, in any locale.
+
+    A terminal is shown messages alone where Hydra's own format, of 66 columns before them, wasn't replaced.
+    """
     accept_all_text()
     for handler in logging.getLogger().handlers:
-        if not isinstance(handler.formatter, SafeFormatter):
-            handler.setFormatter(SafeFormatter(handler.formatter))
+        inner, stream = handler.formatter, getattr(handler, "stream", None)
+        if not isinstance(inner, SafeFormatter):
+            is_hydras = getattr(inner, "_fmt", None) == _HYDRA_FORMAT
+            is_terminal = stream is not None and stream.isatty()
+            handler.setFormatter(SafeFormatter(None if is_hydras and is_terminal else inner))
 
 
 def accept_all_text() -> None:

@@ -15,6 +15,7 @@ from mvit_video.io.console import (
     csv_cell,
     print_table,
     printable,
+    protect_terminal,
     valid_text,
 )
 
@@ -41,6 +42,28 @@ def test_what_acts_on_a_terminal_is_made_visible(text: str, shown: str) -> None:
 def test_a_message_of_several_lines_keeps_them() -> None:
     record = logging.LogRecord("a", logging.INFO, "", 0, "weights:\n%s", ("\x1b[2Jx",), None)
     assert SafeFormatter().format(record) == "weights:\n\\x1b[2Jx"
+
+
+@pytest.mark.parametrize(
+    ("is_terminal", "format", "lines"),
+    [
+        (True, "[%(asctime)s][%(name)s][%(levelname)s] - %(message)s", "epoch 1/2\nwarning: one\\x1b\n"),
+        (False, "%(levelname)s - %(message)s", "INFO - epoch 1/2\nWARNING - one\\x1b\n"),
+        (True, "%(levelname)s - %(message)s", "INFO - epoch 1/2\nWARNING - one\\x1b\n"),  # a user's own
+    ],
+)
+def test_a_terminal_shows_messages_alone(
+    monkeypatch: pytest.MonkeyPatch, is_terminal: bool, format: str, lines: str
+) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "isatty", lambda: is_terminal, raising=False)
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(logging.Formatter(format))
+    monkeypatch.setattr(logging.getLogger(), "handlers", [handler])
+    protect_terminal()
+    for level, text in ((logging.INFO, "epoch 1/2"), (logging.WARNING, "one\x1b")):
+        logging.getLogger().handle(logging.LogRecord("a", level, "", 0, text, (), None))
+    assert stream.getvalue() == lines
 
 
 @pytest.mark.parametrize("begin", list("=+-@\t\r"))
