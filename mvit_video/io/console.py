@@ -24,7 +24,7 @@ Item = TypeVar("Item")
 # Control and formatting characters (some turn the direction of text), lone surrogates, and ends of lines.
 _UNSAFE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 _JOINERS = "\u200c\u200d"  # scripts and emoji need them
-_HYDRA_FORMAT = "[%(asctime)s][%(name)s][%(levelname)s] - %(message)s"
+_HYDRA_FORMATS = ("[%(asctime)s][%(name)s][%(levelname)s] - %(message)s", "%(message)s")
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a cell that begins so is one in every spreadsheet
 
 
@@ -86,13 +86,13 @@ class SafeFormatter(logging.Formatter):
 def protect_terminal() -> None:
     """Make the log and the standard streams safe for text from outside, in any locale.
 
-    A terminal is shown messages alone where Hydra's own format, of 66 columns before them, wasn't replaced.
+    A terminal is shown messages alone where Hydra's own format, of up to 66 columns before them, wasn't replaced.
     """
     accept_all_text()
     for handler in logging.getLogger().handlers:
         inner, stream = handler.formatter, getattr(handler, "stream", None)
         if not isinstance(inner, SafeFormatter):
-            is_hydras = getattr(inner, "_fmt", None) == _HYDRA_FORMAT
+            is_hydras = getattr(inner, "_fmt", None) in _HYDRA_FORMATS
             is_terminal = stream is not None and stream.isatty()
             handler.setFormatter(SafeFormatter(None if is_hydras and is_terminal else inner))
 
