@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from hydra.errors import (
     ConfigCompositionException,
@@ -16,7 +16,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandat
 
 from mvit_video.cli.arguments import parsed
 from mvit_video.cli.conf import CONF_DIR, compose, groups, options, read
-from mvit_video.cli.schema import in_yaml
+from mvit_video.cli.schema import in_yaml, kinds_of
 from mvit_video.errors import did_you_mean
 
 # What other toolkits call a key.
@@ -99,23 +99,26 @@ def _explain_unknown_key(key: str, command: str, arguments: Sequence[str]) -> st
         return _explain_unknown_key(parent, command, arguments)
     if not isinstance(node, DictConfig):
         return f"there is no {key!r}: {parent} is a value ({in_yaml(node)})"
-    names = (name, _OTHER_NAMES.get(name))
-    group, _, rest = key.partition(".")
-    owners = [o for o in options(group) if rest in [v.key for v in read(CONF_DIR / group / f"{o}.yaml")[1]]]
-    near = [found for found in _keys(config) if found.rpartition(".")[2] in names] if not parent else []
-    near += [f"{group}={owner}" for owner in owners]
-    known = sorted(
-        {str(k) for k in node if not str(k).startswith("_")} | set(() if parent else groups(command))
+    known = {str(k) for k in node if not str(k).startswith("_")}
+    if parent:
+        near = _owners(key) or did_you_mean(name, known, f"{parent}.{{}}")
+        return f"there is no {key!r}{near}; {parent} has: {', '.join(sorted(known))}"
+    names = {name, _OTHER_NAMES.get(name)}
+    same = [k for k in (*kinds_of(command), *groups(command)) if k.rpartition(".")[2] in names]
+    near = (
+        f" (did you mean {' or '.join(same[:3])}?)"
+        if same
+        else did_you_mean(name, {*known, *groups(command)}, "{}")
     )
-    if near:
-        nearest = f" (did you mean {' or '.join(near[:3])}{', which has it' * bool(owners)}?)"
-    else:
-        nearest = did_you_mean(name, known, f"{parent}.{{}}" if parent else "{}")
-    return f"there is no {key!r}{nearest}; {parent or 'the top level'} has: {', '.join(known)}"
+    return f"there is no {key!r}{near}; mvit-{command} --help shows the keys"
 
 
-def _keys(config: DictConfig, parent: str = "") -> Iterator[str]:
-    for name in map(str, config):
-        yield f"{parent}{name}"
-        if not OmegaConf.is_missing(config, name) and isinstance(config._get_node(name), DictConfig):
-            yield from _keys(config[name], f"{parent}{name}.")
+def _owners(key: str) -> str:
+    """The options of the key's group that have it, as a question in brackets."""
+    group, _, rest = key.partition(".")
+    found = [
+        f"{group}={option}"
+        for option in options(group)
+        if any(f"{v.key}.".startswith(f"{rest}.") for v in read(CONF_DIR / group / f"{option}.yaml")[1])
+    ]
+    return f" (did you mean {' or '.join(found[:3])}, which has it?)" if found else ""

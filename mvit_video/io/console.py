@@ -86,7 +86,7 @@ class SafeFormatter(logging.Formatter):
 def protect_terminal() -> None:
     """Make the log and the standard streams safe for text from outside, in any locale.
 
-    A terminal is shown messages alone where Hydra's own format, of up to 66 columns before them, wasn't replaced.
+    A terminal is shown messages alone, unless a format other than Hydra's (66 columns of its own) is set.
     """
     accept_all_text()
     for handler in logging.getLogger().handlers:
