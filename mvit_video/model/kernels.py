@@ -9,7 +9,7 @@ Modules that somebody replaced, or hung hooks on, are called as they are.
 from __future__ import annotations
 
 import math
-from typing import TypeGuard, TypeVar, cast
+from typing import Any, TypeGuard, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,6 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from mvit_video.model import cpu_kernels
 
-Size = tuple[int, int, int]
 Kind = TypeVar("Kind", bound=nn.Module)
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -67,12 +66,10 @@ def pool_heads(pool: nn.Module, x: Tensor) -> Tensor:
     batch, heads, width = x.shape[0], x.shape[-2], x.shape[-1]
     if x.device.type == "cpu" and _is_unmodified(pool, nn.Conv3d) and pool.weight.shape[1] == 1:
         volume, weight = x.flatten(-2).permute(0, 4, 1, 2, 3), pool.weight.repeat(heads, 1, 1, 1, 1)
-        stride, padding = cast(Size, pool.stride), cast(Size, pool.padding)
+        convolve: Any = cpu_kernels.plain_depthwise_conv3d
         if torch.is_grad_enabled() and _has_cpu_kernels(x, weight, dtypes=(*_FAST, torch.float64)):
-            volume, weight = _autocast(volume, weight)
-            volume = cpu_kernels.depthwise_conv3d(volume, weight, stride, padding)
-        else:
-            volume = F.conv3d(volume, weight, None, stride, padding, groups=heads * width)
+            convolve, (volume, weight) = cpu_kernels.depthwise_conv3d, _autocast(volume, weight)
+        volume = convolve(volume, weight, pool.stride, pool.padding)
         return volume.permute(0, 2, 3, 4, 1).unflatten(-1, (heads, width))
     volume = pool(x.permute(0, 4, 5, 1, 2, 3).flatten(0, 1).contiguous())  # (B * n, c, T, H, W)
     return volume.unflatten(0, (batch, heads)).permute(0, 3, 4, 5, 1, 2)
@@ -103,17 +100,17 @@ def attend(
     """
     if q_positions is None or k_positions is None:
         q_positions, k_positions = q[..., :0], q.new_empty(k.shape[1], 0)
-    tensors = (q, k, v, q_positions, k_positions)
+    tensors = (q, k, v, q_positions, k_positions.detach())
     if mask is None and _has_cpu_kernels(*tensors, dtypes=(*_FAST, torch.float64)):
-        q, k, v, q_positions, k_positions = _autocast(*tensors)
-        return cpu_kernels.attention(q, k, v, q_positions, k_positions.detach(), scale, num_prefix_tokens)
+        return cpu_kernels.attention(*_autocast(*tensors), scale, num_prefix_tokens)
     if is_transformed():  # torch's fused attention has no derivatives of these kinds
         return cpu_kernels.plain_attention(*tensors, scale, num_prefix_tokens, mask)
     q_aug, k_aug = augment_qk(q, k, q_positions, k_positions, scale)
     # Fused kernels want q, k and v of one width that is a multiple of 8.
     width = math.ceil(max(q_aug.shape[-1], v.shape[-1]) / 8) * 8
-    q_aug, k_aug, v_padded = (_pad_width(x.transpose(1, 2), width) for x in (q_aug, k_aug, v))
-    x = F.scaled_dot_product_attention(q_aug, k_aug, v_padded, mask, scale=1.0)
+    padded = [x.transpose(1, 2) for x in (q_aug, k_aug, v)]
+    padded = [F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in padded]
+    x = F.scaled_dot_product_attention(*padded, mask, scale=1.0)
     return cpu_kernels.add_residual(x[..., : v.shape[-1]].transpose(1, 2), q, num_prefix_tokens)
 
 
@@ -171,7 +168,3 @@ def _autocast(*tensors: Tensor | None) -> tuple[Tensor, ...]:
         dtype = torch.get_autocast_dtype("cpu")
         tensors = tuple(x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors)
     return cast(tuple[Tensor, ...], tensors)
-
-
-def _pad_width(x: Tensor, width: int) -> Tensor:
-    return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))

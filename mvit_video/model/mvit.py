@@ -25,7 +25,7 @@ from mvit_video.model.config import (
     same_padding,
 )
 from mvit_video.model.kernels import Linear
-from mvit_video.model.positions import joint_table, position_parameters, resize_table
+from mvit_video.model.positions import ABSOLUTE_TABLES, absolute_lengths, joint_table, resize_table
 
 
 class MViT(VideoModel):
@@ -55,9 +55,10 @@ class MViT(VideoModel):
         self.patch_embed = PatchEmbed(config)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.embed_dim)) if config.class_token else None
         self.grid = floor_divide(config.input_size, config.patch_stride)  # of the absolute positions
-        positions = position_parameters(config.abs_pos, config.embed_dim, self.grid, config.class_token)
-        for name in ("pos_embed", "pos_embed_spatial", "pos_embed_temporal", "pos_embed_class"):
-            self.register_parameter(name, positions.get(name))
+        lengths = absolute_lengths(config, self.grid)
+        for name in ABSOLUTE_TABLES:
+            table = nn.Parameter(torch.zeros(1, lengths[name], config.embed_dim)) if name in lengths else None
+            self.register_parameter(name, table)
         self.dropout = nn.Dropout(config.dropout)
         self.norm_stem = nn.LayerNorm(config.embed_dim, eps=NORM_EPS) if config.norm_stem else None
 
@@ -153,20 +154,26 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, config: MViTConfig) -> None:
         super().__init__()
-        kernel, stride, padding = config.patch_kernel, config.patch_stride, config.patch_pad
-        if config.patch_2d:
-            self.proj: nn.Conv2d | nn.Conv3d = nn.Conv2d(
-                3, config.embed_dim, kernel[1:], stride[1:], padding[1:]
-            )
-        else:
-            self.proj = nn.Conv3d(3, config.embed_dim, kernel, stride, padding)
+        self.is_2d, self.kernel, self.padding = config.patch_2d, config.patch_kernel, config.patch_pad
+        axes = slice(int(self.is_2d), None)
+        convolution = nn.Conv2d if self.is_2d else nn.Conv3d
+        sizes = self.kernel[axes], config.patch_stride[axes], self.padding[axes]
+        self.proj = convolution(3, config.embed_dim, *sizes)
 
     def forward(self, clips: Tensor) -> tuple[Tensor, Grid]:
-        """(B, 3, T, H, W) -> tokens (B, T'*H'*W', C) and their grid."""
-        if isinstance(self.proj, nn.Conv2d):  # frame by frame
-            weight, bias = self.proj.weight.unsqueeze(2), self.proj.bias
-            stride, padding = (1, *self.proj.stride), (0, *self.proj.padding)
-            x = F.conv3d(clips, weight, bias, stride, padding)
+        """(B, 3, T, H, W) -> tokens (B, T'*H'*W', C) and their grid.
+
+        Raises ValueError for clips that are smaller than a patch.
+        """
+        size = zip(clips.shape[2:], self.kernel, self.padding, strict=True)
+        if any(length + 2 * pad < kernel for length, kernel, pad in size):
+            raise ValueError(
+                f"clips of {tuple(clips.shape[2:])} frames and pixels are smaller than patch_kernel "
+                f"{self.kernel}, with patch_padding {self.padding}"
+            )
+        if self.is_2d:  # frame by frame
+            frames = self.proj(clips.transpose(1, 2).flatten(0, 1))  # (B * T, C, H', W')
+            x = frames.unflatten(0, (-1, clips.shape[2])).transpose(1, 2)
         else:
             x = self.proj(clips)  # (B, C, T', H', W')
         _, _, t, h, w = x.shape

@@ -245,7 +245,7 @@ def test_compilers_are_told_the_layouts_of_linear_layers(width: int, gelu_input:
     x, weight, grad = (t.to(dtype) for t in random((2, 70, 12), (width, 12), (2, 70, width)))
     torch.library.opcheck(cpu_kernels.linear, (x, weight, None, gelu_input), test_utils="test_faketensor")
     torch.library.opcheck(
-        cpu_kernels._linear_backward, (grad, x, weight, gelu_input), test_utils="test_faketensor"
+        cpu_kernels._linear_backward, (grad, x, weight, None, gelu_input), test_utils="test_faketensor"
     )
 
 
@@ -268,14 +268,14 @@ def test_compiled_kernels_are_the_eager_ones(pair) -> None:
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("needed", [(True, True), (True, False), (False, True)])
 @pytest.mark.parametrize("stride", [(1, 1, 1), (1, 2, 2), (1, 8, 8)])
 @pytest.mark.parametrize("layout", [torch.channels_last_3d, torch.contiguous_format])
-def test_compilers_are_told_the_layouts_of_pooling(stride: tuple, needed: tuple, layout) -> None:
+def test_compilers_are_told_the_layouts_of_pooling(stride: tuple, layout) -> None:
     x, weight = random((2, 8, 3, 16, 16), (8, 1, 3, 3, 3))
     x = x.contiguous(memory_format=layout)
     grad = torch.ones_like(F.conv3d(x, weight, None, stride, (1, 1, 1), groups=8))
-    inputs = (grad, x, weight, stride, (1, 1, 1), needed)
+    torch.library.opcheck(depthwise_conv3d, (x, weight, stride, (1, 1, 1)), test_utils="test_faketensor")
+    inputs = (grad, x, weight, stride, (1, 1, 1))
     torch.library.opcheck(cpu_kernels._depthwise_backward, inputs, test_utils="test_faketensor")
 
 
