@@ -47,7 +47,7 @@ class ClipSpec:
         check_types(self)
         for name in ("clip_frames", "stride", "target_fps", "num_clips", "short_side", "crop"):
             if not 0 < getattr(self, name) <= MAX_SIZE:
-                raise ValueError(f"{name} must be from 1 to {MAX_SIZE}, got {getattr(self, name)}")
+                raise ValueError(f"{name} must be positive and at most {MAX_SIZE}, got {getattr(self, name)}")
         if self.num_crops not in (1, 3):
             raise ValueError(
                 f"num_crops must be 1 (centre) or 3 (along the longer side), got {self.num_crops}"

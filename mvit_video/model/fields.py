@@ -64,4 +64,4 @@ def _text(hint: Any) -> str:
     if kind is tuple:
         return f"[{', '.join(map(_text, arguments))}]"
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-    return {Ellipsis: "...", NoneType: "null", **words}[hint]
+    return {Ellipsis: "...", NoneType: "null", **words}.get(hint, str(hint))
