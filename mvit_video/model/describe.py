@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mvit_video.model.config import BlockPlan, Grid, MViTConfig, same_padding
+from mvit_video.model.config import BlockPlan, Grid, MViTConfig, plan_blocks, same_padding
 from mvit_video.model.mvit import MViT
 from mvit_video.model.windows import axis_windows
 
@@ -71,10 +71,10 @@ def describe(config: MViTConfig) -> Description:
         for index, module in enumerate(model.blocks) if name == "blocks" else [(None, part)]:
             count(module, index)
     for block in model.blocks:
-        block.attn.register_forward_pre_hook(lambda _, inputs: grids.append(inputs[1]))
+        block.register_forward_pre_hook(lambda _, inputs: grids.append(inputs[1]))
     model(clip)
 
-    plans = [block.attn.plan for block in model.blocks]
+    plans = list(plan_blocks(config))
     for index, (plan, grid) in enumerate(zip(plans, grids, strict=True)):
         macs[index] += attention_macs(plan, config, grid)
     stages = []

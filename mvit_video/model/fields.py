@@ -10,6 +10,15 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from mvit_video.errors import ConfigError, did_you_mean
 
+_WORDS: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a text",
+    NoneType: "null",
+    Ellipsis: "...",
+}
+
 
 def replace_fields(config: Any, overrides: dict[str, Any]) -> Any:
     """A copy of a dataclass with other values; ConfigError for a field that it doesn't have.
@@ -63,5 +72,4 @@ def _text(hint: Any) -> str:
         return " or ".join(map(_text, arguments))
     if kind is tuple:
         return f"[{', '.join(map(_text, arguments))}]"
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-    return {Ellipsis: "...", NoneType: "null", **words}.get(hint, str(hint))
+    return _WORDS.get(hint, str(hint))

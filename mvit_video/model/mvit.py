@@ -5,6 +5,8 @@ MViTv2: arXiv 2112.01526. MViT: arXiv 2104.11227.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,6 +29,8 @@ from mvit_video.model.config import (
 from mvit_video.model.kernels import Linear
 from mvit_video.model.positions import ABSOLUTE_TABLES, absolute_lengths, joint_table, resize_table
 
+MAX_KINDS = 64  # of blocks that are compiled: by sizes, in training or not, for one clip or several
+
 
 class MViT(VideoModel):
     """MViT from a config: float clips (B, 3, T, H, W) -> logits (B, num_classes).
@@ -40,6 +44,7 @@ class MViT(VideoModel):
 
     config: MViTConfig
     classifier = "head.projection"
+    is_compiled = False
     pos_embed: nn.Parameter | None
     pos_embed_spatial: nn.Parameter | None
     pos_embed_temporal: nn.Parameter | None
@@ -127,7 +132,24 @@ class MViT(VideoModel):
         x = self.dropout(x)
         return x if self.norm_stem is None else self.norm_stem(x)
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile each block on its first call, with the arguments of ``torch.compile``.
+
+        Blocks of one kind share what is compiled, whatever the batch (of two and more). A whole model takes
+        several times as long, as its blocks are then compiled one by one.
+        """
+        from torch import _dynamo  # takes two seconds
+
+        _dynamo.config.recompile_limit = max(_dynamo.config.recompile_limit, MAX_KINDS)
+        for block in self.blocks:
+            block.compile(*args, **{"dynamic": False, **kwargs})
+        self.is_compiled = True
+
     def _run(self, block: nn.Module, x: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
+        if self.is_compiled and not torch.compiler.is_compiling():
+            from torch import _dynamo
+
+            _dynamo.maybe_mark_dynamic(x, 0)
         if self.config.checkpoint_blocks and torch.is_grad_enabled():
             return checkpoint(block, x, grid, use_reentrant=False)
         return block(x, grid)
@@ -194,7 +216,9 @@ class Block(nn.Module):
         self.widens_in_attention = config.dim_mul_in_attention
         self.q_stride = plan.q_stride
         self.num_prefix_tokens = config.num_prefix_tokens
-        self.drop_path = plan.drop_path
+        self.drop_path, self.has_drop_path = plan.drop_path, plan.drop_path > 0
+        # Compiled, a tensor is an input, while a number would make each block a kind of its own.
+        self.keep = torch.tensor(1 - plan.drop_path, device="cpu")
 
     def forward(self, x: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
         """(B, N, C) tokens -> (B, N', C') tokens on the pooled grid, and that grid.
@@ -227,8 +251,11 @@ class Block(nn.Module):
 
     def _drop(self, x: Tensor) -> Tensor:
         """Stochastic depth: drop the branch for a sample with probability ``drop_path`` in training."""
-        if not self.training or self.drop_path == 0:
+        if not self.training or not self.has_drop_path:
             return x
+        if torch.compiler.is_compiling():
+            mask = torch.rand(x.shape[0], 1, 1, device=x.device) < self.keep
+            return x * (mask / self.keep).to(x.dtype)
         keep = 1 - self.drop_path
         mask = x.new_empty(x.shape[0], 1, 1).bernoulli_(keep)
         return x * (mask / keep)

@@ -15,6 +15,8 @@ from peers import randomized
 from torch import Tensor
 
 from mvit_video.model import MViT, MViTConfig
+from mvit_video.model.config import plan_blocks
+from mvit_video.model.mvit import Block
 from mvit_video.model.positions import relative_index
 
 TINY = MViTConfig(
@@ -67,16 +69,45 @@ def test_compiles_as_one_graph(model):
     torch.testing.assert_close(compiled(clips), model(clips), atol=1e-5, rtol=0)
 
 
-def test_compiled_models_train():
+def test_compiled_blocks_train():
     torch.compiler.reset()
     gradients = []
     for compiled in (False, True):
         model = randomized(MViT(TINY)).train()
-        run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
-        run(clips_for(model)).square().sum().backward()
+        if compiled:
+            model.compile(fullgraph=True, backend="aot_eager")
+        model(clips_for(model)).square().sum().backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     for found, expected in zip(*gradients, strict=True):
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_blocks_of_a_kind_and_batches_of_any_size_share_a_graph(training: bool) -> None:
+    torch.compiler.reset()
+    model = MViT(replace(TINY, stages=(1, 2, 4), drop_path=0.3)).train(training)
+    graphs = []
+    model.compile(fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    for batch in (2, 3, 5):
+        with torch.set_grad_enabled(training):
+            model(clips_for(model, batch))
+    # The first block, which drops nothing; the first and the other blocks of two stages.
+    assert len(graphs) == 5
+    keys = list(model.state_dict())
+    assert keys == list(MViT(model.config).state_dict())
+
+
+def test_compiled_drop_path_keeps_the_expectation() -> None:
+    torch.compiler.reset()
+    config = replace(TINY, drop_path=0.25)
+    *_, plan = plan_blocks(config)
+    block = Block(plan, config)
+    block.compile(fullgraph=True, backend="eager")
+    branch = torch.ones(4000, 1, 1)
+    block.forward = lambda x: block._drop(x)  # type: ignore[method-assign, assignment]
+    dropped = block(branch).flatten()
+    assert set(dropped.unique().tolist()) == {0.0, pytest.approx(1 / 0.75)}
+    assert dropped.mean().item() == pytest.approx(1, abs=0.04)
 
 
 @pytest.mark.parametrize("lengths", [(56, 7), (78, 10), (39, 10), (10, 39)], ids=str)
