@@ -9,6 +9,8 @@ Modules that somebody replaced, or hung hooks on, are called as they are.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeGuard, TypeVar, cast
 
 import torch
@@ -23,6 +25,18 @@ Kind = TypeVar("Kind", bound=nn.Module)
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _FAST = (torch.float32, torch.bfloat16)
+_is_plain = False
+
+
+@contextmanager
+def plain() -> Iterator[None]:
+    """Inside, torch's own operations take the place of the CPU kernels, to compare with."""
+    global _is_plain
+    before, _is_plain = _is_plain, True
+    try:
+        yield
+    finally:
+        _is_plain = before
 
 
 class Linear(nn.Linear):
@@ -146,6 +160,7 @@ def _has_cpu_kernels(*tensors: Tensor | None, dtypes: tuple[torch.dtype, ...] = 
     return (
         all(type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" for x in given)
         and all(x.dtype in dtypes and (autocast or x.dtype == given[0].dtype) for x in given)
+        and not _is_plain
         and not is_tracing()
         and not is_transformed()
     )
