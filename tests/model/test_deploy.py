@@ -56,14 +56,23 @@ def model(request) -> MViT:
     return randomized(MViT(request.param))
 
 
+# Recording a program takes seconds; these two have all that is difficult in it.
+RECORDED = [
+    pytest.param(layout, id=name, marks=[] if name in ("v2", "shifted windows") else [pytest.mark.slow])
+    for name, layout in LAYOUTS.items()
+]
+
+
 def clips_for(model: MViT, batch: int = 2, seed: int = 1) -> Tensor:
     size = (batch, 3, *model.config.input_size)
     return torch.randn(size, generator=torch.Generator().manual_seed(seed))
 
 
 @torch.inference_mode()
-def test_compiles_as_one_graph(model):
+@pytest.mark.parametrize("layout", RECORDED)
+def test_compiles_as_one_graph(layout):
     torch.compiler.reset()
+    model = randomized(MViT(layout))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     clips = clips_for(model)
     torch.testing.assert_close(compiled(clips), model(clips), atol=1e-5, rtol=0)
@@ -140,7 +149,9 @@ def test_compiles_to_machine_code(layout):
     torch.testing.assert_close(compiled(clips), model(clips), atol=1e-4, rtol=0)
 
 
-def test_exports_with_any_batch(model):
+@pytest.mark.parametrize("layout", RECORDED)
+def test_exports_with_any_batch(layout):
+    model = randomized(MViT(layout))
     batch = torch.export.Dim("batch", min=1, max=64)
     exported = torch.export.export(model, (clips_for(model),), dynamic_shapes={"clips": {0: batch}})
     stored = io.BytesIO()
@@ -156,8 +167,10 @@ def test_exports_with_any_batch(model):
 def test_copies_and_pickles_are_the_same_and_apart(model):
     clips = clips_for(model)
     logits = model(clips)
+    model.class_names = tuple("abcde")
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert (twin.config, twin.protocol) == (model.config, model.protocol)
+        assert twin.class_names == model.class_names
         assert torch.equal(twin(clips), logits)
         twin.head.projection.bias += 1
     assert torch.equal(model(clips), logits)
