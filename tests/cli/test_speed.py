@@ -15,7 +15,10 @@ from mvit_video.cli.speed import Speed, advise
 SMALL = ["model=mvitv2_nano_8x4", "model.stages=[1,1]", "model.embed_dim=8", "model.crop_size=32"]
 
 
-def test_a_small_model_is_measured_on_a_video(command: Command, tmp_path: Path) -> None:
+def test_a_small_model_is_measured_on_a_video(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(speed, "MATRIX", 64)
     write_numbered_video(tmp_path / "video.mp4", 40, height=64, width=80)
     done = command("info", "speed", *SMALL, "device=cpu", "video=video.mp4", "seconds=0", "output=speed.json")
     assert done.code == 0, done.err
