@@ -8,12 +8,12 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -21,7 +21,7 @@ from mvit_video.cli import app
 from mvit_video.errors import ConfigError, DataError, VideoError
 from mvit_video.io.console import print_table, printable, track
 from mvit_video.io.fingerprint import Fingerprint, fingerprint
-from mvit_video.io.writing import append, growing, keep_whole_lines, naming, sole_writer
+from mvit_video.io.writing import naming
 from mvit_video.model import VideoModel
 from mvit_video.model.inference import prepare
 from mvit_video.prediction.inputs import STDIN, expand
@@ -30,15 +30,7 @@ from mvit_video.prediction.ray import Predict, predict_with_ray
 from mvit_video.prediction.recognizer import Recognizer
 from mvit_video.prediction.saving import output_names, save_explanation, save_timeline
 from mvit_video.prediction.stream import redact_credentials
-from mvit_video.prediction.writer import (
-    COLUMNS,
-    PredictionWriter,
-    as_text,
-    format_of,
-    leave_settings,
-    require_own,
-    rows_of,
-)
+from mvit_video.prediction.writer import Format, as_text, format_of, open_live_output, open_output, rows_of
 from mvit_video.weights import weights_sha256
 from mvit_video.weights.export import ExportedModel, load_exported
 from mvit_video.weights.reading import EXPORTED
@@ -58,30 +50,49 @@ def predict_files(config: DictConfig, files: list[str]) -> None:
         return
     videos = [STDIN] if arguments == [STDIN] and config.window else expand(arguments)
     log.info("%d video%s; %s", len(videos), "s"[: len(videos) != 1], recognizer.protocol)
-    names = output_names(videos)
-    text_format = config.format if config.format in ("jsonl", "csv") and not config.output else None
-    if text_format == "csv":
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(encoding="utf-8")  # as the file would be, whatever the locale
-        _print(",".join(COLUMNS) + "\n")
+    predict = partial(_predict_here, config, recognizer, names := output_names(videos))
+    if config.engine == "ray":
+        predict = partial(
+            predict_with_ray,
+            make=partial(_of_actor, OmegaConf.to_yaml(config), names),
+            actors=config.actors,
+            cpus=max(config.num_workers, 1),
+            gpus=float(str(recognizer.device).startswith("cuda")),
+            address=config.ray_address,
+        )
+    predict_all(config, videos, predict, settings)
+
+
+def predict_all(config: DictConfig, videos: Sequence[str], predict: Predict, settings: Fingerprint) -> None:
+    """Tell the predictions of videos: in a file, as lines on standard output, or as a table.
+
+    Raises DataError where no video could be predicted.
+    """
     shown: list[Prediction] = []
     failed: list[Prediction] = []
-    with _output(config, settings, videos) as writer:
-        todo = writer.todo if writer else videos
-        if len(todo) < len(videos):
-            log.info("resuming: %d of them are in %s already", len(videos) - len(todo), config.output)
-        predictions = _predictions(config, recognizer, todo, names)
-        for prediction in track(predictions, len(videos), done=len(videos) - len(todo), what="predicting"):
+    with ExitStack() as stack:
+        todo, tell = list(videos), list[Callable[[Prediction], object]]()
+        if config.output:
+            format = format_of(config.output, config.format)
+            settings = settings | {"format": format}
+            options = {"format": format, "per_clip": config.per_clip, "resume": config.resume}
+            output = open_output(config.output, videos, settings=settings, **options)
+            todo, add = stack.enter_context(output)
+            tell += [add, lambda prediction: shown.extend([prediction][: MAX_TABLE - len(shown)])]
+        elif config.format in ("jsonl", "csv"):
+            tell.append(_print_lines(config.format, per_clip=config.per_clip))
+        else:
+            tell.append(shown.append)
+        done = len(videos) - len(todo)
+        if done:
+            log.info("resuming: %d of them are in %s already", done, config.output)
+        for prediction in track(predict(todo), len(videos), done=done, what="predicting"):
+            if prediction.error == NOT_FINITE and all(p.error != NOT_FINITE for p in failed):
+                log.warning("%s: %s", prediction.path, NOT_FINITE)  # before hours of them
             if prediction.error is not None:
-                if prediction.error == NOT_FINITE and NOT_FINITE not in [p.error for p in failed]:
-                    log.warning("%s: %s", prediction.path, NOT_FINITE)  # before hours of them
                 failed.append(prediction)
-            if writer:
-                writer.add(prediction)
-            if text_format:
-                _print(as_text(prediction, text_format, per_clip=config.per_clip))
-            elif not writer or len(shown) < MAX_TABLE:
-                shown.append(prediction)
+            for one in tell:
+                one(prediction)
     if shown:
         title = "random weights" * (settings["weights"] == "random")
         rows = _table(shown, per_clip=config.per_clip)
@@ -91,37 +102,13 @@ def predict_files(config: DictConfig, files: list[str]) -> None:
         raise DataError(f"no video could be predicted, the first: {failed[0].path}: {failed[0].error}")
 
 
-def _output(
-    config: DictConfig, settings: Fingerprint, videos: list[str]
-) -> PredictionWriter | AbstractContextManager[None]:
-    if not config.output:
-        return nullcontext()
-    format = format_of(config.output, config.format)
-    return PredictionWriter(
-        config.output,
-        videos,
-        format=format,
-        settings=settings | {"format": format},
-        per_clip=config.per_clip,
-        resume=config.resume,
-    )
-
-
 def watch(config: DictConfig, recognizer: Recognizer, settings: Fingerprint, source: str) -> None:
-    """Print what happens in each window of a live source as soon as it was seen, a line each."""
+    """Tell what happens in each window of a live source as soon as it was seen, a line each."""
     with ExitStack() as stack:
-        file = None
+        write: Callable[[str], None] = _print
         if config.output:
-            output = Path(os.path.realpath(config.output))
-            stack.enter_context(sole_writer(output))
             settings = settings | {"format": "live"}
-            require_own(output, settings, resume=config.resume and output.exists())
-            if not config.resume:
-                output.unlink(missing_ok=True)
-            elif output.exists():
-                keep_whole_lines(output)
-            leave_settings(output, settings)
-            file = stack.enter_context(growing(output))
+            write = stack.enter_context(open_live_output(config.output, settings, resume=config.resume))
         for clip in recognizer.watch(
             source,
             length=config.window,
@@ -129,14 +116,12 @@ def watch(config: DictConfig, recognizer: Recognizer, settings: Fingerprint, sou
             follow=config.follow,
             drop=source.startswith(("rtsp://", "rtsps://", "/dev/video")),
         ):
-            line = json.dumps({"path": redact_credentials(source), **asdict(clip)}, allow_nan=False) + "\n"
-            if file is not None:
-                append(file, line.encode(), sync=False)
-            elif config.format == "jsonl":
-                _print(line)
+            if config.output or config.format == "jsonl":
+                row = {"path": redact_credentials(source), **asdict(clip)}
+                write(json.dumps(row, allow_nan=False) + "\n")
             else:
                 best = ", ".join(f"{n} {s:.3f}" for n, s in zip(clip.classes, clip.scores, strict=True))
-                _print(f"{clip.start:.2f} - {clip.end:.2f}  {printable(best)}\n")
+                write(f"{clip.start:.2f} - {clip.end:.2f}  {printable(best)}\n")
 
 
 def _check(config: DictConfig, arguments: Sequence[str]) -> None:
@@ -151,21 +136,6 @@ def _check(config: DictConfig, arguments: Sequence[str]) -> None:
         raise ConfigError("save=[video] reads a video twice, which a pipe doesn't allow")
     if config.live and (len(arguments) != 1 or not config.window):
         raise ConfigError("live=true watches one stream, camera, file or pipe (-), and needs window=SECONDS")
-
-
-def _predictions(
-    config: DictConfig, recognizer: Recognizer, videos: Sequence[str], names: Mapping[str, Path]
-) -> Iterator[Prediction]:
-    if config.engine != "ray":
-        return _predict_here(config, recognizer, names, videos)
-    return predict_with_ray(
-        videos,
-        partial(_of_actor, OmegaConf.to_yaml(config), names),
-        actors=config.actors,
-        cpus=max(config.num_workers, 1),
-        gpus=float(str(recognizer.device).startswith("cuda")),
-        address=config.ray_address,
-    )
 
 
 def _of_actor(settings: str, names: Mapping[str, Path]) -> Predict:
@@ -199,10 +169,8 @@ def _through_windows(config: DictConfig, recognizer: Recognizer, video: str, nam
     except VideoError as error:
         return Prediction(path, error=error.reason)
     segments = timeline.segments(config.min_score)
-    save_timeline(video, timeline, segments, name, config.save)
-    return Prediction.from_scores(
-        path, timeline.scores, timeline.spans, recognizer.class_names, config.topk, segments=segments
-    )
+    save_timeline(timeline, segments, name, config.save, max_pixels=recognizer.max_pixels)
+    return recognizer.predict(path, timeline.scores, timeline.spans, segments)
 
 
 def build_recognizer(config: DictConfig) -> tuple[Recognizer, Fingerprint]:
@@ -228,7 +196,7 @@ def build_recognizer(config: DictConfig) -> tuple[Recognizer, Fingerprint]:
         open_file=app.build_decoder(config),
     )
     keys = ("topk", "per_clip", "window", "stride", "smoothing", "min_score", "save", "explain", "decoder")
-    chosen = OmegaConf.to_container(OmegaConf.masked_copy(config, list(keys)), resolve=True)
+    chosen: Any = OmegaConf.to_container(OmegaConf.masked_copy(config, list(keys)), resolve=True)
     return recognizer, fingerprint(
         weights=weights,
         weights_sha256=digest,
@@ -237,7 +205,7 @@ def build_recognizer(config: DictConfig) -> tuple[Recognizer, Fingerprint]:
         class_names=recognizer.class_names,
         precision=precision,
         save_dir=str(Path(config.save_dir).absolute()) if config.save or config.explain else None,
-        **cast(dict[str, Any], chosen),
+        **chosen,
     )
 
 
@@ -259,9 +227,8 @@ def _summarize(config: DictConfig, count: int, failed: Sequence[Prediction]) -> 
     if kinds and len(failed) < count:
         log.info("%s of each video: %s", ", ".join(kinds), Path(config.save_dir).absolute())
     if failed:
-        log.warning(
-            "%d of %d videos failed, the first: %s: %s", len(failed), count, failed[0].path, failed[0].error
-        )
+        first = failed[0]
+        log.warning("%d of %d videos failed, the first: %s: %s", len(failed), count, first.path, first.error)
 
 
 def _table(predictions: Sequence[Prediction], *, per_clip: bool) -> list[tuple[str, str, str, str]]:
@@ -277,6 +244,14 @@ def _table(predictions: Sequence[Prediction], *, per_clip: bool) -> list[tuple[s
             table.append((name, span if row["rank"] == 1 else "", row["class"], f"{row['score']:.4f}"))
             name = ""
     return table
+
+
+def _print_lines(format: Format, *, per_clip: bool) -> Callable[[Prediction], None]:
+    """Gives a function that prints one video's lines."""
+    if format == "csv" and isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8")  # as the file would be, whatever the locale
+    _print(as_text(None, format, per_clip=per_clip))
+    return lambda prediction: _print(as_text(prediction, format, per_clip=per_clip))
 
 
 def _print(text: str) -> None:

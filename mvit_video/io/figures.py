@@ -15,8 +15,14 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def new_figure(path: Path, size: tuple[float, float], dpi: int = 110) -> Iterator[Figure]:
-    """A figure of a size in inches that is written when the block ends well; names in it may hold a "$"."""
+def new_figure(
+    path: Path, size: tuple[float, float], dpi: int = 110, *, keep: bool = False
+) -> Iterator[Figure]:
+    """A figure of a size in inches that is written when the block ends well; names in it may hold a "$".
+
+    Args:
+        keep: see ``replacing``.
+    """
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -24,5 +30,5 @@ def new_figure(path: Path, size: tuple[float, float], dpi: int = 110) -> Iterato
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
         figure = Figure(figsize=size, layout="constrained")
         yield figure
-        with replacing(path) as file:
+        with replacing(path, keep=keep) as file:
             figure.savefig(file, format="png", dpi=dpi, bbox_inches="tight")

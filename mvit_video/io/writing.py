@@ -8,6 +8,7 @@ its own, never deleted (``keep_whole_lines``, ``set_aside``).
 from __future__ import annotations
 
 import errno
+import filecmp
 import logging
 import os
 import secrets
@@ -24,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 @contextmanager
-def replacing(path: str | Path, mode: str = "wb", **options: Any) -> Iterator[IO[Any]]:
+def replacing(path: str | Path, mode: str = "wb", *, keep: bool = False, **options: Any) -> Iterator[IO[Any]]:
     """A new file that takes the place of ``path`` when the block ends well, in one step, synced to the disk.
 
     If the block raises, ``path`` is as it was and nothing else is left. Missing parent folders are made. A
@@ -32,6 +33,7 @@ def replacing(path: str | Path, mode: str = "wb", **options: Any) -> Iterator[IO
 
     Args:
         mode, options: as of ``open``; text is UTF-8 unless ``encoding`` is given.
+        keep: give a file of another content the name ``<name>.former``, and say so.
 
     Raises:
         OSError: with ``path`` as its file name.
@@ -57,6 +59,8 @@ def replacing(path: str | Path, mode: str = "wb", **options: Any) -> Iterator[IO
                     raise
                 file.flush()
                 os.fsync(file.fileno())
+            if keep and path.is_file() and not filecmp.cmp(unfinished, path, shallow=False):
+                keep_former(path)
             unfinished.replace(path)
             sync_folder(path.parent)
         except BaseException:

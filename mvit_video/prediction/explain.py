@@ -20,11 +20,11 @@ from mvit_video.data.clips import read_test_views
 from mvit_video.data.pixels import denormalise
 from mvit_video.errors import ConfigError, VideoError
 from mvit_video.io.console import printable
+from mvit_video.io.figures import new_figure
 from mvit_video.io.writing import replacing
 from mvit_video.model import ClipSpec, MViT
 from mvit_video.model.config import Grid
 from mvit_video.prediction.prediction import NOT_FINITE
-from mvit_video.prediction.render import new_figure
 
 Method = Literal["gradcam", "rollout"]
 
@@ -112,22 +112,22 @@ def grad_cam(model: MViT, clip: Tensor, labels: Sequence[int]) -> Tensor:
     Returns:
         (labels, T', H', W') on the last block's grid of tokens, not negative.
     """
-    seen: dict[str, Any] = {}
-    last: Any = model.blocks[-1]
-    with ExitStack() as hooks:
-        handle = last.register_forward_pre_hook(lambda _, inputs: seen.update(grid=inputs[1]))
-        hooks.callback(handle.remove)
-        handle = last.norm1.register_forward_hook(lambda *call: seen.update(tokens=call[2]))
-        hooks.callback(handle.remove)
-        with torch.enable_grad():
-            # The clip's gradient makes a graph even where all parameters are frozen.
-            logits = model(clip.detach().clone().requires_grad_())
-    maps = []
     prefix = model.config.num_prefix_tokens
+    last: Any = model.blocks[-1]
+    grids, outputs = list[Grid](), list[Tensor]()
+    with (
+        last.register_forward_pre_hook(lambda _, inputs: grids.append(inputs[1])),
+        last.norm1.register_forward_hook(lambda *call: outputs.append(call[2])),
+        torch.enable_grad(),
+    ):
+        # The clip's gradient makes a graph even where all parameters are frozen.
+        logits = model(clip.detach().clone().requires_grad_())
+    (grid,), (tokens,) = grids, outputs
+    maps = []
     for label in labels:
-        (gradient,) = torch.autograd.grad(logits[0, label], seen["tokens"], retain_graph=True)
+        (gradient,) = torch.autograd.grad(logits[0, label], tokens, retain_graph=True)
         weights = gradient[0, prefix:].mean(0)  # (C,)
-        maps.append((seen["tokens"][0, prefix:].detach() @ weights).relu().unflatten(0, seen["grid"]))
+        maps.append((tokens[0, prefix:].detach() @ weights).relu().unflatten(0, grid))
     return torch.stack(maps).float()
 
 
@@ -152,8 +152,7 @@ def attention_rollout(model: MViT, clip: Tensor) -> Tensor:
     with ExitStack() as hooks:
         for block in model.blocks:
             attention: Any = block.attn
-            handle = attention.register_forward_pre_hook(lambda _, inputs: calls.append(inputs))
-            hooks.callback(handle.remove)
+            hooks.enter_context(attention.register_forward_pre_hook(lambda _, inputs: calls.append(inputs)))
         model(clip)
     prefix = model.config.num_prefix_tokens
     shares: Tensor | None = None
@@ -171,9 +170,8 @@ def attention_rollout(model: MViT, clip: Tensor) -> Tensor:
                 shares[0] = 1
             else:
                 shares[prefix:] = 1 / len(shares[prefix:])
-        shares = (
-            _spread(shares, q_grid, grid, prefix) + _spread(shares @ weights[0], k_grid, grid, prefix)
-        ) / 2
+        by_attention = _spread(shares @ weights[0], k_grid, grid, prefix)
+        shares = (_spread(shares, q_grid, grid, prefix) + by_attention) / 2
     assert shares is not None
     return shares[prefix:].unflatten(0, calls[0][1]).float()
 
@@ -198,9 +196,8 @@ def overlays(explanation: Explanation) -> Tensor:
     """uint8 (T, 3, H, W): the frames with the maps over them, from clear to red and yellow."""
     from matplotlib import colormaps
 
-    maps = explanation.maps
-    colours = torch.from_numpy(colormaps["inferno"](maps.numpy())[..., :3]).permute(0, 3, 1, 2)
-    share = 0.7 * maps.sqrt()[:, None]
+    colours = torch.from_numpy(colormaps["inferno"](explanation.maps.numpy())[..., :3]).permute(0, 3, 1, 2)
+    share = 0.7 * explanation.maps.sqrt()[:, None]
     return ((1 - share) * explanation.frames + share * 255 * colours).round().to(torch.uint8)
 
 
@@ -209,7 +206,7 @@ def write_strip(explanation: Explanation, path: Path) -> None:
     num_frames = len(explanation.frames)
     shown = np.linspace(0, num_frames - 1, min(MAX_PICTURES, num_frames)).round().astype(int)
     seconds = np.linspace(*explanation.span, num_frames)
-    with new_figure(path, (1.8 * len(shown), 6), 100) as figure:
+    with new_figure(path, (1.8 * len(shown), 6), 100, keep=True) as figure:
         rows = figure.add_gridspec(3, len(shown))
         for row, frames in enumerate((explanation.frames, overlays(explanation))):
             for column, index in enumerate(shown):
@@ -233,7 +230,7 @@ def write_overlay_video(explanation: Explanation, path: Path) -> None:
     start, end = explanation.span
     num_frames = len(explanation.frames)
     rate = (num_frames - 1) / (end - start) if end > start else 1.0
-    with replacing(path) as file, av.open(file, "w", format="mp4") as container:
+    with replacing(path, keep=True) as file, av.open(file, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(rate).limit_denominator(1000))
         height, width = explanation.frames.shape[-2:]
         stream.height, stream.width, stream.pix_fmt = height // 2 * 2, width // 2 * 2, "yuv420p"

@@ -6,13 +6,14 @@ import glob
 import os
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 from mvit_video.data.index import find_videos
 from mvit_video.errors import DataError
 
 STDIN = "-"
-_BYTES = "surrogateescape"  # names on disk need not be UTF-8
+_CONTROLS = bytes(c for c in range(32) if c not in b"\0\t\n\r")  # which no name holds
 
 
 def expand(arguments: str | Path | Iterable[str | Path]) -> list[str]:
@@ -37,25 +38,22 @@ def is_address(name: str) -> bool:
     return "://" in name and not os.path.lexists(name)
 
 
-def _expand_one(name: str) -> Iterator[str]:
+def _expand_one(name: str) -> Iterable[str]:
+    is_list = name.lower().endswith(".txt")
     if name == STDIN:
         stdin = getattr(sys.stdin, "buffer", None)
-        yield from _expand_list(stdin.read() if stdin else sys.stdin.read().encode(), "standard input")
-    elif is_address(name):
-        yield name
-    elif os.path.exists(name) and not name.lower().endswith(".txt"):  # noqa: PTH110 (it takes any name)
-        yield from _find_videos(name)
-    elif name.startswith("@") or name.lower().endswith(".txt"):
+        return _expand_list(stdin.read() if stdin else sys.stdin.read().encode(), "standard input")
+    if is_address(name):
+        return [name]
+    if is_list or (name.startswith("@") and not os.path.lexists(name)):
         path = _expand_home(name.removeprefix("@"))
         try:
-            content = path.read_bytes()
+            return _expand_list(path.read_bytes(), str(path))
         except (OSError, ValueError) as error:
             raise DataError(f"the list {path} can't be read: {error}") from None
-        yield from _expand_list(content, str(path))
-    elif glob.has_magic(name):
-        yield from _expand_glob(name)
-    else:
-        yield from _find_videos(name)
+    if glob.has_magic(name) and not os.path.lexists(name):
+        return _expand_glob(name)
+    return _find_videos(name)
 
 
 def _find_videos(name: str) -> list[str]:
@@ -66,37 +64,34 @@ def _find_videos(name: str) -> list[str]:
 
 
 def _expand_list(content: bytes, source: str) -> Iterator[str]:
-    text = content.decode("utf-8-sig", _BYTES)
     if _is_binary(content[:65536]):
         raise DataError(
             f"{source} holds a video, not a list of names; window=SECONDS looks at a video from a pipe "
             "through windows, otherwise give the name of its file"
         )
-    if "\0" in text:  # names as they are, such as find -print0 writes them
-        for name in filter(None, text.split("\0")):
-            yield from _find_videos(name) if os.path.isdir(name) else (name,)  # noqa: PTH112
-        return
-    found = text.split("\n")  # no splitlines: names may hold what else ends lines
-    lines = [line.strip("\r\n ") for line in found if line.strip() and not line.startswith("#")]
-    if not lines:
+    text = content.decode("utf-8-sig", "surrogateescape")  # names on disk need not be UTF-8
+    if as_they_are := "\0" in text:  # such as find -print0 writes them
+        names = [name for name in text.split("\0") if name]
+    else:  # no splitlines: names may hold what else ends lines
+        lines = [line.strip("\r\n ") for line in text.split("\n") if not line.startswith("#")]
+        names = [line if os.path.lexists(line) else str(_expand_home(line)) for line in lines if line.strip()]
+    if not names:
         raise DataError(f"{source} lists no videos; expected one file, folder or glob a line")
-    for line in lines:
-        path = line if os.path.lexists(line) else str(_expand_home(line))
-        if os.path.isdir(path):  # noqa: PTH112
-            yield from _find_videos(path)
-        elif glob.has_magic(line) and not os.path.lexists(path):
-            yield from _expand_glob(line)
+    for name in names:
+        if os.path.isdir(name):  # noqa: PTH112
+            yield from _find_videos(name)
+        elif not as_they_are and glob.has_magic(name) and not os.path.lexists(name):
+            yield from _expand_glob(name)
         else:
-            yield path
+            yield name
 
 
 def _is_binary(content: bytes) -> bool:
-    """Whether bytes are neither UTF-8 nor names of another encoding, which hold no control characters."""
-    controls = bytes(c for c in range(32) if c not in b"\0\t\n\r")
+    """Whether bytes are neither UTF-8 nor names of another encoding."""
     try:
         content[:-4].decode()  # a character may be cut at the end
     except UnicodeDecodeError:
-        return len(content.translate(None, controls)) < len(content)
+        return len(content.translate(None, _CONTROLS)) < len(content)
     return False
 
 
@@ -105,8 +100,8 @@ def _expand_glob(pattern: str) -> Iterator[str]:
     if not found:
         raise DataError(f"{pattern} matches no file")
     for path in found:
-        # A folder that a glob meets may hold other things.
-        yield from find_videos(path) if Path(path).is_file() or _has_videos(path) else ()
+        with suppress(DataError) if Path(path).is_dir() else nullcontext():  # it may hold other things
+            yield from find_videos(path)
 
 
 def _expand_home(name: str) -> Path:
@@ -115,10 +110,3 @@ def _expand_home(name: str) -> Path:
         return Path(name).expanduser()
     except RuntimeError:  # there is no such user
         return Path(name)
-
-
-def _has_videos(folder: str) -> bool:
-    try:
-        return bool(find_videos(folder))
-    except DataError:
-        return False

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 from mvit_video.errors import DataError
 from mvit_video.model import VideoModel
-from mvit_video.prediction.explain import write_overlay_video, write_strip
 from mvit_video.prediction.recognizer import Recognizer
 from mvit_video.prediction.render import annotate_video, plot_timeline
+from mvit_video.prediction.saving import save_explanation
 
 NO_MAP = "none"
 
@@ -36,10 +36,11 @@ class Demo:
 
     Args:
         max_seconds: longer videos are refused.
+        recognizing: as of ``Recognizer``.
     """
 
     def __init__(self, model: VideoModel, *, topk: int, max_seconds: float, **recognizing: Any) -> None:
-        self.model, self.topk, self.max_seconds, self.recognizing = model, topk, max_seconds, recognizing
+        self.model, self.max_seconds, self.recognizing = model, max_seconds, {"topk": topk, **recognizing}
         self._files = tempfile.TemporaryDirectory(prefix="mvit-demo-")  # of the newest overview
 
     def answer(
@@ -56,7 +57,7 @@ class Demo:
         if path is None:
             raise DataError("Please upload a video first")
         progress(0, desc="classifying")
-        recognizer = Recognizer(self.model, topk=self.topk, num_clips=int(num_clips), **self.recognizing)
+        recognizer = Recognizer(self.model, num_clips=int(num_clips), **self.recognizing)
         with recognizer.open_file(path) as video:
             duration = video.duration
         if duration > self.max_seconds:
@@ -70,24 +71,23 @@ class Demo:
         self._files.cleanup()
         self._files = tempfile.TemporaryDirectory(prefix="mvit-demo-")
         name = Path(self._files.name) / Path(path).stem
+        progress(0.2, desc="classes over time")
         spec = self.model.protocol
         length = spec.clip_frames * spec.stride / spec.target_fps
-        windows = Recognizer(self.model, topk=self.topk, num_clips=1, **self.recognizing)
-        progress(0.2, desc="classes over time")
+        windows = Recognizer(self.model, num_clips=1, **self.recognizing)
         timeline = windows.timeline(path, length=length, stride=length / 4).smoothed(length / 2)
         segments = timeline.segments()
         plot_timeline(timeline, segments, plot := Path(f"{name}.timeline.png"))
         progress(0.6, desc="writing the annotated video")
-        annotated = annotate_video(path, segments, Path(f"{name}.annotated.mp4"))
-        strip = overlay = None
+        copy = Path(f"{name}.annotated.mp4")
+        copy = annotate_video(path, segments, copy, max_pixels=recognizer.max_pixels)
+        files: tuple[Path, ...] = ()
         if explain != NO_MAP:
             progress(0.9, desc="explaining")
-            explanation = recognizer.explain(path, method=explain)  # type: ignore[arg-type]  # a choice
-            strip, overlay = f"{name}.{explain}.png", f"{name}.{explain}.mp4"
-            write_strip(explanation, Path(strip))
-            write_overlay_video(explanation, Path(overlay))
+            files = save_explanation(recognizer.explain(path, method=explain), name)  # type: ignore[arg-type]
         told = asdict(prediction) | {"path": Path(path).name, "segments": [asdict(s) for s in segments]}
         json_file = Path(f"{name}.json")
         json_file.write_text(json.dumps(told, indent=2, allow_nan=False), encoding="utf-8")
         scores = dict(zip(prediction.classes, prediction.scores, strict=True))
-        return Overview(scores, str(annotated), str(plot), strip, overlay, str(json_file))
+        strip, overlay = map(str, files) if files else (None, None)
+        return Overview(scores, str(copy), str(plot), strip, overlay, str(json_file))

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
 
 NOT_FINITE = "NaN or infinite scores: the weights are damaged, or precision=fp32 is needed"
 
@@ -45,31 +41,3 @@ class Prediction:
     clips: tuple[ClipPrediction, ...] = ()
     error: str | None = None
     segments: tuple[Segment, ...] = ()
-
-    @classmethod
-    def from_scores(
-        cls,
-        path: str,
-        scores: Tensor,
-        spans: Sequence[tuple[float, float]],
-        class_names: Sequence[str],
-        topk: int,
-        *,
-        segments: tuple[Segment, ...] = (),
-    ) -> Prediction:
-        """From the scores (clips, num_classes) of a video's clips and their seconds."""
-        if not scores.isfinite().all():
-            return cls(path, error=NOT_FINITE)
-        clips = tuple(
-            ClipPrediction(start, end, *topk_classes(row, class_names, topk))
-            for row, (start, end) in zip(scores, spans, strict=True)
-        )
-        return cls(path, *topk_classes(scores.mean(0), class_names, topk), clips=clips, segments=segments)
-
-
-def topk_classes(
-    scores: Tensor, class_names: Sequence[str], topk: int
-) -> tuple[tuple[str, ...], tuple[float, ...]]:
-    """The names and scores of the ``topk`` best of (num_classes,) scores, best first."""
-    top = torch.topk(scores, min(topk, len(class_names)))
-    return tuple(class_names[i] for i in top.indices.tolist()), tuple(top.values.tolist())

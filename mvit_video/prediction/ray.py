@@ -50,9 +50,8 @@ def predict_with_ray(
     started = not ray.is_initialized()
     try:
         if started:
-            ray.init(
-                address=address, log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR
-            )
+            quiet: dict[str, Any] = {"log_to_driver": False, "include_dashboard": False}
+            ray.init(address=address, logging_level=logging.ERROR, **quiet)
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         raise ConfigError(f"there is no Ray cluster at {address}: {' '.join(str(error).split())}") from None
     try:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import queue
 import threading
-from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,12 +21,13 @@ from mvit_video.data.datasets import OpenVideo, TestViews, VideoViews
 from mvit_video.data.decode import device_of, open_video
 from mvit_video.data.decode.container import MAX_PIXELS
 from mvit_video.data.index import LabelledVideo
+from mvit_video.data.pixels import resize_for_test
 from mvit_video.data.threads import threaded_map
 from mvit_video.errors import ConfigError, VideoError
 from mvit_video.model import ClipSpec, MViT, VideoModel
 from mvit_video.model.variants import change_views
 from mvit_video.prediction.inputs import expand, is_address
-from mvit_video.prediction.prediction import NOT_FINITE, ClipPrediction, Prediction, topk_classes
+from mvit_video.prediction.prediction import NOT_FINITE, ClipPrediction, Prediction, Segment
 from mvit_video.prediction.stream import Source, iter_windows, redact_credentials
 from mvit_video.prediction.timeline import Timeline
 from mvit_video.weights import load_model
@@ -77,11 +79,8 @@ class Recognizer:
         device: str | torch.device = "cpu",
         open_file: OpenVideo = open_video,
     ) -> None:
-        for name, value, least in (
-            ("topk", topk, 1),
-            ("batch_size", batch_size, 1),
-            ("num_workers", num_workers, 0),
-        ):
+        numbers = (("topk", topk, 1), ("batch_size", batch_size, 1), ("num_workers", num_workers, 0))
+        for name, value, least in numbers:
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         model = model if isinstance(model, nn.Module) else load_any(model, device)
@@ -94,6 +93,7 @@ class Recognizer:
         )
         self.topk, self.batch_size, self.num_workers = topk, batch_size, num_workers
         self.device, self.open_file = device, open_file
+        self.max_pixels: int = getattr(open_file, "max_pixels", MAX_PIXELS)  # of a frame
         self._model = model.to(device).eval()
         self._lock = threading.Lock()  # threads share a device: one batch at a time is fastest
 
@@ -116,21 +116,20 @@ class Recognizer:
         """
         if isinstance(videos, Tensor):
             return [
-                replace(self._predict(f"clip {index}", row[None], [(0.0, 0.0)]), clips=())
+                replace(self.predict(f"clip {index}", row[None], [(0.0, 0.0)]), clips=())
                 for index, row in enumerate(self.scores(videos))
             ]
         return list(self.iterate(expand(videos)))
 
     def iterate(self, files: Iterable[str]) -> Iterator[Prediction]:
         """Predictions for video files as they are made, in order."""
-        read = threaded_map(self._read, files, self.num_workers)
         crops = self.protocol.num_crops
-        for views, scores in in_full_batches(read, self._softmax, self.batch_size):
-            path = views.video.path
+        for views, scores in self._read_all(files, self._softmax):
             if views.error is not None:
-                yield Prediction(path, error=views.error)
+                yield Prediction(views.video.path, error=views.error)
             else:
-                yield self._predict(path, scores.unflatten(0, (-1, crops)).mean(1), views.spans[::crops])
+                of_clips = scores.unflatten(0, (-1, crops)).mean(1)
+                yield self.predict(views.video.path, of_clips, views.spans[::crops])
 
     def watch(
         self,
@@ -151,36 +150,47 @@ class Recognizer:
         >>> [(round(w.start, 2), round(w.end, 2)) for w in recognizer.watch(video, length=1, stride=0.25)]
         [(0.0, 1.0), (0.25, 1.25), (0.5, 1.42)]
         """
-        for span, scores in self._watch(source, length, stride, follow, drop):
-            yield ClipPrediction(*span, *topk_classes(scores, self.class_names, self.topk))
+        for span, scores in self._watch(source, drop=drop, length=length, stride=stride, follow=follow):
+            yield ClipPrediction(*span, *self._likeliest(scores))
 
     def timeline(self, path: str | Path, *, length: float, stride: float) -> Timeline:
         """Scores of all windows of a video file, in bounded memory. Arguments and errors: see ``watch``."""
-        found = list(self._watch(path, length, stride, None, drop=False))
-        spans = [span for span, _ in found]
-        return Timeline(str(path), self.class_names, spans, torch.stack([row for _, row in found]), stride)
+        spans, scores = zip(*self._watch(path, length=length, stride=stride), strict=True)
+        return Timeline(str(path), self.class_names, list(spans), torch.stack(scores), stride)
 
     def _watch(
-        self, source: Source, length: float, stride: float, follow: float | None, drop: bool
+        self, source: Source, *, drop: bool = False, **windows: Any
     ) -> Iterator[tuple[tuple[float, float], Tensor]]:
-        device = device_of(self.open_file)
+        """The span and the scores of each window; ``windows`` as of ``iter_windows``."""
+        windows |= {"device": device_of(self.open_file), "max_pixels": self.max_pixels}
 
         def views() -> Generator[VideoViews, None, None]:
-            max_pixels = getattr(self.open_file, "max_pixels", MAX_PIXELS)
-            windows = iter_windows(
-                source, length=length, stride=stride, follow=follow, device=device, max_pixels=max_pixels
-            )
-            for window in windows:
+            shrink = partial(resize_for_test, spec=self.protocol)  # as ``read_test_views`` does it
+            for window in iter_windows(source, transform=shrink, **windows):
                 clips, _ = read_test_views(window, self.protocol)
                 video = LabelledVideo(window.path, None, window.path)
                 yield VideoViews(video, clips, [(window.start, window.end)] * len(clips))
 
-        depth = 1 if drop else max(self.num_workers, 1)
-        ahead = prefetch(views(), depth, drop=drop)
+        ahead = prefetch(views(), 1 if drop else max(self.num_workers, 1), drop=drop)
         for window, scores in in_full_batches(ahead, self._softmax, self.batch_size):
             if not scores.isfinite().all():
                 raise VideoError(redact_credentials(source), NOT_FINITE)
             yield window.spans[0], scores.mean(0)
+
+    def predict(
+        self,
+        path: str,
+        scores: Tensor,
+        spans: Sequence[tuple[float, float]],
+        segments: tuple[Segment, ...] = (),
+    ) -> Prediction:
+        """What the scores (clips, num_classes) of a video's clips and their seconds come to."""
+        if not scores.isfinite().all():
+            return Prediction(path, error=NOT_FINITE)
+        clips = tuple(
+            ClipPrediction(*span, *self._likeliest(row)) for row, span in zip(scores, spans, strict=True)
+        )
+        return Prediction(path, *self._likeliest(scores.mean(0)), clips=clips, segments=segments)
 
     def scores(self, clips: Tensor) -> Tensor:
         """Softmax scores (B, num_classes) of clips (B, 3, T, H, W), uint8 or prepared floats."""
@@ -193,18 +203,15 @@ class Recognizer:
             VideoError: a file can't be read, or its vectors aren't finite.
             ConfigError: the model is no MViT, or an exported one.
         """
-        if not isinstance(self._model, MViT):
-            raise ConfigError("this model gives scores only; embeddings need the checkpoint of an MViT")
+        self._require_mvit("embeddings need")
         if isinstance(videos, Tensor):
             parts = self._prepare(videos).split(self.batch_size)
             return F.normalize(torch.cat([self._features(part) for part in parts]), dim=-1)
         vectors = []
-        read = threaded_map(self._read, expand(videos), self.num_workers)
-        for views, features in in_full_batches(read, self._features, self.batch_size):
-            if views.error is not None:
-                raise VideoError(views.video.path, views.error)
-            if not features.isfinite().all():
-                raise VideoError(views.video.path, NOT_FINITE)
+        for views, features in self._read_all(expand(videos), self._features):
+            error = views.error or (None if features.isfinite().all() else NOT_FINITE)
+            if error is not None:
+                raise VideoError(views.video.path, error)
             vectors.append(features.mean(0))
         return F.normalize(torch.stack(vectors), dim=-1)
 
@@ -220,39 +227,47 @@ class Recognizer:
         """
         from mvit_video.prediction.explain import explain
 
-        if not isinstance(self._model, MViT):
-            raise ConfigError("this model gives scores only; explanations need the checkpoint of an MViT")
+        model = self._require_mvit("explanations need")
         with self.open_file(str(path)) as video, self._lock:
-            return explain(video, self._model, method=method, topk=min(self.topk, 3), protocol=self.protocol)
+            return explain(video, model, method=method, topk=min(self.topk, 3), protocol=self.protocol)
 
-    def _predict(self, path: str, scores: Tensor, spans: Sequence[tuple[float, float]]) -> Prediction:
-        return Prediction.from_scores(path, scores, spans, self.class_names, self.topk)
+    def _likeliest(self, scores: Tensor) -> tuple[tuple[str, ...], tuple[float, ...]]:
+        """The names and scores of the ``topk`` best of (num_classes,) scores, best first."""
+        top = scores.topk(min(self.topk, len(self.class_names)))
+        return tuple(self.class_names[i] for i in top.indices.tolist()), tuple(top.values.tolist())
+
+    def _require_mvit(self, what: str) -> MViT:
+        if not isinstance(self._model, MViT):
+            raise ConfigError(f"this model gives scores only; {what} the checkpoint of an MViT")
+        return self._model
+
+    def _read_all(
+        self, files: Iterable[str], run: Callable[[Tensor], Tensor]
+    ) -> Iterator[tuple[VideoViews, Tensor]]:
+        return in_full_batches(threaded_map(self._read, files, self.num_workers), run, self.batch_size)
 
     def _read(self, path: str) -> VideoViews:
         if is_address(path):
             name = redact_credentials(path)
             reason = "an address isn't a file; add window=SECONDS, and live=true for a stream without an end"
             return VideoViews(LabelledVideo(name, None, name), torch.empty(0), error=reason)
-        video = LabelledVideo(path, None, path)
-        return TestViews([video], self.protocol, open_file=self.open_file)[0]
+        return TestViews([LabelledVideo(path, None, path)], self.protocol, open_file=self.open_file)[0]
 
     def _prepare(self, clips: Tensor) -> Tensor:
         if clips.ndim != 5 or clips.shape[1] != 3:
             raise ValueError(f"expected clips of shape (B, 3, T, H, W), got {tuple(clips.shape)}")
-        if clips.is_floating_point():
-            return clips
-        return centre_views(clips, self.protocol)
+        return clips if clips.is_floating_point() else centre_views(clips, self.protocol)
 
-    @torch.inference_mode()
     def _softmax(self, clips: Tensor) -> Tensor:
-        with self._lock:
-            return self._model(clips.to(self.device, non_blocking=True)).float().softmax(-1).cpu()
+        return self._run(self._model, clips).softmax(-1).cpu()
+
+    def _features(self, clips: Tensor) -> Tensor:
+        return self._run(cast(MViT, self._model).forward_features, clips).cpu()
 
     @torch.inference_mode()
-    def _features(self, clips: Tensor) -> Tensor:
+    def _run(self, forward: Callable[[Tensor], Tensor], clips: Tensor) -> Tensor:
         with self._lock:
-            model = cast(MViT, self._model)  # ``embed`` has seen to it
-            return model.forward_features(clips.to(self.device, non_blocking=True)).float().cpu()
+            return forward(clips.to(self.device, non_blocking=True)).float()
 
 
 def load_any(path: str | Path, device: str | torch.device = "cpu") -> VideoModel | ExportedModel:
@@ -269,62 +284,44 @@ def prefetch(items: Generator[Out, None, None], depth: int, *, drop: bool = Fals
 
     With ``drop`` it never waits: the oldest item gives way to a new one.
     """
-    made: deque[Out] = deque(maxlen=depth)  # a full one lets go of its oldest item
-    changed = threading.Condition()
-    stopped = ended = False
-    failure: BaseException | None = None
+    made: queue.Queue[Any] = queue.Queue(depth)  # of tuples, and at the end an error or None
+    stopped = threading.Event()
 
     def work() -> None:
-        nonlocal ended, failure
+        end: BaseException | None = None
         try:
             with closing(items):
                 for item in items:
-                    with changed:
-                        changed.wait_for(lambda: stopped or drop or len(made) < depth)
-                        if stopped:
-                            return
-                        made.append(item)
-                        changed.notify_all()
+                    if drop and made.full():
+                        with suppress(queue.Empty):
+                            made.get_nowait()
+                    made.put((item,))
+                    if stopped.is_set():
+                        return
         except BaseException as error:
-            failure = error
-        finally:
-            with changed:
-                ended = True
-                changed.notify_all()
+            end = error
+        made.put(end)
 
     # A daemon, for a silent camera or pipe mustn't keep a process that was interrupted.
     worker = threading.Thread(target=work, name="read", daemon=True)
     worker.start()
     try:
-        while True:
-            with changed:
-                changed.wait_for(lambda: made or ended)
-                if not made:
-                    break
-                item = made.popleft()
-                changed.notify_all()
-            yield item
-        if failure is not None:
-            raise failure
+        while isinstance(got := made.get(), tuple):
+            yield got[0]
+        if got is not None:
+            raise got
     finally:
-        with changed:
-            stopped = True
-            changed.notify_all()
+        stopped.set()
+        with suppress(queue.Empty):
+            while True:  # there must be room for what the thread waits to put
+                made.get_nowait()
         worker.join(timeout=5)
 
 
 def predict(
-    paths: Files,
-    model: VideoModel | str | Path,
-    *,
-    topk: int = 5,
-    num_clips: int | None = None,
-    num_crops: int | None = None,
-    batch_size: int = 8,
-    num_workers: int = 0,
-    device: str = "cpu",
+    paths: Files, model: VideoModel | str | Path, *, num_workers: int = 0, **options: Any
 ) -> list[Prediction]:
-    """Classify video files: ``Recognizer`` for a single call; arguments and errors are its own.
+    """Classify video files: ``Recognizer`` for a single call; its arguments and errors.
 
     >>> [prediction] = predict(folder / "cats" / "0.mp4", checkpoint, topk=1)
     >>> prediction.classes
@@ -333,13 +330,4 @@ def predict(
     Returns:
         One prediction a file, in order; folders in alphabetical order.
     """
-    recognizer = Recognizer(
-        model,
-        topk=topk,
-        num_clips=num_clips,
-        num_crops=num_crops,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        device=device,
-    )
-    return recognizer(paths)
+    return Recognizer(model, num_workers=num_workers, **options)(paths)

@@ -1,8 +1,13 @@
-"""Files beside the predictions: subtitles, pictures and videos, under a name of its own for each video."""
+"""Files beside the predictions: subtitles, pictures and videos, under a name of its own for each video.
+
+What lies there with another content may be someone's work, such as the subtitles of a film: it is kept as
+``<name>.former``.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import html
 import logging
 import os
 from collections import Counter
@@ -10,11 +15,13 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from mvit_video.errors import VideoError
+from mvit_video.io.console import caption
+from mvit_video.io.writing import replacing
 from mvit_video.prediction.explain import Explanation, write_overlay_video, write_strip
 from mvit_video.prediction.prediction import Segment
 from mvit_video.prediction.render import annotate_video, plot_timeline
 from mvit_video.prediction.stream import redact_credentials
-from mvit_video.prediction.timeline import Timeline, write_srt, write_vtt
+from mvit_video.prediction.timeline import Timeline
 
 log = logging.getLogger(__name__)
 
@@ -47,12 +54,13 @@ def _shortened(path: Path) -> Path:
 
 
 def save_timeline(
-    video: str, timeline: Timeline, segments: Sequence[Segment], name: Path, kinds: Collection[str]
+    timeline: Timeline, segments: Sequence[Segment], name: Path, kinds: Collection[str], *, max_pixels: int
 ) -> None:
     """Write those ``kinds`` of "srt", "vtt", "png" and "video" (an annotated copy) that are asked for.
 
     Args:
         name: of the files, without suffix.
+        max_pixels: of a frame of the video.
 
     Raises OSError. A video that can't be annotated is only logged.
     """
@@ -64,12 +72,39 @@ def save_timeline(
         plot_timeline(timeline, segments, Path(f"{name}.timeline.png"))
     if "video" in kinds:
         try:
-            annotate_video(video, segments, Path(f"{name}.annotated.mp4"))
+            annotate_video(timeline.path, segments, Path(f"{name}.annotated.mp4"), max_pixels=max_pixels)
         except VideoError as error:
             log.warning("%s", error)
 
 
-def save_explanation(explanation: Explanation, name: Path) -> None:
-    """Write a picture and a video of an explanation. Raises OSError."""
-    write_strip(explanation, Path(f"{name}.{explanation.method}.png"))
-    write_overlay_video(explanation, Path(f"{name}.{explanation.method}.mp4"))
+def save_explanation(explanation: Explanation, name: Path) -> tuple[Path, Path]:
+    """Write a picture and a video of an explanation, and tell their paths. Raises OSError."""
+    strip, overlay = (Path(f"{name}.{explanation.method}.{suffix}") for suffix in ("png", "mp4"))
+    write_strip(explanation, strip)
+    write_overlay_video(explanation, overlay)
+    return strip, overlay
+
+
+def write_srt(segments: Sequence[Segment], path: Path) -> None:
+    """SubRip subtitles, one for each segment."""
+    blocks = (f"{number}\n{_block(segment, ',')}" for number, segment in enumerate(segments, start=1))
+    with replacing(path, "w", keep=True) as file:
+        file.write("\n".join(blocks))
+
+
+def write_vtt(segments: Sequence[Segment], path: Path) -> None:
+    """WebVTT subtitles, one for each segment."""
+    with replacing(path, "w", keep=True) as file:
+        file.write("\n".join(["WEBVTT\n", *(_block(segment, ".", escape=True) for segment in segments)]))
+
+
+def _block(segment: Segment, point: str, *, escape: bool = False) -> str:
+    line = f"{caption(segment.class_name)} ({segment.score:.0%})"
+    line = html.escape(line, quote=False) if escape else line
+    return f"{_clock(segment.start, point)} --> {_clock(segment.end, point)}\n{line}\n"
+
+
+def _clock(seconds: float, point: str) -> str:
+    minutes, milliseconds = divmod(round(seconds * 1000), 60_000)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours:02}:{minutes:02}:{milliseconds // 1000:02}{point}{milliseconds % 1000:03}"

@@ -2,7 +2,7 @@
 
 The CPU decodes them, with all cores, whatever the decoder: every frame in its turn is what frame threads are
 made for, and broken streams have to be read on. Only what a window's clips show is converted to RGB, on the
-decoder's device.
+decoder's device, unless whole frames would fill the memory.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ import math
 import re
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeAlias
 
@@ -35,7 +34,7 @@ from mvit_video.data.decode.container import (
     open_container,
     why_not_opened,
 )
-from mvit_video.data.decode.frames import FrameCollector, FrameFormat, Transform, make_buffer
+from mvit_video.data.decode.frames import FrameFormat, Transform, make_buffer
 from mvit_video.data.decode.video import Video
 from mvit_video.data.loader import memory_limit
 from mvit_video.errors import ConfigError, VideoError
@@ -51,18 +50,32 @@ _RECONNECTED = ("rtsp://", "rtsps://", "rtmp://", "tcp://", "udp://", "srt://", 
 _SLACK = 1e-6  # seconds: a frame that is this early belongs to the next window
 
 
-class _Source(NamedTuple):
-    """What is known of a source besides its frames."""
+class RgbConverter:
+    """Makes RGB of a source's frames, all in the format of the first."""
 
-    name: str
-    rate: float
-    codec: str
+    def __init__(self, device: torch.device) -> None:
+        self.device, self._reformatter = device, VideoReformatter()
+        self.fmt: FrameFormat | None = None
+
+    def __call__(self, frame: VideoFrame) -> Tensor:
+        """uint8 (1, 3, H, W), upright, on the device."""
+        self.fmt = self.fmt or FrameFormat.of(frame)
+        buffer = make_buffer(1, self.fmt, self._reformatter, self.device)
+        buffer.write(0, frame)
+        return buffer.to_tensor().to(self.device)
 
 
-class _TimedFrame(NamedTuple):
+class _Frame(NamedTuple):
+    """What a source shows from a moment on."""
+
     second: float  # since the first frame
-    frame: VideoFrame
-    source: _Source
+    picture: VideoFrame | Tensor  # as it was decoded, or transformed (1, ...)
+    rate: float  # frames a second, as its container says
+
+    @property
+    def nbytes(self) -> int:
+        picture = self.picture
+        return picture.nbytes if isinstance(picture, Tensor) else sum(p.buffer_size for p in picture.planes)
 
 
 class Window(Video):
@@ -73,35 +86,25 @@ class Window(Video):
     """
 
     def __init__(
-        self,
-        frames: Sequence[_TimedFrame],
-        span: tuple[float, float],
-        *,
-        fmt: FrameFormat,
-        reformatter: VideoReformatter,
-        device: torch.device,
+        self, name: str, frames: Sequence[_Frame], span: tuple[float, float], to_rgb: RgbConverter
     ) -> None:
-        self.path, rate, self.codec = frames[-1].source
+        assert to_rgb.fmt is not None
+        self.path, self.device, self.size = name, to_rgb.device, to_rgb.fmt.upright_size
         self.start, self.end = span
-        self._frames, self._format, self._reformatter, self.device = frames, fmt, reformatter, device
+        self._pictures, self._to_rgb = [frame.picture for frame in frames], to_rgb
         self.num_frames = len(frames)
-        first, last = frames[0].second, frames[-1].second
-        self.fps = (len(frames) - 1) / (last - first) if last > first else rate
-        self.times = np.array([frame.second - first for frame in frames])
-        self.size = fmt.upright_size
-
-    def close(self) -> None:
-        """Let go of the frames."""
-        self._frames = ()
+        self.times = np.array([frame.second - frames[0].second for frame in frames])
+        seconds = float(self.times[-1])
+        self.fps = (len(frames) - 1) / seconds if seconds > 0 else frames[-1].rate
 
     def _decode(self, wanted: list[int], transform: Transform | None) -> Tensor:
-        make = partial(make_buffer, fmt=self._format, reformatter=self._reformatter, device=self.device)
-        frames: FrameCollector[VideoFrame] = FrameCollector(
-            len(wanted), make, size=self.size, transform=transform
-        )
-        for slot, index in enumerate(wanted):
-            frames.write(slot, self._frames[index].frame)
-        return frames.to_tensor().to(self.device)
+        return torch.cat([self._picture(self._pictures[index], transform) for index in wanted])
+
+    def _picture(self, picture: VideoFrame | Tensor, transform: Transform | None) -> Tensor:
+        if isinstance(picture, Tensor):
+            return picture.to(self.device)
+        frames = self._to_rgb(picture)
+        return frames if transform is None else transform(frames)
 
 
 def iter_windows(
@@ -112,6 +115,7 @@ def iter_windows(
     follow: float | None = None,
     device: torch.device | None = None,
     max_pixels: int = MAX_PIXELS,
+    transform: Transform | None = None,
 ) -> Iterator[Window]:
     """Windows [0, length), [stride, stride + length), ... of a video as it is read, in seconds.
 
@@ -127,6 +131,8 @@ def iter_windows(
             it is. The time that passes without frames counts. None: the first end is the end.
         device: where the frames end up; None: the CPU.
         max_pixels: of a frame; a source with larger ones is refused.
+        transform: what ``get_frames`` of the windows will be called with. Then frames are transformed as they
+            come where whole ones would fill an eighth of the memory.
 
     Raises:
         VideoError: nothing can be read, or the frames of a window would fill half of the memory.
@@ -135,24 +141,36 @@ def iter_windows(
     for name, value in (("length", length), ("stride", stride), ("follow", follow)):
         if value is not None and not (0 < value < math.inf or (name == "follow" and value == 0)):
             raise ConfigError(f"windows need a positive, finite {name} in seconds, got {value:g}")
-    reformatter = VideoReformatter()
-    fmt: FrameFormat | None = None
-    for span, frames in _slide(_timed_frames_of(source, follow, max_pixels), length, stride):
-        fmt = fmt or FrameFormat.of(frames[0].frame)
-        yield Window(frames, span, fmt=fmt, reformatter=reformatter, device=device or torch.device("cpu"))
-    if fmt is None:
-        raise VideoError(redact_credentials(source), "no frame can be decoded")
+    to_rgb, name = RgbConverter(device or torch.device("cpu")), _name_of(source)
+
+    def shrink(frame: _Frame) -> _Frame:
+        if transform is None or isinstance(frame.picture, Tensor):
+            return frame
+        picture = transform(to_rgb(frame.picture)).cpu()
+        return frame._replace(picture=picture) if picture.nbytes < frame.nbytes else frame
+
+    frames = _iter_frames(source, name, follow, max_pixels)
+    for span, shown in _slide(name, frames, length, stride, shrink):
+        if to_rgb.fmt is None and isinstance(shown[0].picture, VideoFrame):
+            to_rgb.fmt = FrameFormat.of(shown[0].picture)
+        yield Window(name, shown, span, to_rgb)
+    if to_rgb.fmt is None:
+        raise VideoError(name, "no frame can be decoded")
 
 
 def _slide(
-    frames: Iterable[_TimedFrame], length: float, stride: float
-) -> Iterator[tuple[tuple[float, float], list[_TimedFrame]]]:
+    name: str,
+    frames: Iterable[_Frame],
+    length: float,
+    stride: float,
+    shrink: Callable[[_Frame], _Frame],
+) -> Iterator[tuple[tuple[float, float], list[_Frame]]]:
     """The span and the frames of each window, as soon as a frame behind its end is there.
 
     Raises VideoError before the frames of a window fill half of the memory.
     """
-    held: deque[_TimedFrame] = deque()
-    most = memory_limit() // 2
+    held: deque[_Frame] = deque()
+    num_bytes, memory, is_tight = 0, memory_limit(), False
     number, seen = 0, 0.0  # seen: seconds that earlier windows reached to
     for frame in frames:
         while frame.second >= number * stride + length - _SLACK:
@@ -163,47 +181,60 @@ def _slide(
             else:  # nothing was shown for long
                 number = max(number + 1, math.ceil((frame.second - length) / stride))
             while held and held[0].second < number * stride - _SLACK:
-                held.popleft()
+                num_bytes -= held.popleft().nbytes
         if frame.second >= number * stride - _SLACK:
-            held.append(frame)
-            if len(held) * sum(plane.buffer_size for plane in frame.frame.planes) > most:
-                raise VideoError(
-                    frame.source.name,
-                    f"{len(held)} frames of {frame.frame.width} x {frame.frame.height} pixels in a window of "
-                    f"{length:g} s fill half of the memory; choose a shorter window",
-                )
+            held.append(shrink(frame) if is_tight else frame)
+            num_bytes += held[-1].nbytes
+            if not is_tight and num_bytes > memory // 8:
+                is_tight, held = True, deque(map(shrink, held))
+                num_bytes = sum(frame.nbytes for frame in held)
+            if num_bytes > memory // 2:
+                full = f"{len(held)} frames in a window of {length:g} s fill half of the memory"
+                raise VideoError(name, f"{full}; choose a shorter window")
     if held and (number == 0 or held[-1].second >= seen - _SLACK):
-        last = held[-1]
-        yield (number * stride, last.second + 1 / last.source.rate), list(held)
+        yield (number * stride, held[-1].second + 1 / held[-1].rate), list(held)
 
 
-def _timed_frames_of(source: Source, follow: float | None, max_pixels: int) -> Iterator[_TimedFrame]:
-    """The frames with seconds since the first; a stream that broke off is opened again."""
-    again = follow is not None and str(source).startswith(_RECONNECTED)
-    started, last, step = math.nan, -math.inf, 0.0  # by the clock of the wall; by that of the stream
-    alive = time.monotonic()
+def _iter_frames(source: Source, name: str, follow: float | None, max_pixels: int) -> Iterator[_Frame]:
+    """The frames as they are shown; a stream that broke off is opened again.
+
+    A clock that jumps back, as a stream's may when it is interrupted, goes on from the last frame.
+    """
+    again = follow is not None and name.startswith(_RECONNECTED)
+    last, due = -math.inf, 0.0  # seconds of the last frame; of the next one, if its time tells nothing
+    alive = started = time.monotonic()
     while True:
         try:
-            with open_stream(source, follow=follow, max_pixels=max_pixels) as (container, stream, name):
-                rate = float(stream.average_rate or stream.guessed_rate or 25)
-                about = _Source(name, rate, stream.codec_context.name)
+            with open_stream(source, follow=follow, max_pixels=max_pixels) as (container, stream):
+                rate, tick = rate_of(stream), float(stream.time_base or 0)
                 again = again and not (name.startswith("http") and _has_an_end(container))
-                offset: float | None = None
-                for second, frame in timed_frames(container, stream, name):
+                offset: float | None = None  # of this connection's clock
+                for number, frame in enumerate(_decoded(container, stream, name)):
                     alive = time.monotonic()
-                    if offset is None:  # the first frame of all is second 0
-                        started = alive if math.isnan(started) else started
-                        offset = max(last + step, alive - started) - second if last >= 0 else 0.0
-                    last, step = second + offset, 1 / rate
-                    yield _TimedFrame(last, frame, about)
+                    if last < 0:
+                        started = alive
+                    elif number == 0:  # the time that it wasn't there counts
+                        due = max(due, alive - started)
+                    second = due
+                    if frame.pts is not None:
+                        if offset is None or frame.pts * tick + offset <= last:
+                            offset = due - frame.pts * tick
+                        second = frame.pts * tick + offset
+                    last, due = second, second + 1 / rate
+                    yield _Frame(second, frame, rate)
         except VideoError as error:
             if not again or last < 0:
                 raise
             log.info("%s", error)
         if not again or last < 0 or time.monotonic() - alive > (follow or 0):
             return
-        log.warning("%s: no more frames; trying to reach it again", redact_credentials(source))
+        log.warning("%s: no more frames; trying to reach it again", name)
         time.sleep(_PAUSE)
+
+
+def rate_of(stream: VideoStream) -> float:
+    """Frames a second, as the container says."""
+    return float(stream.average_rate or stream.guessed_rate or 25)
 
 
 def _has_an_end(container: InputContainer) -> bool:
@@ -211,34 +242,8 @@ def _has_an_end(container: InputContainer) -> bool:
     return container.size > 0 or container.duration is not None
 
 
-def timed_frames(
-    container: InputContainer, stream: VideoStream, name: str
-) -> Iterator[tuple[float, VideoFrame]]:
-    """The frames as they are shown, with seconds since the first; damaged ones are left out.
-
-    A clock that jumps back, as a stream's may when it is interrupted, goes on from the last frame.
-    """
-    tick = float(stream.time_base or 0)
-    step = 1 / float(stream.average_rate or stream.guessed_rate or 25)
-    origin: int | None = None
-    offset, second, count = 0.0, -math.inf, 0
-    for frame in _decoded(container, stream, name):
-        if frame.is_corrupt:
-            continue
-        if frame.pts is None:
-            now = count * step
-        else:
-            origin = frame.pts if origin is None else origin
-            now = (frame.pts - origin) * tick + offset
-        if now <= second:
-            offset += second + step - now
-            now = second + step
-        second = now
-        count += 1
-        yield second, frame
-
-
 def _decoded(container: InputContainer, stream: VideoStream, name: str) -> Iterator[VideoFrame]:
+    """All frames but the damaged ones."""
     demuxer = container.demux(stream)
     while True:
         try:
@@ -246,67 +251,56 @@ def _decoded(container: InputContainer, stream: VideoStream, name: str) -> Itera
         except (FFmpegError, OSError) as error:
             log.warning("%s: reading ended early (%s)", name, _reason(error))
             packet = None
-        if packet is None:  # what the decoder still holds
-            with suppress(FFmpegError, OSError):
-                yield from stream.decode(None)
+        with suppress(FFmpegError, OSError):  # of a packet without its frame, the next one is read
+            frames = stream.decode(None) if packet is None else packet.decode()  # what it still holds
+            yield from (frame for frame in frames if not frame.is_corrupt)
+        if packet is None:
             return
-        try:
-            yield from packet.decode()
-        except FFmpegError:
-            continue
 
 
 @contextmanager
 def open_stream(
     source: Source, *, follow: float | None = None, max_pixels: int = MAX_PIXELS
-) -> Iterator[tuple[InputContainer, VideoStream, str]]:
-    """A container to be read from front to back, its video stream and a name for errors."""
-    name = redact_credentials(source)
+) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """A container to be read from front to back, and its video stream."""
+    name, options = _name_of(source), dict[str, Any]()
     place: Any = source
-    options: dict[str, Any] = {}
-    file: IO[bytes] | None = None
     origin: Origin = "pipe"
-    if isinstance(source, str | Path):
-        if str(source) == "-":
-            name, place = "standard input", "pipe:0"
-        elif "://" in name:
-            origin = "address"
-            options["timeout"] = _TIMEOUT
-            if name.startswith("rtsp"):
-                options["options"] = {"rtsp_transport": "tcp"}  # UDP loses packets
-            elif name.startswith("http") and follow is not None:
-                # A file goes on where it broke off; what has no end is opened again, see ``_shown``.
-                options["options"] = {"reconnect": "1", "reconnect_delay_max": str(math.ceil(follow))}
-        elif name.startswith("/dev/video"):
-            origin, options["format"] = "camera", "v4l2"
-        else:
-            check_file(name)
-            origin, place = "file", f"file:{name}"
-            if follow is not None:
-                file = Path(name).open("rb", buffering=0)  # noqa: SIM115 (closed below)
-                origin, place = "pipe", _Growing(file, follow)
-    elif not source.seekable():
-        place = _OnlyRead(source)
+    file: IO[bytes] | None = None
+    if not isinstance(source, str | Path):
+        place = source if source.seekable() else _Pipe(source)
+    elif str(source) == "-":
+        place = "pipe:0"
+    elif "://" in name:
+        origin, options["timeout"] = "address", _TIMEOUT
+        if name.startswith("rtsp"):
+            options["options"] = {"rtsp_transport": "tcp"}  # UDP loses packets
+        elif name.startswith("http") and follow is not None:
+            # A file goes on where it broke off; what has no end is opened again, see ``_iter_frames``.
+            options["options"] = {"reconnect": "1", "reconnect_delay_max": str(math.ceil(follow))}
+    elif name.startswith("/dev/video"):
+        origin, options["format"] = "camera", "v4l2"
+    else:
+        check_file(name)
+        origin, place = "file", f"file:{name}"
+        if follow is not None:
+            file = Path(name).open("rb", buffering=0)  # noqa: SIM115 (closed below)
+            origin, place = "pipe", _Pipe(file, follow)
     asked = time.monotonic()
-    try:
-        container = open_container(place, origin, **options)
-    except (FFmpegError, OSError, ValueError) as error:
-        if file is not None:
-            file.close()
-        plain = isinstance(source, str | Path) and Path(name).is_file()
-        if plain:
-            raise VideoError(name, why_not_opened(name, error)) from None
-        silent = time.monotonic() - asked > _TIMEOUT - 1  # RTSP's reader then calls it invalid data
-        hint = "; is the address right, and is something sent there?" if "://" in name else ""
-        raise VideoError(name, f"can't be opened: {_SILENCE if silent else _reason(error)}{hint}") from None
-    try:
-        stream = best_video_stream(container, name, max_pixels)
-        stream.thread_type = "AUTO"
-        yield container, stream, name
-    finally:
-        container.close()
-        if file is not None:
-            file.close()
+    with file or nullcontext():
+        try:
+            container = open_container(place, origin, **options)
+        except (FFmpegError, OSError, ValueError) as error:
+            if isinstance(source, str | Path) and Path(name).is_file():
+                raise VideoError(name, why_not_opened(name, error)) from None
+            silent = time.monotonic() - asked > _TIMEOUT - 1  # RTSP's reader then calls it invalid data
+            hint = "; is the address right, and is something sent there?" if "://" in name else ""
+            reason = f"can't be opened: {_SILENCE if silent else _reason(error)}{hint}"
+            raise VideoError(name, reason) from None
+        with container:
+            stream = best_video_stream(container, name, max_pixels)
+            stream.thread_type = "AUTO"
+            yield container, stream
 
 
 def redact_credentials(source: Source) -> str:
@@ -315,33 +309,28 @@ def redact_credentials(source: Source) -> str:
     return re.sub(r"(?<=://)[^/]*@", "", str(name))
 
 
+def _name_of(source: Source) -> str:
+    return "standard input" if str(source) == "-" else redact_credentials(source)
+
+
 def _reason(error: Exception) -> str:
     if isinstance(error, ExitError):  # PyAV's timeout
         return _SILENCE
     return str(getattr(error, "strerror", None) or error)
 
 
-class _OnlyRead:
-    """A pipe: FFmpeg must not find out that it has a ``seek``."""
+class _Pipe:
+    """A file that is read from front to back: FFmpeg must not find out that it has a ``seek``.
 
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
+    Args:
+        patience: seconds without data that are its end, where someone is still writing it.
+    """
 
-    def read(self, size: int) -> bytes:
-        return self._file.read(size) or b""
-
-
-class _Growing(_OnlyRead):
-    """A file that someone is still writing: its end is where nothing came for ``patience`` seconds."""
-
-    def __init__(self, file: IO[bytes], patience: float) -> None:
-        super().__init__(file)
-        self._patience = patience
+    def __init__(self, file: IO[bytes], patience: float = 0.0) -> None:
+        self._file, self._patience = file, patience
 
     def read(self, size: int) -> bytes:
         waited_since = time.monotonic()
-        while not (data := super().read(size)):
-            if time.monotonic() - waited_since > self._patience:
-                return b""
+        while not (data := self._file.read(size)) and time.monotonic() - waited_since < self._patience:
             time.sleep(0.05)
-        return data
+        return data or b""

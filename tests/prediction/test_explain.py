@@ -137,7 +137,10 @@ def test_names_are_no_formulas(two_classes: Path, checkpoint: Path, tmp_path: Pa
     model.class_names = ("$\\frac{", "_" * 20 + "$^$")
     recognizer = mv.Recognizer(model, num_clips=1)
     video = two_classes / "cats" / "0.mp4"
+    (tmp_path / "strip.png").write_text("mine")
     write_strip(recognizer.explain(video), tmp_path / "strip.png")
+    assert (tmp_path / "strip.png.former").read_text() == "mine"
+    (tmp_path / "strip.png.former").unlink()
     timeline = recognizer.timeline(video, length=1, stride=1)
     plot_timeline(timeline, timeline.segments(), tmp_path / "timeline.png")
     assert {path.read_bytes()[:4] for path in tmp_path.iterdir()} == {b"\x89PNG"}

@@ -162,7 +162,7 @@ def test_a_pipe_that_breaks_elsewhere_is_an_error(
     def broken(*_: object) -> None:
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
-    monkeypatch.setattr(predict_module, "_predictions", broken)
+    monkeypatch.setattr(predict_module, "_predict_here", broken)
     result = command("predict", two_classes, f"weights={checkpoint}", "format=jsonl")
     assert result.code == 1
     assert "mvit-predict: error: " in result.err

@@ -23,9 +23,11 @@ from test_writer import rows_in
 from videos import write_numbered_video
 
 import mvit_video as mv
+from mvit_video.io import fingerprint as fingerprint_module
+from mvit_video.io import journal as journal_module
 from mvit_video.prediction import writer as writer_module
 from mvit_video.prediction.prediction import Prediction
-from mvit_video.prediction.writer import PredictionWriter
+from mvit_video.prediction.writer import open_output
 
 GROWING = ["a.jsonl", "a.csv", "a.parquet"]
 
@@ -39,7 +41,7 @@ def videos_in(folder: Path, count: int) -> list[str]:
 def write(path: Path, videos: list[str], *, resume: bool = True, name: str = "cats", **settings: str) -> int:
     """Predicts nothing but ``name``; returns how many videos were left to do."""
     format = path.suffix.removeprefix(".")
-    with PredictionWriter(path, videos, format=format, settings=settings, resume=resume) as writer:
+    with open_output(path, videos, format=format, settings=settings, resume=resume) as writer:
         for video in writer.todo:
             writer.add(Prediction(video, (name,), (1.0,)))
     return len(writer.todo)
@@ -68,7 +70,7 @@ def test_a_video_that_was_replaced_is_predicted_again(tmp_path: Path, name: str)
 @pytest.mark.parametrize("name", GROWING)
 def test_errors_are_tried_again(tmp_path: Path, name: str) -> None:
     videos = videos_in(tmp_path, 2)
-    with PredictionWriter(tmp_path / name, videos, format=name[2:], settings={}) as writer:
+    with open_output(tmp_path / name, videos, format=name[2:], settings={}) as writer:
         writer.add(Prediction(videos[0], error="no permission"))
         writer.add(Prediction(videos[1], ("cats",), (1.0,)))
     assert write(tmp_path / name, videos) == 1
@@ -175,11 +177,11 @@ def test_a_part_that_is_gone_costs_no_other(tmp_path: Path) -> None:
 def test_one_run_at_a_time(tmp_path: Path, name: str) -> None:
     videos = videos_in(tmp_path, 2)
     (tmp_path / "link").symlink_to(tmp_path / name)
-    with PredictionWriter(tmp_path / name, videos, format=name[2:], settings={}) as first:
+    with open_output(tmp_path / name, videos, format=name[2:], settings={}) as first:
         for path in (tmp_path / name, tmp_path / "link"):
             with (
                 pytest.raises(mv.ConfigError, match="another run"),
-                PredictionWriter(path, videos, format=name[2:], settings={}),
+                open_output(path, videos, format=name[2:], settings={}),
             ):
                 pass
         first.add(Prediction(videos[0], ("cats",), (1.0,)))
@@ -235,8 +237,9 @@ def write_until(moment: int, *arguments: Any, **settings: Any) -> bool:
 
                 return counted
 
-            for what in ("append", "replacing", "set_aside"):
-                setattr(writer_module, what, dying(getattr(writer_module, what)))
+            for module in (writer_module, journal_module, fingerprint_module):
+                for what in {"append", "replacing", "set_aside"} & vars(module).keys():
+                    setattr(module, what, dying(getattr(module, what)))
             Path.unlink = dying(Path.unlink)  # type: ignore[method-assign]
             write(*arguments, **settings)
             os._exit(0)

@@ -21,8 +21,9 @@ from videos import numbered_frame, read_number, write_numbered_video, write_vide
 import mvit_video as mv
 from mvit_video.prediction.prediction import Segment
 from mvit_video.prediction.render import annotate_video
+from mvit_video.prediction.saving import write_srt, write_vtt
 from mvit_video.prediction.stream import iter_windows
-from mvit_video.prediction.timeline import Timeline, write_srt, write_vtt
+from mvit_video.prediction.timeline import Timeline
 
 
 def numbers(window) -> list[int | None]:
@@ -69,6 +70,20 @@ def test_windows_larger_than_half_of_the_memory_are_refused(
         list(iter_windows(good, length=2.0, stride=1.0))
     result = command("predict", str(good), f"weights={checkpoint}", "window=2", "format=jsonl")
     assert "shorter window" in json.loads(result.out.splitlines()[-1])["error"]
+
+
+def test_frames_are_shrunk_before_they_fill_the_memory(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_numbered_video(tmp_path / "large.mp4", 20, fps=10, height=480, width=640)
+    recognizer = mv.Recognizer(checkpoint)
+    whole = recognizer.timeline(path, length=1.5, stride=0.5)
+    monkeypatch.setattr("mvit_video.prediction.stream.memory_limit", lambda: 8_000_000)  # of 17 frames
+    with pytest.raises(mv.VideoError, match="shorter window"):
+        list(iter_windows(path, length=1.5, stride=0.5))
+    shrunk = recognizer.timeline(path, length=1.5, stride=0.5)
+    assert shrunk.spans == whole.spans
+    torch.testing.assert_close(shrunk.scores, whole.scores, atol=1e-6, rtol=0)
 
 
 def test_windows_of_short_files_gaps_and_odd_strides(tmp_path: Path) -> None:
@@ -180,6 +195,31 @@ def test_annotated_copies_keep_pictures_times_and_sound(tmp_path: Path, suffix: 
     bar = new[15, :, -1].permute(1, 0)  # amber on the left half only
     assert (bar[:70, 0] > 150).all()
     assert (bar[90:, 0] < 120).all()
+
+
+def test_a_run_keeps_what_others_left_and_the_decoder_s_limits(
+    command: Command, two_classes: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    """Pictures and copies of the same name become .former; the copy refuses what the decoder refuses."""
+    names = ["0.annotated.mp4", "0.timeline.png", "0.srt"]
+    (tmp_path / "saved").mkdir()
+    for name in names:
+        (tmp_path / "saved" / name).write_text("mine")
+    arguments = [two_classes / "cats" / "0.mp4", f"weights={checkpoint}", "window=1", "save=[srt,png,video]"]
+    for _ in range(2):  # the second writes the same, which leaves nothing behind
+        assert command("predict", *arguments).code == 0
+    former = {path.name for path in (tmp_path / "saved").iterdir()}
+    assert former == {*names, *(f"{name}.former" for name in names)}
+    assert {(tmp_path / "saved" / f"{name}.former").read_text() for name in names} == {"mine"}
+    with pytest.raises(mv.VideoError, match="max_pixels"):
+        annotate_video(str(arguments[0]), [], tmp_path / "a.mp4", max_pixels=100)
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "mvit_video.prediction.saving.annotate_video", lambda *_, max_pixels: seen.append(max_pixels)
+        )
+        assert command("predict", *arguments, "decoder.max_pixels=5000").code == 0
+    assert seen == [5000]
 
 
 def test_a_copy_that_can_not_be_written_costs_no_answer(

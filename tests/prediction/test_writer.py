@@ -18,7 +18,7 @@ from videos import write_numbered_video
 import mvit_video as mv
 from mvit_video.prediction.inputs import expand
 from mvit_video.prediction.prediction import Prediction
-from mvit_video.prediction.writer import PredictionWriter
+from mvit_video.prediction.writer import open_output
 
 
 @pytest.fixture
@@ -199,7 +199,7 @@ def test_names_of_all_kinds_are_found_told_and_skipped(
 
 def test_parquet_keeps_what_a_minute_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules["mvit_video.prediction.writer"], "_SECONDS_PER_PART", 0.0)
-    with PredictionWriter(tmp_path / "a.parquet", [], format="parquet", settings={}) as writer:
+    with open_output(tmp_path / "a.parquet", [], format="parquet", settings={}) as writer:
         for number in range(3):
             writer.add(Prediction(f"{number}.mp4", ("a",), (1.0,)))
             told = [row["path"] for row in rows_in(tmp_path / "a.parquet")]
