@@ -61,6 +61,7 @@ from mvit_video.cli.messages import one_line
         ("train", ["epochs=3"], ["'epochs'", "trainer.max_epochs"]),
         ("train", ["gpus=2"], ["'gpus'", "trainer.devices"]),
         ("predict", ["a.mp4", "augment=light"], ["mvit-predict has no group 'augment'", "views"]),
+        ("eval", ["model.weights=kinetics400"], ["'model.weights' without model=", "mvitv2_s_16x4"]),
         ("train", ["trainer=null"], ["trainer=null", "default"]),
         ("train", ["~trainer", "data.root=x"], ["trainer"]),
         ("train", ["batch_size=1,2"], ["batch_size=1,2", "--multirun"]),
