@@ -71,6 +71,7 @@ class _Frame(NamedTuple):
     second: float  # since the first frame
     picture: VideoFrame | Tensor  # as it was decoded, or transformed (1, ...)
     rate: float  # frames a second, as its container says
+    codec: str
 
     @property
     def nbytes(self) -> int:
@@ -92,7 +93,7 @@ class Window(Video):
         self.path, self.device, self.size = name, to_rgb.device, to_rgb.fmt.upright_size
         self.start, self.end = span
         self._pictures, self._to_rgb = [frame.picture for frame in frames], to_rgb
-        self.num_frames = len(frames)
+        self.num_frames, self.codec = len(frames), frames[-1].codec
         self.times = np.array([frame.second - frames[0].second for frame in frames])
         seconds = float(self.times[-1])
         self.fps = (len(frames) - 1) / seconds if seconds > 0 else frames[-1].rate
@@ -221,7 +222,7 @@ def _iter_frames(source: Source, name: str, follow: float | None, max_pixels: in
                             offset = due - frame.pts * tick
                         second = frame.pts * tick + offset
                     last, due = second, second + 1 / rate
-                    yield _Frame(second, frame, rate)
+                    yield _Frame(second, frame, rate, stream.codec_context.name)
         except VideoError as error:
             if not again or last < 0:
                 raise
