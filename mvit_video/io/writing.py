@@ -14,6 +14,7 @@ import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import chain, count
 from pathlib import Path
 from typing import IO, Any
 
@@ -62,7 +63,7 @@ def replacing(path: str | Path, mode: str = "wb", *, keep: bool = False, **optio
             if keep and path.is_file() and not filecmp.cmp(unfinished, path, shallow=False):
                 keep_former(path)
             unfinished.replace(path)
-            sync_folder(path.parent)
+            _sync_folder(path.parent)
         except BaseException:
             with suppress(OSError):
                 unfinished.unlink()
@@ -89,14 +90,12 @@ def keep_whole_lines(path: Path) -> None:
     """Cut a line without an end off a file of lines, which a killed run has left; it is set aside."""
     content = path.read_bytes()
     whole = content.rfind(b"\n") + 1
-    if whole == len(content):
-        return
-    torn = _free_name(path.with_name(f"{path.name}.torn"))
-    with replacing(torn) as file:
-        file.write(content[whole:])
-    with replacing(path) as file:
-        file.write(content[:whole])
-    log.warning("%s ended in the middle of a line, which is set aside as %s", path, torn)
+    if whole < len(content):
+        torn = _free_name(path.with_name(f"{path.name}.torn"))
+        for file, part in ((torn, content[whole:]), (path, content[:whole])):
+            with replacing(file) as written:
+                written.write(part)
+        log.warning("%s ended in the middle of a line, which is set aside as %s", path, torn)
 
 
 def set_aside(path: Path, why: str, *, prefix: str = "") -> Path:
@@ -105,8 +104,7 @@ def set_aside(path: Path, why: str, *, prefix: str = "") -> Path:
     Args:
         prefix: of the name, such as ``_`` in a folder whose readers take all files that don't begin so.
     """
-    aside = _free_name(path.with_name(f"{prefix}{path.name}.damaged"))
-    path.rename(aside)
+    aside = path.rename(_free_name(path.with_name(f"{prefix}{path.name}.damaged")))
     log.warning("%s: %s; it is set aside as %s", path, why, aside)
     return aside
 
@@ -114,8 +112,7 @@ def set_aside(path: Path, why: str, *, prefix: str = "") -> Path:
 def keep_former(path: Path) -> None:
     """Give what another run has left, if anything, the name ``<name>.former``, and say so."""
     if path.exists():
-        former = _free_name(path.with_name(f"{path.name}.former"))
-        path.rename(former)
+        former = path.rename(_free_name(path.with_name(f"{path.name}.former")))
         log.warning("%s of a former run is now %s", path, former)
 
 
@@ -169,16 +166,6 @@ def sole_writer(path: str | Path) -> Iterator[None]:
         lock.release()
 
 
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder survive a power loss, where the file system can."""
-    with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Give an error of the operating system, such as of a full disk, the name of the file it is about."""
@@ -191,6 +178,16 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
+def _sync_folder(folder: Path) -> None:
+    """Make the names in a folder survive a power loss, where the file system can."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
 def _make_parents(path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -200,5 +197,5 @@ def _make_parents(path: Path) -> None:
 
 def _free_name(path: Path) -> Path:
     """``path``, or with a number behind it where there is such a file already."""
-    candidates = (path if n == 0 else path.with_name(f"{path.name}.{n}") for n in range(10_000))
-    return next(candidate for candidate in candidates if not candidate.exists())
+    numbered = (path.with_name(f"{path.name}.{number}") for number in count(1))
+    return next(name for name in chain([path], numbered) if not name.exists())
