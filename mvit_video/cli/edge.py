@@ -131,7 +131,7 @@ def _leave_result(command: str, value: Any, error: Exception | None, full_error:
         row = {
             "job": number,
             "overrides": list(HydraConfig.get().overrides.task),
-            "metric": float(value) if isinstance(value, int | float) and error is None else None,
+            "metric": float(value) if isinstance(value, int | float) and math.isfinite(value) else None,
             "error": problem,
         }
         with replacing(Path(HydraConfig.get().runtime.output_dir) / _RESULT, "w") as file:
@@ -175,7 +175,7 @@ def _end(status: int) -> NoReturn:
 
 
 class SweepTable(Callback):
-    """Shows and saves what the jobs of ``--multirun`` came to; status 1 if one of them failed."""
+    """Shows and saves what the jobs of ``--multirun`` came to, the best first; status 1 if one failed."""
 
     def __init__(self) -> None:
         self._before: dict[Path, int] = {}  # results that another sweep has left in the same folder
@@ -187,9 +187,11 @@ class SweepTable(Callback):
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         folder = Path(config.hydra.sweep.dir)
         files = [f for f in folder.glob(f"**/{_RESULT}") if f.stat().st_mtime_ns != self._before.get(f)]
-        results = sorted((json.loads(file.read_text()) for file in files), key=lambda result: result["job"])
+        results = [json.loads(file.read_text()) for file in files]
         if not results:
             return
+        sign = 1 if str(config.get("monitor")).endswith("loss") else -1  # the best come first
+        results.sort(key=lambda r: (r["metric"] is None, sign * (r["metric"] or 0), r["job"]))
         common = set.intersection(*(set(r["overrides"]) for r in results)) if len(results) > 1 else set()
         rows = []
         for result in results:

@@ -159,9 +159,14 @@ def test_a_failed_job_of_a_sweep_does_not_end_the_others(
     assert "jobs.csv" in result.out
     with (tmp_path / "sweep" / "jobs.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["overrides"] for row in rows] == [f"optim.lr={n}" for n in (1, 2, 3, 4)]
-    assert [row["metric"] for row in rows] == ["0.1", "", "", "0.4"]
-    assert [bool(row["error"]) for row in rows] == [False, True, True, False]
+    assert [row["overrides"] for row in rows] == [f"optim.lr={n}" for n in (4, 1, 2, 3)]  # the best first
+    assert [row["metric"] for row in rows] == ["0.4", "0.1", "", ""]
+    assert [bool(row["error"]) for row in rows] == [False, False, True, True]
+
+    losses = ["train", "-m", "optim.lr=4,1", "data.root=x", "hydra.sweep.dir=losses", "monitor=val/loss"]
+    assert command(*losses).code == 0
+    with (tmp_path / "losses" / "jobs.csv").open(newline="") as file:
+        assert [row["metric"] for row in csv.DictReader(file)] == ["0.1", "0.4"]
 
     again = command("train", "-m", "optim.lr=1", "data.root=x", "hydra.sweep.dir=sweep")
     assert again.code == 0
