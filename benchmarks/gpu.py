@@ -52,7 +52,7 @@ import torch  # noqa: E402
 from gpu_decoding import check_decoding, decoding, difficult  # noqa: E402
 from gpu_models import beside, check_models, matrix_speed, models, profiles  # noqa: E402
 
-from mvit_video.data.decode import cuda  # noqa: E402
+from mvit_video.data.decode import choice  # noqa: E402
 
 Json = dict[str, Any]
 PACKAGES = ("torch", "torchvision", "numpy", "av", "torchcodec", "PyNvVideoCodec", "pytest", "triton")
@@ -121,7 +121,7 @@ def machine(run: Run) -> None:
         run.case("CUDA of torch", lambda: torch.version.cuda)
         run.case("driver", lambda: nvidia_smi("driver_version"))
         run.case("power limit", lambda: nvidia_smi("power.limit"))
-        run.case("why no NVDEC", lambda: cuda.why_no_nvdec(0) or "it works")
+        run.case("why no NVDEC", lambda: choice.why_no_nvdec(0) or "it works")
         run.case("torch works after a decoder", lambda: torch.ones(3, device=run.device).sum().item() == 3)
 
 

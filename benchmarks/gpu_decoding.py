@@ -20,7 +20,7 @@ from torch import Tensor
 from videos import write_video  # type: ignore[import-not-found]
 
 from mvit_video.data import timing
-from mvit_video.data.decode import cuda, open_video
+from mvit_video.data.decode import choice, cuda, open_video
 from mvit_video.errors import VideoError
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def same_planes(run: Run, name: str) -> Json:
 def held_frames(run: Run) -> Json:
     """Frames of four clips, decoded on a side stream while the default one is busy, and looked at late."""
     busy = torch.randn(2048 if run.on_gpu else 64, 2048 if run.on_gpu else 64, device=run.device)
-    with open_video(cuda.SAMPLE) as exact:
+    with open_video(choice.SAMPLE) as exact:
         indices = range(min(64, exact.num_frames))
         expected = exact.get_frames(indices).int()
     side = torch.cuda.stream(torch.cuda.Stream()) if run.on_gpu else contextlib.nullcontext()
@@ -107,7 +107,7 @@ def held_frames(run: Run) -> Json:
     for _ in range(1 if run.quick else 4):
         for _ in range(100 if run.on_gpu else 1):
             busy = busy @ busy * 1e-2
-        with side, open_video(cuda.SAMPLE, device=run.device.type) as video:
+        with side, open_video(choice.SAMPLE, device=run.device.type) as video:
             held.append(video.get_frames(indices))
     run.wait()
     worst = max(int((frames.cpu().int() - expected).abs().max()) for frames in held)

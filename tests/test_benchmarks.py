@@ -76,8 +76,8 @@ def test_no_more_than_the_named_packages_is_needed() -> None:
 import gpu, torch
 from gpu_models import fresh
 model, clips = fresh("mvitv2_nano_8x4", torch.device("cpu"))
-from gpu_decoding import clip_at, cuda, decode_on
-print(tuple(model(clips).shape), tuple(decode_on("cpu")(cuda.SAMPLE, [0, 3]).shape))
+from gpu_decoding import choice, clip_at, decode_on
+print(tuple(model(clips).shape), tuple(decode_on("cpu")(choice.SAMPLE, [0, 3]).shape))
 """
     done = subprocess.run([sys.executable, "-c", WITHOUT + code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -12,8 +12,7 @@ import torch
 from omegaconf import DictConfig
 
 from mvit_video.cli import app
-from mvit_video.data.decode.choice import why_no_nvdec
-from mvit_video.data.decode.cuda import why_no_gpu
+from mvit_video.data.decode.choice import why_no_gpu, why_no_nvdec
 from mvit_video.data.decode.engines import import_decord, import_torchcodec
 from mvit_video.errors import ConfigError
 from mvit_video.io.console import print_table

@@ -34,7 +34,7 @@ from mvit_video.data.decode.container import (
     open_container,
     why_not_opened,
 )
-from mvit_video.data.decode.frames import FrameFormat, Transform, make_buffer
+from mvit_video.data.decode.frames import FrameFormat, Transform, convert
 from mvit_video.data.decode.video import Video
 from mvit_video.data.loader import memory_limit
 from mvit_video.errors import ConfigError, VideoError
@@ -60,9 +60,7 @@ class RgbConverter:
     def __call__(self, frame: VideoFrame) -> Tensor:
         """uint8 (1, 3, H, W), upright, on the device."""
         self.fmt = self.fmt or FrameFormat.of(frame)
-        buffer = make_buffer(1, self.fmt, self._reformatter, self.device)
-        buffer.write(0, frame)
-        return buffer.to_tensor().to(self.device)
+        return convert([frame], self.fmt, self._reformatter, self.device)
 
 
 class _Frame(NamedTuple):

@@ -12,8 +12,8 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 from videos import write_video
 
-from mvit_video.data.decode.colour import BT601, BT709, BT2020, Colour, matrix_of, to_rgb
-from mvit_video.data.decode.frames import FrameFormat, PlaneBuffer, RgbBuffer, make_buffer
+from mvit_video.data.decode.colour import BT601, BT709, BT2020, matrix_of, to_rgb
+from mvit_video.data.decode.frames import FrameFormat, _from_planes, convert
 
 CPU = torch.device("cpu")
 PIX_FMTS = [
@@ -42,10 +42,8 @@ def decoded(tmp_path_factory: pytest.TempPathFactory) -> list[VideoFrame]:
 
 
 def from_planes(frames: list[VideoFrame]) -> torch.Tensor:
-    buffer = PlaneBuffer(len(frames), FrameFormat.of(frames[0]), VideoReformatter(), CPU)
-    for slot, frame in enumerate(frames):
-        buffer.write(slot, frame)
-    return buffer.to_tensor()
+    fmt = FrameFormat.of(frames[0])
+    return fmt.upright(_from_planes(frames, fmt, VideoReformatter(), CPU))
 
 
 @pytest.mark.parametrize("full_range", [False, True], ids=["limited", "full"])
@@ -84,10 +82,8 @@ def test_rgb_of_the_cpu_at_any_size(pix_fmt: str, size: tuple[int, int]) -> None
         VideoFrame.from_ndarray(pixels, format="rgb24").reformat(format=pix_fmt)
         for pixels in (picture, picture[::-1].copy())
     ]
-    buffer = make_buffer(2, FrameFormat.of(frames[0]), VideoReformatter(), CPU)
-    for slot, frame in enumerate(frames):
-        buffer.write(slot, frame)
-    difference = (buffer.to_tensor().int() - from_planes(frames).int()).abs().float()
+    found = convert(frames, FrameFormat.of(frames[0]), VideoReformatter(), CPU)
+    difference = (found.int() - from_planes(frames).int()).abs().float()
     assert difference.max() <= 3
     assert difference.mean() < 1.2
 
@@ -98,8 +94,8 @@ def test_odd_sizes_are_even_ones_cut_off(unit: int) -> None:
     rng = torch.Generator().manual_seed(0)
     luma = torch.randint(0, 256, (2, 98, 132), generator=rng) * unit
     chroma = torch.randint(0, 256, (2, 2, 49, 66), generator=rng) * unit
-    whole = to_rgb(luma, (chroma[0], chroma[1]), Colour(BT709, unit=unit))
-    cut = to_rgb(luma[:, :97, :131], (chroma[0], chroma[1]), Colour(BT709, unit=unit))
+    whole = to_rgb(luma, (chroma[0], chroma[1]), matrix=BT709, unit=unit)
+    cut = to_rgb(luma[:, :97, :131], (chroma[0], chroma[1]), matrix=BT709, unit=unit)
     torch.testing.assert_close(cut, whole[:, :, :97, :131])
 
 
@@ -115,7 +111,7 @@ def test_matrix_follows_the_stream_and_is_bt601_when_unspecified() -> None:
 def test_known_colours(sample: tuple[int, int, int], rgb: tuple[int, int, int]) -> None:
     for unit in (1, 4, 256):
         y, u, v = (torch.tensor([[[value * unit]]], dtype=torch.int32) for value in sample)
-        assert to_rgb(y, (u, v), Colour(BT601, unit=unit)).flatten().tolist() == list(rgb)
+        assert to_rgb(y, (u, v), unit=unit).flatten().tolist() == list(rgb)
 
 
 def test_a_chroma_plane_that_lacks_its_last_row_and_column_repeats_them() -> None:
@@ -124,8 +120,8 @@ def test_a_chroma_plane_that_lacks_its_last_row_and_column_repeats_them() -> Non
     whole = torch.arange(12, dtype=torch.uint8).reshape(1, 3, 4) * 10 + 60
     whole[:, 2], whole[:, :, 3] = whole[:, 1], whole[:, :, 2]
     cut = whole[:, :2, :3]
-    expected = to_rgb(luma, (whole, whole), Colour(BT601))
-    torch.testing.assert_close(to_rgb(luma, (cut, cut), Colour(BT601)), expected)
+    expected = to_rgb(luma, (whole, whole))
+    torch.testing.assert_close(to_rgb(luma, (cut, cut)), expected)
 
 
 def test_planes_are_turned_like_rgb(tmp_path: Path, decoded: list[VideoFrame]) -> None:
@@ -135,10 +131,7 @@ def test_planes_are_turned_like_rgb(tmp_path: Path, decoded: list[VideoFrame]) -
         with av.open(str(path)) as container:
             frames = list(container.decode(video=0))
         fmt = FrameFormat.of(frames[0])
-        rgb = RgbBuffer(len(frames), fmt, VideoReformatter())
-        for slot, frame in enumerate(frames):
-            rgb.write(slot, frame)
-        expected = rgb.to_tensor()
+        expected = convert(frames, fmt, VideoReformatter(), CPU)
         assert expected.shape[2:] == fmt.upright_size
         assert (from_planes(frames).int() - expected.int()).abs().max() <= 3
 

@@ -7,14 +7,17 @@ import os
 import re
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import av
 import numpy as np
 import pytest
 import torch
+from av.codec import CodecContext
 from videos import numbered_frame, read_number, write_numbered_video, write_video
 
 from mvit_video.data.decode import choice, cuda, open_video
@@ -66,16 +69,20 @@ def test_the_packaged_clip_can_be_measured() -> None:
 
 
 def test_pictures_are_looked_at_before_a_decoder_is_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert choice._is_right(CPU, nvdec=False)
-    get_frames = PyAVVideo.get_frames
+    monkeypatch.setattr(choice, "why_no_gpu", lambda index: None)
     calls: list[Any] = []
+    num_right = 4
 
-    def spoilt(video: PyAVVideo, indices: Any, **options: Any) -> torch.Tensor:
+    def frames(video: PyAVVideo, indices: Any) -> torch.Tensor:
         calls.append(indices)
-        return get_frames(video, indices).roll(0 if len(calls) < 3 else 1, 0)
+        with PyAVVideo(video.path) as exact:
+            return exact.get_frames(indices).roll(0 if len(calls) <= num_right else 9, -1)
 
-    monkeypatch.setattr(PyAVVideo, "get_frames", spoilt)
-    assert not choice._is_right(CPU, nvdec=False)
+    monkeypatch.setattr(PyAVVideo, "decode_on_gpu", frames)
+    assert choice.why_no_nvdec.__wrapped__(0) is None
+    calls.clear()
+    num_right = 2
+    assert "gives other pictures than the CPU decoder" in (choice.why_no_nvdec.__wrapped__(0) or "")
 
 
 # Kept decoders, with software contexts in the place of NVDEC's
@@ -84,7 +91,7 @@ def test_pictures_are_looked_at_before_a_decoder_is_trusted(monkeypatch: pytest.
 @pytest.fixture
 def software(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "_acceleration", lambda device: nullcontext())
-    monkeypatch.setattr(cuda, "_kept", cuda._KeptDecoders())
+    monkeypatch.setattr(cuda, "_thread", cuda._Thread())
     monkeypatch.setattr(cuda, "fallbacks", type(cuda.fallbacks)())
     monkeypatch.setattr(cuda, "_lacking", set())
 
@@ -197,20 +204,37 @@ def packets_start(path: Path, start: int) -> int:
         return next(packet.pts for packet in container.demux(stream) if packet.is_keyframe)
 
 
-def test_few_decoders_are_kept_and_none_is_shared_between_threads() -> None:
-    kept = cuda._KeptDecoders()
-    first: Any = kept.get(0, object)[0]  # type: ignore[arg-type]
-    for key in range(1, 8):
-        kept.get(key, object)  # type: ignore[arg-type]
-    assert kept.get(0, object) == (first, False)  # type: ignore[arg-type]
-    kept.get(8, object)  # type: ignore[arg-type]
-    assert list(kept._contexts) == [2, 3, 4, 5, 6, 7, 0, 8]
-    other: list[Any] = []
-    thread = threading.Thread(target=lambda: other.append(kept.get(0, object)))  # type: ignore[arg-type]
-    thread.start()
-    thread.join()
-    assert other[0][0] is not first
-    assert kept.get(0, object, anew=True)[0] is not first  # type: ignore[arg-type]
+def test_few_decoders_are_kept_and_none_is_shared_between_threads(
+    tmp_path: Path, software: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda, "_KEPT", 2)
+    files = [write_numbered_video(tmp_path / f"{i}.mp4", 2, height=64 + 16 * i) for i in range(3)]
+
+    def get(number: int, anew: bool = False) -> cuda.HardwareDecoder:
+        with av.open(str(files[number])) as container:
+            return cuda.decoder_for(container.streams.video[0], "yuv420p", CPU, anew=anew)
+
+    first, second = get(0), get(1)
+    assert get(0) is first
+    assert not first.is_new
+    get(2)
+    assert get(0) is first
+    assert get(1) is not second
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(get, 0).result() is not first
+    assert get(0, anew=True) is not first
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cuda", 3), ("cuda:1", 1)])
+def test_a_device_without_a_number_is_the_current_one(
+    software: None, monkeypatch: pytest.MonkeyPatch, device: str, expected: int
+) -> None:
+    made: list[int] = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(cuda, "_acceleration", lambda index: made.append(index) or nullcontext())
+    with av.open(str(choice.SAMPLE)) as container:
+        cuda.decoder_for(container.streams.video[0], "yuv420p", torch.device(device))
+    assert made == [expected]
 
 
 def _decode_all(decoder: cuda.HardwareDecoder, container: Any) -> None:
@@ -251,7 +275,7 @@ def test_a_decoder_that_went_over_to_software_is_forgotten(tmp_path: Path, softw
         with pytest.raises(NotOnHardware), decoder:
             _decode_all(decoder, container)
         container.close()
-    assert not cuda._kept._contexts
+    assert not cuda._thread.decoders
 
 
 def test_a_kind_that_the_gpu_lacks_is_tried_once(tmp_path: Path, software: None) -> None:
@@ -262,9 +286,11 @@ def test_a_kind_that_the_gpu_lacks_is_tried_once(tmp_path: Path, software: None)
         for name, (height, width) in sizes.items()
     }
     made: list[str] = []
-    create = cuda._create
+    create = CodecContext.create
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuda, "_create", lambda *arguments: made.append(arguments[0]) or create(*arguments))
+        patch.setattr(
+            cuda, "CodecContext", SimpleNamespace(create=lambda *a, **k: made.append(a[0]) or create(*a, **k))
+        )
         for path in (*paths.values(), *paths.values()):
             with PyAVVideo(path, device=CPU, nvdec=True) as video:
                 assert read_number(video.get_frames([4])[0]) == 4
@@ -282,10 +308,10 @@ def test_a_full_gpu_means_the_cpu(tmp_path: Path, software: None, monkeypatch: p
         assert read_number(video.get_frames([4])[0]) == 4
     assert cuda.fallbacks == {"the GPU's memory is full": 1}
 
-    def none_left(*_: Any) -> None:
+    def none_left(*_: Any, **__: Any) -> None:
         raise av.error.MemoryError(12, "Cannot allocate memory")
 
-    monkeypatch.setattr(cuda, "_create", none_left)
+    monkeypatch.setattr(cuda, "CodecContext", SimpleNamespace(create=none_left))
     with PyAVVideo(path, device=CPU, nvdec=True) as video:
         assert read_number(video.get_frames([4])[0]) == 4
     assert cuda.fallbacks == {"the GPU's memory is full": 2}
@@ -296,7 +322,7 @@ def test_a_decoder_that_can_not_be_made_is_no_damage(tmp_path: Path, monkeypatch
     accelerate = av.codec.hwaccel.HWAccel("cuda", device="0", is_hw_owned=True)
     monkeypatch.setattr(cuda, "_acceleration", lambda device: nullcontext(accelerate))
     with (
-        av.open(str(cuda.SAMPLE)) as container,
+        av.open(str(choice.SAMPLE)) as container,
         pytest.raises(NotOnHardware, match="no NVDEC decoder for h264 could be made"),
     ):
         cuda.decoder_for(container.streams.video[0], "yuv420p", CPU)
@@ -347,12 +373,12 @@ def test_gpu_frames_are_the_cpu_frames(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.gpu
 def test_gpu_frames_are_safe_on_a_side_stream_and_after_the_decoder_goes_on() -> None:
-    with open_video(cuda.SAMPLE) as exact:
+    with open_video(choice.SAMPLE) as exact:
         expected = exact.get_frames(range(64)).int()
     with torch.cuda.stream(torch.cuda.Stream()):
         held = []
         for _ in range(4):
-            with open_video(cuda.SAMPLE, device="cuda") as video:
+            with open_video(choice.SAMPLE, device="cuda") as video:
                 held.append(video.get_frames(range(64)))
         for frames in held:
             assert (frames.cpu().int() - expected).abs().max() <= 3
@@ -365,7 +391,7 @@ def test_two_thousand_opens_leak_nothing() -> None:
         return total - free
 
     for opens in range(2000):
-        with open_video(cuda.SAMPLE, device="cuda") as video:
+        with open_video(choice.SAMPLE, device="cuda") as video:
             video.get_frames([0, 5])
         if opens == 100:
             before, resident = used(), _resident_kilobytes()
@@ -397,5 +423,5 @@ def test_threads_decode_at_once(capsys: pytest.CaptureFixture[str]) -> None:
 
 def _decode_clips(count: int) -> None:
     for _ in range(count):
-        with open_video(cuda.SAMPLE, device="cuda") as video:
+        with open_video(choice.SAMPLE, device="cuda") as video:
             video.get_frames(range(0, 64, 4))

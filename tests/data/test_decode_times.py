@@ -13,6 +13,7 @@ import pytest
 from videos import read_number, write_numbered_video
 
 from mvit_video.data.decode import open_video, times
+from mvit_video.data.decode.packets import NO_TIME
 from mvit_video.data.decode.times import measure_times
 from mvit_video.errors import VideoError
 
@@ -102,11 +103,20 @@ def test_a_pause_of_a_recording_stays_in_its_times(tmp_path: Path) -> None:
     ],
 )
 def test_rates(pts: list[int | None], fps: float, num_jumps: int) -> None:
-    found = measure_times(pts, Fraction(1, 1000), 24.0, clock_may_jump=True)
+    told = np.array([NO_TIME if time is None else time for time in pts], np.int64)
+    found = measure_times(told, Fraction(1, 1000), 24.0, clock_may_jump=True)
     assert found.fps == pytest.approx(fps)
     assert found.num_jumps == num_jumps
     assert len(found.seconds) == len(pts)
     assert (np.diff(found.seconds) > 0).all()
+
+
+@pytest.mark.parametrize("fps", [30, 25, 24, 50, 60, Fraction(30000, 1001), Fraction(24000, 1001)])
+@pytest.mark.parametrize("num_frames", [7, 50, 90])
+def test_measured_rate_is_exact(fps: Fraction | int, num_frames: int) -> None:
+    tick = 1 / (Fraction(fps) * 512)  # as in MP4
+    found = measure_times(np.arange(num_frames) * 512, tick, 24.0, clock_may_jump=False)
+    assert found.fps == float(fps)
 
 
 @pytest.mark.parametrize("padding", [bytes(188), bytes(10_000), bytes(3_000_000), b"\xff" * 3_000_000])

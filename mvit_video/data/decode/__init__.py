@@ -15,7 +15,6 @@ import torch
 
 from mvit_video.data.decode import choice, engines
 from mvit_video.data.decode.container import MAX_PIXELS
-from mvit_video.data.decode.cuda import SAMPLE
 from mvit_video.data.decode.images import ImageSequence, is_images
 from mvit_video.data.decode.pyav import PyAVVideo
 from mvit_video.data.decode.video import Video
@@ -103,5 +102,5 @@ def device_of(open_file: Callable[[str], Video]) -> torch.device:
     """Where the frames of what `open_file` opens end up."""
     if isinstance(open_file, Decoder):
         return open_file.target
-    with open_file(str(SAMPLE)) as video:
+    with open_file(str(choice.SAMPLE)) as video:
         return video.device

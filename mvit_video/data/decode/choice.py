@@ -8,15 +8,20 @@ import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import torch
+from av.codec.hwaccel import hwdevices_available
+from av.error import FFmpegError
 
-from mvit_video.data.decode import cuda
-from mvit_video.data.decode.cuda import SAMPLE, why_no_gpu
+from mvit_video.data.decode.frames import NotOnHardware
 from mvit_video.data.decode.pyav import PyAVVideo
 from mvit_video.errors import ConfigError
 
 log = logging.getLogger(__name__)
+
+SAMPLE = Path(__file__).with_name("sample.mp4")  # NVDEC refuses very small pictures; this one is 256 x 256
+CPU = torch.device("cpu")
 
 _lock = threading.Lock()  # so that threads that start together measure once
 _TOLERANCE = 3  # levels between swscale's colours and ours
@@ -31,7 +36,7 @@ def resolve(device: str, *, nvdec_possible: bool = True) -> tuple[torch.device, 
     Raises `ConfigError`.
     """
     if device == "cpu":
-        return torch.device("cpu"), False
+        return CPU, False
     if device == "auto":
         with _lock:
             return _best()
@@ -41,33 +46,6 @@ def resolve(device: str, *, nvdec_possible: bool = True) -> tuple[torch.device, 
     if problem is not None:
         raise ConfigError(f"decoder device {device!r} is not possible here: {problem}; 'auto' or 'cpu' is")
     return target, nvdec_possible
-
-
-@functools.cache
-def why_no_nvdec(index: int = 0) -> str | None:
-    """Why frames can't be decoded on a GPU here, found by trying and looking at them; None if they can."""
-    problem = cuda.why_no_nvdec(index)
-    if problem is not None:
-        return problem
-    try:
-        if _is_right(torch.device("cuda", index), nvdec=True):
-            return None
-    except RuntimeError as error:  # of CUDA
-        return f"decoding with NVDEC fails ({str(error).splitlines()[0]})"
-    return "NVDEC gives other pictures than the CPU decoder (is the driver up to date?)"
-
-
-def _is_right(device: torch.device, *, nvdec: bool) -> bool:
-    """Whether the packaged clip looks as it should, from a new decoder and from a kept one, out of order."""
-    with PyAVVideo(SAMPLE) as video:
-        expected = video.get_frames(range(video.num_frames)).int()
-    for _ in range(2):
-        with PyAVVideo(SAMPLE, device=device, nvdec=nvdec) as video:
-            for indices in (range(video.num_frames), [video.num_frames - 1, 0, video.num_frames // 2]):
-                frames = video.get_frames(indices).cpu().int()
-                if (frames - expected[list(indices)]).abs().max() > _TOLERANCE:
-                    return False
-    return True
 
 
 def _parse(device: str) -> torch.device:
@@ -83,22 +61,59 @@ def _parse(device: str) -> torch.device:
 
 
 @functools.cache
+def why_no_gpu(index: int = 0) -> str | None:
+    """Why PyTorch can't use a GPU here; None if it can."""
+    if torch.version.cuda is None:
+        return "this PyTorch is built without CUDA (pip install torch from https://pytorch.org/get-started)"
+    if not torch.cuda.is_available():
+        return "no NVIDIA GPU, or no driver for it (nvidia-smi must work, in a container too)"
+    if index >= torch.cuda.device_count():
+        return f"there is no GPU {index}, only {torch.cuda.device_count()}"
+    return None
+
+
+@functools.cache
+def why_no_nvdec(index: int = 0) -> str | None:
+    """Why frames can't be decoded on a GPU here, found by trying and looking at them; None if they can."""
+    if "cuda" not in hwdevices_available():
+        return "this PyAV is built without CUDA (pip install --force-reinstall av)"
+    problem = why_no_gpu(index)
+    if problem is not None:
+        return problem
+    try:
+        is_right = _is_right(torch.device("cuda", index))
+    except (FFmpegError, NotOnHardware, NotImplementedError, RuntimeError) as error:
+        return (
+            f"NVDEC does not work ({type(error).__name__}: {str(error).splitlines()[0]}); in a container the "
+            "driver's video part is needed (NVIDIA_DRIVER_CAPABILITIES=compute,video,utility)"
+        )
+    wrong = "NVDEC gives other pictures than the CPU decoder (is the driver up to date?)"
+    return None if is_right else wrong
+
+
+def _is_right(device: torch.device) -> bool:
+    """Whether the packaged clip looks as it should, by a new decoder and by a kept one, at any place."""
+    with PyAVVideo(SAMPLE) as video:
+        expected = video.get_frames(range(video.num_frames)).int()
+    last = len(expected) - 1
+    for indices in ([*range(last + 1)], [0, last // 2, last], [last], [0, 1]):
+        with PyAVVideo(SAMPLE, device=device) as video:
+            frames = video.decode_on_gpu(indices).cpu().int()
+        if (frames - expected[indices]).abs().max() > _TOLERANCE:
+            return False
+    return True
+
+
+@functools.cache
 def _best() -> tuple[torch.device, bool]:
-    no_gpu = why_no_gpu()
-    if no_gpu is not None:
-        log.info("decoding with PyAV on the CPU: %s", no_gpu)
-        return torch.device("cpu"), False
-    device = _parse("cuda")
-    no_nvdec = why_no_nvdec(device.index)
-    if no_nvdec is not None:
-        log.info("decoding with PyAV on the CPU: %s", no_nvdec)
-        return torch.device("cpu"), False
-    cpu = torch.device("cpu")
-    on_cpu, on_gpu = _clips_a_second(cpu, nvdec=False), _clips_a_second(device, nvdec=True)
-    chosen = device if on_gpu > on_cpu else cpu
-    log.info(
-        "decoding with PyAV on %s: %.0f small clips/s on %s, %.0f on cpu", chosen, on_gpu, device, on_cpu
-    )
+    reason = why_no_gpu() or why_no_nvdec(_parse("cuda").index)
+    if reason is not None:
+        log.info("decoding with PyAV on the CPU: %s", reason)
+        return CPU, False
+    gpu = _parse("cuda")
+    on_cpu, on_gpu = _clips_a_second(CPU, nvdec=False), _clips_a_second(gpu, nvdec=True)
+    chosen = gpu if on_gpu > on_cpu else CPU
+    log.info("decoding with PyAV on %s: %.0f small clips/s on %s, %.0f on cpu", chosen, on_gpu, gpu, on_cpu)
     return chosen, on_gpu > on_cpu
 
 

@@ -6,25 +6,8 @@ made the pictures that the published weights were trained on.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
-
-
-class Colour(NamedTuple):
-    """How samples stand for colours.
-
-    Attributes:
-        matrix: weights of red and blue in the luma.
-        full_range: luma is 0..255 and chroma 1..255, not 16..235 and 16..240, at 8 bits.
-        unit: how much a sample grows for one 8-bit level: 1 at 8 bits, 4 at 10 bits, 256 for P010.
-    """
-
-    matrix: tuple[float, float]
-    full_range: bool = False
-    unit: int = 1
-
 
 BT601 = (0.299, 0.114)
 BT709 = (0.2126, 0.0722)
@@ -38,41 +21,41 @@ def matrix_of(colorspace: int) -> tuple[float, float]:
     return _MATRICES.get(colorspace, BT601)
 
 
-def to_rgb(luma: Tensor, chroma: tuple[Tensor, Tensor] | None, colour: Colour) -> Tensor:
+def to_rgb(
+    luma: Tensor,
+    chroma: tuple[Tensor, Tensor] | None,
+    *,
+    matrix: tuple[float, float] = BT601,
+    full_range: bool = False,
+    unit: int = 1,
+) -> Tensor:
     """Planes of N pictures -> uint8 (N, 3, H, W).
 
     Args:
         luma: (N, H, W), any integer type.
         chroma: U and V (N, h, w), of the same height and width as the luma or half of it, halves rounded
             either way; None for gray, which is of full range whatever the stream says, as in swscale.
+        matrix: weights of red and blue in the luma.
+        full_range: luma is 0..255 and chroma 1..255, not 16..235 and 16..240, at 8 bits.
+        unit: how much a sample grows for one 8-bit level: 1 at 8 bits, 4 at 10 bits, 256 for P010.
     """
-    y = luma.to(torch.float32).div_(colour.unit)
+    y = luma.to(torch.float32).div_(unit)
     if chroma is None:
         return _to_uint8(y.round_())[:, None].expand(-1, 3, -1, -1).contiguous()
-    if not colour.full_range:
+    if not full_range:
         y.sub_(16).mul_(255 / 219)
-    red, blue = colour.matrix
+    red, blue = matrix
     green = 1 - red - blue
-    scale = 1.0 if colour.full_range else 255 / 224
-    u, v = (c.to(torch.float32).div_(colour.unit).sub_(128).mul_(2 * scale) for c in chroma)
-    offsets = torch.stack(  # of R, G and B from the luma, at the size of the chroma
-        [
-            v * (1 - red),
-            u * (-blue * (1 - blue) / green) + v * (-red * (1 - red) / green),
-            u * (1 - blue),
-        ],
-        dim=1,
-    )
+    scale = 1.0 if full_range else 255 / 224
+    u, v = (c.to(torch.float32).div_(unit).sub_(128).mul_(2 * scale) for c in chroma)
+    of_green = u * (-blue * (1 - blue) / green) + v * (-red * (1 - red) / green)
+    offsets = torch.stack([v * (1 - red), of_green, u * (1 - blue)], dim=1)  # from the luma, at chroma's size
     if offsets.shape[-2:] == y.shape[-2:]:
         return _to_uint8(offsets.add_(y[:, None]).round_())
     # swscale rounds down where it repeats chroma.
-    return _to_uint8(_repeat(offsets, luma.shape[-2], luma.shape[-1]).add_(y[:, None]))
-
-
-def _repeat(chroma: Tensor, height: int, width: int) -> Tensor:
-    rows = _sources(chroma.shape[-2], height, chroma.device)
-    columns = _sources(chroma.shape[-1], width, chroma.device)
-    return chroma.index_select(-2, rows).index_select(-1, columns)
+    for axis in (-2, -1):
+        offsets = offsets.index_select(axis, _sources(offsets.shape[axis], y.shape[axis], y.device))
+    return _to_uint8(offsets.add_(y[:, None]))
 
 
 def _sources(size: int, repeated: int, device: torch.device) -> Tensor:

@@ -7,7 +7,8 @@ lists of formats and protocols hold for what is opened and for all that is opene
 from __future__ import annotations
 
 import math
-from pathlib import Path
+import os
+import stat
 from typing import IO, Any, Literal, TypeAlias, cast
 
 import av
@@ -52,7 +53,6 @@ _NO_LIMIT = str((1 << 31) - 1)  # bytes that a hole in a transport stream may ha
 
 Origin: TypeAlias = Literal["file", "pipe", "address", "camera"]
 
-_NO_VIDEO_FILE = "not a video file, or one that FFmpeg can't read"
 _REFUSED = (
     "not a video file of a kind that is opened here (playlists and other files that refer to files or hosts "
     "are not)"
@@ -67,9 +67,7 @@ def open_container(source: str | IO[bytes] | Any, origin: Origin, **options: Any
     formats, protocols = _ALLOWED[origin]
     given = options.pop("container_options", {})
     limits = {"format_whitelist": formats, "protocol_whitelist": protocols, "resync_size": _NO_LIMIT}
-    return av.open(
-        source, "r", metadata_errors="replace", container_options=limits | given | limits, **options
-    )
+    return av.open(source, "r", metadata_errors="replace", container_options=given | limits, **options)
 
 
 def open_file(path: str, *, size: int | None = None, **options: Any) -> InputContainer:
@@ -113,28 +111,27 @@ def require_pixels(width: int, height: int, max_pixels: int, name: str) -> None:
 
 def check_file(path: str) -> None:
     """Raises `VideoError` for what is no file with content."""
-    file = Path(path)
     try:
-        if not file.exists():
-            raise VideoError(path, "no such file")
-        if file.is_dir():
-            raise VideoError(path, "this is a directory, not a video file")
-        if not file.is_file():
-            raise VideoError(path, "this is not a regular file")
-        if file.stat().st_size == 0:
-            raise VideoError(path, "the file is empty")
-    except (OSError, ValueError) as error:  # a name that is too long or holds a null byte
+        found = os.stat(path)  # noqa: PTH116 (for each clip)
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # a null byte in its name
+        raise VideoError(path, "no such file") from error
+    except OSError as error:
         raise VideoError(path, f"the file can't be read ({error})") from error
+    if stat.S_ISDIR(found.st_mode):
+        raise VideoError(path, "this is a directory, not a video file")
+    if not stat.S_ISREG(found.st_mode):
+        raise VideoError(path, "this is not a regular file")
+    if found.st_size == 0:
+        raise VideoError(path, "the file is empty")
 
 
 def has_telling_header(path: str) -> bool:
     """Whether it is an MP4 or Matroska file, whose header describes the streams."""
     try:
-        with Path(path).open("rb") as file:
-            start = file.read(8)
+        start = _first_bytes(path)
     except OSError:
         return False
-    return start[4:] == b"ftyp" or start.startswith(b"\x1a\x45\xdf\xa3")
+    return start[4:8] == b"ftyp" or start.startswith(b"\x1a\x45\xdf\xa3")
 
 
 def why_not_opened(path: str, error: Exception) -> str:
@@ -144,13 +141,17 @@ def why_not_opened(path: str, error: Exception) -> str:
     if isinstance(error, ArgumentError):  # so FFmpeg calls what is not on its white lists
         return _REFUSED
     try:
-        with Path(path).open("rb") as file:
-            start = file.read(12)
+        start = _first_bytes(path)
     except OSError as reading:
         return f"the file can't be read ({reading.strerror})"
     if start[4:8] == b"ftyp":
         return "an MP4 file without its table of frames: it is cut off or damaged"
-    return _NO_VIDEO_FILE
+    return "not a video file, or one that FFmpeg can't read"
+
+
+def _first_bytes(path: str) -> bytes:
+    with open(path, "rb") as file:  # noqa: PTH123 (for each clip)
+        return file.read(8)
 
 
 def is_encrypted(path: str) -> bool:
@@ -173,13 +174,12 @@ def size_without_padding(path: str) -> int | None:
     So cameras leave what they allocated ahead. Up to a packet of it stays, which may be content.
     """
     block, packet = 1 << 20, 256
-    with Path(path).open("rb") as file:
-        size = end = file.seek(0, 2)
-        while end:
+    with open(path, "rb") as file:  # noqa: PTH123
+        size = end = file.seek(0, os.SEEK_END)
+        content = b""
+        while end and not content:
             start = max(0, end - block)
             file.seek(start)
             content = file.read(end - start).rstrip(b"\0\xff")
             end = start + len(content)
-            if content:
-                break
     return end + packet if end + packet < size else None

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from mvit_video.data.decode.cuda import SAMPLE
+from mvit_video.data.decode.choice import SAMPLE
 from mvit_video.data.decode.frames import Transform
 from mvit_video.data.decode.pyav import PyAVVideo
 from mvit_video.data.decode.video import Video
@@ -49,9 +49,7 @@ class EngineVideo(Video):
             self.path, self.codec, self.size = indexed.path, indexed.codec, indexed.size
             self.num_frames, self.fps, self.times = indexed.num_frames, indexed.fps, indexed.times
             self.start = indexed.start
-            self._refuse(_misleading_times(indexed))
-            if engine == "decord":
-                self._refuse(_decord_problem(indexed))
+            self._refuse(_why_wrong(indexed, engine))
         try:
             count, self._read = open_with(library, self)
         except self._errors as error:
@@ -72,7 +70,7 @@ class EngineVideo(Video):
             if abs(second - self.start - self.times[index]) > _SAME_TIME:
                 self._refuse(f"gives another picture as frame {index}")
         if frames.shape != (len(wanted), 3, *self.size):
-            raise VideoError(self.path, f"frames of shape {tuple(frames.shape)}; decode it with PyAV")
+            self._refuse(f"gives frames of shape {tuple(frames.shape)}")
         return frames if transform is None else transform(frames)
 
     def _refuse(self, problem: str | None) -> None:
@@ -80,7 +78,8 @@ class EngineVideo(Video):
             raise VideoError(self.path, f"{self._engine} {problem}; decode it with decoder=pyav")
 
     def _unreadable(self, error: Exception) -> VideoError:
-        return VideoError(self.path, f"{self._engine} can't read it ({_first_line(error)})")
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+        return VideoError(self.path, f"{self._engine} can't read it ({reason})")
 
 
 def _open_with_torchcodec(decoders: Any, video: EngineVideo) -> tuple[int, _Read]:
@@ -110,32 +109,24 @@ def _closed(wanted: list[int]) -> tuple[Tensor, list[float]]:
     raise ValueError("the video is closed")
 
 
-def _misleading_times(indexed: PyAVVideo) -> str | None:
-    """Why an engine, which goes by the timestamps, would give other frames."""
-    if indexed.index is not None:
+def _why_wrong(indexed: PyAVVideo, engine: str) -> str | None:
+    """Why an engine would give other frames; decord doesn't even tell the times of those that it gives."""
+    index, reader = indexed.index, indexed.reader
+    if index is not None:
         indexed.get_frames([0])  # a decoder knows whether it reorders once it has decoded
-    if indexed.index is None or indexed.has_guessed_times or indexed.needs_reordering:
+    if index is None or index.guesses_times or indexed.needs_reordering:
         return "relies on its timestamps, which are wrong or missing"
-    return None
-
-
-def _decord_problem(indexed: PyAVVideo) -> str | None:
-    """Why decord, which doesn't tell the times of what it decoded, would give other frames."""
-    index = indexed.index
-    assert index is not None
-    if index.hides_frames:
-        return "does not follow its edit list"
-    if index.has_open_gops:
-        return "is a frame late after a seek in open groups of pictures"
-    if indexed.start != 0:
-        return "loses frames of a clock that doesn't start at 0"
-    if indexed.container_format not in ("mp4", "matroska"):
-        return f"seeks badly in this container ({indexed.container_format})"
-    if indexed.has_false_keys:
-        return "seeks to pictures that are wrongly marked as key frames"
-    if indexed.lost_packets:
-        return "repeats pictures where packets are lost"
-    return None
+    reasons = {
+        "does not follow its edit list": index.hides_frames,
+        "is a frame late after a seek in open groups of pictures": index.has_open_gops,
+        "loses frames of a clock that doesn't start at 0": indexed.start != 0,
+        f"seeks badly in this container ({reader.format})": reader.format not in ("mp4", "matroska"),
+        "seeks to pictures that are wrongly marked as key frames": (
+            sum(entry.is_keyframe for entry in reader.listed) > len(index.key_positions)
+        ),
+        "repeats pictures where packets are lost": bool(index.lost_packets),
+    }
+    return next((reason for reason, holds in reasons.items() if holds and engine == "decord"), None)
 
 
 @functools.cache
@@ -161,10 +152,6 @@ def import_decord() -> Any:
         return importlib.import_module("decord")
     except ImportError as error:
         raise ConfigError("decord isn't installed: pip install 'mvit-video[decord]'") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
 
 
 ENGINES: dict[str, tuple[Callable[[], Any], Callable[[Any, EngineVideo], tuple[int, _Read]]]] = {

@@ -4,22 +4,24 @@ numbered run of extracted frames is one of many.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from av.video.frame import VideoFrame
+from av.video.reformatter import VideoReformatter
 from torch import Tensor
 
 from mvit_video.data.decode.container import MAX_PIXELS, require_pixels
-from mvit_video.data.decode.frames import FrameCollector, Transform
+from mvit_video.data.decode.frames import FrameBuffer, FrameFormat, Transform, convert
 from mvit_video.data.decode.video import Video
 from mvit_video.data.files import IMAGE_EXTENSIONS
 from mvit_video.errors import VideoError
@@ -27,13 +29,12 @@ from mvit_video.errors import VideoError
 if TYPE_CHECKING:  # at run time where a picture is opened: videos need no Pillow
     from PIL import Image
 
-Picture: TypeAlias = npt.NDArray[np.uint8]  # (H, W, 3)
-
 MAX_FRAMES = 1_000_000  # of a numbered run: more than nine hours at 30 a second
 
 # "clip_[000001-000042].jpg": pictures numbered from the first to the last, both included.
 _PATTERN = re.compile(r"(?P<start>.*)\[(?P<first>\d{1,18})-(?P<last>\d{1,18})\](?P<suffix>\.\w+)$", re.DOTALL)
 
+_ANIMATED = ("WEBP", "PNG")  # formats whose further pictures are shown after the first; a TIFF's are pages
 _DEFAULT_SECONDS = 0.1  # that a frame of an animation is shown which doesn't say it, as browsers have it
 
 
@@ -78,7 +79,9 @@ def image_files(path: str) -> list[str]:
     names = [name for name in names if name.lower().endswith(IMAGE_EXTENSIONS) and not name.startswith(".")]
     if not names:
         raise VideoError(path, "this is a directory, not a video file, and has no pictures either")
-    numbered = sorted((_number(name), name) for name in names)
+    # An unnumbered picture counts as 0.
+    ends = [(re.search(r"(\d{1,18})\D*$", Path(name).stem), name) for name in names]
+    numbered = sorted((int(end[1]) if end else 0, name) for end, name in ends)
     for (before, _), (number, name) in itertools.pairwise(numbered):
         if number == before:
             raise VideoError(path, f"two of its pictures have the number of {name}")
@@ -108,62 +111,52 @@ class ImageSequence(Video):
     ) -> None:
         self.path = str(path)
         self.device = device or torch.device("cpu")
-        self._files = image_files(self.path)
         self._max_pixels = max_pixels
+        self._files = image_files(self.path)
+        self.num_frames, self.fps = len(self._files), float(frame_rate)
+        self.times = np.arange(self.num_frames) / self.fps
+        self._hidden: int | None = None  # pictures of an animation before its first frame
         with self._open(self._files[0]) as first:
             self.codec = (first.format or "").lower()
-            self.size = _upright_size(first)
-            stored = getattr(first, "n_frames", 1) if first.format in _ANIMATED else 1
-            self._is_animation = len(self._files) == 1 and stored > 1
-            # What a PNG shows where animations aren't known need not be a frame of it.
-            self._hidden = int(self._is_animation and bool(first.info.get("default_image")))
-            self.num_frames = stored - self._hidden if self._is_animation else len(self._files)
-            if self._is_animation:
-                times = self._animation_times(first)
-                distances = max(self.num_frames - 1, 1)
-                self.times, self.fps = times[:-1], distances / float(times[distances])
-            else:
-                self.fps = float(frame_rate)
-                self.times = np.arange(self.num_frames) / self.fps
+            turned = first.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # the EXIF orientation
+            self.size = (first.width, first.height) if turned else (first.height, first.width)
+            if first.format in _ANIMATED and getattr(first, "n_frames", 1) > 1 and self.num_frames == 1:
+                self._begin_animation(first)
+
+    def _begin_animation(self, image: Image.Image) -> None:
+        # What a PNG shows where animations aren't known need not be a frame of it.
+        self._hidden = int(bool(image.info.get("default_image")))
+        ends = [0.0]
+        for index in range(self._hidden, cast(Any, image).n_frames):
+            _go_to(image, index)
+            ends.append(ends[-1] + (image.info.get("duration", 0) / 1000 or _DEFAULT_SECONDS))
+        self.num_frames = len(ends) - 1
+        self.times = np.array(ends[:-1])
+        distances = max(self.num_frames - 1, 1)
+        self.fps = distances / ends[distances]
 
     def _decode(self, wanted: list[int], transform: Transform | None) -> Tensor:
-        make = functools.partial(_ImageBuffer, *self.size)
-        frames = FrameCollector(len(wanted), make, size=self.size, transform=transform)
-        for slot, picture in enumerate(self._pictures(wanted)):
-            frames.write(slot, picture)
-        return frames.to_tensor().to(self.device)
-
-    def _pictures(self, wanted: list[int]) -> Iterator[Picture]:
-        if not self._is_animation:
-            for index in wanted:
-                with self._open(self._files[index]) as image:
-                    yield self._pixels(image, self._files[index])
-        else:
+        fmt = FrameFormat.of(VideoFrame(self.width, self.height, "rgb24"))
+        to_tensor = partial(convert, fmt=fmt, reformatter=VideoReformatter(), device=self.device)
+        frames = FrameBuffer(wanted, to_tensor, transform)
+        for index in wanted if self._hidden is None else ():
+            with self._open(self._files[index]) as image:
+                frames.write(index, self._frame_of(image, self._files[index]))
+        if self._hidden is not None:
             with self._open(self.path) as image:
                 for index in wanted:
-                    self._go_to(image, index)
-                    yield self._pixels(image, self.path)
+                    _go_to(image, index + self._hidden)
+                    frames.write(index, self._frame_of(image, self.path))
+        return frames.to_tensor()
 
-    def _animation_times(self, image: Image.Image) -> npt.NDArray[np.float64]:
-        """Seconds of each frame since the first, and of the end."""
-        seconds = []
-        for index in range(self.num_frames):
-            self._go_to(image, index)
-            seconds.append(image.info.get("duration", 0) / 1000 or _DEFAULT_SECONDS)
-        return np.concatenate([[0.0], np.cumsum(seconds)])
-
-    def _go_to(self, image: Image.Image, index: int) -> None:
-        image.seek(index + self._hidden)
-        image.load()
-
-    def _pixels(self, image: Image.Image, file: str) -> Picture:
+    def _frame_of(self, image: Image.Image, file: str) -> VideoFrame:
         from PIL import ImageOps
 
         picture = _to_rgb(ImageOps.exif_transpose(image))
         if picture.shape[:2] != self.size:
             size = f"{picture.shape[1]}x{picture.shape[0]}, the first picture {self.width}x{self.height}"
             raise VideoError(self.path, f"{self._named(file)} is {size}")
-        return picture
+        return VideoFrame.from_ndarray(picture, format="rgb24")
 
     @contextmanager
     def _open(self, file: str) -> Iterator[Image.Image]:
@@ -191,41 +184,16 @@ class ImageSequence(Video):
         return "the file" if file == self.path else Path(file).name
 
 
-_ANIMATED = ("WEBP", "PNG")  # formats whose further pictures are shown after the first; a TIFF's are pages
+def _go_to(image: Image.Image, index: int) -> None:
+    image.seek(index)
+    image.load()
 
 
-class _ImageBuffer:
-    """See `FrameBuffer`."""
-
-    def __init__(self, height: int, width: int, count: int) -> None:
-        self._frames = torch.empty(count, height, width, 3, dtype=torch.uint8)
-
-    def write(self, row: int, frame: Picture) -> None:
-        self._frames[row] = torch.from_numpy(frame)
-
-    def to_tensor(self) -> Tensor:
-        return self._frames.permute(0, 3, 1, 2)
-
-
-def _to_rgb(image: Image.Image) -> Picture:
-    """Pillow clips what has more than 8 bits; 16 bits are scaled here, and floats that lie in [0, 1]."""
+def _to_rgb(image: Image.Image) -> npt.NDArray[np.uint8]:
+    """(H, W, 3). Pillow clips what has more than 8 bits: 16 bits are scaled here, and floats in [0, 1]."""
     if image.mode not in ("F", "I") and not image.mode.startswith("I;16"):
         return np.array(image.convert("RGB"))
     samples = np.asarray(image, np.float64)
-    if image.mode == "F":
-        levels = samples * 255 if samples.max(initial=0) <= 1 else samples
-    else:
-        levels = samples / 257
-    gray = np.nan_to_num(levels).round().clip(0, 255).astype(np.uint8)
+    scale = 1 / 257 if image.mode != "F" else 255 if samples.max(initial=0) <= 1 else 1
+    gray = np.nan_to_num(samples * scale).round().clip(0, 255).astype(np.uint8)
     return np.repeat(gray[:, :, None], 3, axis=2)
-
-
-def _upright_size(image: Image.Image) -> tuple[int, int]:
-    turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # the EXIF orientation
-    return (image.width, image.height) if turned else (image.height, image.width)
-
-
-def _number(name: str) -> int:
-    """The number that a name ends with; an unnumbered picture counts as 0."""
-    found = re.search(r"(\d{1,18})\D*$", Path(name).stem)
-    return int(found[1]) if found else 0

@@ -13,84 +13,45 @@ import logging
 import os
 import threading
 import time
-from array import array
-from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from mvit_video.data.decode.frames import FrameFormat
-from mvit_video.data.decode.packets import NO_TIME, Index, PacketList, build_index, find_lost_packets
-from mvit_video.io.fingerprint import file_stamp
+from mvit_video.data.decode.packets import FileIndex
+from mvit_video.io.fingerprint import Fingerprint, file_stamp
 from mvit_video.io.writing import replacing
 
 log = logging.getLogger(__name__)
 
-_VERSION = 2
+_VERSION = 3
 _MAX_FRAMES = 2_000_000  # in memory, of all files together; a frame takes about 50 bytes
 _SETTLED_SECONDS = 2.0  # a file that changed later than this ago may change again within a tick of its clock
 
 
-@dataclass
-class FileIndex:
-    """What is known of a file's frames once all of it was read.
-
-    Attributes:
-        packets: of the stream, with the times at which its frames are shown.
-        index: None where the packets don't tell which frames there are, and all were decoded and counted.
-        pts: of each frame, in the order shown; None where it has none.
-        guesses_times: the file tells the times of storage alone, `packets` has those worked out from them.
-        num_intact: frames before the first damage; of a file without an index.
-        size: bytes of the file up to the space that a camera allocated ahead; None: all count.
-        fmt: of the frames, once one was decoded.
-    """
-
-    packets: PacketList
-    index: Index | None
-    pts: Sequence[int | None]
-    size: int | None = None
-    guesses_times: bool = False
-    num_intact: int = 0
-    fmt: FrameFormat | None = None
-
-    @cached_property
-    def presentation_times(self) -> dict[int, int] | None:
-        """By the time stored, where the file doesn't tell them."""
-        return dict(zip(self.packets.dts, self.packets.pts, strict=True)) if self.guesses_times else None
-
-    @cached_property
-    def lost_packets(self) -> list[int]:
-        """Positions where packets are missing."""
-        return find_lost_packets(self.packets)
-
-
 class _Memory:
-    """The indices used last, by path and options."""
+    """The indices used last, by path."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._entries: OrderedDict[object, tuple[dict[str, Any], FileIndex]] = OrderedDict()
+        self._entries: dict[str, tuple[Fingerprint, FileIndex]] = {}
         self._num_frames = 0
 
-    def get(self, key: object, stamp: dict[str, Any]) -> FileIndex | None:
+    def get(self, key: str, stamp: Fingerprint) -> FileIndex | None:
         with self._lock:
-            if key not in self._entries or self._entries[key][0] != stamp:
+            entry = self._entries.pop(key, None)
+            if entry is None:
                 return None
-            self._entries.move_to_end(key)
-            return self._entries[key][1]
+            self._entries[key] = entry  # as the last of all
+            return entry[1] if entry[0] == stamp else None
 
-    def put(self, key: object, stamp: dict[str, Any], index: FileIndex) -> None:
+    def put(self, key: str, stamp: Fingerprint, index: FileIndex) -> None:
         with self._lock:
             former = self._entries.pop(key, None)
             self._num_frames += len(index.pts) - (len(former[1].pts) if former else 0)
             self._entries[key] = (stamp, index)
-            while self._num_frames > _MAX_FRAMES and self._entries:
-                _, (_, dropped) = self._entries.popitem(last=False)
-                self._num_frames -= len(dropped.pts)
+            while self._num_frames > _MAX_FRAMES:
+                oldest = next(iter(self._entries))
+                self._num_frames -= len(self._entries.pop(oldest)[1].pts)
 
 
 _memory = _Memory()
@@ -106,9 +67,9 @@ class IndexCache:
     def __init__(self, path: str, folder: str | Path | None = None) -> None:
         self._key = os.path.abspath(path)  # noqa: PTH100 (speed)
         self._stamp = file_stamp(path)
-        name = hashlib.sha256(os.fsencode(self._key)).hexdigest()
         self._file = None
         if folder is not None:
+            name = hashlib.sha256(os.fsencode(self._key)).hexdigest()
             self._file = Path(os.path.expanduser(folder)) / name[:2] / f"{name[2:34]}.npz"  # noqa: PTH111
 
     def load(self) -> FileIndex | None:
@@ -144,57 +105,43 @@ def _warn_not_kept(folder: str, reason: str) -> None:
     log.warning("indices of packets can't be kept in %s: %s", folder, reason)
 
 
-def _write(file: Path, stamp: dict[str, Any], found: FileIndex) -> None:
-    packets, indexed = found.packets, found.index is not None
+def _write(file: Path, stamp: Fingerprint, index: FileIndex) -> None:
     about = {
         "version": _VERSION,
         "stamp": stamp,
-        "indexed": indexed,
-        "guesses_times": found.guesses_times,
-        "num_intact": found.num_intact,
-        "size": found.size,
+        "is_counted": index.counted is not None,
+        "num_intact": index.num_intact,
+        "guesses_times": index.guesses_times,
+        "size": index.size,
     }
+    counted = np.empty(0, np.int64) if index.counted is None else index.counted
     with replacing(file) as target:
         np.savez_compressed(
             target,
             about=np.frombuffer(json.dumps(about).encode(), np.uint8),
             # Differences repeat themselves, so they take a byte or less each.
-            packet_pts=_steps(packets.pts),
-            packet_dts=_steps(packets.dts),
-            flags=np.frombuffer(packets.flags, np.uint8),
-            key_sizes=np.array(packets.key_sizes, np.int64),
-            pts=_steps([] if indexed else [NO_TIME if time is None else time for time in found.pts]),
+            packets=np.diff(index.packets.T, prepend=np.int64(0)),
+            counted=np.diff(counted, prepend=np.int64(0)),
         )
 
 
-def _read(file: Path, stamp: dict[str, Any]) -> FileIndex | None:
+def _read(file: Path, stamp: Fingerprint) -> FileIndex | None:
     """Raises many kinds of errors for what is no index."""
     with np.load(file, allow_pickle=False) as arrays:
         about = json.loads(arrays["about"].tobytes())
         if about["version"] != _VERSION or about["stamp"] != stamp:
             return None
-        packets = PacketList("", "")
-        packets.pts, packets.dts = _sums(arrays["packet_pts"]), _sums(arrays["packet_dts"])
-        packets.flags = bytearray(arrays["flags"].tobytes())
-        packets.key_sizes = array("q", arrays["key_sizes"].astype(np.int64).tobytes())
-        counted = [None if time == NO_TIME else time for time in _sums(arrays["pts"])]
-    index = build_index(packets) if about["indexed"] else None
-    num_intact, size = int(about["num_intact"]), about["size"]
-    fits = (
-        len(packets.pts) == len(packets.dts) == len(packets.flags)
-        and len(packets.key_sizes) == packets.num_keys
-        and (index is not None) == about["indexed"]
-        and (size is None or 0 < int(size) <= stamp["size"])
+        packets, counted = (
+            np.cumsum(arrays[name], axis=-1, dtype=np.int64) for name in ("packets", "counted")
+        )
+    index = FileIndex(
+        np.ascontiguousarray(packets.T).reshape(-1, 4),
+        counted if about["is_counted"] else None,
+        int(about["num_intact"]),
+        bool(about["guesses_times"]),
+        about["size"],
     )
-    if not fits:
+    fits = index.is_usable if index.counted is None else index.num_intact <= len(counted)
+    if not fits or not (index.size is None or 0 < int(index.size) <= stamp["size"]):
         raise ValueError("its parts contradict each other")
-    pts = counted if index is None else index.pts
-    return FileIndex(packets, index, pts, size, bool(about["guesses_times"]), num_intact)
-
-
-def _steps(values: Sequence[int]) -> Any:
-    return np.diff(np.array(values, np.int64), prepend=np.int64(0))
-
-
-def _sums(steps: Any) -> array[int]:
-    return array("q", np.cumsum(steps.astype(np.int64)).tobytes())
+    return index

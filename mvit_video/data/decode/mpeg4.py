@@ -29,6 +29,15 @@ def unpacked(
             yield packet
 
 
+def noting_kinds(
+    packets: Iterator[Packet[VideoStream]], kinds: list[int | None]
+) -> Iterator[Packet[VideoStream]]:
+    """The same packets; their kinds are added to a list."""
+    for packet in packets:
+        kinds.append(kind_of(packet))
+        yield packet
+
+
 def kind_of(packet: Packet[VideoStream]) -> int | None:
     """0 for I, 1 for P, 2 for B, 3 for S; None where there is no picture."""
     content = bytes(packet)
@@ -41,8 +50,8 @@ def may_show_nothing(packet: Packet[VideoStream]) -> bool:
     return packet.size <= _TINY and kind_of(packet) != _BIDIRECTIONAL and not packet.is_corrupt
 
 
-def times_shown(stored: Sequence[int], kinds: Sequence[int | None]) -> dict[int, int] | None:
-    """When each picture is shown, by the time at which it is stored.
+def times_shown(stored: Sequence[int], kinds: Sequence[int | None]) -> list[int] | None:
+    """When each picture is shown, of pictures in the order and at the times at which they are stored.
 
     A picture that others may refer to is shown after the B-frames that follow it in the file.
 
@@ -50,12 +59,15 @@ def times_shown(stored: Sequence[int], kinds: Sequence[int | None]) -> dict[int,
     """
     if None in kinds or kinds[:1] != [_INTRA] or kinds[1:2] == [_BIDIRECTIONAL]:
         return None
-    order: list[int] = []  # times stored, as their pictures are shown
-    held: list[int] = []  # of the last picture that is no B-frame
-    for time, kind in zip(stored, kinds, strict=True):
+    order: list[int] = []  # pictures, as they are shown
+    held: list[int] = []  # the last one that is no B-frame
+    for picture, kind in enumerate(kinds):
         if kind == _BIDIRECTIONAL:
-            order.append(time)
+            order.append(picture)
         else:
             order += held
-            held = [time]
-    return dict(zip(order + held, sorted(stored), strict=True))
+            held = [picture]
+    times = [0] * len(kinds)
+    for picture, time in zip(order + held, sorted(stored), strict=True):
+        times[picture] = time
+    return times

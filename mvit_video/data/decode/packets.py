@@ -1,73 +1,61 @@
 """Which packets hold which frame, read off the packets alone: no pixel is decoded here.
 
-A position counts a stream's packets in the order in which they are stored and decoded.
+A position counts a stream's packets in the order in which they are stored and decoded; pts counts the
+stream's clock.
 """
 
 from __future__ import annotations
 
 import bisect
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 from av.packet import Packet
 from av.video.stream import VideoStream
 
+from mvit_video.data.decode.frames import FrameFormat
 from mvit_video.data.decode.mpeg4 import may_show_nothing
 
+VideoPacket: TypeAlias = "Packet[VideoStream]"
+Integers: TypeAlias = npt.NDArray[np.int64]
+
 NO_TIME = -(1 << 63)  # as FFmpeg has it
+PTS, DTS, _KEY_SIZE, _FLAGS = range(4)  # columns of the table of packets
 _KEY, _DISCARD, _NOT_SHOWN, _CORRUPT = 1, 2, 4, 8
 
 
-class PacketList:
-    """What the packets of a stream say of themselves, in 17 bytes each: long files have very many."""
-
-    def __init__(self, codec: str, container_format: str) -> None:
-        self._stores_dts = container_format != "matroska"  # there FFmpeg guesses it, and may go back in time
-        self._shows_nothing = _SHOW_NOTHING.get(codec, _never)
-        self.pts, self.dts, self.flags = array("q"), array("q"), bytearray()
-        self.key_sizes = array("q")
-
-    def __len__(self) -> int:
-        return len(self.flags)
-
-    def add(self, packet: Packet[VideoStream]) -> None:
-        self.pts.append(NO_TIME if packet.pts is None else packet.pts)
-        self.dts.append(packet.dts if self._stores_dts and packet.dts is not None else NO_TIME)
-        if packet.is_keyframe:
-            self.key_sizes.append(packet.size)
-        self.flags.append(
-            _KEY * packet.is_keyframe
-            | _DISCARD * packet.is_discard  # decoded but not shown: an edit list cuts it off
-            | _NOT_SHOWN * self._shows_nothing(packet)
-            | _CORRUPT * packet.is_corrupt  # something is missing at or after it
-        )
-
-    @property
-    def num_keys(self) -> int:
-        """Packets that are marked as key frames."""
-        return len(self.positions(_KEY))
-
-    def positions(self, flag: int) -> npt.NDArray[np.intp]:
-        """Where the packets with a flag are."""
-        return np.flatnonzero(np.frombuffer(self.flags, np.uint8) & flag)
-
-
-def _never(packet: Packet[VideoStream]) -> bool:
-    return False
-
-
-def _is_vp8_reference(packet: Packet[VideoStream]) -> bool:
+def _is_vp8_reference(packet: VideoPacket) -> bool:
     # Frames that are only referred to (alt-ref) have packets of their own; bit 4 says "show" (RFC 6386, 9.1).
     return not memoryview(packet)[0] & 16
 
 
 # Codecs some of whose packets show no picture.
-_SHOW_NOTHING = {"vp8": _is_vp8_reference, "mpeg4": may_show_nothing}
+_SHOW_NOTHING: dict[str, Callable[[VideoPacket], bool]] = {
+    "vp8": _is_vp8_reference,
+    "mpeg4": may_show_nothing,
+}
+
+
+def table_of(packets: Iterable[VideoPacket], codec: str, container_format: str) -> Integers:
+    """What the packets of a stream say of themselves, (N, 4): pts, dts, bytes of a key frame or 0, flags."""
+    stores_dts = container_format != "matroska"  # there FFmpeg guesses it, and may go back in time
+    shows_nothing = _SHOW_NOTHING.get(codec)
+    table = array("q")  # long files have very many
+    for packet in packets:
+        flags = (
+            _KEY * packet.is_keyframe
+            | _DISCARD * packet.is_discard  # decoded but not shown: an edit list cuts it off
+            | _NOT_SHOWN * (shows_nothing is not None and shows_nothing(packet))
+            | _CORRUPT * packet.is_corrupt  # something is missing at or after it
+        )
+        pts, dts = (NO_TIME if time is None else time for time in (packet.pts, packet.dts))
+        table.extend((pts, dts if stores_dts else NO_TIME, packet.size * packet.is_keyframe, flags))
+    return np.frombuffer(table, np.int64).reshape(-1, 4)
 
 
 class Key(NamedTuple):
@@ -85,112 +73,6 @@ class Key(NamedTuple):
     is_shown: bool
 
 
-class Index:
-    """Where each frame is. A position counts packets in decoding order; pts counts the stream's clock.
-
-    Attributes:
-        pts: of each frame, rising.
-        num_keys: key frames; they rise in position and pts.
-    """
-
-    def __init__(self, packets: PacketList) -> None:
-        self._packets = packets
-        stored = np.frombuffer(packets.pts, np.int64)
-        order = np.argsort(stored, kind="stable")
-        shown = (np.frombuffer(packets.flags, np.uint8)[order] & _DISCARD) == 0
-        self._order = array("q", order.astype(np.int64).tobytes())
-        self._sorted = array("q", stored[order].tobytes())
-        self.pts = self._sorted if shown.all() else array("q", stored[order][shown].tobytes())
-        key_positions = packets.positions(_KEY)
-        self._key_positions = array("q", key_positions.astype(np.int64).tobytes())
-        self._key_pts = array("q", stored[key_positions].tobytes())
-        self.num_keys = len(self._key_positions)
-
-    def key(self, number: int) -> Key:
-        packets, position = self._packets, self._key_positions[number]
-        pts, dts = packets.pts[position], packets.dts[position]
-        is_shown = not packets.flags[position] & _DISCARD
-        return Key(position, pts, pts if dts == NO_TIME else dts, packets.key_sizes[number], is_shown)
-
-    def position(self, pts: int) -> int | None:
-        """Of the packet with this time, None where there is none."""
-        place = bisect.bisect_left(self._sorted, pts)
-        known = place < len(self._sorted) and self._sorted[place] == pts
-        return self._order[place] if known else None
-
-    def position_of(self, frame: int) -> int:
-        """Of a frame's packet."""
-        position = self.position(self.pts[frame])
-        assert position is not None
-        return position
-
-    @property
-    def hides_frames(self) -> bool:
-        """Whether some pictures are decoded but not shown, as an edit list says."""
-        return len(self._sorted) > len(self.pts)
-
-    @cached_property
-    def reorders(self) -> bool:
-        """Whether frames are stored in another order than they are shown."""
-        return bool((np.diff(np.frombuffer(self._packets.pts, np.int64)) < 0).any())
-
-    @property
-    def has_open_gops(self) -> bool:
-        """Whether pictures stored after a key frame are shown before it."""
-        pts = self._packets.pts
-        return any(
-            any(later < pts[position] for later in pts[position + 1 : position + 9])
-            for position in self._key_positions
-        )
-
-    def key_of(self, frame: int) -> int:
-        """Number of the last key frame that frame needs: neither shown nor stored after it."""
-        number = bisect.bisect_right(self._key_pts, self.pts[frame]) - 1
-        position = self.position_of(frame)
-        while number > 0 and self._key_positions[number] > position:
-            number -= 1
-        return max(number, 0)
-
-    def is_corrupted(self, frame: int, damaged: list[int]) -> bool:
-        """Whether a damaged packet lies between the frame's key frame and the frame itself."""
-        start, end = self._key_positions[self.key_of(frame)], self.position_of(frame)
-        return any(start <= position <= end for position in damaged)
-
-
-def build_index(packets: PacketList) -> Index | None:
-    """None when the order or number of pictures shown can't be read off the packets' timestamps."""
-    if not len(packets) or not packets.flags[0] & _KEY or len(packets.positions(_NOT_SHOWN)):
-        return None
-    pts, dts = np.frombuffer(packets.pts, np.int64), np.frombuffer(packets.dts, np.int64)
-    # What precedes the first key frame may be shown or not.
-    if (pts == NO_TIME).any() or pts.min() != pts[0]:
-        return None
-    if (
-        not _rises(np.sort(pts))
-        or not _rises(dts[dts != NO_TIME])
-        or not _rises(pts[packets.positions(_KEY)])
-    ):
-        return None
-    return Index(packets)
-
-
-def _rises(times: npt.NDArray[np.int64]) -> bool:
-    return bool((np.diff(times) > 0).all())
-
-
-def find_lost_packets(packets: PacketList) -> list[int]:
-    """Positions where packets are lost; none where a key frame follows, as at a joint of two streams."""
-    # The parser hands the flag on one packet too early, so a joint may be two packets away.
-    lost = [
-        i + 1
-        for i in packets.positions(_CORRUPT).tolist()
-        if not any(flags & _KEY for flags in packets.flags[i + 1 : i + 3])
-    ]
-    if len(packets) in lost:
-        lost.append(len(packets) - 1)  # the last packet itself is cut off
-    return lost
-
-
 @dataclass
 class DecodeRange:
     """Packets to decode in one go: from a key frame (its number) to a last position, for these frames."""
@@ -200,23 +82,152 @@ class DecodeRange:
     frames: list[int]
 
 
-def plan_ranges(index: Index, wanted: list[int]) -> list[DecodeRange]:
-    """Ranges for rising frame indices; a new one begins where a later key frame saves some packets."""
-    ranges: list[DecodeRange] = []
-    for frame in wanted:
-        key = index.key_of(frame)
-        position = index.position_of(frame)
-        current = ranges[-1] if ranges else None
-        if current is not None and (
-            index.key(key).position <= current.last + 1 or key == index.key_of(current.frames[-1])
-        ):
-            current.frames.append(frame)
-            current.last = max(current.last, position)
-        else:
-            ranges.append(DecodeRange(key, position, [frame]))
-    return ranges
+@dataclass(eq=False)
+class FileIndex:
+    """What is known of a file's frames once all of it was read.
+
+    Attributes:
+        packets: int64 (N, 4), see `table_of`.
+        counted: pts of each frame, or `NO_TIME`, in the order shown, where all were decoded and counted since
+            the packets don't tell which frames there are.
+        num_intact: frames that were counted before the first damage.
+        guesses_times: the file tells the times of storage alone, `packets` has those worked out from them.
+        size: bytes of the file up to the space that a camera allocated ahead; None: all count.
+        fmt: of the frames, once one was decoded.
+    """
+
+    packets: Integers
+    counted: Integers | None = None
+    num_intact: int = 0
+    guesses_times: bool = False
+    size: int | None = None
+    fmt: FrameFormat | None = None
+
+    @property
+    def pts(self) -> Integers:
+        """Of each frame, in the order shown; they rise, unless they were counted."""
+        return self._shown if self.counted is None else self.counted
+
+    @cached_property
+    def shown_at(self) -> dict[int, int] | None:
+        """When pictures are shown by the time stored, where the file doesn't tell."""
+        pts, dts = self.packets[:, PTS].tolist(), self.packets[:, DTS].tolist()
+        return dict(zip(dts, pts, strict=True)) if self.guesses_times else None
+
+    # All below is for packets that tell which frames there are.
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether the order and number of pictures shown can be read off the packets' timestamps."""
+        pts, dts, _, flags = self.packets.T
+        if not len(pts) or not flags[0] & _KEY or (flags & _NOT_SHOWN).any():
+            return False
+        # What precedes the first key frame may be shown or not.
+        if (pts == NO_TIME).any() or pts.min() != pts[0]:
+            return False
+        return _rises(self._pts) and _rises(dts[dts != NO_TIME]) and _rises(self._key_pts)
+
+    @cached_property
+    def _order(self) -> npt.NDArray[np.intp]:
+        """Positions in the order of pts."""
+        return np.argsort(self.packets[:, PTS], kind="stable")
+
+    @cached_property
+    def _pts(self) -> Integers:
+        """Of all packets, rising."""
+        return self.packets[self._order, PTS]
+
+    @cached_property
+    def _shown(self) -> Integers:
+        return (
+            self._pts[self.packets[self._order, _FLAGS] & _DISCARD == 0] if self.hides_frames else self._pts
+        )
+
+    @cached_property
+    def key_positions(self) -> list[int]:
+        """They rise, as the times of the key frames do."""
+        return self.positions(_KEY)
+
+    @cached_property
+    def _key_pts(self) -> Integers:
+        return self.packets[self.key_positions, PTS]
+
+    def positions(self, flag: int) -> list[int]:
+        """Where the packets with a flag are."""
+        return np.flatnonzero(self.packets[:, _FLAGS] & flag).tolist()
+
+    def position(self, pts: int) -> int | None:
+        """Of the packet with this time, None where there is none."""
+        place = int(np.searchsorted(self._pts, pts))
+        known = place < len(self._pts) and self._pts[place] == pts
+        return int(self._order[place]) if known else None
+
+    def position_of(self, frame: int) -> int:
+        """Of a frame's packet."""
+        return int(self._order[np.searchsorted(self._pts, self._shown[frame])])
+
+    def key(self, number: int) -> Key:
+        position = self.key_positions[number]
+        pts, dts, size, flags = self.packets[position].tolist()
+        return Key(position, pts, pts if dts == NO_TIME else dts, size, not flags & _DISCARD)
+
+    def key_of(self, frame: int) -> int:
+        """Number of the last key frame that a frame needs: neither shown nor stored after it."""
+        number = int(np.searchsorted(self._key_pts, self._shown[frame], side="right")) - 1
+        return max(min(number, bisect.bisect_right(self.key_positions, self.position_of(frame)) - 1), 0)
+
+    def positions_by_pts(self, first: int, last: int) -> dict[int, int]:
+        """Of a stretch of packets, both ends included."""
+        return {pts: first + i for i, pts in enumerate(self.packets[first : last + 1, PTS].tolist())}
+
+    def is_corrupted(self, frame: int, damaged: Iterable[int]) -> bool:
+        """Whether a damaged packet lies between the frame's key frame and the frame itself."""
+        start, end = self.key_positions[self.key_of(frame)], self.position_of(frame)
+        return any(start <= position <= end for position in damaged)
+
+    def plan_ranges(self, wanted: Iterable[int]) -> list[DecodeRange]:
+        """Ranges for rising frame numbers; a new one begins where a later key frame saves some packets."""
+        ranges: list[DecodeRange] = []
+        for frame in wanted:
+            key, position = self.key_of(frame), self.position_of(frame)
+            current = ranges[-1] if ranges else None
+            if current is not None and (
+                self.key_positions[key] <= current.last + 1 or key == self.key_of(current.frames[-1])
+            ):
+                current.frames.append(frame)
+                current.last = max(current.last, position)
+            else:
+                ranges.append(DecodeRange(key, position, [frame]))
+        return ranges
+
+    @cached_property
+    def lost_packets(self) -> list[int]:
+        """Positions where packets are lost; none where a key frame follows, as at a joint of two streams."""
+        # The parser hands the flag on one packet too early, so a joint may be two packets away.
+        flags, num_packets = self.packets[:, _FLAGS], len(self.packets)
+        lost = [i + 1 for i in self.positions(_CORRUPT) if not (flags[i + 1 : i + 3] & _KEY).any()]
+        if num_packets in lost:
+            lost.append(num_packets - 1)  # the last packet itself is cut off
+        return lost
+
+    @cached_property
+    def hides_frames(self) -> bool:
+        """Whether some pictures are decoded but not shown, as an edit list says."""
+        return bool((self.packets[:, _FLAGS] & _DISCARD).any())
+
+    @cached_property
+    def reorders(self) -> bool:
+        """Whether frames are stored in another order than they are shown."""
+        return bool((np.diff(self.packets[:, PTS]) < 0).any())
+
+    @property
+    def has_open_gops(self) -> bool:
+        """Whether pictures stored after a key frame are shown before it."""
+        pts = self.packets[:, PTS]
+        return any(
+            (pts[position + 1 : position + 9] < pts[position]).any() for position in self.key_positions
+        )
 
 
-def filled(packets: Iterator[Packet[VideoStream]]) -> Iterator[Packet[VideoStream]]:
-    """Without the empty packets with which PyAV ends a stream, and those that stand for no picture."""
-    return (packet for packet in packets if packet.size)
+def _rises(times: Integers) -> bool:
+    return bool((np.diff(times) > 0).all())

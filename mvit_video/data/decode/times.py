@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from mvit_video.data.decode.packets import NO_TIME, Integers
+
 log = logging.getLogger(__name__)
 
 _GAP_SECONDS, _GAP_RATIO = 1.0, 10.0  # a gap is as long and as many usual distances
 _MAX_GAPS = 0.05  # of all distances; where there are more, the rate just varies
 _MAX_DISCONTINUITY = (
-    10.0  # seconds; FFmpeg's command line closes longer gaps of formats whose clocks may jump
+    10.0  # seconds: as in FFmpeg's command line, formats with clocks that jump have no longer gaps
 )
 
 
@@ -37,28 +38,27 @@ class FrameTimes(NamedTuple):
     num_jumps: int
 
 
-def measure_times(
-    pts: Sequence[int | None], tick: Fraction, declared_fps: float, *, clock_may_jump: bool
-) -> FrameTimes:
+def measure_times(pts: Integers, tick: Fraction, declared_fps: float, *, clock_may_jump: bool) -> FrameTimes:
     """Measure times and rate of frames in the order in which they are shown.
 
     Args:
-        pts: in ticks; None where the file does not tell.
+        pts: in ticks; `NO_TIME` where the file does not tell.
         tick: seconds.
         declared_fps: what the file says, for frames without times.
         clock_may_jump: the format allows it, so a long gap is no pause.
     """
-    start = next((time for time in pts if time is not None), 0)
-    if len(pts) < 2 or None in pts:
-        return FrameTimes(np.arange(len(pts)) / declared_fps, declared_fps, float(start * tick), 0)
-    ticks = np.array(pts, np.int64)
-    ordered = np.sort(ticks)
+    told = pts[pts != NO_TIME]
+    start = int(told[0]) if len(told) else 0
+    declared = FrameTimes(np.arange(len(pts)) / declared_fps, declared_fps, float(start * tick), 0)
+    if len(pts) < 2 or len(told) < len(pts):
+        return declared
+    ticks, ordered = pts, np.sort(pts)
     if (np.diff(ordered) > 0).all() and (np.diff(ticks) > -_GAP_SECONDS / tick).all():
         ticks, start = ordered, int(ordered[0])  # frames that were told each other's times
     steps = np.diff(ticks)
     rising = steps[steps > 0]
     if not len(rising):
-        return FrameTimes(np.arange(len(pts)) / declared_fps, declared_fps, float(start * tick), 0)
+        return declared
     usual = float(np.median(rising))
     gap = max(_GAP_SECONDS / tick, _GAP_RATIO * usual)
     gaps = steps > gap
