@@ -12,7 +12,7 @@ from mvit_video.cli.conf import CONF_DIR, groups, options, read
 from mvit_video.cli.schema import in_yaml
 
 _WIDTH = 80
-_ARGUMENTS = {"predict": "[FILE ...] ", "data": "prepare|check ", "info": "[system] "}
+_ARGUMENTS = {"predict": "[FILE ...] ", "data": "prepare|check ", "info": "[system|speed] "}
 
 
 def help_page(command: str, config: DictConfig) -> str:

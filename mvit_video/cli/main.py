@@ -16,7 +16,7 @@ JOBS = {
     "train": {"": "train.train"},
     "eval": {"": "eval.evaluate"},
     "predict": {"": "predict.predict_files"},
-    "info": {"": "info.print_model", "system": "info.print_system"},
+    "info": {"": "info.print_model", "system": "info.print_system", "speed": "speed.print_speed"},
     "data": {"prepare": "data.prepare_index", "check": "data.check_index"},
     "export": {"": "export.export_and_check"},
     "demo": {"": "demo.serve"},

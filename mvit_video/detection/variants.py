@@ -9,7 +9,7 @@ from typing import Any
 from mvit_video.detection.detector import Detector, DetectorConfig
 from mvit_video.errors import ConfigError, did_you_mean
 from mvit_video.model import MViTConfig
-from mvit_video.model.variants import replace_fields
+from mvit_video.model.fields import replace_fields
 
 
 def _backbone(

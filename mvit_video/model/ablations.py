@@ -1,6 +1,6 @@
 """The attentions that the MViTv2 paper compares its own with: in windows, and with one table of positions.
 
-The other ablations are in place: where tokens are pooled and how (``MViTConfig``, ``poolings``), and joint
+The other ablations are in place: where tokens are pooled and how (``MViTConfig``), and joint
 positions in space, which are a table over two axes (``positions``).
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from mvit_video.model import kernels
 from mvit_video.model.attention import PoolingAttention
 from mvit_video.model.config import BlockPlan, Grid, MViTConfig, floor_divide
-from mvit_video.model.positions import constant, relative_positions
+from mvit_video.model.positions import constant, relative_positions, relative_terms
 from mvit_video.model.windows import cut_windows, gather_windows, join_and_crop, pad_and_cut
 
 
@@ -52,7 +52,8 @@ class WindowAttention(PoolingAttention):
         mask = windows.k_valid
         if mask is not None:
             mask = F.pad(mask, (prefix, 0), value=True).repeat(q.shape[0], 1)[:, None, None]  # (B*W, 1, 1, K)
-        q_aug, k_aug = self._augmented(q, k, q_grid, k_grid)
+        positions = relative_terms(self._tables(), q, q_grid, k_grid)
+        q_aug, k_aug = kernels.augment_qk(q, k, *positions, q.shape[-1] ** -0.5)
         q_windows = gather_windows(q_aug[:, prefix:], windows.q_cells)
         x = kernels.attend(q_windows, cut(k_aug), cut(v), mask=mask)  # (B * windows, Q, n, c)
         x = x.unflatten(0, (-1, count)).flatten(1, 2)[:, windows.q_slots]
@@ -82,12 +83,9 @@ class PaddedWindowAttention(PoolingAttention):
         q_window, k_window = (
             floor_divide(self.plan.window, stride) for stride in (self.plan.q_stride, self.plan.kv_stride)
         )
-        parts = (
-            pad_and_cut(q, q_grid, q_window),
-            pad_and_cut(k, k_grid, k_window),
-            pad_and_cut(v, k_grid, k_window),
-        )
-        x = super()._attend(*parts, self.plan.window, q_window, k_window)
+        q = pad_and_cut(q, q_grid, q_window)
+        k, v = pad_and_cut(k, k_grid, k_window), pad_and_cut(v, k_grid, k_window)
+        x = super()._attend(q, k, v, self.plan.window, q_window, k_window)
         return join_and_crop(x, q_grid, q_window)
 
 
@@ -104,8 +102,8 @@ class JointSpaceTimeAttention(PoolingAttention):
         positions = relative_positions(table, q_grid, k_grid)  # (T, H, W, c, t, h, w), a view
         # Time by time: a copy of all positions would be (N, M, c).
         frames = [
-            torch.einsum("bhwnc,hwck->bnhwk", cells[:, time], positions[time].flatten(3))
-            for time in range(q_grid[0])
+            torch.einsum("bhwnc,hwck->bnhwk", tokens, rows.flatten(3))
+            for tokens, rows in zip(cells.unbind(1), positions, strict=True)
         ]
         bias = torch.stack(frames, 2).flatten(2, 4).flip(-1)  # keys were from the last to the first
         return F.pad(bias, (prefix, 0, prefix, 0))

@@ -6,15 +6,16 @@ Tokens are (B, N, C), the class token (if any) first, the grid behind it in t-ma
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvit_video.model import kernels
-from mvit_video.model.config import BlockPlan, Grid, MViTConfig
+from mvit_video.model.config import BlockPlan, Grid, MViTConfig, same_padding
 from mvit_video.model.kernels import Linear
-from mvit_video.model.poolings import make_pool
 from mvit_video.model.positions import relative_terms
 
 NORM_EPS = 1e-6
@@ -45,15 +46,13 @@ class PoolingAttention(nn.Module):
 
         pooled_dim = dim if config.pool_first else dim_out
         self.pooled_width = pooled_dim // plan.num_heads if config.pool_mode == "conv" else pooled_dim
-        poolings = (
-            (plan.pools_q, plan.q_stride),
-            (plan.pools_kv, plan.kv_stride),
-            (plan.pools_kv, plan.kv_stride),
-        )
-        for name, (present, stride) in zip("qkv", poolings, strict=True):
+        for name in ("q", "k", "v"):
+            present, stride = (
+                (plan.pools_q, plan.q_stride) if name == "q" else (plan.pools_kv, plan.kv_stride)
+            )
             pool = make_pool(config, self.pooled_width, stride) if present else None
-            setattr(self, f"pool_{name}", pool)
             norm = nn.LayerNorm(self.pooled_width, eps=NORM_EPS) if isinstance(pool, nn.Conv3d) else None
+            setattr(self, f"pool_{name}", pool)
             setattr(self, f"norm_{name}", norm)
 
         # The official tables count strides by floor division, although the convolutions round up; where the
@@ -61,14 +60,12 @@ class PoolingAttention(nn.Module):
         # don't count.
         strides = zip((1, *plan.q_stride[1:]), (1, *plan.kv_stride[1:]), strict=True)
         sizes = [2 * max(n // s, n // r) - 1 for n, (s, r) in zip(plan.grid, strides, strict=True)]
-        lengths = dict(zip("thw", sizes, strict=True))
         self.rel_pos_axes = config.rel_pos_tables
         for axes in ("h", "w", "hw", "t", "thw"):  # absent ones are None
             table = None
             if axes in self.rel_pos_axes:
-                table = nn.Parameter(
-                    torch.zeros(*(lengths[axis] for axis in axes), dim_out // plan.num_heads)
-                )
+                lengths = [sizes["thw".index(axis)] for axis in axes]
+                table = nn.Parameter(torch.zeros(*lengths, dim_out // plan.num_heads))
                 if not config.rel_pos_zero_init:
                     nn.init.trunc_normal_(table, std=0.02)
             self.register_parameter(f"rel_pos_{axes}", table)
@@ -92,11 +89,12 @@ class PoolingAttention(nn.Module):
             NotImplementedError: attention inside windows.
         """
         q, k, _, q_grid, k_grid = self._queries_keys_values(x, grid)
-        q_aug, k_aug = self._augmented(q, k, q_grid, k_grid)
-        logits = q_aug.transpose(1, 2) @ k_aug.permute(0, 2, 3, 1)  # (B, n, N', M)
+        batch, keys, heads, _ = k.shape
+        one_hot = torch.eye(keys, device=q.device, dtype=q.dtype)[:, None].expand(batch, -1, heads, -1)
+        positions = relative_terms(self._tables(), q, q_grid, k_grid)
         bias = self._bias(q, q_grid, k_grid)
-        logits = logits if bias is None else logits + bias
-        return logits.softmax(-1).mean(1), q_grid, k_grid
+        weights = kernels.attend(q, k, one_hot, *positions, scale=q.shape[-1] ** -0.5, mask=bias)
+        return weights.mean(2), q_grid, k_grid  # (B, N', n, M) -> (B, N', M)
 
     def _queries_keys_values(self, x: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor, Grid, Grid]:
         """Pooled q (B, N', n, c), k and v (B, M, n, c), and the grids of queries and keys."""
@@ -128,10 +126,8 @@ class PoolingAttention(nn.Module):
         pooled = cells.flatten(1, 3)
         if prefix:
             pooled = torch.cat([prefix_tokens, pooled], dim=1)
-        if norm is not None:
-            pooled = norm(pooled).to(
-                x.dtype
-            )  # autocast norms in float32, what follows is computed in x's type
+        if norm is not None:  # autocast norms in float32, what follows is computed in x's type
+            pooled = norm(pooled).to(x.dtype)
         return pooled.flatten(-2), (t, h, w)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, q_grid: Grid, k_grid: Grid) -> Tensor:
@@ -142,11 +138,6 @@ class PoolingAttention(nn.Module):
         scale = q.shape[-1] ** -0.5
         return kernels.attend(q, k, v, *positions, scale=scale, num_prefix_tokens=residual_from, mask=bias)
 
-    def _augmented(self, q: Tensor, k: Tensor, q_grid: Grid, k_grid: Grid) -> tuple[Tensor, Tensor]:
-        """q and k whose product alone is the scaled product plus the relative positions."""
-        positions = relative_terms(self._tables(), q, q_grid, k_grid)
-        return kernels.augment_qk(q, k, *positions, q.shape[-1] ** -0.5)
-
     def _bias(self, q: Tensor, q_grid: Grid, k_grid: Grid) -> Tensor | None:
         """What of the positions doesn't go into q and k: (B, n, N', M) or nothing."""
         return None
@@ -154,3 +145,30 @@ class PoolingAttention(nn.Module):
     def _tables(self) -> dict[str, Tensor]:
         tables: dict[str, Any] = {axes: getattr(self, f"rel_pos_{axes}") for axes in self.rel_pos_axes}
         return tables
+
+
+def make_pool(config: MViTConfig, width: int, stride: Grid) -> nn.Module | None:
+    """A pooling over (B, width, T, H, W), padded by half its kernel; None where it would change nothing."""
+    kernel = config.pooling_kernel(stride)
+    if max(kernel) == max(stride) == 1:
+        return None
+    if config.pool_mode == "max":
+        return nn.MaxPool3d(kernel, stride, same_padding(kernel))
+    if config.pool_mode == "avg":
+        return AveragePool(kernel, stride)
+    return nn.Conv3d(width, width, kernel, stride, same_padding(kernel), groups=width, bias=False)
+
+
+class AveragePool(nn.Module):
+    """Mean over windows of a (B, C, T, H, W) volume, in which padding counts as zeros.
+
+    torch's own has no half precision on CPUs, and takes no volume smaller than its kernel.
+    """
+
+    def __init__(self, kernel: Grid, stride: Grid) -> None:
+        super().__init__()
+        self.kernel, self.stride = kernel, stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = x.new_full((x.shape[1], 1, *self.kernel), 1 / math.prod(self.kernel))
+        return F.conv3d(x, weight, None, self.stride, same_padding(self.kernel), groups=x.shape[1])

@@ -3,18 +3,36 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mvit_video.errors import ConfigError, did_you_mean
 from mvit_video.model.base import VideoModel
-from mvit_video.model.clip_spec import ClipSpec
+from mvit_video.model.clip_spec import MAX_SIZE, ClipSpec
+from mvit_video.model.fields import check_types
 
 SLOWFAST_ALPHA = 4  # the fast pathway has so many times the frames of the slow one
+
+_TEN_BY_THREE = ClipSpec(num_clips=10, num_crops=3)
+_TORCHVISION = ClipSpec(sampling="torchvision", pixels="torchvision")
+# Protocols as published: pytorchvideo's model zoo, torchvision's weight enumerations.
+BASELINES = {
+    "x3d_s": replace(_TEN_BY_THREE, clip_frames=13, stride=6, short_side=182, crop=160),
+    "slow_r50": replace(_TEN_BY_THREE, clip_frames=8, stride=8),
+    "slowfast_r50": replace(_TEN_BY_THREE, clip_frames=32, stride=2),
+    "mvit_base_16x4": ClipSpec(clip_frames=16, stride=4),
+    "mvit_v2_s": _TORCHVISION,
+    "r2plus1d_18": replace(
+        _TORCHVISION,
+        stride=2,
+        short_side=128,
+        crop=112,
+        mean=(0.43216, 0.394666, 0.37645),
+        std=(0.22803, 0.22145, 0.216989),
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -31,16 +49,23 @@ class BaselineConfig:
     head_dropout: float | None = None
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.name not in BASELINES:
             known = ", ".join(BASELINES)
             raise ConfigError(
                 f"unknown baseline {self.name!r}{did_you_mean(self.name, BASELINES)}; known: {known}"
             )
-        for field in ("num_classes", "num_frames", "crop_size"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}")
+        for field in ("num_frames", "crop_size"):
+            if not 1 <= getattr(self, field) <= MAX_SIZE:
+                raise ValueError(f"{field} must be from 1 to {MAX_SIZE}, got {getattr(self, field)}")
+        if self.num_classes < 1:
+            raise ValueError(f"num_classes must be positive, got {self.num_classes}")
+        if self.name == "slowfast_r50" and self.num_frames % SLOWFAST_ALPHA:
+            raise ValueError(f"num_frames must be a multiple of {SLOWFAST_ALPHA}, got {self.num_frames}")
         if self.head_dropout is not None and not 0 <= self.head_dropout < 1:
             raise ValueError(f"head_dropout must be in [0, 1), got {self.head_dropout}")
+        if self.name == "r2plus1d_18" and self.head_dropout:
+            raise ValueError(f"r2plus1d_18 has no head_dropout, got {self.head_dropout}")
 
 
 class Baseline(VideoModel):
@@ -53,13 +78,12 @@ class Baseline(VideoModel):
         self.config, self.protocol, self.class_names = config, protocol, None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of scripted activations in pytorchvideo
-            self.net = BASELINES[config.name].build(config)
-        self.two_pathways = config.name.startswith("slowfast")
+            self.net = _build(config)
         linear = [name for name, module in self.named_modules() if isinstance(module, nn.Linear)]
         self.classifier = linear[-1]
 
     def forward(self, clips: Tensor) -> Tensor:
-        if not self.two_pathways:
+        if self.config.name != "slowfast_r50":
             return self.net(clips)
         frames = clips.shape[2]
         slow = torch.linspace(0, frames - 1, frames // SLOWFAST_ALPHA, device=clips.device).long()
@@ -83,126 +107,75 @@ def create_baseline(
     """
     if weights is not None:
         raise ConfigError(f"weights of {name} aren't known by name; give their file with weights=FILE")
-    BaselineConfig(name)  # says which there are
-    protocol = BASELINES[name].protocol
+    spec = BASELINES.get(name, ClipSpec())
     config = BaselineConfig(
         name,
         400 if num_classes is None else num_classes,
-        protocol.clip_frames if num_frames is None else num_frames,
-        protocol.crop if crop_size is None else crop_size,
+        spec.clip_frames if num_frames is None else num_frames,
+        spec.crop if crop_size is None else crop_size,
         head_dropout,
     )
-    short_side = round(protocol.short_side * config.crop_size / protocol.crop)
-    protocol = replace(protocol, clip_frames=config.num_frames, crop=config.crop_size, short_side=short_side)
-    return Baseline(config, protocol)
+    short_side = round(spec.short_side * config.crop_size / spec.crop)
+    spec = replace(spec, clip_frames=config.num_frames, crop=config.crop_size, short_side=short_side)
+    return Baseline(config, spec)
 
 
-def _x3d_s(config: BaselineConfig) -> nn.Module:
-    from pytorchvideo.models.x3d import create_x3d
+def _build(config: BaselineConfig) -> nn.Module:
+    """The network with fresh weights. Libraries are imported here, as most of the time none is needed."""
+    frames, crop, num_classes = config.num_frames, config.crop_size, config.num_classes
+    dropout = 0.5 if config.head_dropout is None else config.head_dropout
+    last_side = -(-crop // 32)  # pixels of the last feature map of a ResNet
+    match config.name:
+        case "x3d_s":
+            from pytorchvideo.models.x3d import create_x3d
 
-    return create_x3d(
-        input_clip_length=config.num_frames,
-        input_crop_size=config.crop_size,
-        model_num_class=config.num_classes,
-        dropout_rate=_dropout(config),
-        head_activation=None,
-    )
+            return create_x3d(
+                input_clip_length=frames,
+                input_crop_size=crop,
+                model_num_class=num_classes,
+                dropout_rate=dropout,
+                head_activation=None,
+            )
+        case "slow_r50":
+            from pytorchvideo.models.resnet import create_resnet
 
+            return create_resnet(
+                stem_conv_kernel_size=(1, 7, 7),
+                head_pool_kernel_size=(frames, last_side, last_side),
+                model_num_class=num_classes,
+                dropout_rate=dropout,
+            )
+        case "slowfast_r50":
+            from pytorchvideo.models.slowfast import create_slowfast
 
-def _slow_r50(config: BaselineConfig) -> nn.Module:
-    from pytorchvideo.models.resnet import create_resnet
+            pools = tuple((length, last_side, last_side) for length in (frames // SLOWFAST_ALPHA, frames))
+            return create_slowfast(
+                slowfast_fusion_conv_kernel_size=(7, 1, 1),
+                head_pool_kernel_sizes=pools,
+                model_num_class=num_classes,
+                dropout_rate=dropout,
+            )
+        case "mvit_base_16x4":
+            from pytorchvideo.models.hub.vision_transformers import mvit_video_base_config
+            from pytorchvideo.models.vision_transformers import create_multiscale_vision_transformers
 
-    side = _last_side(config)
-    return create_resnet(
-        model_depth=50,
-        stem_conv_kernel_size=(1, 7, 7),
-        head_pool_kernel_size=(config.num_frames, side, side),
-        model_num_class=config.num_classes,
-        dropout_rate=_dropout(config),
-    )
+            sizes = {"spatial_size": crop, "temporal_size": frames}
+            with torch.device("cpu"):  # it reads values of tensors while it is built
+                return create_multiscale_vision_transformers(
+                    **mvit_video_base_config | sizes,
+                    droppath_rate_block=0.2,
+                    head_dropout_rate=dropout,
+                    head_num_classes=num_classes,
+                )
+        case "mvit_v2_s":
+            from torchvision.models.video import mvit_v2_s
 
+            net = mvit_v2_s(num_classes=num_classes, dropout=dropout)
+            # It interpolates its tables to the grid of tokens, which it takes from here.
+            net.pos_encoding.temporal_size = -(-frames // 2)
+            net.pos_encoding.spatial_size = (-(-crop // 4),) * 2
+            return net
+        case _:
+            from torchvision.models.video import r2plus1d_18
 
-def _slowfast_r50(config: BaselineConfig) -> nn.Module:
-    from pytorchvideo.models.slowfast import create_slowfast
-
-    if config.num_frames % SLOWFAST_ALPHA:
-        raise ValueError(f"num_frames must be a multiple of {SLOWFAST_ALPHA}, got {config.num_frames}")
-    side = _last_side(config)
-    return create_slowfast(
-        model_depth=50,
-        slowfast_fusion_conv_kernel_size=(7, 1, 1),
-        head_pool_kernel_sizes=(
-            (config.num_frames // SLOWFAST_ALPHA, side, side),
-            (config.num_frames, side, side),
-        ),
-        model_num_class=config.num_classes,
-        dropout_rate=_dropout(config),
-    )
-
-
-def _mvit_base_16x4(config: BaselineConfig) -> nn.Module:
-    from pytorchvideo.models.hub.vision_transformers import mvit_video_base_config
-    from pytorchvideo.models.vision_transformers import create_multiscale_vision_transformers
-
-    sizes = {"spatial_size": config.crop_size, "temporal_size": config.num_frames}
-    with torch.device("cpu"):  # it reads values of tensors while it is built
-        return create_multiscale_vision_transformers(
-            **mvit_video_base_config | sizes,
-            droppath_rate_block=0.2,
-            head_dropout_rate=_dropout(config),
-            head_num_classes=config.num_classes,
-        )
-
-
-def _mvit_v2_s(config: BaselineConfig) -> nn.Module:
-    from torchvision.models.video import mvit_v2_s
-
-    net = mvit_v2_s(num_classes=config.num_classes, dropout=_dropout(config))
-    # It interpolates its tables to the grid of tokens, which it takes from here.
-    net.pos_encoding.temporal_size = -(-config.num_frames // 2)
-    net.pos_encoding.spatial_size = (-(-config.crop_size // 4),) * 2
-    return net
-
-
-def _r2plus1d_18(config: BaselineConfig) -> nn.Module:
-    from torchvision.models.video import r2plus1d_18
-
-    if config.head_dropout:
-        raise ValueError(f"r2plus1d_18 has no head_dropout, got {config.head_dropout}")
-    return r2plus1d_18(num_classes=config.num_classes)
-
-
-def _dropout(config: BaselineConfig) -> float:
-    return 0.5 if config.head_dropout is None else config.head_dropout
-
-
-def _last_side(config: BaselineConfig) -> int:
-    """Pixels of the last feature map of a ResNet."""
-    return -(-config.crop_size // 32)
-
-
-class _Entry(NamedTuple):
-    build: Callable[[BaselineConfig], nn.Module]
-    protocol: ClipSpec
-
-
-_TORCHVISION = ClipSpec(sampling="torchvision", pixels="torchvision")
-_R2PLUS1D = replace(
-    _TORCHVISION,
-    stride=2,
-    short_side=128,
-    crop=112,
-    mean=(0.43216, 0.394666, 0.37645),
-    std=(0.22803, 0.22145, 0.216989),
-)
-_TEN_BY_THREE = ClipSpec(num_clips=10, num_crops=3)
-_X3D = replace(_TEN_BY_THREE, clip_frames=13, stride=6, short_side=182, crop=160)
-# Protocols as published: pytorchvideo's model zoo, torchvision's weight enumerations.
-BASELINES: dict[str, _Entry] = {
-    "x3d_s": _Entry(_x3d_s, _X3D),
-    "slow_r50": _Entry(_slow_r50, replace(_TEN_BY_THREE, clip_frames=8, stride=8)),
-    "slowfast_r50": _Entry(_slowfast_r50, replace(_TEN_BY_THREE, clip_frames=32, stride=2)),
-    "mvit_base_16x4": _Entry(_mvit_base_16x4, ClipSpec(clip_frames=16, stride=4)),
-    "mvit_v2_s": _Entry(_mvit_v2_s, _TORCHVISION),
-    "r2plus1d_18": _Entry(_r2plus1d_18, _R2PLUS1D),
-}
+            return r2plus1d_18(num_classes=num_classes)

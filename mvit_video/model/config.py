@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Literal
+
+from mvit_video.model.fields import check_types
 
 Grid = tuple[int, int, int]  # (T, H, W): tokens, frames and pixels, or strides along time, height and width
 AttentionKind = Literal[
@@ -20,13 +22,6 @@ AttentionKind = Literal[
 PoolMode = Literal["conv", "conv_unshared", "max", "avg"]
 JointPositions = Literal["none", "space", "space_time"]
 AbsolutePositions = Literal["none", "joint", "separable"]
-
-
-_SCALARS: dict[Any, tuple[tuple[type, ...], str]] = {
-    bool: ((bool,), "true or false"),
-    int: ((int,), "a whole number"),
-    float: ((int, float), "a number"),
-}
 
 
 @dataclass(frozen=True)
@@ -121,67 +116,39 @@ class MViTConfig:
     checkpoint_blocks: bool = False
 
     def __post_init__(self) -> None:
-        for name, hint in get_type_hints(type(self)).items():
-            value = getattr(self, name)
-            if hint in _SCALARS:
-                kinds, what = _SCALARS[hint]
-                is_right = isinstance(value, kinds) and (hint is bool or not isinstance(value, bool))
-                self._require(name, is_right, f"be {what}")
-            elif get_origin(hint) is Literal:
-                self._require(name, value in get_args(hint), f"be one of {', '.join(get_args(hint))}")
+        check_types(self)
+        depth, kernel, stride = sum(self.stages), self.patch_kernel, self.patch_stride
+        limits = [n + 2 * pad for n, pad in zip(self.input_size, self.patch_pad, strict=True)]
+
+        def require(name: str, is_right: bool, what: str) -> None:
+            if not is_right:
+                raise ValueError(f"{name} must {what}, got {getattr(self, name)!r}")
+
         for name in ("num_classes", "num_frames", "crop_size", "embed_dim", "num_heads", "mlp_ratio"):
-            self._require(name, getattr(self, name) > 0, "be positive")
+            require(name, getattr(self, name) > 0, "be positive")
         for name in ("dropout", "drop_path", "head_dropout"):
-            self._require(name, 0 <= getattr(self, name) < 1, "be in [0, 1)")
-        self._check_lists()
-        self._check_combinations()
-
-    def _require(self, name: str, condition: bool, what: str) -> None:
-        if not condition:
-            raise ValueError(f"{name} must {what}, got {getattr(self, name)!r}")
-
-    def _check_lists(self) -> None:
-        grids = ["patch_kernel", "patch_stride", "q_stride", "kv_stride", "window"]
-        grids += ["pool_kernel"] * (self.pool_kernel != "stride")
-        for name in ("stages", *grids):
-            value = getattr(self, name)
-            whole = isinstance(value, tuple) and all(type(item) is int for item in value)
-            self._require(name, whole, "list whole numbers")
-        for name in grids:
-            self._require(name, _is_grid(getattr(self, name), 1), "be three positive numbers (T, H, W)")
-        padding = self.patch_padding
-        is_padding = padding is None or (_is_grid(padding, 0) and all(type(item) is int for item in padding))
-        self._require("patch_padding", is_padding, "be three whole numbers (T, H, W) from 0")
-        if padding and any(pad > kernel for pad, kernel in zip(padding, self.patch_kernel, strict=True)):
-            raise ValueError(f"patch_padding {padding} must not exceed patch_kernel {self.patch_kernel}")
-        has_blocks = bool(self.stages) and min(self.stages) > 0
-        self._require("stages", has_blocks, "list the blocks of each stage, at least one each")
-        depth = sum(self.stages)
-        factor, stride = (2, "(block, factor)"), (4, "(block, T, H, W)")
-        lists = {"dim_mul": factor, "head_mul": factor, "q_strides": stride, "kv_strides": stride}
-        for name, (size, what) in lists.items():
-            for entry in getattr(self, name) or ():
-                is_entry = isinstance(entry, tuple) and len(entry) == size and min(entry[1:]) > 0
-                if not is_entry or not 0 <= entry[0] < depth:
-                    raise ValueError(f"{name} must list {what} of blocks 0 to {depth - 1}, got {entry}")
-
-    def _check_combinations(self) -> None:
-        joint = self.rel_pos_joint
-        if self.embed_dim % self.num_heads:
-            raise ValueError(f"embed_dim {self.embed_dim} must be a multiple of num_heads {self.num_heads}")
-        if self.patch_2d and not self.patch_kernel[0] == self.patch_stride[0] == 1:
-            raise ValueError(
-                "patch_2d needs patch_kernel and patch_stride of 1 in time, "
-                f"got {self.patch_kernel} and {self.patch_stride}"
-            )
-        if self.pool_mode == "conv_unshared" and not self.pool_first:
-            raise ValueError("pool_mode 'conv_unshared' needs pool_first")
-        if joint != "none" and not self.rel_pos_spatial:
-            raise ValueError(f"rel_pos_joint {joint!r} needs rel_pos_spatial")
-        if joint == "space_time" and not self.rel_pos_temporal:
-            raise ValueError("rel_pos_joint 'space_time' needs rel_pos_temporal")
-        if joint == "space_time" and "window" in self.attention:
-            raise ValueError(f"rel_pos_joint 'space_time' doesn't go with attention {self.attention!r}")
+            require(name, 0 <= getattr(self, name) < 1, "be in [0, 1)")
+        for name in ("stages", "patch_kernel", "patch_stride", "q_stride", "kv_stride", "window"):
+            require(name, min(getattr(self, name), default=0) > 0, "list positive numbers")
+        require("pool_kernel", self.pool_kernel == "stride" or min(self.pool_kernel) > 0, "be positive")
+        for name in ("dim_mul", "head_mul", "q_strides", "kv_strides"):
+            rows = getattr(self, name) or ()
+            is_right = all(0 <= block < depth and min(values) > 0 for block, *values in rows)
+            require(name, is_right, f"list blocks from 0 to {depth - 1} with positive numbers")
+        is_padding = all(0 <= pad <= k for pad, k in zip(self.patch_pad, kernel, strict=True))
+        require("patch_padding", is_padding, f"be from 0 to patch_kernel {kernel}")
+        fits = all(k <= limit for k, limit in zip(kernel, limits, strict=True))
+        require("patch_kernel", fits, f"be at most {tuple(limits)}, the padded clip")
+        require("num_heads", self.embed_dim % self.num_heads == 0, f"divide embed_dim {self.embed_dim}")
+        is_2d = kernel[0] == stride[0] == 1
+        require("patch_2d", is_2d or not self.patch_2d, f"be false with {kernel=} and {stride=} over time")
+        shared = self.pool_first or self.pool_mode != "conv_unshared"
+        require("pool_mode", shared, "be another one without pool_first")
+        space, time = self.rel_pos_spatial, self.rel_pos_spatial and self.rel_pos_temporal
+        has_axes = {"none": True, "space": space, "space_time": time}[self.rel_pos_joint]
+        require("rel_pos_joint", has_axes, "be none without rel_pos_spatial, or over time rel_pos_temporal")
+        goes = self.rel_pos_joint != "space_time" or "window" not in self.attention
+        require("rel_pos_joint", goes, f"be none or space with attention {self.attention!r}")
 
     @property
     def input_size(self) -> Grid:
@@ -247,6 +214,8 @@ def plan_blocks(config: MViTConfig) -> Iterator[BlockPlan]:
     depth, starts = sum(config.stages), config.stage_starts
     dim_mul, head_mul = block_factors(config)
     q_strides, kv_strides = pooling_strides(config)
+    has_windows, is_hybrid = config.attention.endswith("window"), config.attention.endswith("hybrid_window")
+    global_blocks = [start - 1 for start in (*starts[1:], depth)][-3:] if is_hybrid else []
 
     dim, num_heads, window = config.embed_dim, config.num_heads, config.window
     grid = floor_divide(config.input_size, config.patch_stride)
@@ -279,7 +248,7 @@ def plan_blocks(config: MViTConfig) -> Iterator[BlockPlan]:
             kv_stride=kv_stride,
             pools_q=index in q_strides,
             pools_kv=index in kv_strides,
-            window=None if _is_global(config, index) else window,
+            window=window if has_windows and index not in global_blocks else None,
             shifted=config.attention.endswith("shifted_window") and (index - starts[stage]) % 2 == 1,
             # Drop path grows linearly over the depth (paper, appendix).
             drop_path=config.drop_path * index / max(depth - 1, 1),
@@ -318,13 +287,6 @@ def pooling_strides(config: MViTConfig) -> tuple[dict[int, Grid], dict[int, Grid
     return {index: stride for index, stride in q_strides.items() if stride != one}, {}
 
 
-def _is_global(config: MViTConfig, index: int) -> bool:
-    if not config.attention.endswith("window"):
-        return True
-    ends = [start - 1 for start in (*config.stage_starts[1:], sum(config.stages))]
-    return config.attention.endswith("hybrid_window") and index in ends[-3:]
-
-
 def floor_divide(size: Grid, stride: Grid) -> Grid:
     """Floor division per axis, but at least 1."""
     t, h, w = (max(n // s, 1) for n, s in zip(size, stride, strict=True))
@@ -348,7 +310,3 @@ def round_width(width: int, factor: float, divisor: int = 1) -> int:
     scaled = width * factor
     rounded = max(int(scaled + divisor / 2) // divisor * divisor, 1)
     return rounded if rounded >= 0.9 * scaled else rounded + divisor
-
-
-def _is_grid(value: Any, least: int) -> bool:
-    return isinstance(value, tuple) and len(value) == 3 and min(value) >= least

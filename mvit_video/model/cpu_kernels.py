@@ -13,21 +13,22 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
-Size = tuple[int, int, int]
-Sizes = Sequence[int]
+Sizes = Sequence[int]  # (T, H, W)
 
 # Bytes of scores that a chunk of attention holds, and of hidden layer that a chunk of the MLP does, for each
 # thread. Timed on Zen 5 (1 MB of L2 a core) from 256 kB to 8 MB: flat from 1 to 4 MB, up to a third slower at
 # the ends.
 CHUNK = 2**20
+# Queries that a thread should have of a product; of smaller heads several are multiplied at once.
+ROWS = 128
 
 
 def plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu_input: bool) -> Tensor:
@@ -53,7 +54,7 @@ def plain_attention(
     return add_residual(x, q, num_prefix_tokens)
 
 
-def plain_depthwise_conv3d(x: Tensor, weight: Tensor, stride: Size, padding: Size) -> Tensor:
+def plain_depthwise_conv3d(x: Tensor, weight: Tensor, stride: Sizes, padding: Sizes) -> Tensor:
     return F.conv3d(x, weight, None, stride, padding, groups=x.shape[1])
 
 
@@ -65,10 +66,46 @@ def add_residual(x: Tensor, q: Tensor, num_prefix_tokens: int | None) -> Tensor:
     return torch.cat([x[:, :num_prefix_tokens], rest], 1) if num_prefix_tokens else rest
 
 
+# As torch.library.custom_op does it, whose operators import TorchDynamo (two seconds) with their first call.
+_LIBRARY = torch.library.Library("mvit_video", "DEF")
+
+
+def _operator(name: str, empty_results: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
+    """Make an operator of a function of CPU tensors: tracing takes it as one step with ``empty_results``."""
+
+    def register(function: Callable[..., Any]) -> Any:
+        _LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=()))
+        _LIBRARY.impl(name, function, "CPU")
+        operator = getattr(torch.ops.mvit_video, name).default
+        torch.library.register_fake(operator, empty_results, lib=_LIBRARY)
+        return operator
+
+    return register
+
+
+def _differentiate(operator: Any, backward: Callable[..., Any], plain: Callable[..., Tensor]) -> None:
+    """Give an operator the gradients ``backward(grad, *inputs)`` of its first inputs.
+
+    Where gradients must have gradients themselves they are those of ``plain(*inputs)``.
+    """
+
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in inputs))
+        ctx.others = [None if isinstance(x, Tensor) else x for x in inputs]
+
+    def gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        inputs = [b if a is None else a for a, b in zip(ctx.saved_tensors, ctx.others, strict=True)]
+        if torch.is_grad_enabled():
+            return _plain_gradients(plain, inputs, grad)
+        grads = itertools.chain(backward(grad, *inputs), itertools.repeat(None))
+        return tuple(g if isinstance(x, Tensor) else None for g, x in zip(grads, inputs, strict=False))
+
+    torch.library.register_autograd(operator, gradients, setup_context=setup_context, lib=_LIBRARY)
+
+
 def _plain_gradients(
     plain: Callable[..., Tensor], inputs: Sequence[Any], grad: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of ``plain(*inputs)`` that have gradients themselves."""
     wanted = [isinstance(x, Tensor) and x.requires_grad for x in inputs]
     # Views, as one input may have been computed from another: its gradient must end here.
     inputs = [x.view_as(x) if is_wanted else x for x, is_wanted in zip(inputs, wanted, strict=True)]
@@ -77,8 +114,16 @@ def _plain_gradients(
     return tuple(next(grads) if is_wanted else None for is_wanted in wanted)
 
 
+# Products
+
+
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool = False) -> Tensor:
-    """x (N, i), weight (o, i) -> x weightᵀ + bias (N, o), and its GELU; by oneDNN where torch has it."""
+    """x (N, i), weight (o, i) -> x weightᵀ + bias (N, o), and its GELU; by oneDNN where torch has it.
+
+    Of several without bias, x (G, N, i) and weight (G, o, i), each is multiplied with its own.
+    """
+    if x.ndim == 3:
+        return _product(x[0], weight[0])[None] if len(x) == 1 else x @ weight.mT
     if torch.backends.mkldnn.enabled and _has_onednn(x.dtype):
         return _onednn_product(x, weight, bias, gelu)
     out = F.linear(x, weight, bias)
@@ -107,107 +152,109 @@ def _has_onednn(dtype: torch.dtype) -> bool:
 
 def _outer(a: Tensor, b: Tensor) -> Tensor:
     """a (N, o), b (N, i) -> aᵀ b (o, i). oneDNN copies the left factor if it is transposed: the narrower."""
+    if a.ndim == 3:
+        return _outer(a[0], b[0])[None] if len(a) == 1 else a.mT @ b
     if a.dtype == torch.bfloat16:
         return a.t() @ b  # copies neither
     return _product(a.t(), b.t()) if a.shape[1] < b.shape[1] else _product(b.t(), a.t()).t().contiguous()
 
 
-def _chunks(rows: int, width: int, itemsize: int) -> list[slice]:
-    """Cut rows of ``width`` elements so that every thread's share of a chunk fits into its cache."""
-    step = max(CHUNK * torch.get_num_threads() // (width * itemsize), 16)
+def _chunks(rows: int, bytes_of_row: int, threads: int) -> list[slice]:
+    """Cut rows so that every thread's share of a chunk fits into its cache."""
+    step = max(CHUNK * threads // bytes_of_row, 16)
     return [slice(start, start + step) for start in range(0, rows, step)]
 
 
-Function = TypeVar("Function", bound=Callable[..., Any])
-# As torch.library.custom_op does it, whose operators import TorchDynamo (two seconds) with their first call.
-_LIBRARY = torch.library.Library("mvit_video", "DEF")
+# Linear layers
 
 
-def _operator(name: str) -> Callable[[Callable[..., Any]], Any]:
-    """Make an operator of a function of CPU tensors, which tracing then takes as one step."""
-
-    def register(function: Callable[..., Any]) -> Any:
-        _LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=()))
-        _LIBRARY.impl(name, function, "CPU")
-        return getattr(torch.ops.mvit_video, name).default
-
-    return register
+def _like_linear(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-def _shapes_of(operator: Any) -> Callable[[Function], Function]:
-    """What tracing takes for the operator's results."""
-    register: Callable[[Function], Function] = torch.library.register_fake(operator, lib=_LIBRARY)
-    return register
-
-
-@_operator("linear")
+@_operator("linear", _like_linear)
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu_input: bool) -> Tensor:
     rows = x.flatten(0, -2)
     if not gelu_input:
         return _product(rows, weight, bias).view(*x.shape[:-1], -1)
     out = x.new_empty(len(rows), len(weight))
-    for chunk in _chunks(len(rows), rows.shape[1], rows.itemsize):
+    for chunk in _chunks(len(rows), rows.shape[1] * rows.itemsize, torch.get_num_threads()):
         out[chunk] = _product(F.gelu(rows[chunk]), weight, bias)
     return out.view(*x.shape[:-1], -1)
 
 
-@_shapes_of(linear)
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, gelu_input: bool) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
-
-
-@_operator("linear_backward")
-def _linear_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, gelu_input: bool
+def _like_linear_inputs(
+    _grad: Tensor, x: Tensor, weight: Tensor, _bias: Tensor | None, _gelu_input: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grads, rows = grad.flatten(0, -2), x.flatten(0, -2)
+    return x.new_empty(x.shape), torch.empty_like(weight), weight.new_empty(weight.shape[0])
+
+
+@_operator("linear_backward", _like_linear_inputs)
+def _linear_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, gelu_input: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    grads, rows = grad.contiguous().flatten(0, -2), x.flatten(0, -2)
     grad_bias = grads.sum(0)
     if not gelu_input:
         return _product(grads, weight.t()).view(x.shape), _outer(grads, rows), grad_bias
     grad_x = torch.empty_like(rows)
     grad_weight = torch.zeros_like(weight, dtype=torch.float32)  # the sum over chunks
-    for chunk in _chunks(len(rows), rows.shape[1], rows.itemsize):
+    for chunk in _chunks(len(rows), rows.shape[1] * rows.itemsize, torch.get_num_threads()):
         grad_weight += _outer(grads[chunk], F.gelu(rows[chunk]))
         grad_x[chunk] = torch.ops.aten.gelu_backward(_product(grads[chunk], weight.t()), rows[chunk])
     return grad_x.view(x.shape), grad_weight.to(weight.dtype), grad_bias
 
 
-@_shapes_of(_linear_backward)
-def _(grad: Tensor, x: Tensor, weight: Tensor, gelu_input: bool) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), torch.empty_like(weight), weight.new_empty(weight.shape[0])
+_differentiate(linear, _linear_backward, plain_linear)
 
 
-def _linear_setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-    *tensors, ctx.gelu_input = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _linear_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, bias = ctx.saved_tensors
-    if torch.is_grad_enabled():
-        return _plain_gradients(plain_linear, (x, weight, bias, ctx.gelu_input), grad)
-    grad_x, grad_weight, grad_bias = _linear_backward(grad.contiguous(), x, weight, ctx.gelu_input)
-    return grad_x, grad_weight, None if bias is None else grad_bias, None
-
-
-torch.library.register_autograd(linear, _linear_gradients, setup_context=_linear_setup_context, lib=_LIBRARY)
-
-
-@_operator("mlp")
+@_operator("mlp", lambda x, weight1, bias1, weight2, bias2: _like_linear(x, weight2))
 def mlp(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None) -> Tensor:
     rows = x.flatten(0, -2)
     out = x.new_empty(len(rows), len(weight2))
-    for chunk in _chunks(len(rows), len(weight1), rows.itemsize):
+    for chunk in _chunks(len(rows), len(weight1) * rows.itemsize, torch.get_num_threads()):
         out[chunk] = _product(_product(rows[chunk], weight1, bias1, gelu=True), weight2, bias2)
     return out.view(*x.shape[:-1], -1)
 
 
-@_shapes_of(mlp)
-def _(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight2.shape[0])
+# Attention
 
 
-@_operator("attention")
+def partition(
+    clips: int, heads: int, queries: int, bytes_of_row: int, threads: int
+) -> list[tuple[slice, slice, list[slice]]]:
+    """Cut the work of attention into groups of clips and heads, and the queries of each group into chunks.
+
+    A group has one head where its queries keep all threads busy, else so many heads, and clips, that each
+    thread has ``ROWS`` queries. A chunk's scores fit into the threads' caches.
+    """
+    wanted = -(-ROWS * threads // queries)  # heads that are multiplied at once
+    group_heads = min(wanted, heads)
+    group_clips = min(wanted // heads, clips) if wanted > heads else 1
+    chunks = _chunks(queries, bytes_of_row * group_heads * group_clips, threads)
+    return [
+        (slice(clip, clip + group_clips), slice(head, head + group_heads), chunks)
+        for clip in range(0, clips, group_clips)
+        for head in range(0, heads, group_heads)
+    ]
+
+
+def _groups(queries: Tensor, keys: Tensor) -> list[tuple[slice, slice, list[slice]]]:
+    clips, num_queries, heads, _ = queries.shape
+    return partition(clips, heads, num_queries, keys.shape[1] * keys.itemsize, torch.get_num_threads())
+
+
+def _by_heads(x: Tensor, clips: slice, heads: slice) -> Tensor:
+    """(B, N, n, c) -> (G, N, c), the heads of a group; a view if it is one head."""
+    return x[clips, :, heads].transpose(1, 2).flatten(0, 1)
+
+
+def _put(x: Tensor, part: Tensor) -> None:
+    """Write (G, N, c) into a group's part of a tensor, (B, N, n, c)."""
+    part.copy_(x.unflatten(0, (len(part), -1)).transpose(1, 2))
+
+
+@_operator("attention", lambda q, k, v, *_: v.new_empty(*q.shape[:-1], v.shape[-1]))
 def attention(
     q: Tensor,
     k: Tensor,
@@ -218,23 +265,21 @@ def attention(
     num_prefix_tokens: int | None,
 ) -> Tensor:
     out = v.new_empty(*q.shape[:-1], v.shape[-1])
-    for q_, e_, k_, v_, out_ in _heads(q, q_positions, k, v, out):
-        keys, values = torch.cat([k_ * scale, k_positions], 1), v_.t().contiguous()
-        for chunk in _chunks(len(q_), len(k_), q.itemsize):
-            queries = torch.cat([q_[chunk], e_[chunk]], 1)
-            out_[chunk] = _product(_product(queries, keys).softmax(-1), values)
+    for clips, heads, chunks in _groups(q, k):
+        k_, v_ = (_by_heads(x, clips, heads) for x in (k, v))
+        keys, values_t = torch.cat([k_ * scale, k_positions.expand(len(k_), -1, -1)], 2), v_.mT.contiguous()
+        for chunk in chunks:
+            q_, e_ = (_by_heads(x[:, chunk], clips, heads) for x in (q, q_positions))
+            weights = _product(torch.cat([q_, e_], 2), keys).softmax(-1)
+            x = _product(weights, values_t)
             if num_prefix_tokens is not None:
-                added = slice(max(chunk.start, num_prefix_tokens), chunk.stop)
-                out_[added] += q_[added]
+                behind = slice(max(num_prefix_tokens - chunk.start, 0), None)
+                x[:, behind] += q_[:, behind]
+            _put(x, out[clips, chunk, heads])
     return out
 
 
-@_shapes_of(attention)
-def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
-    return v.new_empty(*q.shape[:-1], v.shape[-1])
-
-
-@_operator("attention_backward")
+@_operator("attention_backward", lambda grad, *inputs: tuple(x.new_empty(x.shape) for x in inputs[:4]))
 def _attention_backward(
     grad: Tensor,
     q: Tensor,
@@ -246,122 +291,66 @@ def _attention_backward(
     num_prefix_tokens: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     width = q.shape[-1]
-    grads = [x.new_empty(x.shape) for x in (q, k, v, q_positions)]
+    grad_q, grad_k, grad_v, grad_e = (x.new_empty(x.shape) for x in (q, k, v, q_positions))
     sums = torch.float64 if q.dtype == torch.float64 else torch.float32  # of chunks
-    for out, q_, e_, k_, v_, grad_q, grad_k, grad_v, grad_e in _heads(grad, q, q_positions, k, v, *grads):
-        keys, values = torch.cat([k_ * scale, k_positions], 1), v_.contiguous()
-        keys_t = keys.t().contiguous()
+
+    for clips, heads, chunks in _groups(q, k):
+        k_, v_ = (_by_heads(x, clips, heads) for x in (k, v))
+        keys, values = torch.cat([k_ * scale, k_positions.expand(len(k_), -1, -1)], 2), v_.contiguous()
+        keys_t = keys.mT.contiguous()
         grad_k_sum, grad_v_sum = torch.zeros_like(k_, dtype=sums), torch.zeros_like(v_, dtype=sums)
-        for chunk in _chunks(len(q_), len(k_), q.itemsize):
-            outs = out[chunk].contiguous()
-            queries = torch.cat([q_[chunk], e_[chunk]], 1)
+        for chunk in chunks:
+            out_, q_, e_ = (_by_heads(x[:, chunk], clips, heads) for x in (grad, q, q_positions))
+            out_, queries = out_.contiguous(), torch.cat([q_, e_], 2)
             weights = _product(queries, keys).softmax(-1)
-            scores = torch.ops.aten._softmax_backward_data(_product(outs, values), weights, -1, q.dtype)
+            scores = torch.ops.aten._softmax_backward_data(_product(out_, values), weights, -1, q.dtype)
             grad_queries = _product(scores, keys_t)
-            grad_q[chunk], grad_e[chunk] = grad_queries[:, :width], grad_queries[:, width:]
-            grad_k_sum += _outer(scores, queries[:, :width])
-            grad_v_sum += _outer(weights, outs)
+            grad_k_sum += _outer(scores, queries[..., :width])
+            grad_v_sum += _outer(weights, out_)
             if num_prefix_tokens is not None:
-                added = slice(max(chunk.start, num_prefix_tokens), chunk.stop)
-                grad_q[added] += out[added]
-        grad_k.copy_(grad_k_sum.mul_(scale))
-        grad_v.copy_(grad_v_sum)
-    return grads[0], grads[1], grads[2], grads[3]
+                behind = slice(max(num_prefix_tokens - chunk.start, 0), None)
+                grad_queries[:, behind, :width] += out_[:, behind]
+            _put(grad_queries[..., :width], grad_q[clips, chunk, heads])
+            _put(grad_queries[..., width:], grad_e[clips, chunk, heads])
+        _put(grad_k_sum.mul_(scale), grad_k[clips, :, heads])
+        _put(grad_v_sum, grad_v[clips, :, heads])
+    return grad_q, grad_k, grad_v, grad_e
 
 
-@_shapes_of(_attention_backward)
-def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, q_positions: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    return tuple(x.new_empty(x.shape) for x in (q, k, v, q_positions))
+_differentiate(attention, _attention_backward, plain_attention)
 
 
-def _heads(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """(B, N, n, c) tensors, head by head: (N, c) views of them."""
-    return zip(*([head for clip in x.unbind() for head in clip.unbind(1)] for x in tensors), strict=True)
+# Depthwise pooling
 
 
-def _attention_setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-    *tensors, ctx.scale, ctx.num_prefix_tokens = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _attention_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    inputs = (*ctx.saved_tensors, ctx.scale, ctx.num_prefix_tokens)
-    if torch.is_grad_enabled():
-        return _plain_gradients(plain_attention, inputs, grad)
-    return *_attention_backward(grad, *inputs), None, None, None
-
-
-torch.library.register_autograd(
-    attention, _attention_gradients, setup_context=_attention_setup_context, lib=_LIBRARY
-)
-
-
-def depthwise_conv3d(x: Tensor, weight: Tensor, stride: Size, padding: Size) -> Tensor:
-    """``plain_depthwise_conv3d``, one kernel per channel, over channels-last volumes.
+@_operator("depthwise_conv3d", plain_depthwise_conv3d)
+def depthwise_conv3d(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int]) -> Tensor:
+    """One kernel per channel over channels-last volumes: (B, C, T, H, W) and (C, 1, t, h, w).
 
     torch's own forward pass is fast on these, but its backward pass isn't (in bf16 it is ten times slower
     than everything else in a block together). The same gradients come from fast kernels: that of the input is
     a forward convolution with the flipped kernel, that of the weight is one 2D problem per tap in time.
-
-    Args:
-        x: (B, C, T, H, W), best in channels-last memory.
-        weight: (C, 1, kt, kh, kw).
-        stride, padding: (T, H, W).
-
-    Returns:
-        (B, C, T', H', W')
     """
-    return _DepthwiseConv3d.apply(x, weight, stride, padding)
+    return plain_depthwise_conv3d(x, weight, stride, padding)
 
 
-class _DepthwiseConv3d(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, stride: Size, padding: Size) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.stride, ctx.padding = stride, padding
-        return plain_depthwise_conv3d(x, weight, stride, padding)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            inputs = (x, weight, ctx.stride, ctx.padding)
-            return _plain_gradients(plain_depthwise_conv3d, inputs, grad)
-        needed = ctx.needs_input_grad[:2]
-        grads = _depthwise_backward(grad, x, weight, ctx.stride, ctx.padding, needed)
-        grad_x, grad_weight = (x if is_needed else None for x, is_needed in zip(grads, needed, strict=True))
-        return grad_x, grad_weight, None, None
+def _like_depthwise_inputs(_grad: Tensor, x: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    grad_x = torch.empty_like(x, memory_format=torch.channels_last_3d)
+    return grad_x, torch.empty_like(weight, memory_format=torch.contiguous_format)
 
 
-@_operator("depthwise_backward")
+@_operator("depthwise_backward", _like_depthwise_inputs)
 def _depthwise_backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    stride: Sizes,
-    padding: Sizes,
-    needed: Sequence[bool],
+    grad: Tensor, x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
     grad = grad.contiguous(memory_format=torch.channels_last_3d)
-    if max(stride) > 2:  # few outputs: tap by tap is least work
-        return _gradients_by_taps(grad, x, weight, stride, padding)
-    return (
-        _input_gradient(grad, x.shape, weight, stride, padding) if needed[0] else x.new_empty(0),
-        _weight_gradient(grad, x, weight, stride, padding) if needed[1] else weight.new_empty(0),
-    )
+    grad_x = _input_gradient(grad, x.shape, weight, stride, padding)
+    if max(stride) > 2 and x.itemsize < 4:  # oneDNN is slow at these alone
+        grad, x = grad.float(), x.float()
+    return grad_x, _weight_gradient(grad, x, weight.shape, stride, padding).to(weight.dtype)
 
 
-@_shapes_of(_depthwise_backward)
-def _(
-    grad: Tensor, x: Tensor, weight: Tensor, stride: Any, padding: Any, needed: Any
-) -> tuple[Tensor, Tensor]:
-    both = max(stride) > 2
-    grad_x = torch.empty_like(x, memory_format=torch.channels_last_3d)
-    grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    return (
-        grad_x if both or needed[0] else x.new_empty(0),
-        grad_weight if both or needed[1] else weight.new_empty(0),
-    )
+_differentiate(depthwise_conv3d, _depthwise_backward, plain_depthwise_conv3d)
 
 
 def _input_gradient(grad: Tensor, shape: torch.Size, weight: Tensor, stride: Sizes, padding: Sizes) -> Tensor:
@@ -379,41 +368,22 @@ def _input_gradient(grad: Tensor, shape: torch.Size, weight: Tensor, stride: Siz
     return grad_x.contiguous(memory_format=torch.channels_last_3d)
 
 
-def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, stride: Sizes, padding: Sizes) -> Tensor:
+def _weight_gradient(grad: Tensor, x: Tensor, shape: torch.Size, stride: Sizes, padding: Sizes) -> Tensor:
     """The taps in time one by one: each is the weight gradient of a 2D convolution over all frames."""
     taps = []
-    for tap in range(weight.shape[2]):
+    for tap in range(shape[2]):
         outputs, inputs = _meeting(tap, x.shape[2], grad.shape[2], stride[0], padding[0])
-        frames = (volume.transpose(1, 2).flatten(0, 1) for volume in (x[:, :, inputs], grad[:, :, outputs]))
-        size = weight[:, :, 0].shape
-        gradient = conv2d_weight(next(frames), size, next(frames), stride[1:], padding[1:], 1, x.shape[1])
-        taps.append(gradient)
+        x_frames, grad_frames = (
+            volume.transpose(1, 2).flatten(0, 1) for volume in (x[:, :, inputs], grad[:, :, outputs])
+        )
+        size = (*shape[:2], *shape[3:])
+        taps.append(conv2d_weight(x_frames, size, grad_frames, stride[1:], padding[1:], 1, x.shape[1]))
     return torch.stack(taps, 2)
-
-
-def _gradients_by_taps(
-    grad: Tensor, x: Tensor, weight: Tensor, stride: Sizes, padding: Sizes
-) -> tuple[Tensor, Tensor]:
-    """Both gradients as sums over the cells that each tap of the kernel connects."""
-    grad_x = torch.zeros_like(x, memory_format=torch.channels_last_3d)
-    grad_weight = weight.new_zeros(weight.shape, dtype=torch.float32 if x.itemsize < 4 else x.dtype)
-    for tap in itertools.product(*map(range, weight.shape[2:])):
-        meetings = [
-            _meeting(*sizes) for sizes in zip(tap, x.shape[2:], grad.shape[2:], stride, padding, strict=True)
-        ]
-        outputs, inputs = ((slice(None), slice(None), *cells) for cells in zip(*meetings, strict=True))
-        t, h, w = tap
-        grad_x[inputs] += grad[outputs] * weight[:, 0, t, h, w].view(-1, 1, 1, 1)
-        products = grad[outputs] * x[inputs]
-        grad_weight[:, 0, t, h, w] = products.sum((0, 2, 3, 4), dtype=grad_weight.dtype)
-    return grad_x, grad_weight.to(weight.dtype)
 
 
 def _meeting(tap: int, n_inputs: int, n_outputs: int, stride: int, padding: int) -> tuple[slice, slice]:
     """The outputs along one axis that read an input through this tap, and the inputs that they read."""
     shift = tap - padding  # output i reads input i * stride + shift
     first = max(-(shift // stride), 0)
-    last = min((n_inputs - 1 - shift) // stride, n_outputs - 1)
-    if last < first:
-        return slice(0, 0), slice(0, 0)
-    return slice(first, last + 1), slice(first * stride + shift, last * stride + shift + 1, stride)
+    stop = max(min((n_inputs - 1 - shift) // stride, n_outputs - 1) + 1, first)
+    return slice(first, stop), slice(first * stride + shift, stop * stride + shift, stride)

@@ -1,4 +1,4 @@
-"""What a model is made of and what a view costs, worked out from its config without running it.
+"""What a model is made of and what a view costs.
 
 By hand, as ``FlopCounterMode`` gives other figures than the published ones: it counts attention with the
 columns that positions add to queries and keys, and leaves out LayerNorm.
@@ -7,9 +7,11 @@ columns that positions add to queries and keys, and leaves out LayerNorm.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections import Counter
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
 
 from mvit_video.model.config import BlockPlan, Grid, MViTConfig, plan_blocks, same_padding
 from mvit_video.model.mvit import MViT
@@ -41,6 +43,7 @@ class Description:
     gmacs: float
 
 
+@torch.no_grad()
 def describe(config: MViTConfig) -> Description:
     """Count stages, parameters and multiply-adds of one clip of ``num_frames`` and ``crop_size``.
 
@@ -49,56 +52,38 @@ def describe(config: MViTConfig) -> Description:
     softmax, activations, maximum and average poolings.
     """
     with torch.device("meta"):
-        model = MViT(config)
-    grid = conv_grid(config.input_size, config.patch_kernel, config.patch_stride, config.patch_pad)
-    total = math.prod(grid) * config.embed_dim * 3 * math.prod(config.patch_kernel)
-    if config.norm_stem:
-        total += 5 * (math.prod(grid) + config.num_prefix_tokens) * config.embed_dim
+        model, clip = MViT(config).eval(), torch.empty(1, 3, *config.input_size)
+    macs: Counter[int | None] = Counter()  # by block; None: before and behind the blocks
+    grids: list[Grid] = []  # that come in
 
-    stages: list[Stage] = []
+    def count(module: nn.Module, index: int | None) -> None:
+        def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            if isinstance(layer, nn.LayerNorm):
+                macs[index] += 5 * output.numel()
+            else:
+                macs[index] += output.numel() * layer.get_parameter("weight")[0].numel()
+
+        for layer in module.modules():
+            if isinstance(layer, nn.Linear | nn.Conv2d | nn.Conv3d | nn.LayerNorm):
+                layer.register_forward_hook(hook)
+
+    for name, part in model.named_children():
+        for index, module in enumerate(model.blocks) if name == "blocks" else [(None, part)]:
+            count(module, index)
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda _, inputs: grids.append(inputs[1]))
+    model(clip)
+
     plans = list(plan_blocks(config))
-    for index, plan in enumerate(plans):
-        macs = block_macs(plan, config, grid)
-        grid, _ = pooled_grids(plan, config, grid)
-        total += macs
-        if index in config.stage_starts:
-            strides = plan.q_stride, plan.kv_stride
-            stages.append(Stage(0, grid, plan.attention_dim, plan.num_heads, *strides, 0.0))
-        stage = stages[-1]
-        stages[-1] = replace(stage, blocks=stage.blocks + 1, gmacs=stage.gmacs + macs / 1e9)
-    normed = 1 if config.mean_pooling else math.prod(grid) + config.num_prefix_tokens
-    total += plans[-1].dim_out * (5 * normed + config.num_classes)
-    return Description(tuple(stages), sum(p.numel() for p in model.parameters()), total / 1e9)
-
-
-def block_macs(plan: BlockPlan, config: MViTConfig, grid: Grid) -> int:
-    """Multiply-adds of one block whose tokens come in on ``grid``."""
-    q_grid, k_grid = pooled_grids(plan, config, grid)
-    tokens, queries, keys = (math.prod(g) + config.num_prefix_tokens for g in (grid, q_grid, k_grid))
-    width, hidden = plan.attention_dim, int(plan.attention_dim * config.mlp_ratio)
-    macs = 5 * (tokens * plan.dim + queries * width)
-    projected = queries + 2 * keys if config.pool_first else 3 * tokens
-    macs += projected * plan.dim * width + queries * width * width
-    macs += queries * hidden * (width + plan.dim_out)
-    if plan.dim != plan.dim_out:
-        macs += plan.dim * plan.dim_out * (tokens if config.dim_mul_in_attention else queries)
-    return macs + _pooling_macs(plan, config, queries, keys) + attention_macs(plan, config, grid)
-
-
-def _pooling_macs(plan: BlockPlan, config: MViTConfig, queries: int, keys: int) -> int:
-    if not config.pool_mode.startswith("conv"):
-        return 0
-    channels = plan.dim if config.pool_first else plan.attention_dim
-    macs = 0
-    for present, stride, count, times in (
-        (plan.pools_q, plan.q_stride, queries, 1),
-        (plan.pools_kv, plan.kv_stride, keys, 2),
-    ):
-        kernel = config.pooling_kernel(stride)
-        if present and not max(kernel) == max(stride) == 1:
-            cells = count - config.num_prefix_tokens
-            macs += times * channels * (cells * math.prod(kernel) + 5 * count)
-    return macs
+    for index, (plan, grid) in enumerate(zip(plans, grids, strict=True)):
+        macs[index] += attention_macs(plan, config, grid)
+    stages = []
+    for start, blocks in zip(config.stage_starts, config.stages, strict=True):
+        plan, tokens = plans[start], pooled_grids(plans[start], config, grids[start])[0]
+        gmacs = sum(macs[index] for index in range(start, start + blocks)) / 1e9
+        strides = plan.q_stride, plan.kv_stride
+        stages.append(Stage(blocks, tokens, plan.attention_dim, plan.num_heads, *strides, gmacs))
+    return Description(tuple(stages), sum(p.numel() for p in model.parameters()), macs.total() / 1e9)
 
 
 def attention_macs(plan: BlockPlan, config: MViTConfig, grid: Grid) -> int:
@@ -109,29 +94,23 @@ def attention_macs(plan: BlockPlan, config: MViTConfig, grid: Grid) -> int:
     if plan.window is not None and any(w < n for w, n in zip(plan.window, grid, strict=True)):
         # The class token meets everything, each query its window and the class token.
         pairs = prefix * (keys + cells) + window_pairs(plan, grid, q_grid, k_grid)
-    lengths = dict(zip("thw", k_grid, strict=True))
-    positions = sum(math.prod(lengths[axis] for axis in axes) for axes in config.rel_pos_tables)
+    positions = sum(math.prod(k_grid["thw".index(axis)] for axis in axes) for axes in config.rel_pos_tables)
     return plan.attention_dim * (2 * pairs + cells * positions)
 
 
 def window_pairs(plan: BlockPlan, grid: Grid, q_grid: Grid, k_grid: Grid) -> int:
     """Pairs of a query and a key that share a window."""
-    pairs = 1
-    for axis in range(3):
-        windows = axis_windows(plan, axis, grid, q_grid, k_grid)
-        pairs *= sum((w.queries[1] - w.queries[0]) * (w.keys[1] - w.keys[0]) for w in windows)
-    return pairs
+    axes = (axis_windows(plan, axis, grid, q_grid, k_grid) for axis in range(3))
+    return math.prod(sum((q[1] - q[0]) * (k[1] - k[0]) for q, k in windows) for windows in axes)
 
 
 def pooled_grids(plan: BlockPlan, config: MViTConfig, grid: Grid) -> tuple[Grid, Grid]:
     """The grids of queries and keys of a block whose tokens come in on ``grid``."""
-    q_kernel, kv_kernel = config.pooling_kernel(plan.q_stride), config.pooling_kernel(plan.kv_stride)
-    q_grid = conv_grid(grid, q_kernel, plan.q_stride, same_padding(q_kernel))
-    k_grid = conv_grid(grid, kv_kernel, plan.kv_stride, same_padding(kv_kernel))
-    return q_grid if plan.pools_q else grid, k_grid if plan.pools_kv else grid
 
+    def pooled(stride: Grid) -> Grid:
+        kernel = config.pooling_kernel(stride)
+        sizes = zip(grid, kernel, stride, same_padding(kernel), strict=True)
+        t, h, w = ((n + 2 * pad - k) // s + 1 for n, k, s, pad in sizes)
+        return t, h, w
 
-def conv_grid(size: Grid, kernel: Grid, stride: Grid, padding: Grid) -> Grid:
-    """The grid that a convolution gives."""
-    t, h, w = ((n + 2 * p - k) // s + 1 for n, k, s, p in zip(size, kernel, stride, padding, strict=True))
-    return t, h, w
+    return pooled(plan.q_stride) if plan.pools_q else grid, pooled(plan.kv_stride) if plan.pools_kv else grid

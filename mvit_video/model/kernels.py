@@ -9,7 +9,9 @@ Modules that somebody replaced, or hung hooks on, are called as they are.
 from __future__ import annotations
 
 import math
-from typing import TypeGuard, TypeVar, cast
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeGuard, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +21,22 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from mvit_video.model import cpu_kernels
 
-Size = tuple[int, int, int]
 Kind = TypeVar("Kind", bound=nn.Module)
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _FAST = (torch.float32, torch.bfloat16)
+_is_plain = False
+
+
+@contextmanager
+def plain() -> Iterator[None]:
+    """Inside, torch's own operations take the place of the CPU kernels, to compare with."""
+    global _is_plain
+    before, _is_plain = _is_plain, True
+    try:
+        yield
+    finally:
+        _is_plain = before
 
 
 class Linear(nn.Linear):
@@ -67,12 +80,10 @@ def pool_heads(pool: nn.Module, x: Tensor) -> Tensor:
     batch, heads, width = x.shape[0], x.shape[-2], x.shape[-1]
     if x.device.type == "cpu" and _is_unmodified(pool, nn.Conv3d) and pool.weight.shape[1] == 1:
         volume, weight = x.flatten(-2).permute(0, 4, 1, 2, 3), pool.weight.repeat(heads, 1, 1, 1, 1)
-        stride, padding = cast(Size, pool.stride), cast(Size, pool.padding)
+        convolve: Any = cpu_kernels.plain_depthwise_conv3d
         if torch.is_grad_enabled() and _has_cpu_kernels(x, weight, dtypes=(*_FAST, torch.float64)):
-            volume, weight = _autocast(volume, weight)
-            volume = cpu_kernels.depthwise_conv3d(volume, weight, stride, padding)
-        else:
-            volume = F.conv3d(volume, weight, None, stride, padding, groups=heads * width)
+            convolve, (volume, weight) = cpu_kernels.depthwise_conv3d, _autocast(volume, weight)
+        volume = convolve(volume, weight, pool.stride, pool.padding)
         return volume.permute(0, 2, 3, 4, 1).unflatten(-1, (heads, width))
     volume = pool(x.permute(0, 4, 5, 1, 2, 3).flatten(0, 1).contiguous())  # (B * n, c, T, H, W)
     return volume.unflatten(0, (batch, heads)).permute(0, 3, 4, 5, 1, 2)
@@ -103,17 +114,16 @@ def attend(
     """
     if q_positions is None or k_positions is None:
         q_positions, k_positions = q[..., :0], q.new_empty(k.shape[1], 0)
-    tensors = (q, k, v, q_positions, k_positions)
+    tensors = (q, k, v, q_positions, k_positions.detach())
     if mask is None and _has_cpu_kernels(*tensors, dtypes=(*_FAST, torch.float64)):
-        q, k, v, q_positions, k_positions = _autocast(*tensors)
-        return cpu_kernels.attention(q, k, v, q_positions, k_positions.detach(), scale, num_prefix_tokens)
+        return cpu_kernels.attention(*_autocast(*tensors), scale, num_prefix_tokens)
     if is_transformed():  # torch's fused attention has no derivatives of these kinds
         return cpu_kernels.plain_attention(*tensors, scale, num_prefix_tokens, mask)
     q_aug, k_aug = augment_qk(q, k, q_positions, k_positions, scale)
     # Fused kernels want q, k and v of one width that is a multiple of 8.
     width = math.ceil(max(q_aug.shape[-1], v.shape[-1]) / 8) * 8
-    q_aug, k_aug, v_padded = (_pad_width(x.transpose(1, 2), width) for x in (q_aug, k_aug, v))
-    x = F.scaled_dot_product_attention(q_aug, k_aug, v_padded, mask, scale=1.0)
+    q_aug, k_aug, v_aug = (_pad_width(x.transpose(1, 2), width) for x in (q_aug, k_aug, v))
+    x = F.scaled_dot_product_attention(q_aug, k_aug, v_aug, mask, scale=1.0)
     return cpu_kernels.add_residual(x[..., : v.shape[-1]].transpose(1, 2), q, num_prefix_tokens)
 
 
@@ -150,6 +160,7 @@ def _has_cpu_kernels(*tensors: Tensor | None, dtypes: tuple[torch.dtype, ...] = 
     return (
         all(type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" for x in given)
         and all(x.dtype in dtypes and (autocast or x.dtype == given[0].dtype) for x in given)
+        and not _is_plain
         and not is_tracing()
         and not is_transformed()
     )

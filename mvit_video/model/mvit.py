@@ -5,6 +5,8 @@ MViTv2: arXiv 2112.01526. MViT: arXiv 2104.11227.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,7 +27,9 @@ from mvit_video.model.config import (
     same_padding,
 )
 from mvit_video.model.kernels import Linear
-from mvit_video.model.positions import joint_table, position_parameters, resize_table
+from mvit_video.model.positions import ABSOLUTE_TABLES, absolute_lengths, joint_table, resize_table
+
+MAX_KINDS = 64  # of blocks that are compiled: by sizes, in training or not, for one clip or several
 
 
 class MViT(VideoModel):
@@ -40,6 +44,7 @@ class MViT(VideoModel):
 
     config: MViTConfig
     classifier = "head.projection"
+    is_compiled = False
     pos_embed: nn.Parameter | None
     pos_embed_spatial: nn.Parameter | None
     pos_embed_temporal: nn.Parameter | None
@@ -55,9 +60,10 @@ class MViT(VideoModel):
         self.patch_embed = PatchEmbed(config)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.embed_dim)) if config.class_token else None
         self.grid = floor_divide(config.input_size, config.patch_stride)  # of the absolute positions
-        positions = position_parameters(config.abs_pos, config.embed_dim, self.grid, config.class_token)
-        for name in ("pos_embed", "pos_embed_spatial", "pos_embed_temporal", "pos_embed_class"):
-            self.register_parameter(name, positions.get(name))
+        lengths = absolute_lengths(config, self.grid)
+        for name in ABSOLUTE_TABLES:
+            table = nn.Parameter(torch.zeros(1, lengths[name], config.embed_dim)) if name in lengths else None
+            self.register_parameter(name, table)
         self.dropout = nn.Dropout(config.dropout)
         self.norm_stem = nn.LayerNorm(config.embed_dim, eps=NORM_EPS) if config.norm_stem else None
 
@@ -126,7 +132,24 @@ class MViT(VideoModel):
         x = self.dropout(x)
         return x if self.norm_stem is None else self.norm_stem(x)
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile each block on its first call, with the arguments of ``torch.compile``.
+
+        Blocks of one kind share what is compiled, whatever the batch (of two and more). A whole model takes
+        several times as long, as its blocks are then compiled one by one.
+        """
+        from torch import _dynamo  # takes two seconds
+
+        _dynamo.config.recompile_limit = max(_dynamo.config.recompile_limit, MAX_KINDS)
+        for block in self.blocks:
+            block.compile(*args, **{"dynamic": False, **kwargs})
+        self.is_compiled = True
+
     def _run(self, block: nn.Module, x: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
+        if self.is_compiled and not torch.compiler.is_compiling():
+            from torch import _dynamo
+
+            _dynamo.maybe_mark_dynamic(x, 0)
         if self.config.checkpoint_blocks and torch.is_grad_enabled():
             return checkpoint(block, x, grid, use_reentrant=False)
         return block(x, grid)
@@ -153,20 +176,26 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, config: MViTConfig) -> None:
         super().__init__()
-        kernel, stride, padding = config.patch_kernel, config.patch_stride, config.patch_pad
-        if config.patch_2d:
-            self.proj: nn.Conv2d | nn.Conv3d = nn.Conv2d(
-                3, config.embed_dim, kernel[1:], stride[1:], padding[1:]
-            )
-        else:
-            self.proj = nn.Conv3d(3, config.embed_dim, kernel, stride, padding)
+        self.is_2d, self.kernel, self.padding = config.patch_2d, config.patch_kernel, config.patch_pad
+        axes = slice(int(self.is_2d), None)
+        convolution = nn.Conv2d if self.is_2d else nn.Conv3d
+        sizes = self.kernel[axes], config.patch_stride[axes], self.padding[axes]
+        self.proj = convolution(3, config.embed_dim, *sizes)
 
     def forward(self, clips: Tensor) -> tuple[Tensor, Grid]:
-        """(B, 3, T, H, W) -> tokens (B, T'*H'*W', C) and their grid."""
-        if isinstance(self.proj, nn.Conv2d):  # frame by frame
-            weight, bias = self.proj.weight.unsqueeze(2), self.proj.bias
-            stride, padding = (1, *self.proj.stride), (0, *self.proj.padding)
-            x = F.conv3d(clips, weight, bias, stride, padding)
+        """(B, 3, T, H, W) -> tokens (B, T'*H'*W', C) and their grid.
+
+        Raises ValueError for clips that are smaller than a patch.
+        """
+        size = zip(clips.shape[2:], self.kernel, self.padding, strict=True)
+        if any(length + 2 * pad < kernel for length, kernel, pad in size):
+            raise ValueError(
+                f"clips of {tuple(clips.shape[2:])} frames and pixels are smaller than patch_kernel "
+                f"{self.kernel}, with patch_padding {self.padding}"
+            )
+        if self.is_2d:  # frame by frame
+            frames = self.proj(clips.transpose(1, 2).flatten(0, 1))  # (B * T, C, H', W')
+            x = frames.unflatten(0, (-1, clips.shape[2])).transpose(1, 2)
         else:
             x = self.proj(clips)  # (B, C, T', H', W')
         _, _, t, h, w = x.shape
@@ -187,7 +216,9 @@ class Block(nn.Module):
         self.widens_in_attention = config.dim_mul_in_attention
         self.q_stride = plan.q_stride
         self.num_prefix_tokens = config.num_prefix_tokens
-        self.drop_path = plan.drop_path
+        self.drop_path, self.has_drop_path = plan.drop_path, plan.drop_path > 0
+        # Compiled, a tensor is an input, while a number would make each block a kind of its own.
+        self.keep = torch.tensor(1 - plan.drop_path, device="cpu")
 
     def forward(self, x: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
         """(B, N, C) tokens -> (B, N', C') tokens on the pooled grid, and that grid.
@@ -220,8 +251,11 @@ class Block(nn.Module):
 
     def _drop(self, x: Tensor) -> Tensor:
         """Stochastic depth: drop the branch for a sample with probability ``drop_path`` in training."""
-        if not self.training or self.drop_path == 0:
+        if not self.training or not self.has_drop_path:
             return x
+        if torch.compiler.is_compiling():
+            mask = torch.rand(x.shape[0], 1, 1, device=x.device) < self.keep
+            return x * (mask / self.keep).to(x.dtype)
         keep = 1 - self.drop_path
         mask = x.new_empty(x.shape[0], 1, 1).bernoulli_(keep)
         return x * (mask / keep)

@@ -17,10 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from mvit_video.model.config import AbsolutePositions, Grid
+from mvit_video.model.config import Grid, MViTConfig
 from mvit_video.model.kernels import is_tracing, is_transformed
 
 Constant = TypeVar("Constant")
+
+ABSOLUTE_TABLES = ("pos_embed", "pos_embed_spatial", "pos_embed_temporal", "pos_embed_class")
 
 
 def relative_terms(tables: dict[str, Tensor], q: Tensor, q_grid: Grid, k_grid: Grid) -> tuple[Tensor, Tensor]:
@@ -40,8 +42,8 @@ def relative_terms(tables: dict[str, Tensor], q: Tensor, q_grid: Grid, k_grid: G
     cells = q[:, prefix:].unflatten(1, q_grid)  # (B, T, H, W, n, c)
     products = []
     for axes, table in tables.items():
-        positions = relative_positions(table, *(_lengths(axes, grid) for grid in (q_grid, k_grid)))
-        positions = positions.flatten(len(axes) + 1)  # (queries of each axis..., c, K)
+        lengths = ([grid["thw".index(axis)] for axis in axes] for grid in (q_grid, k_grid))
+        positions = relative_positions(table, *lengths).flatten(len(axes) + 1)  # (queries of axes..., c, K)
         products.append(torch.einsum(f"bthwnc,{axes}ck->bthwnk", cells, positions))
     width = sum(x.shape[-1] for x in products)
     padding = -(q.shape[-1] + width) % 8
@@ -62,10 +64,7 @@ def relative_positions(table: Tensor, q_lengths: Sequence[int], k_lengths: Seque
         (queries of each axis..., c, keys of each axis...), a view of the table where one length of an axis is
         a multiple of the other.
     """
-    lengths = [2 * max(q, k) - 1 for q, k in zip(q_lengths, k_lengths, strict=True)]
-    if list(table.shape[:-1]) != lengths:
-        mode = ("linear", "bilinear", "trilinear")[len(lengths) - 1]
-        table = F.interpolate(table.movedim(-1, 0)[None], size=lengths, mode=mode)[0].movedim(0, -1)
+    table = resize_relative(table, [2 * max(q, k) - 1 for q, k in zip(q_lengths, k_lengths, strict=True)])
     for axis, (q, k) in enumerate(zip(q_lengths, k_lengths, strict=True)):
         if q % k and k % q:
             index = constant(relative_index, q, k, like=table).flip(1)
@@ -109,6 +108,14 @@ def one_hot_keys(
     return F.pad(keys, (0, width - keys.shape[1], prefix, 0))
 
 
+def resize_relative(table: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Interpolate a table (L of each axis..., c) linearly to other lengths."""
+    if list(table.shape[:-1]) == list(lengths):
+        return table
+    mode = ("linear", "bilinear", "trilinear")[len(lengths) - 1]
+    return F.interpolate(table.movedim(-1, 0)[None], size=list(lengths), mode=mode)[0].movedim(0, -1)
+
+
 def constant(make: Callable[..., Constant], *sizes: Any, like: Tensor) -> Constant:
     """``make(*sizes, device=, dtype=)`` as for ``like``, made once where what is made can be kept.
 
@@ -116,40 +123,32 @@ def constant(make: Callable[..., Constant], *sizes: Any, like: Tensor) -> Consta
     out then belongs to that program. Nor may it be made inside a CUDA graph, where it isn't computed yet.
     """
     fake = like.fake_mode if isinstance(like, FakeTensor) else None
-    known = fake is not None or type(like) in (Tensor, nn.Parameter)
-    if torch.compiler.is_compiling() or is_tracing() or is_transformed() or not known:
-        return make(*sizes, device=like.device, dtype=like.dtype)
-    if fake is None and like.is_cuda and torch.cuda.is_current_stream_capturing():
+    if (
+        torch.compiler.is_compiling()
+        or is_tracing()
+        or is_transformed()
+        or (fake is None and type(like) not in (Tensor, nn.Parameter))
+        or (fake is None and like.is_cuda and torch.cuda.is_current_stream_capturing())
+    ):
         return make(*sizes, device=like.device, dtype=like.dtype)
     return _kept(make, sizes, like.device, like.dtype, fake)
 
 
 @functools.lru_cache(maxsize=256)
 def _kept(make: Callable[..., Constant], sizes: Any, device: Any, dtype: Any, fake_mode: Any) -> Constant:
-    with (
-        fake_mode or nullcontext(),
-        torch.inference_mode(False),
-    ):  # inference tensors couldn't be trained with
+    with fake_mode or nullcontext(), torch.inference_mode(False):  # its tensors couldn't be trained with
         return make(*sizes, device=device, dtype=dtype)
 
 
-def _lengths(axes: str, grid: Grid) -> list[int]:
-    return [grid["thw".index(axis)] for axis in axes]
-
-
-def position_parameters(
-    kind: AbsolutePositions, dim: int, grid: Grid, class_token: bool
-) -> dict[str, nn.Parameter]:
-    """Zero parameters by their official names, made for tokens of width ``dim`` on ``grid``."""
+def absolute_lengths(config: MViTConfig, grid: Grid) -> dict[str, int]:
+    """Rows of the tables of absolute positions, by their official names, for tokens on ``grid``."""
     t, h, w = grid
-    lengths: dict[str, int] = {}
-    if kind == "joint":
-        lengths = {"pos_embed": t * h * w + int(class_token)}
-    elif kind == "separable":
+    if config.abs_pos == "joint":
+        return {"pos_embed": t * h * w + config.num_prefix_tokens}
+    if config.abs_pos == "separable":
         lengths = {"pos_embed_spatial": h * w, "pos_embed_temporal": t}
-        if class_token:
-            lengths["pos_embed_class"] = 1
-    return {name: nn.Parameter(torch.zeros(1, length, dim)) for name, length in lengths.items()}
+        return {**lengths, "pos_embed_class": 1} if config.class_token else lengths
+    return {}
 
 
 def joint_table(spatial: Tensor, temporal: Tensor, for_class: Tensor | None) -> Tensor:

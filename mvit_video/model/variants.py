@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from mvit_video.errors import ConfigError, did_you_mean
+from mvit_video.errors import ConfigError
 from mvit_video.model.clip_spec import IMAGENET_MEAN, IMAGENET_STD, ClipSpec
 from mvit_video.model.config import MViTConfig
+from mvit_video.model.fields import replace_fields
 from mvit_video.model.mvit import MViT
 
 
@@ -110,24 +109,15 @@ def build(variant: Variant, **overrides: Any) -> MViT:
         protocol = replace(
             protocol, clip_frames=config.num_frames, crop=config.crop_size, short_side=short_side
         )
-    if any(getattr(config, name) != getattr(variant.config, name) for name in _GROWTH):
-        _require_memory(config)
-    return MViT(config, protocol)
-
-
-_GROWTH = ("embed_dim", "stages", "mlp_ratio", "dim_mul")  # fields that can make any machine too small
-
-
-def _require_memory(config: MViTConfig) -> None:
-    """ConfigError for a model that this machine can't hold, which the system would end without a word."""
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in MViT(config).parameters())
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if 4 * parameters > memory:
+    if 4 * parameters > memory:  # the system would end the process without a word
         raise ConfigError(
             f"a model of {parameters / 1e9:.1f} billion parameters takes {4 * parameters / 1e9:.0f} GB, this "
             f"machine has {memory / 1e9:.0f} GB: choose a smaller embed_dim, stages or mlp_ratio"
         )
+    return MViT(config, protocol)
 
 
 def change_views(protocol: ClipSpec, values: dict[str, Any]) -> ClipSpec:
@@ -139,22 +129,3 @@ def change_views(protocol: ClipSpec, values: dict[str, Any]) -> ClipSpec:
     if values.get("num_crops") == 3 and "short_side" not in values:
         values = {**values, "short_side": values.get("crop", protocol.crop)}
     return replace_fields(protocol, values)
-
-
-def replace_fields(config: Any, overrides: dict[str, Any]) -> Any:
-    """A copy of a config dataclass with other values; ConfigError for a field that it doesn't have."""
-    fields = [field.name for field in dataclasses.fields(config)]
-    for key in overrides:
-        if key not in fields:
-            kind = type(config).__name__
-            raise ConfigError(
-                f"{kind} has no {key!r}{did_you_mean(key, fields)}; it has: {', '.join(fields)}"
-            )
-    return replace(config, **{key: _as_tuples(value) for key, value in overrides.items()})
-
-
-def _as_tuples(value: Any) -> Any:
-    """Lists come from yaml; the dataclasses hold tuples."""
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return tuple(_as_tuples(item) for item in value)
-    return value

@@ -1,4 +1,4 @@
-"""Attention inside windows of the grid, plain and shifted (MViTv2 paper, hybrid window attention)."""
+"""Attention inside windows of the grid, plain and shifted: which queries and keys meet."""
 
 from __future__ import annotations
 
@@ -15,33 +15,27 @@ from mvit_video.model.config import BlockPlan, Grid
 Span = tuple[int, int]  # first cell and the one behind the last
 
 
-class AxisWindow(NamedTuple):
-    """What one window holds along one axis: a span of query cells and a span of key cells."""
+def axis_windows(
+    plan: BlockPlan, axis: int, grid: Grid, q_grid: Grid, k_grid: Grid
+) -> list[tuple[Span, Span]]:
+    """Cut one axis of the grid before pooling into windows: spans of query cells and of key cells.
 
-    queries: Span
-    keys: Span
-
-
-def axis_windows(plan: BlockPlan, axis: int, grid: Grid, q_grid: Grid, k_grid: Grid) -> list[AxisWindow]:
-    """Cut one axis of the grid before pooling into windows; the last is smaller where they don't divide it.
-
-    Shifted windows have their edges half a window further. The first and the last window are smaller then,
-    which is what a cyclic shift with masks computes. Every query is in one window. A key whose cells straddle
-    an edge is in both, so no window lacks keys.
+    The last window is smaller where they don't divide the axis. Shifted windows have their edges half a
+    window further; the first and the last are smaller then, which is what a cyclic shift with masks computes.
+    Every query is in one window. A key whose cells straddle an edge is in both, so no window lacks keys.
     """
     assert plan.window is not None
-    length, window, q_stride, kv_stride = (
-        x[axis] for x in (grid, plan.window, plan.q_stride, plan.kv_stride)
+    length, window, q_stride, kv_stride, q_length, k_length = (
+        x[axis] for x in (grid, plan.window, plan.q_stride, plan.kv_stride, q_grid, k_grid)
     )
     shift = window // 2 if plan.shifted and window < length else 0
     edges = [0, *range(shift or window, length, window), length]
     windows = []
     for start, stop in itertools.pairwise(edges):
-        last = stop == length
-        queries = (-(-start // q_stride), q_grid[axis] if last else -(-stop // q_stride))
-        k_length = k_grid[axis]
-        k_stop = k_length if last else min(-(-stop // kv_stride), k_length)
-        windows.append(AxisWindow(queries, (min(start // kv_stride, k_length - 1), k_stop)))
+        q_stop, k_stop = -(-stop // q_stride), min(-(-stop // kv_stride), k_length)
+        if stop == length:
+            q_stop, k_stop = q_length, k_length
+        windows.append(((-(-start // q_stride), q_stop), (min(start // kv_stride, k_length - 1), k_stop)))
     return windows
 
 
@@ -66,8 +60,8 @@ def cut_windows(
 ) -> Windows:
     """The windows of a block whose tokens come in on ``grid``."""
     axes = [axis_windows(plan, axis, grid, q_grid, k_grid) for axis in range(3)]
-    q_cells, q_valid = _cells([[w.queries for w in axis] for axis in axes], q_grid, device)
-    k_cells, k_valid = _cells([[w.keys for w in axis] for axis in axes], k_grid, device)
+    q_cells, q_valid = _cells([[queries for queries, _ in axis] for axis in axes], q_grid, device)
+    k_cells, k_valid = _cells([[keys for _, keys in axis] for axis in axes], k_grid, device)
     count = math.prod(q_grid)
     order = q_cells if q_valid is None else q_cells.masked_fill(~q_valid, count)
     q_slots = order.flatten().argsort()[:count]  # padding sorts behind all cells
@@ -111,7 +105,6 @@ def join_and_crop(x: Tensor, grid: Grid, window: Grid) -> Tensor:
     """What ``pad_and_cut`` has cut, without the zeros: (B * windows, size, n, c) -> (B, T*H*W, n, c)."""
     counts = [-(-length // size) for length, size in zip(grid, window, strict=True)]
     x = x.unflatten(0, (-1, *counts)).unflatten(4, window)  # (B, I, J, K, t, h, w, n, c)
-    x = x.permute(0, 1, 4, 2, 5, 3, 6, 7, 8)
-    x = x.flatten(5, 6).flatten(3, 4).flatten(1, 2)
+    x = x.permute(0, 1, 4, 2, 5, 3, 6, 7, 8).flatten(5, 6).flatten(3, 4).flatten(1, 2)
     t, h, w = grid
     return x[:, :t, :h, :w].flatten(1, 3)

@@ -10,7 +10,8 @@ from mvit_video.errors import ConfigError, did_you_mean
 from mvit_video.model import MViTConfig
 from mvit_video.model.clip_spec import ClipSpec
 from mvit_video.model.config import pooling_strides
-from mvit_video.model.variants import VARIANTS, Variant, replace_fields
+from mvit_video.model.fields import replace_fields
+from mvit_video.model.variants import VARIANTS, Variant
 from mvit_video.pretraining.maskfeat import Features, MaskFeat
 
 

@@ -9,8 +9,7 @@ from mvit_video.weights.checkpoint import (
     save_weights,
 )
 from mvit_video.weights.create import create_model
-from mvit_video.weights.description import model_metadata
-from mvit_video.weights.identity import weights_sha256
+from mvit_video.weights.description import model_metadata, weights_sha256
 from mvit_video.weights.reading import METADATA_KEY
 
 __all__ = [

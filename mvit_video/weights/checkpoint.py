@@ -266,13 +266,14 @@ def _build(description: Description, checkpoint: Mapping[str, Any], name: str) -
     weights = find_weights(checkpoint, name)[0]
     model = build_empty(description, weights, name)
     fitted, _ = _fit(model, _named_weights(model, checkpoint, name)[0], name)
-    if isinstance(model, MViT) and {*dict(model.named_buffers())} <= fitted.keys():
-        # Module.to_empty would import SymPy for its sizes, which takes longer than loading.
-        empty = {k: torch.empty(v.shape, dtype=v.dtype) for k, v in model.state_dict().items()}
-        model.load_state_dict(empty, assign=True)
+    if isinstance(model, MViT):  # the tensors become the model's, so none may be the caller's
+        model.load_state_dict(
+            {key: value.clone(memory_format=torch.contiguous_format) for key, value in fitted.items()},
+            assign=True,
+        )
     else:  # other libraries' models hold more than their weights
         model = type(model)(description.config, description.protocol)
-    model.load_state_dict(fitted)
+        model.load_state_dict(fitted)
     model.class_names = description.class_names
     return model.eval()
 

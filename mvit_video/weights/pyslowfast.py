@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import ast
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
@@ -28,42 +27,45 @@ from mvit_video.model.config import (
 from mvit_video.weights.description import MAX_BLOCKS, Description
 from mvit_video.weights.reading import find_weights, require_bounded
 
-# Options that mean what a field of MViTConfig means: that field, and the official default.
-_SAME: dict[str, dict[str, tuple[str, Any]]] = {
+Sections = dict[str, dict[str, Any]]
+
+# Options that mean what a field of MViTConfig means, most by its own name.
+_FIELDS: dict[str, dict[str, str]] = {
     "MVIT": {
-        "CLS_EMBED_ON": ("class_token", True),
-        "DIM_MUL_IN_ATT": ("dim_mul_in_attention", False),
-        "DROPOUT_RATE": ("dropout", 0.0),
-        "DROPPATH_RATE": ("drop_path", 0.1),
-        "EMBED_DIM": ("embed_dim", 96),
-        "HEAD_INIT_SCALE": ("head_init_scale", 1.0),
-        "MLP_RATIO": ("mlp_ratio", 4.0),
-        "MODE": ("pool_mode", "conv"),
-        "NORM_STEM": ("norm_stem", False),
-        "NUM_HEADS": ("num_heads", 1),
-        "PATCH_2D": ("patch_2d", False),
-        "POOL_FIRST": ("pool_first", False),
-        "QKV_BIAS": ("qkv_bias", True),
-        "REL_POS_SPATIAL": ("rel_pos_spatial", False),
-        "REL_POS_TEMPORAL": ("rel_pos_temporal", False),
-        "REL_POS_ZERO_INIT": ("rel_pos_zero_init", False),
-        "RESIDUAL_POOLING": ("residual_pooling", False),
-        "SEPARATE_QKV": ("separate_qkv", False),
-        "USE_MEAN_POOLING": ("mean_pooling", False),
+        "CLS_EMBED_ON": "class_token",
+        "DIM_MUL_IN_ATT": "dim_mul_in_attention",
+        "DROPOUT_RATE": "dropout",
+        "DROPPATH_RATE": "drop_path",
+        "MODE": "pool_mode",
+        "USE_MEAN_POOLING": "mean_pooling",
+        **{
+            field.upper(): field
+            for field in (
+                *("embed_dim", "head_init_scale", "mlp_ratio", "norm_stem", "num_heads", "patch_2d"),
+                *("pool_first", "qkv_bias", "rel_pos_spatial", "rel_pos_temporal", "rel_pos_zero_init"),
+                *("residual_pooling", "separate_qkv"),
+            )
+        },
     },
     "MODEL": {
-        "NUM_CLASSES": ("num_classes", 400),
-        "DROPOUT_RATE": ("head_dropout", 0.5),
-        "ACT_CHECKPOINT": ("checkpoint_blocks", False),
+        "NUM_CLASSES": "num_classes",
+        "DROPOUT_RATE": "head_dropout",
+        "ACT_CHECKPOINT": "checkpoint_blocks",
     },
-    "DATA": {
-        "NUM_FRAMES": ("num_frames", 8),
-        "TRAIN_CROP_SIZE": ("crop_size", 224),
-    },
+    "DATA": {"NUM_FRAMES": "num_frames", "TRAIN_CROP_SIZE": "crop_size"},
 }
+# The official defaults of these, where they differ from ours.
+_OFFICIAL = MViTConfig(
+    dim_mul_in_attention=False,
+    drop_path=0.1,
+    num_frames=8,
+    rel_pos_spatial=False,
+    rel_pos_temporal=False,
+    residual_pooling=False,
+)
 # Defaults of the others. Options that shape nothing here (weight decay, layer scale, which no block reads)
 # are known so that they aren't refused.
-_OTHER: dict[str, dict[str, Any]] = {
+_OTHER: Sections = {
     "MVIT": {
         "DEPTH": 16,
         "DIM_MUL": [],
@@ -110,14 +112,11 @@ _BUILDABLE: dict[str, tuple[Any, ...]] = {
     "DETECTION.ENABLE": (False,),
     "MASK.ENABLE": (False,),
 }
-
 # Fields that the blocks laid out by ``plan_blocks`` already show, or that shape nothing without them.
 _IN_PLAN = {
     *("attention", "window", "stages", "dim_mul", "head_mul", "pool_q_every_block"),
     *("q_stride", "q_strides", "kv_stride", "kv_strides", "patch_padding"),
 }
-
-Sections = dict[str, dict[str, Any]]
 
 
 def read_cfg(checkpoint: Mapping[str, Any], name: str) -> Description:
@@ -150,17 +149,17 @@ def parse_cfg(cfg: Any, name: str, weight_names: Iterable[str] = ()) -> Descript
         raise CheckpointError(f"{name}: its cfg is no MViT configuration, it has no section MVIT")
     try:
         require_bounded(cfg)
-        options: Sections = {
-            section: {option: default for option, (_, default) in _SAME.get(section, {}).items()}
+        options = {
+            section: {option: getattr(_OFFICIAL, field) for option, field in _FIELDS.get(section, {}).items()}
             | defaults
             | {option: _plain(value) for option, value in (cfg.get(section) or {}).items()}
             for section, defaults in _OTHER.items()
         }
-        _require_buildable(options, name)
+        _require_buildable(options)
         config = infer_layout(_model_config(options), set(weight_names))
         return Description(config, _clip_spec(options))
-    except CheckpointError:
-        raise
+    except CheckpointError as error:
+        raise CheckpointError(f"{name}: {error}") from None
     except Exception as error:  # a file can hold anything in the place of anything
         raise CheckpointError(f"{name}: its cfg is no MViT configuration ({brief(error)})") from None
 
@@ -174,9 +173,9 @@ def make_cfg(config: MViTConfig, spec: ClipSpec) -> Sections:
     start = int(config.patch_2d)  # options of single frames lack the time axis
     q_strides, kv_strides = pooling_strides(config)
     dim_mul, head_mul = block_factors(config)
-    cfg = {
-        section: {option: getattr(config, field) for option, (field, _) in options.items()}
-        for section, options in _SAME.items()
+    cfg: Sections = {
+        section: {option: getattr(config, field) for option, field in options.items()}
+        for section, options in _FIELDS.items()
     }
     cfg["MVIT"] |= {
         "DEPTH": sum(config.stages),
@@ -186,8 +185,8 @@ def make_cfg(config: MViTConfig, spec: ClipSpec) -> Sections:
         "PATCH_PADDING": list(config.patch_pad[start:]),
         "PATCH_STRIDE": list(config.patch_stride[start:]),
         "POOL_KVQ_KERNEL": list(config.pool_kernel) if isinstance(config.pool_kernel, tuple) else None,
-        "POOL_KV_STRIDE": [list(entry) for entry in _entries(kv_strides)],
-        "POOL_Q_STRIDE": [list(entry) for entry in _entries(q_strides)],
+        "POOL_KV_STRIDE": [[block, *stride] for block, stride in kv_strides.items()],
+        "POOL_Q_STRIDE": [[block, *stride] for block, stride in q_strides.items()],
         "SEP_POS_EMBED": config.abs_pos == "separable",
         "USE_ABS_POS": config.abs_pos != "none",
     }
@@ -209,18 +208,14 @@ def make_cfg(config: MViTConfig, spec: ClipSpec) -> Sections:
         cfg["TEST"]["DATASET"] = "ssv2"
     elif spec.sampling == "uniform":
         cfg["DATA"]["USE_OFFSET_SAMPLING"] = True
-    _require_expressed(cfg, config)
-    return cfg
 
-
-def _require_expressed(cfg: Sections, config: MViTConfig) -> None:
-    back = parse_cfg(cfg, "export").config
-    assert isinstance(back, MViTConfig)
-    compared = [field.name for field in fields(MViTConfig) if field.name not in _IN_PLAN]
-    lost = [field for field in compared if getattr(back, field) != getattr(config, field)]
+    back: Any = parse_cfg(cfg, "export").config
+    names = [field.name for field in fields(MViTConfig) if field.name not in _IN_PLAN]
+    lost = [field for field in names if getattr(back, field) != getattr(config, field)]
     if lost or list(plan_blocks(back)) != list(plan_blocks(config)):
         values = ", ".join(f"{field}={getattr(config, field)!r}" for field in lost or ["attention", "stages"])
         raise CheckpointError(f"PySlowFast has no options for a model with {values}")
+    return cfg
 
 
 def _plain(value: Any) -> Any:
@@ -233,7 +228,7 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _require_buildable(options: Sections, name: str) -> None:
+def _require_buildable(options: Sections) -> None:
     for option, allowed in _BUILDABLE.items():
         section, key, *deeper = option.split(".")
         found = options[section][key]
@@ -241,62 +236,76 @@ def _require_buildable(options: Sections, name: str) -> None:
             found = (found or {}).get(deeper[0], False)
         if found not in allowed:
             only = " or ".join(map(str, allowed))
-            raise CheckpointError(f"{name}: {option} = {found!s:.80} can't be built; only {only} can")
-    unknown = sorted(set(options["MVIT"]) - set(_SAME["MVIT"]) - set(_OTHER["MVIT"]))
-    if unknown:
-        value = str(options["MVIT"][unknown[0]])[:80]
-        raise CheckpointError(f"{name}: MVIT.{unknown[0][:80]} = {value} can't be built; it is unknown")
-    depth = options["MVIT"]["DEPTH"]
-    if type(depth) is not int or not 0 < depth <= MAX_BLOCKS:
+            raise CheckpointError(f"{option} = {found!s:.80} can't be built; only {only} can")
+    mvit = options["MVIT"]
+    for option in sorted(set(mvit) - set(_FIELDS["MVIT"]) - set(_OTHER["MVIT"])):
+        raise CheckpointError(f"MVIT.{option[:80]} = {mvit[option]!s:.80} can't be built; it is unknown")
+    if type(mvit["DEPTH"]) is not int or not 0 < mvit["DEPTH"] <= MAX_BLOCKS:
         raise CheckpointError(
-            f"{name}: MVIT.DEPTH = {depth!s:.80} can't be built; only 1 to {MAX_BLOCKS} can"
+            f"MVIT.DEPTH = {mvit['DEPTH']!s:.80} can't be built; only 1 to {MAX_BLOCKS} can"
         )
 
 
 def _model_config(options: Sections) -> MViTConfig:
     mvit, depth = options["MVIT"], options["MVIT"]["DEPTH"]
-    widened = sorted({block for block, factor in _factors(mvit, "DIM_MUL").items() if factor != 1 and block})
+    same = {field: options[section][o] for section, names in _FIELDS.items() for o, field in names.items()}
+    dim_mul, head_mul = (
+        {block: float(factor) for block, factor in _rows(mvit, option, "[block, factor]")}
+        for option in ("DIM_MUL", "HEAD_MUL")
+    )
+    q_strides, kv_strides = (  # the last of several for one block counts
+        {block: (t, h, w) for block, t, h, w in _rows(mvit, option, "[block, T, H, W]")}
+        for option in ("POOL_Q_STRIDE", "POOL_KV_STRIDE")
+    )
+    widened = sorted(block for block, factor in dim_mul.items() if factor != 1 and block)
     edges = [0, *(block for block in widened if block < depth), depth]
-    q_strides = _strides(mvit, "POOL_Q_STRIDE")
     frame = mvit["PATCH_2D"]  # patches of single frames: options lack the time axis
-    patch_kernel = _grid(mvit, "PATCH_KERNEL", *([1] if frame else []))
-    patch_padding = _grid(mvit, "PATCH_PADDING", *([0] if frame else []))
+    kernel = _grid(mvit, "PATCH_KERNEL", [1] * bool(frame))
+    padding = _grid(mvit, "PATCH_PADDING", [0] * bool(frame))
+    adaptive = mvit["POOL_KV_STRIDE_ADAPTIVE"] is not None  # overrules the list
     config = MViTConfig(
-        **{
-            field: options[section][option]
-            for section, same in _SAME.items()
-            for option, (field, _) in same.items()
-        },
+        **same,
         stages=tuple(b - a for a, b in itertools.pairwise(edges)),
-        patch_kernel=patch_kernel,
-        patch_stride=_grid(mvit, "PATCH_STRIDE", *([1] if frame else [])),
-        patch_padding=None if patch_padding == same_padding(patch_kernel) else patch_padding,
+        patch_kernel=kernel,
+        patch_stride=_grid(mvit, "PATCH_STRIDE", [1] * bool(frame)),
+        patch_padding=None if padding == same_padding(kernel) else padding,
         pool_kernel="stride" if mvit["POOL_KVQ_KERNEL"] is None else _grid(mvit, "POOL_KVQ_KERNEL"),
         pool_q_every_block=len(q_strides) == depth,
         q_stride=q_strides.get(widened[0], (1, 1, 1)) if widened else (1, 1, 1),
+        kv_stride=_grid(mvit, "POOL_KV_STRIDE_ADAPTIVE") if adaptive else kv_strides.get(0, (1, 1, 1)),
         abs_pos=("separable" if mvit["SEP_POS_EMBED"] else "joint") if mvit["USE_ABS_POS"] else "none",
     )
-    return _with_block_lists(config, mvit, q_strides)
-
-
-def _with_block_lists(config: MViTConfig, mvit: dict[str, Any], q_strides: dict[int, Grid]) -> MViTConfig:
-    """Add the lists that name blocks one by one, where they differ from what ``stages`` already says."""
+    # The lists that name blocks one by one stay, where they differ from what ``stages`` already says.
     doubled = dict.fromkeys(config.stage_starts[1:], 2.0)
-    dim_mul, head_mul = _factors(mvit, "DIM_MUL"), _factors(mvit, "HEAD_MUL")
+    lists: dict[str, Any] = {}
     if dim_mul != doubled:
-        config = replace(config, dim_mul=tuple(dim_mul.items()))
+        lists["dim_mul"] = tuple(dim_mul.items())
     if head_mul != doubled:
-        config = replace(config, head_mul=tuple(head_mul.items()))
+        lists["head_mul"] = tuple(head_mul.items())
     if q_strides != pooling_strides(config)[0]:
-        config = replace(config, q_strides=_entries(q_strides))
+        lists["q_strides"] = tuple((block, *stride) for block, stride in q_strides.items())
+        config = replace(config, q_strides=lists["q_strides"])
+    if not adaptive and kv_strides != pooling_strides(config)[1]:
+        lists["kv_strides"] = tuple((block, *stride) for block, stride in kv_strides.items())
+    return replace(config, **lists)
 
-    if mvit["POOL_KV_STRIDE_ADAPTIVE"] is not None:  # overrules the list
-        return replace(config, kv_stride=_grid(mvit, "POOL_KV_STRIDE_ADAPTIVE"))
-    kv_strides = _strides(mvit, "POOL_KV_STRIDE")
-    config = replace(config, kv_stride=kv_strides.get(0, (1, 1, 1)))
-    if kv_strides != pooling_strides(config)[1]:
-        config = replace(config, kv_strides=_entries(kv_strides))
-    return config
+
+def _rows(mvit: dict[str, Any], option: str, what: str) -> list[list[Any]]:
+    """An option's rows of numbers. Raises ValueError, which names it, where they are none."""
+    rows, width = mvit[option], what.count(",") + 1
+    if not isinstance(rows, list) or any(
+        not isinstance(row, list | tuple) or len(row) != width or type(row[0]) is not int for row in rows
+    ):
+        raise ValueError(f"MVIT.{option} = {rows!s:.80} must list {what}")
+    return rows
+
+
+def _grid(mvit: dict[str, Any], option: str, before: Iterable[int] = ()) -> Grid:
+    try:
+        t, h, w = (int(value) for value in (*before, *mvit[option]))
+    except (TypeError, ValueError):
+        raise ValueError(f"MVIT.{option} = {mvit[option]!s:.80} must list a number an axis") from None
+    return t, h, w
 
 
 def infer_layout(config: MViTConfig, weight_names: set[str]) -> MViTConfig:
@@ -350,32 +359,3 @@ def _clip_spec(options: Sections) -> ClipSpec:
         mean=tuple(data["MEAN"])[::order],
         std=tuple(data["STD"])[::order],
     )
-
-
-def _grid(mvit: dict[str, Any], option: str, *before: int) -> Grid:
-    with _named(mvit, option, f"be {3 - len(before)} numbers"):
-        t, h, w = (int(value) for value in (*before, *mvit[option]))
-    return t, h, w
-
-
-def _strides(mvit: dict[str, Any], option: str) -> dict[int, Grid]:
-    """(block, T, H, W) entries; the last of several for one block counts."""
-    with _named(mvit, option, "list [block, T, H, W]"):
-        return {int(block): (int(t), int(h), int(w)) for block, t, h, w in mvit[option]}
-
-
-def _factors(mvit: dict[str, Any], option: str) -> dict[int, float]:
-    with _named(mvit, option, "list [block, factor]"):
-        return {int(block): float(factor) for block, factor in mvit[option]}
-
-
-@contextmanager
-def _named(mvit: dict[str, Any], option: str, must: str) -> Iterator[None]:
-    try:
-        yield
-    except (TypeError, ValueError):
-        raise ValueError(f"MVIT.{option} = {mvit[option]!s:.80} must {must}") from None
-
-
-def _entries(strides: dict[int, Grid]) -> tuple[tuple[int, int, int, int], ...]:
-    return tuple((block, *stride) for block, stride in strides.items())

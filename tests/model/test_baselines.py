@@ -153,7 +153,7 @@ def test_what_there_is_not_is_named(command: Command) -> None:
         create_baseline("x3d")
     with pytest.raises(ValueError, match="multiple of 4, got 6"):
         create_baseline("slowfast_r50", num_frames=6)
-    with pytest.raises(ValueError, match="crop_size must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"crop_size must be .* got 0"):
         create_baseline("x3d_s", crop_size=0)
     with pytest.raises(ConfigError, match="weights of x3d_s aren't known by name"):
         create_baseline("x3d_s", weights="kinetics400")

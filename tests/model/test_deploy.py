@@ -15,6 +15,8 @@ from peers import randomized
 from torch import Tensor
 
 from mvit_video.model import MViT, MViTConfig
+from mvit_video.model.config import plan_blocks
+from mvit_video.model.mvit import Block
 from mvit_video.model.positions import relative_index
 
 TINY = MViTConfig(
@@ -54,29 +56,67 @@ def model(request) -> MViT:
     return randomized(MViT(request.param))
 
 
+# Recording a program takes seconds; these two have all that is difficult in it.
+RECORDED = [
+    pytest.param(layout, id=name, marks=[] if name in ("v2", "shifted windows") else [pytest.mark.slow])
+    for name, layout in LAYOUTS.items()
+]
+
+
 def clips_for(model: MViT, batch: int = 2, seed: int = 1) -> Tensor:
     size = (batch, 3, *model.config.input_size)
     return torch.randn(size, generator=torch.Generator().manual_seed(seed))
 
 
 @torch.inference_mode()
-def test_compiles_as_one_graph(model):
+@pytest.mark.parametrize("layout", RECORDED)
+def test_compiles_as_one_graph(layout):
     torch.compiler.reset()
+    model = randomized(MViT(layout))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     clips = clips_for(model)
     torch.testing.assert_close(compiled(clips), model(clips), atol=1e-5, rtol=0)
 
 
-def test_compiled_models_train():
+def test_compiled_blocks_train():
     torch.compiler.reset()
     gradients = []
     for compiled in (False, True):
         model = randomized(MViT(TINY)).train()
-        run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
-        run(clips_for(model)).square().sum().backward()
+        if compiled:
+            model.compile(fullgraph=True, backend="aot_eager")
+        model(clips_for(model)).square().sum().backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     for found, expected in zip(*gradients, strict=True):
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_blocks_of_a_kind_and_batches_of_any_size_share_a_graph(training: bool) -> None:
+    torch.compiler.reset()
+    model = MViT(replace(TINY, stages=(1, 2, 4), drop_path=0.3)).train(training)
+    graphs = []
+    model.compile(fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    for batch in (2, 3, 5):
+        with torch.set_grad_enabled(training):
+            model(clips_for(model, batch))
+    # The first block, which drops nothing; the first and the other blocks of two stages.
+    assert len(graphs) == 5
+    keys = list(model.state_dict())
+    assert keys == list(MViT(model.config).state_dict())
+
+
+def test_compiled_drop_path_keeps_the_expectation() -> None:
+    torch.compiler.reset()
+    config = replace(TINY, drop_path=0.25)
+    *_, plan = plan_blocks(config)
+    block = Block(plan, config)
+    block.compile(fullgraph=True, backend="eager")
+    branch = torch.ones(4000, 1, 1)
+    block.forward = lambda x: block._drop(x)  # type: ignore[method-assign, assignment]
+    dropped = block(branch).flatten()
+    assert dropped.unique().tolist() == pytest.approx([0, 1 / 0.75])
+    assert dropped.mean().item() == pytest.approx(1, abs=0.04)
 
 
 @pytest.mark.parametrize("lengths", [(56, 7), (78, 10), (39, 10), (10, 39)], ids=str)
@@ -109,7 +149,9 @@ def test_compiles_to_machine_code(layout):
     torch.testing.assert_close(compiled(clips), model(clips), atol=1e-4, rtol=0)
 
 
-def test_exports_with_any_batch(model):
+@pytest.mark.parametrize("layout", RECORDED)
+def test_exports_with_any_batch(layout):
+    model = randomized(MViT(layout))
     batch = torch.export.Dim("batch", min=1, max=64)
     exported = torch.export.export(model, (clips_for(model),), dynamic_shapes={"clips": {0: batch}})
     stored = io.BytesIO()
@@ -125,8 +167,10 @@ def test_exports_with_any_batch(model):
 def test_copies_and_pickles_are_the_same_and_apart(model):
     clips = clips_for(model)
     logits = model(clips)
+    model.class_names = tuple("abcde")
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert (twin.config, twin.protocol) == (model.config, model.protocol)
+        assert twin.class_names == model.class_names
         assert torch.equal(twin(clips), logits)
         twin.head.projection.bias += 1
     assert torch.equal(model(clips), logits)

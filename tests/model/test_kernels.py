@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from mvit_video.model import cpu_kernels, kernels
-from mvit_video.model.cpu_kernels import depthwise_conv3d
+from mvit_video.model.cpu_kernels import ROWS, depthwise_conv3d, partition
 
 
 @pytest.mark.parametrize("kernel", [(3, 3, 3), (1, 3, 3), (3, 5, 1)])
@@ -143,9 +143,38 @@ def pair(request):
     return request.param
 
 
-@pytest.fixture(params=[2**20, 2**10], ids=["one chunk", "many chunks"])
+@pytest.fixture(
+    params=[(2**20, 1), (2**10, 1), (2**20, 64), (2**10, 2)],
+    ids=["one chunk", "many chunks", "heads and clips at once", "heads at once, many chunks"],
+)
 def chunk(request, monkeypatch):
-    monkeypatch.setattr(cpu_kernels, "CHUNK", request.param)
+    size, threads = request.param
+    monkeypatch.setattr(cpu_kernels, "CHUNK", size)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 16, 64])
+@pytest.mark.parametrize(
+    ("clips", "heads", "queries", "keys"),
+    [(1, 1, 25089, 393), (2, 8, 393, 393), (3, 4, 1569, 393), (1, 2, 5, 3)],
+)
+def test_attention_is_cut_so_that_all_threads_have_work(
+    clips: int, heads: int, queries: int, keys: int, threads: int
+) -> None:
+    parts = partition(clips, heads, queries, 4 * keys, threads)
+    seen = torch.zeros(clips, queries, heads, dtype=torch.int64)
+    at_once = []
+    for some_clips, some_heads, chunks in parts:
+        group = seen[some_clips, :, some_heads]
+        at_once.append(group.shape[0] * group.shape[2])
+        for chunk in chunks:
+            seen[some_clips, chunk, some_heads] += 1
+            rows = len(range(*chunk.indices(queries)))
+            assert rows <= 16 or rows * at_once[-1] * 4 * keys <= cpu_kernels.CHUNK * threads
+    assert seen.eq(1).all()
+    # Whole clips at once are half of what was wanted at least, and never more than what keeps threads busy.
+    assert max(at_once) * queries >= min(ROWS * threads, clips * heads * queries) / 2
+    assert max(at_once) == 1 or (max(at_once) - 1) * queries < ROWS * threads
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
@@ -245,7 +274,7 @@ def test_compilers_are_told_the_layouts_of_linear_layers(width: int, gelu_input:
     x, weight, grad = (t.to(dtype) for t in random((2, 70, 12), (width, 12), (2, 70, width)))
     torch.library.opcheck(cpu_kernels.linear, (x, weight, None, gelu_input), test_utils="test_faketensor")
     torch.library.opcheck(
-        cpu_kernels._linear_backward, (grad, x, weight, gelu_input), test_utils="test_faketensor"
+        cpu_kernels._linear_backward, (grad, x, weight, None, gelu_input), test_utils="test_faketensor"
     )
 
 
@@ -268,14 +297,14 @@ def test_compiled_kernels_are_the_eager_ones(pair) -> None:
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("needed", [(True, True), (True, False), (False, True)])
 @pytest.mark.parametrize("stride", [(1, 1, 1), (1, 2, 2), (1, 8, 8)])
 @pytest.mark.parametrize("layout", [torch.channels_last_3d, torch.contiguous_format])
-def test_compilers_are_told_the_layouts_of_pooling(stride: tuple, needed: tuple, layout) -> None:
+def test_compilers_are_told_the_layouts_of_pooling(stride: tuple, layout) -> None:
     x, weight = random((2, 8, 3, 16, 16), (8, 1, 3, 3, 3))
     x = x.contiguous(memory_format=layout)
     grad = torch.ones_like(F.conv3d(x, weight, None, stride, (1, 1, 1), groups=8))
-    inputs = (grad, x, weight, stride, (1, 1, 1), needed)
+    torch.library.opcheck(depthwise_conv3d, (x, weight, stride, (1, 1, 1)), test_utils="test_faketensor")
+    inputs = (grad, x, weight, stride, (1, 1, 1))
     torch.library.opcheck(cpu_kernels._depthwise_backward, inputs, test_utils="test_faketensor")
 
 
