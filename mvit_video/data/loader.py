@@ -15,28 +15,27 @@ import copy
 import logging
 import multiprocessing
 import os
-import pickle
 import signal
 import threading
-import traceback
-import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import fields, is_dataclass
-from functools import partial
+from functools import cached_property
 from multiprocessing import connection
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Generic, Literal, Protocol, TypeVar, cast
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import torch
+import torch.multiprocessing  # tensors go from process to process without being copied
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from mvit_video.data import timing
 from mvit_video.data.decode import device_of
 from mvit_video.data.ranks import processes_per_node
-from mvit_video.data.threads import threaded_map
+from mvit_video.data.threads import submit_ahead, thread_pool
 from mvit_video.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
@@ -48,7 +47,6 @@ WORKER_TYPES: dict[str, WorkerType] = {"auto": "auto", "threads": "thread", "wor
 MAX_THREADS = 2  # that one interpreter keeps busy
 PREFETCH_MEMORY_FRACTION = 1 / 8  # of the memory that samples made ahead may fill
 WARN_AFTER_S = 60.0  # a sample that takes longer is named
-JOIN_TIMEOUT_S = 5.0  # for threads and processes that were told to end
 
 _LONGEST_PATH = 4096  # bytes, with the process's number
 
@@ -114,7 +112,7 @@ class ClipLoader(Generic[Collated]):
         self._dataset, self._collate = dataset, collate
         self._num_workers, self._worker_type, self._prefetch = num_workers, worker_type, prefetch
         self._workers: _Threads | _Processes | None = None
-        self._samples: Generator[Any, None, None] | None = None  # of the newest iteration
+        self._futures: Generator[Future[Any], None, None] | None = None  # of the newest iteration
         self._first = 0  # batches that the next epoch leaves out: a former run has had them
         self._delivered = 0  # batches of this epoch
 
@@ -140,9 +138,9 @@ class ClipLoader(Generic[Collated]):
 
     def close(self) -> None:
         """End threads and processes; the loader may still be iterated over, with new ones."""
-        if self._samples is not None:
-            self._samples.close()
-        if isinstance(self._workers, _Processes):
+        if self._futures is not None:
+            self._futures.close()
+        if self._workers is not None:
             self._workers.close()
         self._workers = None
 
@@ -153,38 +151,62 @@ class ClipLoader(Generic[Collated]):
                     sample = self._dataset[key]
                 yield sample
             return
-        if isinstance(self._workers, _Processes) and self._workers.is_broken:
-            self.close()
+        if self._futures is not None:
+            self._futures.close()
         if self._workers is None:
-            self._workers = self._start()
-        if self._samples is not None:
-            self._samples.close()
+            with interrupts_deferred():  # so that what has started is closed
+                self._workers = self._start()
         workers, clock = self._workers, timing.clock()
-        self._samples = samples = workers.map(keys)
+        self._futures = futures = submit_ahead(workers.pool, workers.make, keys, self._most_ahead())
         try:
             for _ in keys:
-                with timing.stage("wait for data"), _naming_slow_files(workers.current_files):
-                    sample, seconds = next(samples)
+                with timing.stage("wait for data"):
+                    sample, seconds = self._next_sample(futures)
                 if clock is not None:
                     clock.add_sample(seconds)
                 yield sample
         finally:
-            samples.close()
+            futures.close()
 
-    def _start(self) -> _Threads | _Processes:
-        device = device_of(self._dataset.open_file)
-        on_gpu = device.type != "cpu"
-        if on_gpu and self._worker_type == "process":
-            raise ConfigError(f"decoding on {device} happens in threads of this process: loader=threads")
+    def _next_sample(self, futures: Iterator[Future[Any]]) -> tuple[Any, dict[str, float]]:
+        workers = self._workers
+        assert workers is not None
+        try:
+            future = next(futures)
+            if not wait([future], WARN_AFTER_S).done:
+                files = ", ".join(workers.current_files())
+                log.warning("no sample for %g s; being read: %s", WARN_AFTER_S, files)
+            sample, seconds, event = future.result()
+        except BrokenProcessPool as error:
+            died = workers.what_died() if isinstance(workers, _Processes) else None
+            self.close()
+            raise error if died is None else DataError(died) from None
+        if event is not None:
+            _hand_over(sample, event)
+        return sample, seconds
+
+    @cached_property
+    def _device(self) -> torch.device:
+        """Where samples lie."""
+        return device_of(self._dataset.open_file)
+
+    def _most_ahead(self) -> int:
         largest = max((len(keys) for keys in self.batches), default=1)
         most = self._prefetch or 2 * largest + self._num_workers
         size = self._dataset.sample_nbytes
-        fitting = int(memory_of(device) * PREFETCH_MEMORY_FRACTION / size) if size else most
-        prefetch = min(most, max(self._num_workers, fitting))
+        fitting = int(memory_of(self._device) * PREFETCH_MEMORY_FRACTION / size) if size else most
+        return min(most, max(self._num_workers, fitting))
+
+    def _start(self) -> _Threads | _Processes:
+        on_gpu = self._device.type != "cpu"
+        if on_gpu and self._worker_type == "process":
+            raise ConfigError(
+                f"decoding on {self._device} happens in threads of this process: loader=threads"
+            )
         few = self._worker_type == "auto" and self._num_workers <= MAX_THREADS
         if on_gpu or few or self._worker_type == "thread":
-            return _Threads(self._dataset, self._num_workers, prefetch, device)
-        return _Processes(self._dataset, self._num_workers, prefetch)
+            return _Threads(self._dataset, self._num_workers, self._device)
+        return _Processes(self._dataset, self._num_workers)
 
 
 def memory_of(device: torch.device) -> int:
@@ -208,74 +230,64 @@ def memory_limit(system: Path = Path("/")) -> int:
     return min(limits)
 
 
-@contextmanager
-def _naming_slow_files(current_files: Callable[[], list[str]]) -> Iterator[None]:
-    """Say which files are being read when the block takes very long."""
+class _Making:
+    """Makes samples from keys, each with the seconds of its stages, and notes which file it reads."""
 
-    def warn() -> None:
-        log.warning("no sample for %g s; being read: %s", WARN_AFTER_S, ", ".join(current_files()))
+    def __init__(self, dataset: Clips, note: Callable[[str], None], *, measured: bool) -> None:
+        self._note, self._open_file, self._measured = note, dataset.open_file, measured
+        self._dataset = copy.copy(dataset)
+        self._dataset.open_file = self._open
 
-    timer = threading.Timer(WARN_AFTER_S, warn)
-    timer.daemon = True  # Ctrl-C may come before it can be cancelled
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-        timer.join()
+    def __call__(self, key: Any) -> tuple[Any, dict[str, float]]:
+        try:
+            if not self._measured:
+                return self._dataset[key], {}
+            with timing.measured("transform") as clock:
+                sample = self._dataset[key]
+            return sample, dict(clock.seconds)
+        finally:
+            self._note("")
 
-
-def _make_timed(dataset: Any, key: Any, measured: bool) -> tuple[Any, dict[str, float]]:
-    """A sample, and the seconds of its stages."""
-    if not measured:
-        return dataset[key], {}
-    with timing.measured("transform") as clock:
-        sample = dataset[key]
-    return sample, dict(clock.seconds)
+    def _open(self, path: str) -> Any:
+        self._note(path)
+        return self._open_file(path)
 
 
 class _Threads:
     """Threads of this process. On a GPU they need nothing but streams and events to hand samples over."""
 
-    def __init__(self, dataset: Clips, num_workers: int, prefetch: int, device: torch.device) -> None:
-        self._num_workers, self._prefetch, self._device = num_workers, prefetch, device
-        self._measured = timing.clock() is not None
-        self._thread = threading.local()
-        self._current_files: dict[int, str] = {}  # by thread
-        self._dataset = copy.copy(dataset)
-        self._dataset.open_file = partial(self._open, dataset.open_file)
+    def __init__(self, dataset: Clips, num_workers: int, device: torch.device) -> None:
+        self.pool = thread_pool(num_workers)
+        self._device, self._thread = device, threading.local()
+        self._files: dict[int, str] = {}  # by thread
+        self._make = _Making(dataset, self._note, measured=timing.clock() is not None)
 
-    def map(self, keys: Sequence[Any]) -> Generator[tuple[Any, dict[str, float]], None, None]:
-        for sample, seconds, made in threaded_map(
-            self._make, keys, self._num_workers, prefetch=self._prefetch
-        ):
-            if made is not None:
-                current = torch.cuda.current_stream(self._device)
-                current.wait_event(made)  # the GPU waits, not this thread
-                for tensor in _tensors(sample):
-                    if tensor.is_cuda:  # all but the placeholder for a bad video
-                        tensor.record_stream(current)  # its memory is free after this stream's work on it
-            yield sample, seconds
+    def make(self, key: Any) -> tuple[Any, dict[str, float], torch.cuda.Event | None]:
+        """A sample, the seconds of its stages, and when the GPU will have made it."""
+        if self._device.type != "cuda":
+            return *self._make(key), None
+        if not hasattr(self._thread, "stream"):
+            torch.cuda.set_device(self._device)  # new threads are on the first GPU
+            self._thread.stream = torch.cuda.Stream(self._device)
+        with torch.cuda.stream(self._thread.stream):
+            return *self._make(key), self._thread.stream.record_event()
 
     def current_files(self) -> list[str]:
-        return list(self._current_files.values())
+        return [path for path in self._files.values() if path]
 
-    def _make(self, key: Any) -> tuple[Any, dict[str, float], torch.cuda.Event | None]:
-        try:
-            if self._device.type != "cuda":
-                return *_make_timed(self._dataset, key, self._measured), None
-            if not hasattr(self._thread, "stream"):
-                torch.cuda.set_device(self._device)  # new threads are on the first GPU
-                self._thread.stream = torch.cuda.Stream(self._device)
-            with torch.cuda.stream(self._thread.stream):
-                sample, seconds = _make_timed(self._dataset, key, self._measured)
-                return sample, seconds, self._thread.stream.record_event()
-        finally:
-            self._current_files.pop(threading.get_ident(), None)
+    def close(self) -> None:
+        self.pool.shutdown(cancel_futures=True)
 
-    def _open(self, open_file: Callable[[str], Any], path: str) -> Any:
-        self._current_files[threading.get_ident()] = path
-        return open_file(path)
+    def _note(self, path: str) -> None:
+        self._files[threading.get_ident()] = path
+
+
+def _hand_over(sample: Any, made: torch.cuda.Event) -> None:
+    """Let the current stream use what another one has made: the GPU waits, not this thread."""
+    for tensor in filter(lambda tensor: tensor.is_cuda, _tensors(sample)):  # a bad video's placeholder isn't
+        current = torch.cuda.current_stream(tensor.device)
+        current.wait_event(made)
+        tensor.record_stream(current)  # its memory is free after this stream's work on it
 
 
 def _tensors(sample: Any) -> Iterator[Tensor]:
@@ -290,147 +302,70 @@ def _tensors(sample: Any) -> Iterator[Tensor]:
 
 
 class _Processes:
-    """The processes of a ``DataLoader``, kept from epoch to epoch."""
-
-    def __init__(self, dataset: Clips, num_workers: int, prefetch: int) -> None:
-        self._worker_side = _WorkerSide(dataset, num_workers)
-        self._num_workers, self._prefetch_factor = num_workers, max(prefetch // num_workers, 1)
-        self._keys: list[Any] = []
-        self._loader: DataLoader[Any] | None = None
-        # No frame of an exception refers to this iterator, so that its threads end when it is dropped.
-        self._samples: Iterator[Any] = iter(())
-        self._processes: list[Any] = []
-        self._threads: list[threading.Thread] = []
-
-    @property
-    def is_broken(self) -> bool:
-        return any(process.exitcode is not None for process in self._processes)
-
-    def map(self, keys: Sequence[Any]) -> Generator[tuple[Any, dict[str, float]], None, None]:
-        self._keys[:] = keys
-        if self._loader is None:
-            self._start()
-        else:
-            self._samples = iter(self._loader)
-        for _ in keys:
-            try:
-                found = next(self._samples)
-            except Exception:  # torch's, or that of a connection to a process that is no more
-                died = self._what_died()
-                if died is None:
-                    raise
-                found = DataError(died), ""
-            if isinstance(found[0], Exception):
-                error, trace = found
-                raise error from (RuntimeError(trace) if trace else None)
-            yield found
-
-    def current_files(self) -> list[str]:
-        return [path for path in self._worker_side.current_files().values() if path]
-
-    def close(self) -> None:
-        """Kill the processes, for one may hang, and wait until they and their threads have ended."""
-        for process in self._processes:
-            process.kill()
-        self._loader, self._samples = None, iter(())
-        for ending in (*self._processes, *self._threads):
-            ending.join(JOIN_TIMEOUT_S)
-
-    def _start(self) -> None:
-        sigchld = signal.getsignal(signal.SIGCHLD)
-        others, other_threads = multiprocessing.active_children(), threading.enumerate()
-        with interrupts_deferred(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*worker processes in total.*")
-            self._loader = DataLoader(
-                self._worker_side,
-                batch_size=None,
-                sampler=self._keys,
-                persistent_workers=True,
-                collate_fn=_as_it_is,
-                worker_init_fn=_start_worker,
-                generator=torch.Generator(),  # else each epoch would draw from the global one
-                num_workers=self._num_workers,
-                prefetch_factor=self._prefetch_factor,
-            )
-            self._samples = iter(self._loader)
-            if threading.current_thread() is threading.main_thread():
-                # torch's handler raises wherever the main thread is just then. Without it, a process that
-                # died is noticed by whoever waits for its sample, a few seconds later.
-                torchs = getattr(sigchld, "__module__", "").startswith("torch.")  # of a loader before
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL if torchs else sigchld or signal.SIG_DFL)
-            self._processes = [child for child in multiprocessing.active_children() if child not in others]
-            self._threads = [
-                thread
-                for thread in threading.enumerate()
-                if thread not in other_threads and thread.name.startswith("QueueFeederThread")
-            ]
-
-    def _what_died(self) -> str | None:
-        processes = {process.sentinel: process for process in self._processes}
-        ended = connection.wait(processes, timeout=1)
-        if not ended:
-            return None
-        died = processes[ended[0]]
-        died.join(JOIN_TIMEOUT_S)
-        code = died.exitcode
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
-        reading = self._worker_side.current_files().get(died.pid)
-        where = f"while it read {reading}" if reading else "between two videos"
-        advice = " (out of memory? fewer num_workers need less)" if code == -signal.SIGKILL else ""
-        return f"a process of the loader {how} {where}{advice}"
-
-
-class _WorkerSide(Dataset[Any]):
-    """What lies in each process: makes samples, and tells which file is being read in case it is killed."""
+    """Processes, each with a piece of shared memory that names the file that it reads."""
 
     def __init__(self, dataset: Clips, num_workers: int) -> None:
         context = multiprocessing.get_context()
         self._files = [context.Array("c", _LONGEST_PATH, lock=False) for _ in range(num_workers)]
-        self._measured = timing.clock() is not None
-        self._dataset = copy.copy(dataset)
-        self._dataset.open_file = partial(self._open, dataset.open_file)
+        numbers = context.SimpleQueue()
+        for number in range(num_workers):
+            numbers.put(number)
+        arguments = (dataset, self._files, numbers, timing.clock() is not None)
+        self.pool = ProcessPoolExecutor(num_workers, context, _start_process, arguments)
+        self.pool.submit(os.getpid)  # they start with the first job
+        # To kill one that hangs: public as kill_workers() from Python 3.14 on, the same attribute there.
+        self._processes = self.pool._processes
+        self.make = _make_in_process
 
-    def __getitem__(self, key: Any) -> tuple[Any, Any]:
-        """A sample and the seconds of its stages, or an exception and its stack trace."""
-        try:
-            return _make_timed(self._dataset, key, self._measured)
-        except Exception as error:
-            return _portable(error), "".join(traceback.format_exception(error))
-        finally:
-            self._note("")
+    def current_files(self) -> list[str]:
+        return [path for path in self._files_by_pid().values() if path]
 
-    def current_files(self) -> dict[int, str]:
-        """By process id; empty between two videos."""
+    def what_died(self) -> str | None:
+        """Which process has ended, how, and what it was reading; None where all are alive."""
+        processes = {process.sentinel: process for process in self._processes.values()}
+        ended = connection.wait(processes, timeout=1)
+        if not ended:
+            return None
+        died = processes[ended[0]]
+        while (code := died.exitcode) is None:  # the pool's thread is asking for it just now
+            died.join(0.01)
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+        reading = self._files_by_pid().get(died.pid)
+        where = f"while it read {reading}" if reading else "between two videos"
+        advice = " (out of memory? fewer num_workers need less)" if code == -signal.SIGKILL else ""
+        return f"a process of the loader {how} {where}{advice}"
+
+    def close(self) -> None:
+        """Kill the processes, for one may hang, and wait until they and the pool's threads have ended."""
+        for process in self._processes.values():
+            process.kill()
+        self.pool.shutdown(cancel_futures=True)
+
+    def _files_by_pid(self) -> dict[int, str]:
         notes = [bytes(file.value).partition(b" ") for file in self._files]
         return {int(pid): os.fsdecode(path) for pid, _, path in notes if pid}
 
-    def _open(self, open_file: Callable[[str], Any], path: str) -> Any:
-        self._note(path)
-        return open_file(path)
 
-    def _note(self, path: str) -> None:
-        worker = get_worker_info()
-        assert worker is not None
-        self._files[worker.id].value = (b"%d " % os.getpid() + os.fsencode(path))[: _LONGEST_PATH - 1]
+_making: _Making  # of this process, where it is one of them
 
 
-def _portable(error: Exception) -> Exception:
-    """The error as another process can raise it."""
-    try:
-        return cast(Exception, pickle.loads(pickle.dumps(error)))
-    except Exception:  # it holds something that stays in its process
-        return RuntimeError(f"{type(error).__name__}: {error}")
+def _make_in_process(key: Any) -> tuple[Any, dict[str, float], None]:
+    return *_making(key), None
 
 
-def _as_it_is(sample: Any) -> Any:
-    return sample
-
-
-def _start_worker(_: int) -> None:
+def _start_process(dataset: Clips, files: list[Any], numbers: Any, measured: bool) -> None:
+    global _making
     # Ctrl-C and a scheduler's signals reach all processes; the one that trains decides what happens then.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_die_with_parent, daemon=True).start()
+    torch.set_num_threads(1)
+    file = files[numbers.get()]
+
+    def note(path: str) -> None:
+        file.value = (b"%d " % os.getpid() + os.fsencode(path))[: _LONGEST_PATH - 1]
+
+    _making = _Making(dataset, note, measured=measured)
 
 
 def _die_with_parent() -> None:

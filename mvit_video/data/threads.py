@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from itertools import islice
 from typing import TypeVar
 
@@ -20,8 +20,7 @@ def threaded_map(
 ) -> Generator[Out, None, None]:
     """``map`` by threads that work ahead of the reader; results come in the order of the items.
 
-    FFmpeg and torch release the interpreter's lock while they work. Each thread uses one thread of torch; the
-    number of the calling thread, and of those to come, stays as it is.
+    FFmpeg and torch release the interpreter's lock while they work.
 
     Args:
         items: taken one by one, when there is room for another result.
@@ -33,21 +32,29 @@ def threaded_map(
     if num_workers == 0:
         yield from map(function, items)
         return
-    rest = iter(items)
-    pending: deque[Future[Out]] = deque()
-    pool = _start_pool(num_workers)
+    with thread_pool(num_workers) as pool:
+        # A loop would hold on to each result while the next is made.
+        yield from map(Future.result, submit_ahead(pool, function, items, prefetch or 2 * num_workers))
+
+
+def submit_ahead(
+    pool: Executor, function: Callable[[In], Out], items: Iterable[In], most: int
+) -> Generator[Future[Out], None, None]:
+    """A future for each item, in order, with at most ``most`` of them under way; the rest ends with it."""
+    rest, pending = iter(items), deque[Future[Out]]()
     try:
         while True:
-            wanted = (prefetch or 2 * num_workers) - len(pending)
-            pending.extend(pool.submit(function, item) for item in islice(rest, wanted))
+            pending.extend(pool.submit(function, item) for item in islice(rest, most - len(pending)))
             if not pending:
                 return
-            yield pending.popleft().result()
+            yield pending.popleft()
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        for future in pending:
+            future.cancel()
 
 
-def _start_pool(num_workers: int) -> ThreadPoolExecutor:
+def thread_pool(num_workers: int) -> ThreadPoolExecutor:
+    """Threads that each use one thread of torch; the number of other threads stays as it is."""
     all_started = threading.Barrier(num_workers + 1)
     torch_threads = torch.get_num_threads()
 
