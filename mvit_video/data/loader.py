@@ -47,6 +47,7 @@ WORKER_TYPES: dict[str, WorkerType] = {"auto": "auto", "threads": "thread", "wor
 MAX_THREADS = 2  # that one interpreter keeps busy
 PREFETCH_MEMORY_FRACTION = 1 / 8  # of the memory that samples made ahead may fill
 WARN_AFTER_S = 60.0  # a sample that takes longer is named
+KILL_AFTER_S = 1.0  # a process that was told to end; it may hang
 
 _LONGEST_PATH = 4096  # bytes, with the process's number
 
@@ -173,12 +174,14 @@ class ClipLoader(Generic[Collated]):
         assert workers is not None
         try:
             future = next(futures)
-            if not wait([future], WARN_AFTER_S).done:
+            while not wait([future], WARN_AFTER_S).done:
                 files = ", ".join(workers.current_files())
                 log.warning("no sample for %g s; being read: %s", WARN_AFTER_S, files)
+                if workers.what_died():
+                    raise BrokenProcessPool  # Python 3.11's forgets to say so where futures were cancelled
             sample, seconds, event = future.result()
         except BrokenProcessPool as error:
-            died = workers.what_died() if isinstance(workers, _Processes) else None
+            died = workers.what_died()
             self.close()
             raise error if died is None else DataError(died) from None
         if event is not None:
@@ -275,6 +278,9 @@ class _Threads:
     def current_files(self) -> list[str]:
         return [path for path in self._files.values() if path]
 
+    def what_died(self) -> None:
+        """Threads go with this process."""
+
     def close(self) -> None:
         self.pool.shutdown(cancel_futures=True)
 
@@ -336,10 +342,16 @@ class _Processes:
         return f"a process of the loader {how} {where}{advice}"
 
     def close(self) -> None:
-        """Kill the processes, for one may hang, and wait until they and the pool's threads have ended."""
-        for process in self._processes.values():
-            process.kill()
+        """End the processes and the pool's threads."""
+        killer = threading.Timer(KILL_AFTER_S, self._kill)
+        killer.start()
         self.pool.shutdown(cancel_futures=True)
+        killer.cancel()
+        killer.join()
+
+    def _kill(self) -> None:
+        for process in list(self._processes.values()):
+            process.kill()
 
     def _files_by_pid(self) -> dict[int, str]:
         notes = [bytes(file.value).partition(b" ") for file in self._files]
