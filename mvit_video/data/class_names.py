@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,9 +27,8 @@ def read_class_names(source: ClassNames) -> tuple[str, ...]:
     Raises:
         DataError: the file is missing or has another form, a name comes twice, or it isn't text.
     """
-    where = "class_names"
     if isinstance(source, list | tuple):
-        names = [str(name) for name in source]
+        where, names = "class_names", [str(name) for name in source]
     else:
         shipped = {file.stem: file for file in _SHIPPED.glob("*.txt")}
         file = shipped.get(str(source)) or existing(str(source))
@@ -42,13 +42,11 @@ def check_class_names(names: Sequence[str], where: str) -> None:
     """Raises `DataError`, beginning with `where`, for no names, and for one that is blank or comes twice."""
     if not names:
         raise DataError(f"{where}: no class names")
-    seen: set[str] = set()
-    for name in names:
+    for name, count in Counter(names).items():
         if not name.strip() or not is_text(name):
             raise DataError(f"{where}: {quoted(name)} is no class name")
-        if name in seen:
+        if count > 1:
             raise DataError(f"{where}: class name {quoted(name)} comes twice")
-        seen.add(name)
 
 
 def check_same_classes(
@@ -81,10 +79,9 @@ class LabelOf:
     def __init__(self, names: Sequence[str]) -> None:
         self._names = names
         self._labels = {name: label for label, name in enumerate(names)}
-        self._folded: dict[str, int | None] = {}
-        for label, name in enumerate(names):
-            # Two names that differ by case alone are told apart only as they are.
-            self._folded[_fold(name)] = None if _fold(name) in self._folded else label
+        # Two names that differ by case alone are told apart only as they are.
+        spellings = Counter(map(_fold, names))
+        self._folded = {_fold(name): i for i, name in enumerate(names) if spellings[_fold(name)] == 1}
 
     def __call__(self, name: str, where: str) -> int:
         """Raises `DataError`, beginning with `where`, for a name that isn't known."""

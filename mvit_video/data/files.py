@@ -43,13 +43,8 @@ def is_text(text: str) -> bool:
         return False
 
 
-def is_name(text: str) -> bool:
-    """Whether it could be the name of a file: text, and neither empty nor longer than any path can be."""
-    return 0 < len(text) <= 4096 and is_text(text)
-
-
-def existing(path: str | Path) -> Path:
-    """Raises `DataError` where there is nothing."""
+def existing(path: str | Path, *, folder: bool = False) -> Path:
+    """Raises `DataError` where there is nothing, or no folder."""
     path = Path(str(path))
     with suppress(RuntimeError):  # ~x is a user's folder or just a name
         path = path.expanduser()  # shells leave the ~ of an override such as data.root=~/k400 alone
@@ -58,19 +53,14 @@ def existing(path: str | Path) -> Path:
     except FileNotFoundError:
         raise DataError(f"{path} does not exist") from None
     except (OSError, ValueError) as error:  # no permission, a loop of links, a name that can't be
-        raise DataError(f"{quoted(str(path))} can't be used: {_reason(error)}") from None
-    return path
-
-
-def existing_folder(path: str | Path) -> Path:
-    """Raises `DataError` where there is no folder."""
-    path = existing(path)
-    if not path.is_dir():
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{quoted(str(path))} can't be used: {reason}") from None
+    if folder and not path.is_dir():
         raise DataError(f"{path} is not a folder")
     return path
 
 
-def find_first(folder: Path, names: list[str]) -> Path | None:
+def find_first(folder: Path, *names: str) -> Path | None:
     """The first of these files and folders that `folder` has."""
     return next((folder / name for name in names if (folder / name).exists()), None)
 
@@ -80,32 +70,21 @@ def names_in(folder: str | Path) -> list[str]:
     try:
         return sorted(name for name in os.listdir(folder) if not name.startswith("."))  # noqa: PTH208 (many)
     except OSError as error:
-        _cant_list(error)
+        _cant_read(error)
 
 
-def _decoded_lines(file: Path) -> Iterator[tuple[int, str]]:
-    try:
-        with file.open(encoding="utf-8-sig", errors="surrogateescape") as text:
-            for number, line in enumerate(text, start=1):
-                if not is_text(line):
-                    raise DataError(f"{file}, line {number}: this isn't UTF-8 text: {quoted(line.strip())}")
-                yield number, line
-    except OSError as error:
-        raise DataError(f"{file} can't be read as text: {_reason(error)}") from None
+def lines_of(file: Path) -> Iterator[tuple[str, str]]:
+    """Each line that isn't blank, with where it stands; a file of gigabytes is never read as a whole.
+
+    Raises:
+        DataError: as `read_text`.
+    """
+    return ((where, stripped) for where, line in _decoded_lines(file) if (stripped := line.strip()))
 
 
 def read_text(file: Path) -> str:
     """The content of a text file. Raises `DataError`, with the line, for what isn't UTF-8 text."""
     return "".join(line for _, line in _decoded_lines(file))
-
-
-def lines_of(file: Path) -> Iterator[tuple[int, str]]:
-    """Number and text of each line that isn't blank; a file of gigabytes is never read as a whole.
-
-    Raises:
-        DataError: as `read_text`.
-    """
-    return ((number, stripped) for number, line in _decoded_lines(file) if (stripped := line.strip()))
 
 
 def parse_json(file: Path) -> object:
@@ -140,7 +119,7 @@ class FileSearch:
         """
         found: list[str] = []
         seen: set[tuple[int, int]] = set()
-        for parent, folders, files in os.walk(folder, onerror=_cant_list, followlinks=True):
+        for parent, folders, files in os.walk(folder, onerror=_cant_read, followlinks=True):
             stat = os.stat(parent)  # noqa: PTH116 (speed)
             if (stat.st_dev, stat.st_ino) in seen:
                 folders.clear()
@@ -167,18 +146,25 @@ class FileSearch:
             log.info("%s: files that aren't looked at: %s%s", folder, ", ".join(kinds), more)
 
 
+def _decoded_lines(file: Path) -> Iterator[tuple[str, str]]:
+    try:
+        with file.open(encoding="utf-8-sig", errors="surrogateescape") as text:
+            for number, line in enumerate(text, start=1):
+                where = f"{file}, line {number}"
+                if not is_text(line):
+                    raise DataError(f"{where}: this isn't UTF-8 text: {quoted(line.strip())}")
+                yield where, line
+    except OSError as error:
+        raise DataError(f"{file} can't be read as text: {error.strerror or error}") from None
+
+
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
+        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
         raise ValueError(f"key {quoted(twice)} comes twice")
     return content
 
 
-def _reason(error: Exception) -> str:
-    return error.strerror or str(error) if isinstance(error, OSError) else str(error)
-
-
-def _cant_list(error: OSError) -> NoReturn:
+def _cant_read(error: OSError) -> NoReturn:
     raise DataError(f"{error.filename} can't be read: {error.strerror}")

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import re
-from pathlib import Path
+from pathlib import Path, PurePath
 
-from mvit_video.data.files import existing, existing_folder, find_first, lines_of, quoted
+from mvit_video.data.files import existing, find_first, lines_of, quoted
 from mvit_video.data.index import VideoSplits
-from mvit_video.data.lists import Row, VideoList, splits_of_lists
+from mvit_video.data.lists import Row, VideoList, read_csv, splits_of_lists
 from mvit_video.errors import ConfigError, DataError
 
-_HMDB_SPLITS = {"1": "train", "2": "val", "0": "neither"}
+_HMDB_SPLITS = {1: "train", 2: "val", 0: "neither"}
 
 
 def ucf101_splits(root: str | Path, *, fold: int = 1, max_missing: float = 0.2) -> VideoSplits:
@@ -23,16 +21,33 @@ def ucf101_splits(root: str | Path, *, fold: int = 1, max_missing: float = 0.2) 
         DataError: a file is missing or has another form, a label contradicts its folder, or too many videos
             are missing. ConfigError: there is no such fold.
     """
-    root = existing_folder(root)
+    root = existing(root, folder=True)
     _check_fold(fold)
-    folder = find_first(root, ["ucfTrainTestlist", "annotations"]) or root
-    videos = find_first(root, ["UCF-101", "UCF101", "videos"]) or root
-    names = _ucf_classes(folder / "classInd.txt")
-    lists = {
-        split: _ucf_list(folder / f"{name}list{fold:02}.txt", names, videos)
-        for split, name in (("train", "train"), ("val", "test"))
-    }
-    return splits_of_lists(lists, names, max_missing=max_missing)
+    folder = find_first(root, "ucfTrainTestlist", "annotations") or root
+    videos = find_first(root, "UCF-101", "UCF101", "videos") or root
+    labels = _ucf_labels(existing(folder / "classInd.txt"))
+    lists: dict[str, VideoList] = {}
+    for split, prefix in (("train", "train"), ("val", "test")):
+        rows: list[Row] = []
+        file = existing(folder / f"{prefix}list{fold:02}.txt")
+        for row in read_csv(file).rows:
+            name = PurePath(row.path).parent.name
+            if row.label not in (None, labels.get(name)):
+                raise DataError(f"{row.where}: label {row.label} isn't {quoted(name)} in classInd.txt")
+            rows.append(row._replace(label=name))
+        lists[split] = VideoList(file, rows, base=videos)
+    return splits_of_lists(lists, tuple(labels), max_missing=max_missing)
+
+
+def _ucf_labels(file: Path) -> dict[str, int]:
+    """Labels from 1, by class."""
+    labels: dict[str, int] = {}
+    for where, line in lines_of(file):
+        index, _, name = line.partition(" ")
+        if index != str(len(labels) + 1) or not name.strip() or name in labels:
+            raise DataError(f"{where}: expected `{len(labels) + 1} <class>`, got {quoted(line)}")
+        labels[name.strip()] = int(index)
+    return labels
 
 
 def hmdb51_splits(root: str | Path, *, fold: int = 1, max_missing: float = 0.2) -> VideoSplits:
@@ -45,25 +60,24 @@ def hmdb51_splits(root: str | Path, *, fold: int = 1, max_missing: float = 0.2) 
         DataError: a file is missing or has another form, two of a class differ, or too many videos are
             missing. ConfigError: there is no such fold.
     """
-    root = existing_folder(root)
+    root = existing(root, folder=True)
     _check_fold(fold)
-    names = ["testTrainMulti_7030_splits", "test_train_splits", "splits", "annotations"]
-    folder = find_first(root, names) or root
+    folder = (
+        find_first(root, "testTrainMulti_7030_splits", "test_train_splits", "splits", "annotations") or root
+    )
     files = _hmdb_files(folder, f"_test_split{fold}.txt")
     classes = tuple(sorted(files))
     rows: dict[str, list[Row]] = {split: [] for split in _HMDB_SPLITS.values()}
     for label, name in enumerate(classes):
-        file = files[name]
-        for number, line in lines_of(file):
-            video, _, mark = line.rpartition(" ")
-            if not video or mark not in _HMDB_SPLITS:
-                raise DataError(
-                    f"{file}, line {number}: expected a file name and 0, 1 or 2, got {quoted(line)}"
-                )
-            rows[_HMDB_SPLITS[mark]].append(Row(number, f"{name}/{video.strip()}", label, file=file))
+        for where, path, mark, _ in read_csv(files[name]).rows:
+            if mark not in _HMDB_SPLITS:
+                raise DataError(f"{where}: expected a file name and 0, 1 or 2, got {quoted(path)} {mark}")
+            rows[_HMDB_SPLITS[mark]].append(Row(where, f"{name}/{path}", label))
         if not rows["train"] or rows["train"][-1].label != label:
-            raise DataError(f"{file} marks no video to train on; expected lines of a file name and 0, 1 or 2")
-    videos = find_first(root, ["hmdb51_org", "videos", "hmdb51"]) or root
+            raise DataError(
+                f"{files[name]} marks no video to train on; expected lines of a file name and 0, 1 or 2"
+            )
+    videos = find_first(root, "hmdb51_org", "videos", "hmdb51") or root
     source = folder / f"*_test_split{fold}.txt"
     lists = {split: VideoList(source, rows[split], base=videos) for split in ("train", "val")}
     return splits_of_lists(lists, classes, max_missing=max_missing)
@@ -72,31 +86,6 @@ def hmdb51_splits(root: str | Path, *, fold: int = 1, max_missing: float = 0.2) 
 def _check_fold(fold: int) -> None:
     if fold not in (1, 2, 3):
         raise ConfigError(f"fold is {fold}; there are 1, 2 and 3")
-
-
-def _ucf_classes(file: Path) -> tuple[str, ...]:
-    names: list[str] = []
-    for number, line in lines_of(existing(file)):
-        index, _, name = line.partition(" ")
-        if index != str(len(names) + 1) or not name.strip():
-            raise DataError(f"{file}, line {number}: expected `{len(names) + 1} <class>`, got {quoted(line)}")
-        names.append(name.strip())
-    return tuple(names)
-
-
-def _ucf_list(file: Path, names: tuple[str, ...], videos: Path) -> VideoList:
-    labels = {str(label): name for label, name in enumerate(names, start=1)}
-    rows: list[Row] = []
-    for number, line in lines_of(existing(file)):
-        found = re.fullmatch(r"(.*\S)\s+(\d+)", line)  # of the training list; a name may have spaces
-        path = line if found is None else found[1]
-        name = os.path.dirname(path)  # noqa: PTH120 (a class, not a folder)
-        if found is not None and labels.get(found[2].lstrip("0")) != name:
-            raise DataError(
-                f"{file}, line {number}: label {found[2][:20]} isn't {quoted(name)} in classInd.txt"
-            )
-        rows.append(Row(number, path, name))
-    return VideoList(file, rows, base=videos)
 
 
 def _hmdb_files(folder: Path, ending: str) -> dict[str, Path]:

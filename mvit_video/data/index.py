@@ -10,22 +10,14 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from mvit_video.data.class_names import ClassNames, LabelOf, check_class_names, read_class_names
-from mvit_video.data.files import (
-    IMAGE_EXTENSIONS,
-    FileSearch,
-    existing,
-    existing_folder,
-    is_name,
-    names_in,
-)
+from mvit_video.data.files import IMAGE_EXTENSIONS, FileSearch, existing, is_text, names_in, quoted
 from mvit_video.errors import ConfigError, DataError
-from mvit_video.io.console import valid_text
 
 _SPLIT_NAMES = {
     "train": ("train", "training"),
@@ -65,7 +57,7 @@ class VideoIndex:
     `left_out` are further videos of the split that are known to be unusable: reported, never read.
 
     Raises:
-        DataError: a label is out of range, a path or an id isn't text, or two videos share an id.
+        DataError: as `check_videos`, or class names are blank or come twice.
     """
 
     videos: tuple[LabelledVideo, ...]
@@ -74,15 +66,7 @@ class VideoIndex:
 
     def __post_init__(self) -> None:
         check_class_names(self.class_names, "the data set")
-        num_classes = len(self.class_names)
-        rows: dict[str, int] = {}
-        for row, video in enumerate(self.videos, start=1):
-            if video.label is not None and not 0 <= video.label < num_classes:
-                raise DataError(f"row {row} ({video.path}): {out_of_range(video.label, num_classes)}")
-            if not (is_name(video.path) and is_name(video.id)):
-                raise DataError(f"{valid_text(video.path)}: its name isn't UTF-8 text; rename it")
-            if rows.setdefault(video.id, row) != row:
-                raise DataError(f"rows {rows[video.id]} and {row} have the same id, {video.id}")
+        check_videos(self.videos, len(self.class_names), lambda row: f"row {row + 1}")
 
     def __len__(self) -> int:
         return len(self.videos)
@@ -104,9 +88,9 @@ class VideoSplits:
         for split, index in (("training", self.train), ("validation", self.val)):
             if not index.videos:
                 raise DataError(f"no videos found for the {split} split")
-            nameless = next((video for video in index.videos if video.label is None), None)
-            if nameless is not None:
-                raise DataError(f"{nameless.path} has no label; every video of the {split} split needs one")
+            for video in index.videos:
+                if video.label is None:
+                    raise DataError(f"{video.path} has no label; every video of the {split} split needs one")
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -117,8 +101,24 @@ class VideoSplits:
         return len(self.class_names)
 
 
-def out_of_range(label: int, num_classes: int) -> str:
-    return f"label {label} is out of range; {num_classes} class names allow 0 to {num_classes - 1}"
+def check_videos(videos: Sequence[LabelledVideo], num_classes: int, where: Callable[[int], str]) -> None:
+    """Raise DataError for a label out of range, a path or id that no file can have, an id that comes twice.
+
+    Args:
+        where: says where the video of a position stands, as the beginning of the error.
+    """
+    first: dict[str, int] = {}
+    for row, video in enumerate(videos):
+        problem = None
+        if not all(0 < len(name) <= 4096 and is_text(name) for name in (video.path, video.id)):
+            problem = "its name is no file's, or isn't UTF-8 text; rename it"
+        elif video.label is not None and not 0 <= video.label < num_classes:
+            allowed = f"{num_classes} class names allow 0 to {num_classes - 1}"
+            problem = f"label {quoted(video.label)} is out of range; {allowed}"
+        elif first.setdefault(video.id, row) != row:
+            problem = f"it comes twice, first in {where(first[video.id])}"
+        if problem:
+            raise DataError(f"{where(row)} ({quoted(video.id or video.path)}): {problem}")
 
 
 def leave_out(
@@ -137,21 +137,23 @@ def leave_out(
     """
     if not 0 <= max_missing <= 1:
         raise ConfigError(f"max_missing is {max_missing}; expected a share, 0 to 1")
-    if not reasons:
-        return index
     out = tuple(LeftOut(video, reasons[video.id]) for video in index.videos if video.id in reasons)
-    first = f"{out[0].video.path}: {out[0].reason}"
-    total = len(index.videos)
+    if not out:
+        return index
+    first, total = f"the first is {out[0].video.path}: {out[0].reason}", len(index.videos)
     if len(out) == total:
-        raise NothingThereError(
-            f"{source}: none of its {total} videos can be read, the first is {first}; {remedy}"
-        )
-    message = f"{source}: {len(out)} of its {total} videos can't be read, the first is {first}"
+        raise NothingThereError(f"{source}: none of its {total} videos can be read, {first}; {remedy}")
+    message = f"{source}: {len(out)} of its {total} videos can't be read, {first}"
     if len(out) > max_missing * total:
         raise DataError(f"{message}; {remedy}, or allow it: max_missing={max_missing} is the share allowed")
     log.warning("%s; they are left out", message)
     kept = tuple(video for video in index.videos if video.id not in reasons)
     return VideoIndex(kept, index.class_names, index.left_out + out)
+
+
+def relative(path: str, base: str | Path) -> str:
+    """The part of a path below `base`, with `/`; the whole path where it lies elsewhere."""
+    return path.removeprefix(str(base).rstrip(os.sep) + os.sep).replace(os.sep, "/")
 
 
 # Folders
@@ -185,12 +187,12 @@ def folder_splits(
     """
     if not 0 < val_fraction < 1:
         raise ConfigError(f"val_fraction is {val_fraction}; expected a number between 0 and 1")
-    root, search = existing_folder(root), search or FileSearch()
+    root, search = existing(root, folder=True), search or FileSearch()
     names = None if class_names is None else read_class_names(class_names)
     folders = {split: folder for split in _SPLIT_NAMES if (folder := split_folder(root, split))}
-    others = set(_class_folders(root)) - {folder.name for folder in folders.values()}
+    others = set(_folders_in(root)) - {folder.name for folder in folders.values()}
     # A class may be called training: it has no classes of its own, and others beside it.
-    of_classes = {split for split, folder in folders.items() if _class_folders(folder)}
+    of_classes = {split for split, folder in folders.items() if _folders_in(folder)}
     if not of_classes and (others or len(folders) < 2):
         splits = _split_by_hash(_index_of_folder(root, root, search, names), val_fraction, seed)
     elif "train" not in folders or len(folders) == 1:
@@ -201,14 +203,15 @@ def folder_splits(
         if others:
             log.warning("%s: folders beside the splits aren't looked at: %s", root, ", ".join(sorted(others)))
         train = _index_of_folder(folders["train"], root, search, names)
-        val = _index_of_folder(folders.get("val") or folders["test"], root, search, train.class_names)
-        test: VideoIndex | None = None
+        test = folders.pop("test", None)
+        val = _index_of_folder(folders.get("val") or test or root, root, search, train.class_names)
+        of_test = None
         if "val" in folders and "test" in of_classes:
-            test = _index_of_folder(folders["test"], root, search, train.class_names)
-        elif "val" in folders and "test" in folders and (files := search.below(folders["test"])):
-            videos = (LabelledVideo(path, None, relative(path, str(root))) for path in files)
-            test = VideoIndex(tuple(videos), train.class_names)
-        splits = VideoSplits(train, val, test)
+            of_test = _index_of_folder(test or root, root, search, train.class_names)
+        elif "val" in folders and test and (files := search.below(test)):
+            videos = (LabelledVideo(path, None, relative(path, root)) for path in files)
+            of_test = VideoIndex(tuple(videos), train.class_names)
+        splits = VideoSplits(train, val, of_test)
     search.report(root)
     return splits
 
@@ -244,7 +247,7 @@ def find_videos(paths: str | Path | Iterable[str | Path]) -> list[str]:
 
 def split_folder(root: Path, split: str) -> Path | None:
     """The folder of a split, whatever its spelling. Raises DataError where two could be it."""
-    names, words = _class_folders(root), _SPLIT_NAMES[split]
+    names, words = _folders_in(root), _SPLIT_NAMES[split]
     longer = re.compile(_LONGER_NAME.format("|".join(words)), re.IGNORECASE)
     found = [name for name in names if name.lower() in words] or list(filter(longer.fullmatch, names))
     if len(found) > 1:
@@ -252,12 +255,7 @@ def split_folder(root: Path, split: str) -> Path | None:
     return root / found[0] if found else None
 
 
-def relative(path: str, base: str) -> str:
-    """The part of a path below `base`, with `/`; the whole path where it lies elsewhere."""
-    return path.removeprefix(base.rstrip(os.sep) + os.sep).replace(os.sep, "/")
-
-
-def _class_folders(folder: Path) -> list[str]:
+def _folders_in(folder: Path) -> list[str]:
     """Names of the folders in a folder, sorted, which gives the labels."""
     return [name for name in names_in(folder) if (folder / name).is_dir()]
 
@@ -265,14 +263,14 @@ def _class_folders(folder: Path) -> list[str]:
 def _index_of_folder(
     folder: Path, root: Path, search: FileSearch, class_names: tuple[str, ...] | None
 ) -> VideoIndex:
-    found = _class_folders(folder)
+    found = _folders_in(folder)
     loose = sum(search.takes(name) for name in names_in(folder) if name not in found)
     expected = f"{folder}/<class>/<video>{search.extensions[0]}"
     if loose and not found:
         raise DataError(f"videos lie directly in {folder}; expected one sub-folder per class: {expected}")
     if loose:
         log.warning("%s: %d videos that lie beside the class folders aren't looked at", folder, loose)
-    if class_names is None and len(found) == 1 and len(deeper := _class_folders(folder / found[0])) > 1:
+    if class_names is None and len(found) == 1 and len(deeper := _folders_in(folder / found[0])) > 1:
         raise DataError(
             f"{folder} has one class folder, {found[0]}, with folders in it ({', '.join(deeper[:3])}): are "
             f"they the classes? Then give data.root={folder / found[0]}; expected {expected}"
@@ -289,25 +287,22 @@ def _index_of_folder(
             raise DataError(f"no videos found in class folder {folder / name}; {hint}")
         if not files:
             log.warning("no videos found in class folder %s", folder / name)
-        videos += [LabelledVideo(path, label, relative(path, str(root))) for path in files]
+        videos += [LabelledVideo(path, label, relative(path, root)) for path in files]
     if not videos:
         raise DataError(f"no videos found in {folder}; expected {expected}")
     return VideoIndex(tuple(videos), class_names or tuple(found))
 
 
 def _split_by_hash(index: VideoIndex, val_fraction: float, seed: int) -> VideoSplits:
-    def rank(video: LabelledVideo) -> bytes:
-        return hashlib.sha256(f"{seed}:{video.id}".encode()).digest()
-
     of_class: dict[int | None, list[LabelledVideo]] = {}
-    for video in sorted(index.videos, key=rank):
+    for video in sorted(index.videos, key=lambda v: hashlib.sha256(f"{seed}:{v.id}".encode()).digest()):
         of_class.setdefault(video.label, []).append(video)
-    val_ids: set[str] = set()
+    chosen: set[str] = set()
     for videos in of_class.values():
         wanted = max(1, round(len(videos) * val_fraction))
-        val_ids.update(video.id for video in videos[: min(wanted, len(videos) - 1)])
-    if not val_ids:
+        chosen.update(video.id for video in videos[: min(wanted, len(videos) - 1)])
+    if not chosen:
         raise DataError("no class has two videos, so none can be set aside for validation")
-    train = tuple(video for video in index.videos if video.id not in val_ids)
-    val = tuple(video for video in index.videos if video.id in val_ids)
+    train = tuple(video for video in index.videos if video.id not in chosen)
+    val = tuple(video for video in index.videos if video.id in chosen)
     return VideoSplits(VideoIndex(train, index.class_names), VideoIndex(val, index.class_names))

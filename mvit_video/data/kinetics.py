@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import re
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 from mvit_video.data.class_names import ClassNames, read_class_names
 from mvit_video.data.decode.images import entry_on_disk
-from mvit_video.data.files import FileSearch, existing, existing_folder, lines_of, names_in, quoted
+from mvit_video.data.files import FileSearch, existing, lines_of, names_in, quoted
 from mvit_video.data.index import VideoSplits, folder_splits, split_folder
 from mvit_video.data.lists import Row, VideoList, cells_of, read_csv, splits_of_lists
 from mvit_video.errors import DataError
@@ -61,31 +63,25 @@ def kinetics_splits(
     Raises:
         DataError: no list and no class folders, or as `csv_splits`.
     """
-    root = existing_folder(root)
+    root = existing(root, folder=True)
     names = read_class_names(class_names)
     given = {"train": train, "val": val, "test": test}
-    lists = {
+    files = {
         split: existing(file) if file is not None else _find_list(root, split)
         for split, file in given.items()
     }
-    if lists["train"] is None and lists["val"] is None:
+    if files["train"] is None and files["val"] is None:
         return _class_folders(root, names)
-    found: dict[str, VideoList] = {}
-    on_disk: dict[Clip, list[str]] | None = None
-    for split, file in lists.items():
-        if file is None and split != "test":
+    clips_below = cache(_clips_below)
+    lists: dict[str, VideoList] = {}
+    for split, file in files.items():
+        if file is not None:
+            lists[split] = _read_official(file, root, split, clips_below) or _read_paths(file, root, split)
+            # The test list comes with every copy, its videos seldom do.
+            lists[split].optional = split == "test" and test is None
+        elif split != "test":
             raise DataError(f"{root} has no {split} list; give data.{split}=FILE ({_usual_names(split)})")
-        if file is None:
-            continue
-        if columns := _columns(file):
-            on_disk = _clips_below(root) if on_disk is None else on_disk
-            found[split] = _read_official(file, columns, root, split, on_disk)
-        else:
-            found[split] = read_csv(file)
-            found[split].base = _base_of(found[split], root, split)
-    if "test" in found:  # its list comes with every copy, its videos seldom do
-        found["test"].optional = test is None
-    return splits_of_lists(found, names, max_missing=max_missing)
+    return splits_of_lists(lists, names, max_missing=max_missing)
 
 
 def parse_clip_name(stem: str) -> Clip | None:
@@ -95,17 +91,15 @@ def parse_clip_name(stem: str) -> Clip | None:
 
 
 def _find_list(root: Path, split: str) -> Path | None:
-    for name in _SPLITS[split]:
-        pattern = re.compile(
-            rf"(k(inetics)?[-_]?\d*([-_]\d+)*[-_])?{name}(_list(_videos)?)?\.(csv|txt)", re.IGNORECASE
-        )
-        for folder in (root, root / "annotations", root / "lists", *sorted(root.glob("kinetics*"))):
-            if folder.is_dir():
-                files = [folder / name for name in names_in(folder) if pattern.fullmatch(name)]
-                if len(files) > 1:
-                    log.warning("%s: of %s the first is used", folder, ", ".join(f.name for f in files))
-                if files:
-                    return files[0]
+    names = "|".join(_SPLITS[split])
+    usual = rf"(k(inetics)?[-_]?\d*([-_]\d+)*[-_])?({names})(_list(_videos)?)?\.(csv|txt)"
+    for folder in (root, root / "annotations", root / "lists", *sorted(root.glob("kinetics*"))):
+        if folder.is_dir():
+            files = [name for name in names_in(folder) if re.fullmatch(usual, name, re.IGNORECASE)]
+            if len(files) > 1:
+                log.warning("%s: of %s the first is used", folder, ", ".join(files))
+            if files:
+                return folder / files[0]
     return None
 
 
@@ -126,34 +120,28 @@ def _class_folders(root: Path, names: tuple[str, ...]) -> VideoSplits:
 # The official csv
 
 
-def _columns(file: Path) -> list[str]:
-    """The columns of an official csv, nothing for another list."""
-    first = next(lines_of(file), None)
-    columns = [] if first is None else [cell.lower() for cell in cells_of(file, *first)]
-    return columns if "youtube_id" in columns else []
-
-
 def _read_official(
-    file: Path, columns: list[str], root: Path, split: str, on_disk: dict[Clip, list[str]]
-) -> VideoList:
+    file: Path, root: Path, split: str, clips_below: Callable[[Path], dict[Clip, list[str]]]
+) -> VideoList | None:
+    """None for another kind of list."""
+    lines = lines_of(file)
+    columns = [cell.lower() for cell in cells_of(*next(lines, ("", "-")))]
+    if "youtube_id" not in columns:
+        return None
     rows: list[Row] = []
-    folders = _SPLITS[split]
-    for number, line in list(lines_of(file))[1:]:
-        cells = cells_of(file, number, line)
-        if len(cells) != len(columns):
-            raise DataError(f"{file}, line {number}: expected {','.join(columns)}, got {quoted(line)}")
-        values = dict(zip(columns, cells, strict=True))
+    for where, line in lines:
+        values = dict(zip(columns, cells := cells_of(where, line), strict=False))
         try:
-            start, end = (_seconds(values[key]) for key in ("time_start", "time_end"))
+            clip = Clip(values["youtube_id"], _seconds(values["time_start"]), _seconds(values["time_end"]))
         except (KeyError, ValueError):
+            clip = None
+        if clip is None or len(cells) != len(columns):
             raise DataError(
-                f"{file}, line {number}: expected youtube_id, time_start and time_end in seconds, "
-                f"got {quoted(line)}"
-            ) from None
-        clip = Clip(values["youtube_id"], start, end)
-        path = _choose(on_disk.get(clip, []), folders, root)
-        path = path or os.path.join(root, folders[0], clip.name + ".mp4")  # noqa: PTH118 (speed)
-        rows.append(Row(number, path, values.get("label") or None, clip.name))
+                f"{where}: expected {','.join(columns)} with times in seconds, got {quoted(line)}"
+            )
+        path = _choose(clips_below(root).get(clip, []), split, root)
+        path = path or os.path.join(root, split, clip.name + ".mp4")  # noqa: PTH118 (speed)
+        rows.append(Row(where, path, values.get("label") or None, clip.name))
     remedy = f"videos are looked for below {root} by their names, <youtube id>_<start>_<end>.mp4"
     return VideoList(file, rows, base=Path(), remedy=remedy)
 
@@ -176,13 +164,13 @@ def _clips_below(root: Path) -> dict[Clip, list[str]]:
     return found
 
 
-def _choose(paths: list[str], folders: tuple[str, ...], root: Path) -> str | None:
+def _choose(paths: list[str], split: str, root: Path) -> str | None:
     """One of a clip's files: a replacement of a corrupted one first, then one in a folder of the split."""
 
     def rank(path: str) -> tuple[bool, bool, str]:
         parents = Path(path.removeprefix(str(root)).lower()).parts[:-1]
         replaced = any("replacement" in parent for parent in parents)
-        of_split = any(name in parent for name in folders for parent in parents)
+        of_split = any(name in parent for name in _SPLITS[split] for parent in parents)
         return not replaced, not of_split, path
 
     return min(paths, key=rank) if len(paths) > 1 else next(iter(paths), None)
@@ -191,16 +179,15 @@ def _choose(paths: list[str], folders: tuple[str, ...], root: Path) -> str | Non
 # Lists of paths
 
 
-def _base_of(video_list: VideoList, root: Path, split: str) -> Path:
-    """Where relative paths start: the folder in which most of the first videos are."""
-    first = [row.path for row in video_list.rows[:: max(len(video_list.rows) // 20, 1)]]
-    folders = [root, video_list.file.parent]
-    folders += [
-        root / f"{prefix}{name}" for name in _SPLITS[split] for prefix in ("", "videos_", "rawframes_")
-    ]
-    folders += [root / "videos"]
+def _read_paths(file: Path, root: Path, split: str) -> VideoList:
+    """Relative paths start in the folder that has most of the first videos."""
+    found = read_csv(file)
+    first = [row.path for row in found.rows[:: max(len(found.rows) // 20, 1)]]
+    names = [f"{prefix}{name}" for name in _SPLITS[split] for prefix in ("", "videos_", "rawframes_")]
+    folders = [root, file.parent, *(root / name for name in names), root / "videos"]
 
     def there(folder: Path) -> int:
         return sum(Path(entry_on_disk(str(folder / path))).exists() for path in first)
 
-    return max(folders, key=there)
+    found.base = max(folders, key=there)
+    return found

@@ -1,7 +1,7 @@
 """Videos from lists: a line or an entry for each, with errors that name it.
 
-Every data set that comes with lists goes one way: its module reads `Row`s, `index_of_list` turns them into an
-index of the videos that exist.
+Every data set that comes with lists goes one way: its module reads `Row`s, `splits_of_lists` turns them into
+indices of the videos that exist.
 """
 
 from __future__ import annotations
@@ -10,30 +10,22 @@ import csv
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mvit_video.data.class_names import ClassNames, LabelOf, read_class_names
 from mvit_video.data.decode.images import entry_on_disk
-from mvit_video.data.files import (
-    IMAGE_EXTENSIONS,
-    VIDEO_EXTENSIONS,
-    existing,
-    existing_folder,
-    is_name,
-    lines_of,
-    parse_json,
-    quoted,
-)
+from mvit_video.data.files import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, existing, lines_of, parse_json, quoted
 from mvit_video.data.index import (
     LabelledVideo,
     NothingThereError,
     VideoIndex,
     VideoSplits,
+    check_videos,
     leave_out,
-    out_of_range,
     relative,
 )
 from mvit_video.errors import DataError
@@ -42,7 +34,7 @@ log = logging.getLogger(__name__)
 
 NO_FILE = "no such file"
 # mmaction2's lists of frames: `folder frames label`
-_FOLDER_AND_COUNT = re.compile(r"[^.]*\S [1-9]\d{0,8}")
+_FOLDER_AND_COUNT = re.compile(r"([^.]*\S) ([1-9]\d{0,8})")
 _MAX_CLASSES = 100_000  # of lists that come without class names
 _FILE_ENDINGS = VIDEO_EXTENSIONS + IMAGE_EXTENSIONS
 # Names of columns without case, spaces, dashes and underscores
@@ -51,13 +43,12 @@ _LABEL_COLUMN = re.compile(r"(class|label|category|action|activity|target)(s|es|
 
 
 class Row(NamedTuple):
-    """What a list says of one video; `number` is its line or entry, `file` where there are several."""
+    """What a list says of one video; `where` is its place there, as "train.csv, line 3"."""
 
-    number: int
+    where: str
     path: str
     label: int | str | None
     id: str | None = None
-    file: Path | None = None
 
 
 @dataclass
@@ -65,7 +56,6 @@ class VideoList:
     """The rows of a list, and where its videos are.
 
     Attributes:
-        unit: what `Row.number` counts.
         base: where relative paths start; by default in the folder of the list.
         remedy: what to do about missing videos, the end of an error.
         optional: none of its videos needs to exist; without any there is no such split.
@@ -73,14 +63,9 @@ class VideoList:
 
     file: Path
     rows: list[Row]
-    unit: str = "line"
     base: Path | None = None
     remedy: str | None = None
     optional: bool = False
-
-    def where(self, row: Row) -> str:
-        """Where a row stands, as the beginning of an error."""
-        return f"{row.file or self.file}, {self.unit} {row.number}"
 
 
 def csv_splits(
@@ -117,8 +102,8 @@ def csv_splits(
     files = {"train": train, "val": val, "test": test}
     lists = {split: (read or read_csv)(existing(file)) for split, file in files.items() if file is not None}
     for video_list in lists.values():
-        video_list.base = None if root is None else existing_folder(root)
-    names = names_in_rows(lists["train"]) if class_names is None else read_class_names(class_names)
+        video_list.base = None if root is None else existing(root, folder=True)
+    names = names_in_rows(lists["train"].rows) if class_names is None else read_class_names(class_names)
     return splits_of_lists(lists, names, max_missing=max_missing)
 
 
@@ -140,84 +125,70 @@ def splits_of_lists(
     """
     found: dict[str, VideoIndex] = {}
     for split, video_list in lists.items():
-        share = 1.0 if split == "test" else max_missing
-        try:
-            found[split] = index_of_list(video_list, names, max_missing=share, labels=split != "test")
-        except NothingThereError as error:
-            if not video_list.optional:
-                raise
-            log.info("no %s split: %s", split, error)
+        with suppress(NothingThereError) if video_list.optional else nullcontext():
+            found[split] = _index_of_list(video_list, names, max_missing, labels=split != "test")
+        if split not in found:
+            log.info("no %s split: none of the videos of %s exists", split, video_list.file)
     both = {video.path for video in found["train"].videos} & {video.path for video in found["val"].videos}
     if both:
         log.warning("%d videos are in the training and the validation list, such as %s", len(both), min(both))
     return VideoSplits(found["train"], found["val"], found.get("test"))
 
 
-def index_of_list(
-    video_list: VideoList, names: tuple[str, ...], *, max_missing: float, labels: bool = True
+def _index_of_list(
+    video_list: VideoList, names: tuple[str, ...], max_missing: float, *, labels: bool
 ) -> VideoIndex:
-    """Turn the rows of a list into an index of the videos that exist; without `labels` rows may lack one.
-
-    Raises:
-        DataError: as `csv_splits`.
-    """
+    """The videos of a list that exist; without `labels` rows may lack one, and all videos but one may."""
     base = os.path.abspath(video_list.base or video_list.file.parent)  # noqa: PTH100 (or in the current folder)
     if not video_list.rows:
         raise DataError(f"no videos found in {video_list.file}; it lists none")
     label_of = LabelOf(names)
-    rows: dict[str, Row] = {}
     videos: list[LabelledVideo] = []
     for row in video_list.rows:
-        if not (is_name(row.path) and is_name(row.id or row.path)):
-            raise DataError(f"{video_list.where(row)}: {quoted(row.path)} can't be the name of a file")
-        path = os.path.normpath(os.path.join(base, row.path))  # noqa: PTH118 (240,000 a second)
-        video_id = row.id or relative(path, base)
-        label = _label(row, label_of, len(names), f"{video_list.where(row)} ({video_id})", required=labels)
-        other = rows.setdefault(video_id, row)
-        if other is not row:
-            places = f"{video_list.unit} {other.number} and {video_list.unit} {row.number}"
-            raise DataError(f"{row.file or video_list.file}: {video_id} comes twice, in {places}")
+        path = row.path and os.path.normpath(os.path.join(base, row.path))  # noqa: PTH118 (240,000 a second)
+        video_id, label = row.id or relative(path, base), row.label
+        if isinstance(label, str):
+            label = label_of(label, f"{row.where} ({quoted(video_id)})")
+        if label is None and labels:
+            raise DataError(f"{row.where} ({quoted(video_id)}): it has no label")
         videos.append(LabelledVideo(path, label, video_id))
+    check_videos(videos, len(names), lambda number: video_list.rows[number].where)
     there = _existing(entry_on_disk(video.path) for video in videos)
+    missing = {video.id: NO_FILE for video in videos if entry_on_disk(video.path) not in there}
+    remedy = video_list.remedy or f"relative paths start at root={base}"
+    if missing and any("\\" in row.path for row in video_list.rows):
+        remedy = f"paths have `\\` between folders, where this system has `/`; {remedy}"
     return leave_out(
         VideoIndex(tuple(videos), names),
-        {video.id: NO_FILE for video in videos if entry_on_disk(video.path) not in there},
+        missing,
         source=video_list.file,
-        max_missing=max_missing,
-        remedy=video_list.remedy or f"relative paths start at root={base}",
+        max_missing=max_missing if labels else 1.0,
+        remedy=remedy,
     )
 
 
-def _label(row: Row, label_of: LabelOf, num_classes: int, where: str, *, required: bool) -> int | None:
-    if isinstance(row.label, str):
-        return label_of(row.label, where)
-    if row.label is None and required:
-        raise DataError(f"{where}: it has no label")
-    if row.label is not None and not 0 <= row.label < num_classes:
-        raise DataError(f"{where}: {out_of_range(row.label, num_classes)}")
-    return row.label
-
-
-def names_in_rows(video_list: VideoList) -> tuple[str, ...]:
+def names_in_rows(rows: Iterable[Row]) -> tuple[str, ...]:
     """Class names as the labels of a list tell them. Raises DataError where numbers and names are mixed."""
-    examples: dict[type, Row] = {}
-    for row in video_list.rows:
-        # A number that isn't a label, such as a time, would make names until memory is full.
-        if isinstance(row.label, int) and not 0 <= row.label < _MAX_CLASSES:
+    first: dict[int | str, Row] = {}
+    for row in rows:
+        if row.label is not None:
+            first.setdefault(row.label, row)
+    numbers = [label for label in first if isinstance(label, int)]
+    names = sorted(label for label in first if isinstance(label, str))
+    if numbers and names:
+        raise DataError(
+            f"{first[names[0]].where}: the label {quoted(names[0])} is a name, that of "
+            f"{first[numbers[0]].where} the number {numbers[0]}; use one kind, or give class_names"
+        )
+    # A number that isn't a label, such as a time, would make names until memory is full.
+    for label in numbers:
+        if not 0 <= label < _MAX_CLASSES:
+            where, path, *_ = first[label]
             raise DataError(
-                f"{video_list.where(row)} ({row.path}): label {quoted(row.label)} is out of range; "
+                f"{where} ({quoted(path)}): label {quoted(label)} is out of range; "
                 f"labels are 0 to {_MAX_CLASSES - 1:,}, or names"
             )
-        examples.setdefault(type(row.label), row)
-    if int in examples and str in examples:
-        both = [(examples[kind].label, examples[kind].number) for kind in (int, str)]
-        told = " and ".join(f"{quoted(label)} in {video_list.unit} {number}" for label, number in both)
-        raise DataError(
-            f"{video_list.file}: labels are numbers and names ({told}); use one kind, or give class_names"
-        )
-    labels = {row.label for row in video_list.rows if row.label is not None}
-    numbers = [label for label in labels if isinstance(label, int)]
-    return tuple(map(str, range(max(numbers) + 1) if numbers else sorted(map(str, labels))))
+    return tuple(map(str, range(max(numbers) + 1))) if numbers else tuple(names)
 
 
 def _existing(paths: Iterable[str]) -> set[str]:
@@ -245,27 +216,37 @@ def _existing(paths: Iterable[str]) -> set[str]:
 def read_csv(file: Path) -> VideoList:
     """The rows of a list in one of the forms of `csv_splits`; a line of a path alone has no label."""
     lines = list(lines_of(file))
-    content = [(number, line) for number, line in lines if not _is_comment(line)]
+    content = [(where, line) for where, line in lines if not _is_comment(line)]
     if len(content) < len(lines):
         log.info("%s: %d lines that begin with # aren't looked at", file, len(lines) - len(content))
-    columns = _named_columns(file, *content[0]) if content else None
-    if columns is not None:
-        return VideoList(file, [_row_of_columns(file, *line, columns) for line in content[1:]])
-    rows = [_row_of_line(file, *line) for line in content]
-    if _is_header(rows):
-        del rows[0]
-    if rows and all(_FOLDER_AND_COUNT.fullmatch(row.path) for row in rows):
-        rows = [row._replace(path=_mmaction_frames(row.path)) for row in rows]
+    rows = list(_rows_of_columns(content))
+    if not rows:
+        rows = [_row_of_line(where, line) for where, line in content]
+        if _is_header(rows):
+            del rows[0]
+    if all(_FOLDER_AND_COUNT.fullmatch(row.path) for row in rows):
+        rows = [row._replace(path=_FOLDER_AND_COUNT.sub(_frames_of_mmaction, row.path)) for row in rows]
     return VideoList(file, rows)
 
 
-def cells_of(file: Path, number: int, line: str, delimiter: str = ",") -> list[str]:
+def cells_of(where: str, line: str, delimiter: str = ",") -> list[str]:
     """The fields of a line of a csv file. Raises DataError for one that is too long."""
     try:
         cells = next(csv.reader([line], delimiter=delimiter, skipinitialspace=True))
     except csv.Error as error:
-        raise DataError(f"{file}, line {number}: {error}, in {quoted(line)}") from None
+        raise DataError(f"{where}: {error}, in {quoted(line)}") from None
     return [cell.strip() for cell in cells]
+
+
+def entries_of(file: Path, expected: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Where each entry of a JSON list stands, and its values. Raises DataError where it is no dictionary."""
+    entries = parse_json(file)
+    if not isinstance(entries, list):
+        raise DataError(f"{file}: expected a list of {expected}")
+    for number, entry in enumerate(entries, start=1):
+        if not isinstance(entry, dict):
+            raise DataError(f"{file}, entry {number}: expected {expected}, got {quoted(entry)}")
+        yield f"{file}, entry {number}", entry
 
 
 def _is_comment(line: str) -> bool:
@@ -276,32 +257,44 @@ def _plain(column: str) -> str:
     return re.sub(r"[\s_-]", "", column).lower()
 
 
-class _Columns(NamedTuple):
-    delimiter: str
-    path: int
-    label: int
-    number: int
-
-
-def _named_columns(file: Path, number: int, line: str) -> _Columns | None:
-    """The columns that a header names; None where it is none, or has no delimiter."""
+def _rows_of_columns(content: list[tuple[str, str]]) -> Iterator[Row]:
+    """The rows below a header that names a column of paths and one of labels; none without such a header."""
+    where, line = content[0] if content else ("", "")
     delimiter = next((mark for mark in "\t,;" if mark in line), None)
     if delimiter is None:
-        return None
-    header = [_plain(cell) for cell in cells_of(file, number, line, delimiter)]
+        return
+    header = [_plain(cell) for cell in cells_of(where, line, delimiter)]
     paths = [index for index, name in enumerate(header) if _PATH_COLUMN.fullmatch(name)]
     labels = [index for index, name in enumerate(header) if _LABEL_COLUMN.fullmatch(name)]
     if len(paths) != 1 or len(labels) != 1:
-        return None
-    return _Columns(delimiter, paths[0], labels[0], len(header))
+        return
+    for where, line in content[1:]:
+        cells = cells_of(where, line, delimiter)
+        cells += [""] * (len(header) - len(cells))
+        if len(cells) != len(header) or not cells[paths[0]]:
+            raise DataError(f"{where}: expected {len(header)} columns, got {quoted(line)}")
+        yield Row(where, cells[paths[0]], _number_or_name(cells[labels[0]]))
 
 
-def _row_of_columns(file: Path, number: int, line: str, columns: _Columns) -> Row:
-    cells = cells_of(file, number, line, columns.delimiter)
-    cells += [""] * (columns.number - len(cells))
-    if len(cells) != columns.number or not cells[columns.path]:
-        raise DataError(f"{file}, line {number}: expected {columns.number} columns, got {quoted(line)}")
-    return Row(number, cells[columns.path], _number_or_name(cells[columns.label]))
+def _row_of_line(where: str, line: str) -> Row:
+    path, *labels = _split_line(where, line)
+    if len(labels) > 1 or not all([path, *labels]):
+        raise DataError(f"{where}: expected `path label` or `path,label`, got {quoted(line)}")
+    return Row(where, path, _number_or_name(labels[0]) if labels else None)
+
+
+def _split_line(where: str, line: str) -> list[str]:
+    fields = line.rsplit(maxsplit=1)
+    if re.fullmatch(r'".+"', fields[0]):
+        fields[0] = fields[0][1:-1]
+    if len(fields) == 2 and _is_integer(fields[1]) and not fields[0].endswith((",", ";")):
+        return fields
+    if "\t" in line:  # a label may have spaces and commas
+        return [field.strip() for field in line.rsplit("\t", 1)]
+    if line.lower().endswith(_FILE_ENDINGS):  # a path alone, maybe with spaces
+        return [line]
+    delimiter = next((mark for mark in ",;" if mark in line), None)
+    return fields if delimiter is None else cells_of(where, line, delimiter)
 
 
 def _is_header(rows: list[Row]) -> bool:
@@ -317,27 +310,6 @@ def _is_header(rows: list[Row]) -> bool:
     return above_files or bool(label and known)
 
 
-def _row_of_line(file: Path, number: int, line: str) -> Row:
-    path, *labels = _split_line(file, number, line)
-    if len(labels) > 1 or not all([path, *labels]):
-        raise DataError(f"{file}, line {number}: expected `path label` or `path,label`, got {quoted(line)}")
-    return Row(number, path, _number_or_name(labels[0]) if labels else None)
-
-
-def _split_line(file: Path, number: int, line: str) -> list[str]:
-    fields = line.rsplit(maxsplit=1)
-    if re.fullmatch(r'".+"', fields[0]):
-        fields[0] = fields[0][1:-1]
-    if len(fields) == 2 and _is_integer(fields[1]) and not fields[0].endswith((",", ";")):
-        return fields
-    if "\t" in line:  # a label may have spaces and commas
-        return [field.strip() for field in line.rsplit("\t", 1)]
-    if line.lower().endswith(_FILE_ENDINGS):  # a path alone, maybe with spaces
-        return [line]
-    delimiter = next((mark for mark in ",;" if mark in line), None)
-    return fields if delimiter is None else cells_of(file, number, line, delimiter)
-
-
 def _number_or_name(label: str) -> int | str | None:
     return int(label) if _is_integer(label) else label or None
 
@@ -346,23 +318,19 @@ def _is_integer(text: str) -> bool:
     return len(text) < 20 and text.removeprefix("-").isdecimal()  # int() refuses thousands of digits
 
 
-def _mmaction_frames(path: str) -> str:
-    folder, _, count = path.rpartition(" ")
-    return f"{folder}/img_[00001-{int(count):05}].jpg"
+def _frames_of_mmaction(found: re.Match[str]) -> str:
+    return f"{found[1]}/img_[00001-{int(found[2]):05}].jpg"
 
 
 def _read_json(file: Path) -> VideoList:
-    entries = parse_json(file)
-    if not isinstance(entries, list):
-        raise DataError(f'{file}: expected a list of {{"path": ..., "label": ...}}')
+    expected = '{"path": text, "label": name or integer}'
     rows: list[Row] = []
-    for number, entry in enumerate(entries, start=1):
-        values: dict[str, Any] = entry if isinstance(entry, dict) else {}
-        path, label, video_id = (values.get(key) for key in ("path", "label", "id"))
+    for where, entry in entries_of(file, expected):
         # What is null is a mistake, what isn't there is not.
-        fits = all(type(values[key]) in (str, int) for key in ("label", "id") if key in values)
-        if not isinstance(path, str) or not fits:
-            expected = '{"path": text, "label": name or integer}'
-            raise DataError(f"{file}, entry {number}: expected {expected}, got {quoted(entry)}")
-        rows.append(Row(number, path, label, None if video_id is None else str(video_id)))
-    return VideoList(file, rows, "entry")
+        fits = all(type(entry[key]) in (str, int) for key in ("label", "id") if key in entry)
+        if not isinstance(entry.get("path"), str) or not fits:
+            raise DataError(f"{where}: expected {expected}, got {quoted(entry)}")
+        rows.append(
+            Row(where, entry["path"], entry.get("label"), str(entry["id"]) if "id" in entry else None)
+        )
+    return VideoList(file, rows)

@@ -3,26 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import groupby
-from operator import itemgetter
 from pathlib import Path
 
 from mvit_video.data.class_names import ClassNames, read_class_names
 from mvit_video.data.decode.images import frame_pattern, image_files
-from mvit_video.data.files import (
-    VIDEO_EXTENSIONS,
-    existing,
-    existing_folder,
-    find_first,
-    is_name,
-    lines_of,
-    names_in,
-    parse_json,
-    quoted,
-)
+from mvit_video.data.files import VIDEO_EXTENSIONS, existing, find_first, lines_of, names_in, quoted
 from mvit_video.data.index import VideoSplits
-from mvit_video.data.lists import Row, VideoList, splits_of_lists
+from mvit_video.data.lists import Row, VideoList, entries_of, splits_of_lists
 from mvit_video.errors import DataError, VideoError
 
 _PREFIX = "something-something-v2-"
@@ -61,17 +50,17 @@ def ssv2_splits(
         DataError: a file is missing or has another form, a template is unknown, a video comes twice, or too
             many videos are missing.
     """
-    root = existing_folder(root)
-    labels_file = existing(labels) if labels is not None else _find(root, ("labels",))
+    root = existing(root, folder=True)
+    labels_file = existing(labels) if labels is not None else _find(root, "labels")
     names = read_class_names(class_names if labels_file is None else labels_file)
     if videos is not None:
-        folders = [existing_folder(videos)]
+        folders = [existing(videos, folder=True)]
     else:
-        folders = [root / name for name in _VIDEO_FOLDERS if (root / name).is_dir()] + [root]
-    paths = _entries(folders[0]) if frame_lists is None else {}
+        folders = [*(root / name for name in _VIDEO_FOLDERS if (root / name).is_dir()), root]
+    paths = _videos_in(folders[0]) if frame_lists is None else {}
     lists: dict[str, VideoList] = {}
     for split, given in {"train": train, "val": val, "test": test}.items():
-        file = existing(given) if given is not None else _find(root, _NAMES[split])
+        file = existing(given) if given is not None else _find(root, *_NAMES[split])
         if file is None and split != "test":
             raise DataError(f"{root} has no {_NAMES[split][0]}.json; give data.{split}=FILE")
         if file is None or (frame_lists is not None and split == "test"):
@@ -83,92 +72,76 @@ def ssv2_splits(
     return splits_of_lists(lists, names, max_missing=max_missing)
 
 
-def _find(root: Path, names: tuple[str, ...]) -> Path | None:
+def _find(root: Path, *names: str) -> Path | None:
     files = [f"{prefix}{name}.json" for name in names for prefix in (_PREFIX, "")]
-    folders = (root, root / "labels", root / "annotations")
-    return next((found for folder in folders if (found := find_first(folder, files))), None)
+    return find_first(
+        root, *(f"{folder}/{file}" for folder in (".", "labels", "annotations") for file in files)
+    )
 
 
-def _entries(folder: Path) -> dict[str, str]:
+def _videos_in(folder: Path) -> dict[str, str]:
     """Id to path of the videos and the folders of frames in a folder."""
     found: dict[str, str] = {}
     for name in names_in(folder):
         stem, suffix = os.path.splitext(name)  # noqa: PTH122
-        if not suffix or suffix.lower() in VIDEO_EXTENSIONS:
-            path = os.path.join(folder, name)  # noqa: PTH118
-            if suffix or stem not in found:  # the video where there are also its frames
-                found[stem] = path
+        if suffix.lower() in ("", *VIDEO_EXTENSIONS) and (suffix or stem not in found):
+            found[stem] = os.path.join(folder, name)  # noqa: PTH118 (the video where there are also its frames)
     return found
 
 
 def _read(file: Path, folder: Path, paths: dict[str, str], split: str) -> VideoList:
-    entries = parse_json(file)
-    if not isinstance(entries, list):
-        raise DataError(f'{file}: expected a list of {{"id": ..., "template": ...}}')
+    expected = '{"id": ..., "template": ...}'
     rows: list[Row] = []
-    for number, entry in enumerate(entries, start=1):
+    for where, entry in entries_of(file, expected):
         match entry:
             case {"id": (str() | int()) as video, "template": str(template)}:
                 label: str | None = template.replace("[", "").replace("]", "")
             case {"id": (str() | int()) as video} if split == "test":
                 label = None
             case _:
-                raise DataError(
-                    f'{file}, entry {number}: expected {{"id": ..., "template": ...}}, got {quoted(entry)}'
-                )
+                raise DataError(f"{where}: expected {expected}, got {quoted(entry)}")
         missing = os.path.join(folder, f"{video}.webm")  # noqa: PTH118
-        rows.append(Row(number, paths.get(str(video), missing), label, str(video)))
+        rows.append(Row(where, paths.get(str(video), missing), label, str(video)))
     remedy = f"videos are looked for in {folder}: give data.videos=FOLDER"
-    return VideoList(file, rows, "entry", base=Path(), remedy=remedy)
-
-
-# PySlowFast's lists of frames
+    return VideoList(file, rows, base=Path(), remedy=remedy)
 
 
 def _frame_patterns(file: Path, folders: list[Path]) -> dict[str, str]:
-    """Id to the path of its pictures, `folder/78687/78687_[000001-000042].jpg`.
+    """PySlowFast's list of frames: id to the path of its pictures, `folder/78687/78687_[000001-000042].jpg`.
 
     The paths start at the first of the folders that has the first picture.
 
     Raises:
-        DataError: the frames of a video are not numbered one after the other.
+        DataError: the list has another form, or the frames of a video are not numbered one after the other.
     """
+    columns = "original_vido_id video_id frame_id path labels"
+    lines = ((where, line.split()) for where, line in lines_of(file))
+    if next(lines, ("", [""]))[1][0] != "original_vido_id":
+        raise DataError(f"{file}: expected PySlowFast's `{columns}` in line 1")
     found: dict[str, str] = {}
     folder: Path | None = None
-    for video, frames in groupby(_frames(file), key=itemgetter(1)):
-        numbers, _, paths = zip(*frames, strict=True)
+    for video, frames in groupby(lines, key=lambda line: line[1][0]):
+        places, paths = [], []
+        for where, fields in frames:
+            if len(fields) not in (4, 5):
+                raise DataError(f"{where}: expected `{columns}`, got {quoted(' '.join(fields))}")
+            places.append(where)
+            paths.append(fields[3])
         if video in found:
-            raise DataError(f"{file}, line {numbers[0]}: frames of {video} come again after those of others")
+            raise DataError(f"{places[0]}: frames of {quoted(video)} come again after those of others")
         pattern = frame_pattern(paths[0], paths[-1])
         if pattern is None or not _means(pattern, paths):
-            raise DataError(
-                f"{file}, line {numbers[0]}: the {len(paths)} frames from {paths[0]} to {paths[-1]} are not "
-                "numbered one by one, rising"
-            )
-        if folder is None:
-            folder = next((folder for folder in folders if (folder / paths[0]).exists()), folders[0])
+            listed = f"the {len(paths)} frames from {quoted(paths[0])} to {quoted(paths[-1])}"
+            raise DataError(f"{places[0]}: {listed} are not numbered one by one, rising")
+        folder = folder or next((f for f in folders if (f / paths[0]).exists()), folders[0])
         found[video] = os.path.join(folder, pattern)  # noqa: PTH118
     if not found:
         raise DataError(f"{file}: it lists no frames")
     return found
 
 
-def _means(pattern: str, paths: Sequence[str]) -> bool:
+def _means(pattern: str, paths: list[str]) -> bool:
     """Whether a pattern stands for these pictures in this order, and for no other."""
-    try:
-        return image_files(pattern) == list(paths)
-    except VideoError:
-        return False
-
-
-def _frames(file: Path) -> Iterator[tuple[int, str, str]]:
-    """Line, video and path of each frame."""
-    columns = "original_vido_id video_id frame_id path labels"
-    lines = lines_of(file)
-    if not next(lines, (1, ""))[1].startswith("original_vido_id"):
-        raise DataError(f"{file}: expected PySlowFast's `{columns}` in line 1")
-    for number, line in lines:
-        fields = line.split()
-        if len(fields) not in (4, 5) or not is_name(fields[3]):
-            raise DataError(f"{file}, line {number}: expected `{columns}`, got {quoted(line)}")
-        yield number, fields[0], fields[3]
+    with suppress(VideoError):
+        return image_files(pattern) == paths
+    return False

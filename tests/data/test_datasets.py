@@ -195,22 +195,22 @@ def test_clip_names(stem: str, clip: Clip | None) -> None:
     [
         (
             ("zumbaa", "x", 0, 10, "train"),
-            "train.csv, line 6 (x_000000_000010): unknown class 'zumbaa' (did you",
+            "train.csv, line 6 ('x_000000_000010'): unknown class 'zumbaa' (did you",
         ),
         (
             ("zumba", "x", "soon", 10, "train"),
-            "train.csv, line 6: expected youtube_id, time_start and time_end",
+            "train.csv, line 6: expected label,youtube_id,time_start,time_end,split",
         ),
         (("zumba", "x", 0, 10), "train.csv, line 6: expected label,youtube_id,time_start,time_end,split"),
-        (("zumba", "a_b_c", 0, 10, "train"), "a_b_c_000000_000010 comes twice, in line 3 and line 6"),
+        (("zumba", "a_b_c", 0, 10, "train"), "line 6 ('a_b_c_000000_000010'): it comes twice, first in"),
         *(
             (
                 ("zumba", "x", time, 10, "train"),
-                "train.csv, line 6: expected youtube_id, time_start and time_end",
+                "train.csv, line 6: expected label,youtube_id,time_start,time_end,split",
             )
             for time in ("inf", "nan", "-1", "1e300", "")
         ),
-        (("", "x", 0, 10, "train"), "train.csv, line 6 (x_000000_000010): it has no label"),
+        (("", "x", 0, 10, "train"), "train.csv, line 6 ('x_000000_000010'): it has no label"),
     ],
 )
 def test_mistakes_of_the_official_csv_are_named(
@@ -422,9 +422,9 @@ def test_ssv2_without_the_test_videos(tmp_path: Path, a_video: PutVideo) -> None
     [
         (
             {"id": "5", "template": "Swallowing [something]"},
-            "entry 4 (5): unknown class 'Swallowing something'",
+            "entry 4 ('5'): unknown class 'Swallowing something'",
         ),
-        ({"id": "78687", "template": "Closing [something]"}, "78687 comes twice, in entry 1 and entry 4"),
+        ({"id": "78687", "template": "Closing [something]"}, "entry 4 ('78687'): it comes twice, first in"),
         ({"template": "Closing [something]"}, 'entry 4: expected {"id": ..., "template": ...}'),
         ({"id": "5"}, "entry 4: expected"),
     ],
@@ -761,7 +761,7 @@ def test_copies_of_hmdb51_splits(tmp_path: Path, a_video: PutVideo) -> None:
     with fails("wave_test_split1.txt marks no video to train on"):
         hmdb51_splits(root)
     write(folder / "wave_test_split1.txt", "wave_0#1.avi 1\nwave_0#1.avi 1\n")
-    with fails("wave_test_split1.txt: wave/wave_0#1.avi comes twice, in line 1 and line 2"):
+    with fails("wave_test_split1.txt, line 2 ('wave/wave_0#1.avi'): it comes twice, first in"):
         hmdb51_splits(root)
 
 

@@ -283,7 +283,7 @@ def test_columns_without_a_label(videos: Path) -> None:
     splits = csv_splits(train, train, test=test)
     assert splits.test is not None
     assert [(video.id, video.label) for video in splits.test.videos] == [("v/b.mp4", None)]
-    with fails("test.csv, line 2 (v/b.mp4): it has no label"):
+    with fails("test.csv, line 2 ('v/b.mp4'): it has no label"):
         csv_splits(test, test)
 
 
@@ -349,14 +349,14 @@ def test_json_list(videos: Path) -> None:
     ("text", "message"),
     [
         ("", "train.csv; it lists none"),
-        ("v/a.mp4 0\nv/b.mp4\n", "train.csv, line 2 (v/b.mp4): it has no label"),
+        ("v/a.mp4 0\nv/b.mp4\n", "train.csv, line 2 ('v/b.mp4'): it has no label"),
         ("v/a.mp4 0\nv/b,1,2\n", "train.csv, line 2: expected"),
-        ("v/a.mp4 0\nv/b.mp4 2\n", "train.csv, line 2 (v/b.mp4): label 2 is out of range; "
+        ("v/a.mp4 0\nv/b.mp4 2\n", "train.csv, line 2 ('v/b.mp4'): label 2 is out of range; "
          "2 class names allow 0 to 1"),
         ("v/a.mp4 -1\n", "label -1 is out of range"),
-        ("v/a.mp4 swim\n", "line 1 (v/a.mp4): unknown class 'swim'; the classes are run, jump"),
-        ("v/a.mp4 0\nv/b.mp4 0\n./v/a.mp4 1\n", "train.csv: v/a.mp4 comes twice, in line 1 and line 3"),
-        ("v/a.mp4 0\n\n\nv/b.mp4 9\n", "train.csv, line 4 (v/b.mp4): label 9"),
+        ("v/a.mp4 swim\n", "line 1 ('v/a.mp4'): unknown class 'swim'; the classes are run, jump"),
+        ("v/a.mp4 0\nv/b.mp4 0\n./v/a.mp4 1\n", "train.csv, line 3 ('v/a.mp4'): it comes twice, first in {root}/train.csv, line 1"),
+        ("v/a.mp4 0\n\n\nv/b.mp4 9\n", "train.csv, line 4 ('v/b.mp4'): label 9"),
         ("w/a.mp4 0\nw/b.mp4 0\n", "none of its 2 videos can be read, the first is {root}/w/a.mp4: "
          "no such file; relative paths start at root={root}"),
         ("v/a.mp4 0\nw/b.mp4 0\n", "1 of its 2 videos can't be read, the first is {root}/w/b.mp4: "
@@ -373,7 +373,7 @@ def test_csv_mistakes_are_named(videos: Path, text: str, message: str) -> None:
 @pytest.mark.parametrize("label", [-1, 100_000, 10**12])
 def test_a_number_that_is_no_label_is_named_with_its_line(videos: Path, label: int) -> None:
     file = write(videos / "list.csv", f"v/a.mp4 {label}\n")
-    with fails(f"list.csv, line 1 (v/a.mp4): label {label} is out of range"):
+    with fails(f"list.csv, line 1 ('v/a.mp4'): label {label} is out of range"):
         csv_splits(file, file)
 
 
@@ -386,11 +386,11 @@ def test_a_number_that_is_no_label_is_named_with_its_line(videos: Path, label: i
             "line 2: not JSON: Extra data; a value a line?",
         ),
         ("{}", "train.json: expected a list of"),
-        ('[{"path": "v/a.mp4", "label": 0}, {"path": "v/b.mp4"}]', "entry 2 (v/b.mp4): it has no label"),
+        ('[{"path": "v/a.mp4", "label": 0}, {"path": "v/b.mp4"}]', "entry 2 ('v/b.mp4'): it has no label"),
         ('[{"path": "v/a.mp4", "label": null}]', "train.json, entry 1: expected"),
         (
             '[{"path": "v/a.mp4", "label": 0}, {"path": "v/b.mp4", "label": "x"}]',
-            "labels are numbers and names (0 in entry 1 and 'x' in entry 2)",
+            "entry 2: the label 'x' is a name, that of",
         ),
     ],
 )
@@ -618,7 +618,7 @@ def test_text_and_names_that_are_not_utf8_are_named(videos: Path, tmp_path: Path
     folder.mkdir(parents=True)
     (folder / "b.mp4").touch()
     Path(os.fsdecode(os.fsencode(folder) + b"/\xff.mp4")).touch()
-    with fails(r"\xff.mp4: its name isn't UTF-8 text; rename it"):
+    with fails(r"\udcff.mp4'): its name is no file's, or isn't UTF-8 text; rename it"):
         folder_splits(folder.parent)
 
 
