@@ -11,14 +11,14 @@ import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
-from mvit_video.data.pixels import RGB, cut_and_resize, normalise
+from mvit_video.data.pixels import RGB, cut, cut_and_resize, normalise, resize_bytes
 from mvit_video.data.sampling import CropBox, SpatialView, random_resized_crop, random_short_side_crop
 
 
@@ -79,19 +79,19 @@ class Augment:
             object.__setattr__(self, name, None if value is None else tuple(value))
         if self.rand_augment is not None:
             parse_rand_augment(self.rand_augment)
-        if self.short_side is not None and self.short_side < 1:
-            raise ValueError(f"short_side must be at least 1 pixel, got {self.short_side}")
-        if not 0 <= self.colour_jitter <= 1:
-            raise ValueError(f"colour_jitter must be in [0, 1], got {self.colour_jitter}")
-        if not 0 <= self.erase_probability <= 1:
-            raise ValueError(f"erase_probability must be in [0, 1], got {self.erase_probability}")
-        for name in ("erase_count", "repeats"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.short_side_range is not None and not 0 < self.short_side_range[0] <= self.short_side_range[1]:
-            raise ValueError(f"short_side_range must be two sizes in order, got {self.short_side_range}")
-        if self.crop_first and self.short_side_range is not None:
-            raise ValueError("crop_first cuts boxes out; it doesn't go with short_side_range")
+        sides = self.short_side_range
+        rules = {
+            "short_side must be at least 1 pixel": self.short_side is None or self.short_side >= 1,
+            "colour_jitter must be in [0, 1]": 0 <= self.colour_jitter <= 1,
+            "erase_probability must be in [0, 1]": 0 <= self.erase_probability <= 1,
+            "erase_count must be at least 1": self.erase_count >= 1,
+            "repeats must be at least 1": self.repeats >= 1,
+            "short_side_range must be two sizes in order": sides is None or 0 < sides[0] <= sides[1],
+            "crop_first cuts boxes out, it doesn't go with short_side_range": not (self.crop_first and sides),
+        }
+        for rule, holds in rules.items():
+            if not holds:
+                raise ValueError(f"{rule}, got {getattr(self, rule.split()[0])}")
         # Any plan checks the ranges: find a bad one before data are read.
         _spatial_view(8, 8, 1, self, random.Random(0))
 
@@ -123,9 +123,11 @@ class ClipAugmentation:
     def __call__(self, frames: Tensor) -> Tensor:
         """uint8 (n, 3, H, W) -> float (n, repeats, 3, size, size)."""
         if self._augment.short_side is not None:
-            from torchvision.transforms.v2.functional import resize  # a second to import, often not needed
-
-            frames = resize(frames, [self._augment.short_side], antialias=True)
+            height, width = frames.shape[-2:]
+            height, width = (
+                side * self._augment.short_side // min(height, width) for side in (height, width)
+            )
+            frames = resize_bytes(frames, height, width, "bilinear")
         if not self._plans:
             height, width = frames.shape[-2:]
             self._plans = [self._draw_plan(height, width) for _ in range(self._augment.repeats)]
@@ -151,7 +153,7 @@ class ClipAugmentation:
     def _apply(self, plan: _Plan, frames: Tensor) -> Tensor:
         augment, view = self._augment, plan.view
         if augment.crop_first and isinstance(view, CropBox):
-            frames = _cut_bicubic(frames, view, self._size)
+            frames = resize_bytes(cut(frames, view), self._size, self._size, "bicubic")
             view = CropBox(0, 0, self._size, self._size, view.flip)
         if plan.operations:
             frames = frames.flip(1) if augment.bgr else frames
@@ -173,23 +175,6 @@ def _spatial_view(
         )
     return random_resized_crop(
         height, width, area=augment.area, aspect=augment.aspect, flip_probability=flip, rng=rng
-    )
-
-
-def _cut_bicubic(frames: Tensor, box: CropBox, size: int) -> Tensor:
-    """The box of uint8 frames (T, 3, H, W), resized to (T, 3, size, size)."""
-    from torchvision.transforms.v2 import InterpolationMode
-    from torchvision.transforms.v2.functional import resized_crop
-
-    return resized_crop(
-        frames,
-        box.top,
-        box.left,
-        box.height,
-        box.width,
-        [size, size],
-        interpolation=InterpolationMode.BICUBIC,
-        antialias=True,
     )
 
 
@@ -243,54 +228,43 @@ def apply_operations(
     return changed.permute(0, 3, 1, 2).to(frames.device)
 
 
-def _rotate(image: Image.Image, level: float, sign: float, fill: Colour) -> Image.Image:
-    return image.rotate(sign * level * 30.0, Image.Resampling.BICUBIC, fillcolor=fill)
-
-
-def _affine(image: Image.Image, fill: Colour, *matrix: float) -> Image.Image:
-    """Pixel (x, y) becomes the one at (a x + b y + c, d x + e y + f) of ``image``."""
-    return image.transform(
-        image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor=fill
-    )
-
-
 def _solarize_add(image: Image.Image, level: float, sign: float, fill: Colour) -> Image.Image:
     added = min(128, int(level * 110))
     return image.point([min(255, i + added) if i < 128 else i for i in range(256)] * 3)
 
 
-def _factor(level: float, sign: float) -> float:
-    return max(0.1, 1.0 + sign * (level * 0.9))
+def _enhancing(kind: type[Any]) -> Operation:
+    return lambda image, level, sign, fill: kind(image).enhance(max(0.1, 1.0 + sign * (level * 0.9)))
+
+
+def _moving(matrix: Callable[[Image.Image, float], tuple[float, ...]]) -> Operation:
+    """Pixel (x, y) becomes the one at (a x + b y + c, d x + e y + f) of the picture."""
+
+    def move(image: Image.Image, level: float, sign: float, fill: Colour) -> Image.Image:
+        affine, bicubic = Image.Transform.AFFINE, Image.Resampling.BICUBIC
+        return image.transform(image.size, affine, matrix(image, sign * level), bicubic, fillcolor=fill)
+
+    return move
 
 
 OPERATIONS: dict[str, Operation] = {
     "AutoContrast": lambda image, level, sign, fill: ImageOps.autocontrast(image),
     "Equalize": lambda image, level, sign, fill: ImageOps.equalize(image),
     "Invert": lambda image, level, sign, fill: ImageOps.invert(image),
-    "Rotate": _rotate,
+    "Rotate": lambda image, level, sign, fill: image.rotate(
+        sign * level * 30.0, Image.Resampling.BICUBIC, fillcolor=fill
+    ),
     "PosterizeIncreasing": lambda image, level, sign, fill: ImageOps.posterize(image, 4 - int(level * 4)),
     "SolarizeIncreasing": lambda image, level, sign, fill: ImageOps.solarize(image, 256 - int(level * 256)),
     "SolarizeAdd": _solarize_add,
-    "ColorIncreasing": lambda image, level, sign, fill: ImageEnhance.Color(image).enhance(
-        _factor(level, sign)
-    ),
-    "ContrastIncreasing": lambda image, level, sign, fill: ImageEnhance.Contrast(image).enhance(
-        _factor(level, sign)
-    ),
-    "BrightnessIncreasing": lambda image, level, sign, fill: ImageEnhance.Brightness(image).enhance(
-        _factor(level, sign)
-    ),
-    "SharpnessIncreasing": lambda image, level, sign, fill: ImageEnhance.Sharpness(image).enhance(
-        _factor(level, sign)
-    ),
-    "ShearX": lambda image, level, sign, fill: _affine(image, fill, 1, sign * level * 0.3, 0, 0, 1, 0),
-    "ShearY": lambda image, level, sign, fill: _affine(image, fill, 1, 0, 0, sign * level * 0.3, 1, 0),
-    "TranslateXRel": lambda image, level, sign, fill: _affine(
-        image, fill, 1, 0, sign * level * 0.45 * image.width, 0, 1, 0
-    ),
-    "TranslateYRel": lambda image, level, sign, fill: _affine(
-        image, fill, 1, 0, 0, 0, 1, sign * level * 0.45 * image.height
-    ),
+    "ColorIncreasing": _enhancing(ImageEnhance.Color),
+    "ContrastIncreasing": _enhancing(ImageEnhance.Contrast),
+    "BrightnessIncreasing": _enhancing(ImageEnhance.Brightness),
+    "SharpnessIncreasing": _enhancing(ImageEnhance.Sharpness),
+    "ShearX": _moving(lambda image, much: (1, much * 0.3, 0, 0, 1, 0)),
+    "ShearY": _moving(lambda image, much: (1, 0, 0, much * 0.3, 1, 0)),
+    "TranslateXRel": _moving(lambda image, much: (1, 0, much * 0.45 * image.width, 0, 1, 0)),
+    "TranslateYRel": _moving(lambda image, much: (1, 0, 0, 0, 1, much * 0.45 * image.height)),
 }
 
 
@@ -332,5 +306,5 @@ def _erase(clip: Tensor, boxes: Sequence[CropBox], seed: int) -> None:
     """Put independent N(0, 1) noise into the boxes of every frame of a normalised clip (3, T, H, W)."""
     generator = torch.Generator(clip.device).manual_seed(seed)
     for box in boxes:
-        area = clip[:, :, box.top : box.top + box.height, box.left : box.left + box.width]
+        area = cut(clip, box)
         area.copy_(torch.randn(area.shape, generator=generator, device=clip.device))

@@ -21,6 +21,7 @@ class BadVideos:
     """Every unreadable video of a job once, by path as the file has it.
 
     Each is logged and added to a csv file (path, reason) as soon as it is found; the first makes the file.
+    The processes of a job share the file, and each counts all of its rows.
 
     Args:
         file: the csv file.
@@ -36,18 +37,17 @@ class BadVideos:
             keep_former(file)
         elif file.is_file():
             keep_whole_lines(file)
-            with file.open(newline="", encoding="utf-8") as rows:
-                self.found = {row[0]: BadVideo(*row) for row in list(csv.reader(rows))[1:] if len(row) == 2}
+            self.found = self._listed()
 
     def note(self, videos: Iterable[BadVideo]) -> None:
         """List those that are new. Raises DataError as soon as they are more than the job bears."""
-        cells = {csv_cell(video.path): video for video in videos}
-        new = {path: video for path, video in cells.items() if path not in self.found}
-        self.found |= new
+        new = {csv_cell(video.path): video for video in videos}
+        new = {path: video for path, video in new.items() if path not in self.found}
         for video in new.values():
             log.warning("unreadable video %s: %s", printable(video.path), printable(video.reason))
             self._append(video)
         if new:
+            self.found = self._listed()
             self.check()
 
     def check(self) -> None:
@@ -58,6 +58,10 @@ class BadVideos:
                 f"{len(self.found)} of {self.total} videos can't be read, and max_bad_videos allows "
                 f"{self.allowed}; {self.file} lists them: {named}"
             )
+
+    def _listed(self) -> dict[str, BadVideo]:
+        with self.file.open(newline="", encoding="utf-8") as rows:
+            return {row[0]: BadVideo(*row) for row in list(csv.reader(rows))[1:] if len(row) == 2}
 
     def _append(self, video: BadVideo) -> None:
         with suppress(FileExistsError), self.file.open("x", newline="", encoding="utf-8") as file:

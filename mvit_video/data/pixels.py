@@ -34,7 +34,7 @@ def resize_for_test(frames: Tensor, spec: ClipSpec) -> Tensor:
     height, width = frames.shape[-2:]
     view = view_crops(height, width, spec)[0]
     if spec.pixels == "image":  # as Pillow does it, antialiased
-        resized = _resize_bicubic(frames, view.resized_height, view.resized_width)
+        resized = resize_bytes(frames, view.resized_height, view.resized_width, "bicubic").float()
     else:  # bilinear without antialiasing, as in the official code; it commutes with normalisation
         resized = _resize(frames, view.resized_height, view.resized_width)
     if spec.pixels != "slowfast":  # whole levels, as torchvision leaves them
@@ -52,8 +52,13 @@ def cut_views(frames: Tensor, clips: Sequence[Sequence[int]], crops: Sequence[Sp
     Returns:
         float (clips * crops, 3, T, crop, crop)
     """
-    cut = [frames[:, :, c.top : c.top + c.crop, c.left : c.left + c.crop] for c in crops]
-    return torch.stack([crop[list(clip)].transpose(0, 1) for clip in clips for crop in cut])
+    pieces = [frames[:, :, c.top : c.top + c.crop, c.left : c.left + c.crop] for c in crops]
+    return torch.stack([piece[list(clip)].transpose(0, 1) for clip in clips for piece in pieces])
+
+
+def cut(frames: Tensor, box: CropBox) -> Tensor:
+    """The box of pixels (..., H, W), a view of them."""
+    return frames[..., box.top : box.top + box.height, box.left : box.left + box.width]
 
 
 def cut_and_resize(frames: Tensor, view: CropBox | SpatialView, size: int) -> Tensor:
@@ -67,12 +72,26 @@ def cut_and_resize(frames: Tensor, view: CropBox | SpatialView, size: int) -> Te
         float (N, 3, size, size), from 0 to 255.
     """
     if isinstance(view, CropBox):
-        frames = frames[:, :, view.top : view.top + view.height, view.left : view.left + view.width]
-        frames = _resize(frames, size, size)
+        frames = _resize(cut(frames, view), size, size)
     else:
         frames = _resize(frames, view.resized_height, view.resized_width)
         frames = frames[:, :, view.top : view.top + size, view.left : view.left + size]
     return frames.flip(-1) if view.flip else frames
+
+
+def resize_bytes(frames: Tensor, height: int, width: int, mode: str) -> Tensor:
+    """Resize uint8 frames (N, 3, H, W) with antialiasing, as Pillow and torchvision do.
+
+    Args:
+        mode: "bilinear" or "bicubic".
+    """
+    if frames.shape[-2:] == (height, width):
+        return frames
+    options: dict[str, Any] = {"mode": mode, "align_corners": False, "antialias": True}
+    if frames.device.type == "cpu":  # its kernel for bytes is Pillow's
+        return F.interpolate(frames, size=(height, width), **options)
+    resized = F.interpolate(frames.float(), size=(height, width), **options)
+    return resized.round().clamp(0, 255).to(torch.uint8)
 
 
 def normalise(frames: Tensor, mean: RGB, std: RGB) -> Tensor:
@@ -103,12 +122,3 @@ def _resize(frames: Tensor, height: int, width: int) -> Tensor:
     options: dict[str, Any] = {"mode": "bilinear", "align_corners": False}
     parts = [F.interpolate(part.float(), (height, width), **options) for part in frames.split(at_once)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _resize_bicubic(frames: Tensor, height: int, width: int) -> Tensor:
-    if frames.shape[-2:] == (height, width):
-        return frames.float()
-    options: dict[str, Any] = {"mode": "bicubic", "align_corners": False, "antialias": True}
-    if frames.device.type == "cpu":  # its kernel for bytes is Pillow's
-        return F.interpolate(frames, size=(height, width), **options).float()
-    return F.interpolate(frames.float(), size=(height, width), **options).clamp(0, 255)

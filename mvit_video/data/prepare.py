@@ -2,36 +2,37 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import re
+import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import suppress
-from functools import partial
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import closing
 from itertools import chain
 from multiprocessing.pool import ThreadPool
+from operator import itemgetter
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from torch.utils.data import DataLoader
-
+from mvit_video.data.decode import Decoder
 from mvit_video.data.decode.images import entry_on_disk, is_images
 from mvit_video.data.files import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, FileSearch
 from mvit_video.data.index import LabelledVideo, VideoSplits
 from mvit_video.data.lists import NO_FILE
+from mvit_video.data.loader import ClipLoader
 from mvit_video.data.probe import probe, settings, stat_of
+from mvit_video.data.samplers import AllVideos
 from mvit_video.data.table import SPLITS, Entry, FileInfo, Table, read_table, write_table
 from mvit_video.errors import DataError
 from mvit_video.io.console import track
 from mvit_video.io.fingerprint import Fingerprint, differences
-from mvit_video.io.writing import replacing, set_aside, sole_writer
+from mvit_video.io.writing import set_aside, sole_writer
 
 log = logging.getLogger(__name__)
 
 KINDS = ("missing", "corrupt", "duplicate", "label mismatch")
+SAVE_EVERY_S = 20.0  # what a run has found out so far
 
 
 class Problem(NamedTuple):
@@ -64,7 +65,7 @@ def prepare(
 ) -> Table:
     """Probe all videos and write the index file; what an earlier run has found out is kept.
 
-    Finished videos are noted beside the index as they are done: a run that was killed goes on where it was.
+    So is what an unfinished run has found out: it is saved beside the index again and again.
 
     Args:
         file: the index to write, or to bring up to date: only files are read whose size or time changed, that
@@ -82,28 +83,36 @@ def prepare(
         raise DataError(f"{file} is no file; name another: index=FILE")
     listed = list(_videos_of(splits))
     paths = list(dict.fromkeys(video.path for _, video in listed))
+    decoder = Decoder("pyav", frame_rate=frame_rate, index_cache=index_cache)
     made_with = settings(frame_rate, index_cache)
-    look = partial(probe, frame_rate=frame_rate, index_cache=index_cache)
-    journal = file.with_name(file.name + ".unfinished")
+    place = None if root is None else str(root.absolute())
+    unfinished = file.with_name(file.name + ".unfinished")
+
+    def save(to: Path, unlisted: Sequence[str] = ()) -> Table:
+        entries = [Entry(split, video, info[video.path]) for split, video in listed if video.path in info]
+        table = Table(entries, splits.class_names, place, tuple(unlisted), made_with)
+        write_table(to, table)
+        return table
+
     try:
         with sole_writer(file):
-            known = _read_known(file, made_with) | _read_journal(journal, made_with)
+            known = _read_known(file, made_with) | _read_unfinished(unfinished, made_with)
             info, todo = _sort_out(paths, known)
             log.info("%d videos: %d to read, %d known or missing", len(paths), len(todo), len(info))
-            with replacing(journal, "w") as notes:
-                notes.write(json.dumps({"made_with": made_with}) + "\n")
-                notes.writelines(json.dumps([path, *values]) + "\n" for path, values in info.items())
-            # No line is synced: what a power loss takes is read again.
-            with journal.open("a", encoding="utf-8", buffering=1) as notes:
-                found = _probe_all(todo, num_workers, look)
-                for path, new in track(found, len(todo), done=0, what="reading"):
+            saved = time.monotonic()
+            try:
+                for path, new in track(
+                    _probe_all(todo, num_workers, decoder), len(todo), done=0, what="reading"
+                ):
                     info[path] = new
-                    notes.write(json.dumps([path, *new]) + "\n")
-            entries = [Entry(split, video, info[video.path]) for split, video in listed]
-            place = None if root is None else str(root.absolute())
-            table = Table(entries, splits.class_names, place, tuple(_unlisted(place, info)), made_with)
-            write_table(file, table)
-            journal.unlink()
+                    if time.monotonic() > saved + SAVE_EVERY_S:
+                        save(unfinished)
+                        saved = time.monotonic()
+            except BaseException:
+                save(unfinished)
+                raise
+            table = save(file, _unlisted(place, info))
+            unfinished.unlink(missing_ok=True)
     except OSError as error:
         raise DataError(f"{file} can't be written ({error}); choose another place: index=FILE") from None
     return table
@@ -118,10 +127,7 @@ def find_problems(table: Table) -> list[Problem]:
         if info.error is not None:
             kind = "missing" if info.error == NO_FILE else "corrupt"
             problems.append(Problem(kind, split, video.id, video.path, info.error))
-        if not info.sha256:
-            continue
-        other = first.setdefault(info.sha256, entry)
-        if other is entry:
+        if not info.sha256 or (other := first.setdefault(info.sha256, entry)) is entry:
             continue
         same = f"{other.split} {other.video.id}"
         problems.append(Problem("duplicate", split, video.id, video.path, f"the same content as {same}"))
@@ -137,37 +143,30 @@ def summary(table: Table, problems: Sequence[Problem]) -> dict[str, Any]:
     """Counts for people and programs: splits, classes, durations in seconds, codecs, problems."""
     usable = [entry for entry in table.entries if entry.info.error is None]
     splits = [split for split in SPLITS if any(entry.split == split for entry in table.entries)]
-    durations = {split: [e.info.duration for e in usable if e.split == split] for split in splits}
-    seconds = sorted(chain.from_iterable(durations.values()))
+    seconds = sorted(entry.info.duration for entry in usable)
     to_mend = Counter((problem.split, problem.kind) for problem in problems)
     per_class = Counter((entry.split, entry.video.label) for entry in usable)
-    return {
-        "videos": len(table.entries),
-        "splits": {
-            split: {
-                "videos": len(durations[split]),
-                "hours": sum(durations[split]) / 3600,
-                **{kind: to_mend[split, kind] for kind in KINDS},
-            }
-            for split in splits
-        },
-        "classes": {
-            name: {split: per_class[split, label] for split in splits}
-            for label, name in enumerate(table.class_names)
-        },
-        "without_label": sum(entry.video.label is None for entry in usable),
-        "seconds": {"shortest": seconds[0], "median": median(seconds), "longest": seconds[-1]}
-        if seconds
-        else {},
-        "codecs": dict(Counter(entry.info.codec for entry in usable).most_common()),
-        "unlisted_files": len(table.unlisted),
+    found: dict[str, Any] = {"videos": len(table.entries), "splits": {}}
+    for split in splits:
+        durations = [entry.info.duration for entry in usable if entry.split == split]
+        kinds = {kind: to_mend[split, kind] for kind in KINDS}
+        found["splits"][split] = {"videos": len(durations), "hours": sum(durations) / 3600, **kinds}
+    found["classes"] = {
+        name: {split: per_class[split, label] for split in splits}
+        for label, name in enumerate(table.class_names)
     }
+    found["without_label"] = sum(entry.video.label is None for entry in usable)
+    shown = {"shortest": min, "median": median, "longest": max} if seconds else {}
+    found["seconds"] = {name: statistic(seconds) for name, statistic in shown.items()}
+    found["codecs"] = dict(Counter(entry.info.codec for entry in usable).most_common())
+    found["unlisted_files"] = len(table.unlisted)
+    return found
 
 
 def compare(table: Table) -> Changes:
     """How the disk differs from an index; of the files only those are opened that couldn't be read before."""
     info = {entry.video.path: entry.info for entry in table.entries}
-    changes = Changes([], [], [], [])
+    changes = Changes([], [], [], sorted(set(_unlisted(table.root, info)) - set(table.unlisted)))
     for (path, old), now in zip(info.items(), _stats(list(info)), strict=True):
         if now.error is not None:
             if old.error != now.error:
@@ -178,7 +177,6 @@ def compare(table: Table) -> Changes:
             changes.changed.append(path)
         elif old.error is not None and probe(path).error is None:
             changes.returned.append(path)
-    changes.new.extend(sorted(set(_unlisted(table.root, info)) - set(table.unlisted)))
     return changes
 
 
@@ -206,6 +204,30 @@ def _unlisted(root: str | None, named: Collection[str]) -> list[str]:
     return [path for path in found if path not in named]
 
 
+class _Probes:
+    """What files turn out to be, as samples of a loader."""
+
+    sample_nbytes = 0
+
+    def __init__(self, paths: list[str], decoder: Decoder) -> None:
+        self.paths, self.open_file = paths, decoder
+
+    def __getitem__(self, index: int) -> tuple[str, FileInfo]:
+        return self.paths[index], probe(self.paths[index], self.open_file)
+
+
+def _probe_all(paths: list[str], num_workers: int, decoder: Decoder) -> Iterator[tuple[str, FileInfo]]:
+    workers, one_by_one = min(num_workers, len(paths)), AllVideos(len(paths), 1)
+    loader: ClipLoader[tuple[str, FileInfo]] = ClipLoader(
+        _Probes(paths, decoder), one_by_one, itemgetter(0), num_workers=workers, worker_type="process"
+    )
+    with closing(loader):
+        yield from loader
+
+
+# What former runs have found out
+
+
 def _sort_out(paths: list[str], known: dict[str, FileInfo]) -> tuple[dict[str, FileInfo], list[str]]:
     """What is known of the files or that they are missing, and the files that have to be read."""
     info: dict[str, FileInfo] = {}
@@ -221,72 +243,37 @@ def _sort_out(paths: list[str], known: dict[str, FileInfo]) -> tuple[dict[str, F
     return info, todo
 
 
-def _probe_all(
-    paths: list[str], num_workers: int, look: Callable[[str], FileInfo]
-) -> Iterator[tuple[str, FileInfo]]:
-    # What collates runs where the sample is made: in a worker.
-    workers = min(num_workers, len(paths))
-    loader = DataLoader[Any](paths, batch_size=None, collate_fn=look, num_workers=workers)  # type: ignore[arg-type]
+def _read_unfinished(file: Path, made_with: Fingerprint) -> dict[str, FileInfo]:
     try:
-        yield from zip(paths, loader, strict=True)
-    except RuntimeError as error:
-        if not re.match(r"DataLoader worker \(pid", str(error)):
-            raise
-        raise DataError(
-            "a process that read videos died: too little memory, or a file that crashes FFmpeg. "
-            "What is done is kept; num_workers=0 stops at the file"
-        ) from None
-
-
-# What former runs have found out
-
-
-def _read_known(file: Path, made_with: Fingerprint) -> dict[str, FileInfo]:
-    """What the index has that still holds."""
-    if not file.is_file():
-        return {}
-    table = read_table(file)
-    known = {entry.video.path: entry.info for entry in table.entries}
-    return _still_true(known, table.made_with, made_with, file)
-
-
-def _read_journal(file: Path, made_with: Fingerprint) -> dict[str, FileInfo]:
-    """What a killed run has noted, as far as it still holds; its last line may be torn."""
-    if not file.is_file():
-        return {}
-    known: dict[str, FileInfo] = {}
-    try:
-        first, *lines = file.read_bytes().splitlines()
-        before = dict(json.loads(first)["made_with"])
-        for line in lines:
-            with suppress(ValueError):  # a torn line
-                path, *values = json.loads(line)
-                known[path] = FileInfo(*values)
-    except (ValueError, TypeError, LookupError, RecursionError):
+        known = _read_known(file, made_with)
+    except DataError:
         set_aside(file, "this isn't what an unfinished run leaves")
         return {}
-    known = _still_true(known, before, made_with, file)
-    log.info("resuming an unfinished run: %d videos are done", len(known))
+    if known:
+        log.info("resuming an unfinished run: %d videos are done", len(known))
     return known
 
 
-def _still_true(
-    known: dict[str, FileInfo], before: Fingerprint, made_with: Fingerprint, file: Path
-) -> dict[str, FileInfo]:
-    """Those of the files whose description holds with other settings and libraries than before.
+def _read_known(file: Path, made_with: Fingerprint) -> dict[str, FileInfo]:
+    """Those descriptions of an index that hold with these settings and libraries.
 
     What other libraries have read well is kept; what couldn't be read is tried again: permissions, disks and
     libraries get better.
     """
-    changed = differences(before, made_with)
-    if known and changed:
+    if not file.is_file():
+        return {}
+    table = read_table(file)
+    changed = differences(table.made_with, made_with)
+    if table.entries and changed:
         listed = "; ".join(f"{key} {change}" for key, change in changed.items())
         log.warning("%s was made with others: %s", file, listed)
     if "probe" in changed or ("index_cache" in changed and made_with["index_cache"]):
         return {}
     return {
-        path: info
-        for path, info in known.items()
+        video.path: info
+        for _, video, info in table.entries
         if info.error is None
-        and not ("frame_rate" in changed and (entry_on_disk(path) != path or is_images(path)))
+        and not (
+            "frame_rate" in changed and (entry_on_disk(video.path) != video.path or is_images(video.path))
+        )
     }

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from stat import S_ISREG
 
 import av
 import PIL
 
-from mvit_video.data.decode import open_video
+from mvit_video.data.decode import Video, open_video
 from mvit_video.data.decode.images import image_files
 from mvit_video.data.lists import NO_FILE
 from mvit_video.data.table import FileInfo
@@ -41,19 +42,14 @@ def stat_of(path: str) -> FileInfo:
     return FileInfo(sum(stat.st_size for stat in found), max(stat.st_mtime_ns for stat in found))
 
 
-def probe(path: str, frame_rate: float = 30.0, index_cache: str | None = None) -> FileInfo:
-    """Open a video, decode its first, middle and last frame, hash its content; a bad file has an `error`.
-
-    Args:
-        frame_rate: of pictures, as of `open_video`.
-        index_cache: folder that keeps what was read of the file, as of `open_video`.
-    """
+def probe(path: str, open_file: Callable[[str], Video] = open_video) -> FileInfo:
+    """Open a video, decode its first, middle and last frame, hash its content; a bad file has an `error`."""
     info = stat_of(path)
     if info.error is not None:
         return info
     try:
         info = info._replace(sha256=file_sha256(*image_files(path)))
-        with open_video(path, backend="pyav", frame_rate=frame_rate, index_cache=index_cache) as video:
+        with open_file(path) as video:
             info = info._replace(
                 frames=video.num_frames,
                 fps=video.fps,

@@ -100,17 +100,17 @@ def index_splits(path: str | Path, *, max_missing: float = 0.2) -> VideoSplits:
     table, metadata = _read(file, ["split", "id", "path", "label", "error"])
     found: dict[str, VideoIndex] = {}
     for split in SPLITS:
-        rows = table.filter(pc.equal(table["split"].cast(pa.string()), split))
-        if split == "test" and not rows["error"].null_count:
+        rows = table.filter(pc.equal(table["split"], split)).to_pydict()
+        if split == "test" and None not in rows["error"]:
             continue  # none of its videos can be used
-        ids, paths, labels, errors = (rows[name].to_pylist() for name in ("id", "path", "label", "error"))
+        videos = tuple(map(LabelledVideo, rows["path"], rows["label"], rows["id"]))
         try:
-            index = VideoIndex(tuple(map(LabelledVideo, paths, labels, ids)), tuple(metadata["class_names"]))
+            index = VideoIndex(videos, tuple(metadata["class_names"]))
         except DataError as error:
             raise DataError(f"{file} ({split}): {error}") from None
         found[split] = leave_out(
             index,
-            {video_id: error for video_id, error in zip(ids, errors, strict=True) if error is not None},
+            {video_id: error for video_id, error in zip(rows["id"], rows["error"], strict=True) if error},
             source=f"{file} ({split})",
             max_missing=1.0 if split == "test" else max_missing,
             remedy="mend them and run mvit-data prepare again",
@@ -130,7 +130,7 @@ def index_file(path: str | Path) -> Path:
 def read_table(file: Path) -> Table:
     """All of an index file. Raises `DataError` for another kind of file."""
     table, metadata = _read(file, _SCHEMA.names)
-    columns = {name: table[name].to_pylist() for name in _SCHEMA.names}
+    columns = table.to_pydict()
     infos = map(FileInfo, *(columns[name] for name in FileInfo._fields))
     videos = map(LabelledVideo, columns["path"], columns["label"], columns["id"])
     base, root = file.absolute().parent, metadata["root"]
@@ -145,15 +145,11 @@ def read_table(file: Path) -> Table:
 
 def write_table(file: Path, table: Table) -> None:
     """Write an index file at once: a reader sees the old one or the new one, never half of it."""
-    base, entries = str(file.absolute().parent), table.entries
-    columns: dict[str, list[object]] = {
-        "split": [entry.split for entry in entries],
-        "id": [entry.video.id for entry in entries],
-        "path": [_portable(entry.video.path, base) for entry in entries],
-        "label": [entry.video.label for entry in entries],
-    }
-    for name in FileInfo._fields:
-        columns[name] = [getattr(entry.info, name) for entry in entries]
+    base = str(file.absolute().parent)
+    rows = [
+        (split, video.id, _portable(video.path, base), video.label, *info)
+        for split, video, info in table.entries
+    ]
     metadata = {
         "class_names": table.class_names,
         "root": None if table.root is None else _portable(table.root, base),
@@ -161,6 +157,7 @@ def write_table(file: Path, table: Table) -> None:
         "made_with": table.made_with,
     }
     schema = _SCHEMA.with_metadata({_METADATA_KEY: json.dumps(metadata).encode()})
+    columns = [list(column) for column in zip(*rows, strict=True)] or [[] for _ in schema]
     with replacing(file) as content:
         pq.write_table(pa.table(columns, schema=schema), content, compression="zstd")
 
@@ -176,55 +173,38 @@ def _read(file: Path, columns: Sequence[str]) -> tuple[pa.Table, dict[str, Any]]
     try:
         # Not pq.read_table, which makes columns of folders called such as a=b.
         with pq.ParquetFile(file) as content:
-            table = content.read(columns=list(columns))
+            table = content.read(columns=list(columns)).select(columns)
         metadata = json.loads(table.schema.metadata[_METADATA_KEY])
         table.validate(full=True)
-        problem = _problem_of_columns(table, columns) or _problem_of_metadata(metadata)
+        _check(table, metadata)
+        table = table.cast(pa.schema([_SCHEMA.field(name) for name in columns]))
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         problem = " ".join(str(error).split())[:160]
-    if problem:
-        raise DataError(f"{file} is no index of mvit-data prepare, or a damaged one ({problem})")
-    paths = table["path"].cast(pa.string())
+        raise DataError(f"{file} is no index of mvit-data prepare, or a damaged one ({problem})") from None
+    paths = table["path"]
     below = pc.binary_join_element_wise(str(file.absolute().parent).rstrip(os.sep), paths, os.sep)
-    absolute = pc.if_else(pc.starts_with(paths, os.sep), paths, below)
-    return table.set_column(table.column_names.index("path"), "path", absolute), metadata
+    # An empty one stays so: it is an error, or no such file.
+    absolute = pc.if_else(pc.match_substring_regex(paths, f"^({os.sep}|$)"), paths, below)
+    return table.set_column(columns.index("path"), "path", absolute), metadata
 
 
-def _problem_of_columns(table: pa.Table, columns: Sequence[str]) -> str | None:
-    """What isn't as `write_table` leaves it; others may have written the file."""
-    for name in columns:
-        if name not in table.column_names:
-            return f"it has no column {name!r}"
-        wanted, kind = _kind(_SCHEMA.field(name).type), _kind(table.schema.field(name).type)
-        if kind != wanted and not (kind == "null" and name in _OPTIONAL):
-            return f"column {name!r} is {kind}, not {wanted}"
-        values = table[name]
-        whole = name in _OPTIONAL or not values.null_count
-        if name in ("split", "id", "path"):
-            whole = whole and not pc.any(pc.equal(values.cast(pa.string()), "")).as_py()
-        elif kind == "float":
-            whole = whole and pc.all(pc.is_finite(values)).as_py()
-        if not whole:
-            return f"column {name!r} lacks a value in some rows"
-    unknown = set(pc.unique(table["split"]).to_pylist()) - set(SPLITS)
-    return f"it has a split {min(unknown)!r}; there are {', '.join(SPLITS)}" if unknown else None
-
-
-def _kind(column: pa.DataType) -> str:
-    """Of the values, whatever their width; text may be stored by number."""
-    column = column.value_type if pa.types.is_dictionary(column) else column
-    tests = {
-        "integer": pa.types.is_integer,
-        "float": pa.types.is_floating,
-        "text": lambda kind: pa.types.is_string(kind) or pa.types.is_large_string(kind),
-    }
-    return next((name for name, test in tests.items() if test(column)), str(column))
-
-
-def _problem_of_metadata(metadata: Any) -> str | None:
+def _check(table: pa.Table, metadata: Any) -> None:
+    """Raise ValueError for what isn't as `write_table` leaves it; others may have written the file."""
+    for column in table.schema:
+        values, wanted = table[column.name], _SCHEMA.field(column.name).type
+        kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+        for is_kind in (pa.types.is_integer, pa.types.is_floating):
+            if is_kind(kind) != is_kind(wanted) and not pa.types.is_null(kind):
+                raise ValueError(f"column {column.name!r} is {kind}, not {wanted}")
+        if column.name not in _OPTIONAL and values.null_count:
+            raise ValueError(f"column {column.name!r} lacks a value in some rows")
+        if pa.types.is_floating(kind) and not pc.all(pc.is_finite(values)).as_py():
+            raise ValueError(f"column {column.name!r} isn't finite in some rows")
+    if unknown := set(pc.unique(table["split"]).to_pylist()) - set(SPLITS):
+        raise ValueError(f"it has a split {min(unknown)!r}; there are {', '.join(SPLITS)}")
     match metadata:
         case {"class_names": [*names], "root": str() | None, "unlisted": [*paths], **others}:
             is_text = all(isinstance(text, str) for text in [*names, *paths])
             if is_text and isinstance(others.get("made_with", {}), dict):
-                return None
-    return "its metadata lacks class_names, root or unlisted, or has them in another form"
+                return
+    raise ValueError("its metadata lacks class_names, root or unlisted, or has them in another form")

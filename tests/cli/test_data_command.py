@@ -11,6 +11,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,9 +46,9 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the files that are probed."""
     names: list[str] = []
 
-    def noted(path: str, **options: Any) -> FileInfo:
+    def noted(path: str, *options: Any) -> FileInfo:
         names.append(Path(path).name)
-        return probe(path, **options)
+        return probe(path, *options)
 
     monkeypatch.setattr(prepare_module, "probe", noted)
     return names
@@ -176,56 +178,57 @@ def test_a_second_run_reads_only_what_changed(command: Command, data: Path, read
     assert rows["cats/3.mp4"]["error"] == "no such file"
 
 
+def num_done(place: Path) -> int:
+    """Of an unfinished run, without an error."""
+    file = place / "index.parquet.unfinished"
+    return sum(entry.info.error is None for entry in read_table(file).entries) if file.exists() else 0
+
+
 def test_a_killed_run_goes_on_where_it_was(
     command: Command, data: Path, tmp_path: Path, read: list[str]
 ) -> None:
     script = (
         "import sys, time, mvit_video.data.prepare as p; from mvit_video.cli.main import data as main\n"
         "probe = p.probe\n"
-        "def slow(path, **more): time.sleep(0.1); return probe(path, **more)\n"
-        "p.probe = slow; sys.argv[0] = 'mvit-data'; main()"
+        "def slow(path, *more): time.sleep(0.1); return probe(path, *more)\n"
+        "p.probe, p.SAVE_EVERY_S = slow, 0; sys.argv[0] = 'mvit-data'; main()"
     )
-    journal = data / "index.parquet.unfinished"
     killed = subprocess.Popen(
         [sys.executable, "-c", script, "prepare", *arguments(data), "num_workers=0"],
         cwd=tmp_path,
         stdout=subprocess.DEVNULL,
     )
-
-    def num_done() -> int:  # without an error
-        return journal.read_text().count("null]\n") if journal.exists() else 0
-
     deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and num_done() < 2:
+    while time.monotonic() < deadline and num_done(data) < 2:
         time.sleep(0.02)
     os.kill(killed.pid, signal.SIGKILL)
     killed.wait()
-    done = num_done()
+    done = num_done(data)
     assert 2 <= done < 17
     assert not (data / "index.parquet").exists()
-    with journal.open("a") as file:
-        file.write('["/half/a/li')
     assert f"{done} videos are done" in prepare(command, data)
     assert len(read) == 17 - done
-    assert not journal.exists()
+    assert not (data / "index.parquet.unfinished").exists()
     assert len(pq.read_table(data / "index.parquet")) == 18
 
 
 def test_a_process_that_dies_is_told_and_nothing_is_lost(
     command: Command, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def crashing(path: str, **options: Any) -> FileInfo:
-        if path.endswith("text.webm"):
-            os.kill(os.getpid(), signal.SIGKILL)
-        return probe(path, **options)
+    def crashing(path: str, open_file: Callable[[str], Any]) -> FileInfo:
+        with open_file(path) if path.endswith("cats/4.mp4") else nullcontext() as video:
+            if video:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return probe(path, open_file)
 
     with monkeypatch.context() as patched:
         patched.setattr(prepare_module, "probe", crashing)
         result = command("data", "prepare", *arguments(data), "num_workers=1")
+    assert "was killed by SIGKILL while it read" in result.err
+    assert "4.mp4" in result.err
     assert result.code == 1
-    assert "a process that read videos died" in result.err
     assert result.err.count("mvit-data: error") == 1
-    done = (data / "index.parquet.unfinished").read_text().count("null]\n")
+    done = num_done(data)
     assert done > 0
     assert f"{done} videos are done" in prepare(command, data)
 
@@ -420,8 +423,8 @@ def test_an_index_of_another_version_is_told_or_read_anew(command: Command, mixe
 def test_an_error_that_passed_is_seen_and_the_file_read_again(
     command: Command, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def forbidden(path: str, **options: Any) -> FileInfo:
-        info = probe(path, **options)
+    def forbidden(path: str, *options: Any) -> FileInfo:
+        info = probe(path, *options)
         return info._replace(sha256="", error="permission denied") if path.endswith("cats/0.mp4") else info
 
     with monkeypatch.context() as patched:
@@ -445,14 +448,15 @@ def test_two_runs_on_one_index_are_refused_and_one_beside_it_is_not(command: Com
     prepare(command, data)
 
 
-def test_a_file_in_the_place_of_the_journal_is_kept(command: Command, data: Path) -> None:
-    (data / "index.parquet.unfinished").write_text("precious")
+def test_what_no_unfinished_run_has_left_is_kept(command: Command, data: Path) -> None:
+    unfinished = data / "index.parquet.unfinished"
+    unfinished.write_text("precious")
     prepare(command, data)
     assert (data / "index.parquet.unfinished.damaged").read_text() == "precious"
-    for number, text in enumerate(['{"made_with": null}\n["x"]', "[" * 100_000]):
-        (data / "index.parquet.unfinished").write_text(text)
-        prepare(command, data)
-        assert (data / f"index.parquet.unfinished.damaged.{number + 1}").read_text() == text
+    others_index(unfinished, size=["a", "b"])
+    content = unfinished.read_bytes()
+    prepare(command, data)
+    assert (data / "index.parquet.unfinished.damaged.1").read_bytes() == content
     (data / "precious.parquet").write_text("precious")
     refused = command("data", "prepare", *arguments(data), "num_workers=0", f"index={data}/precious.parquet")
     assert refused.code == 1
@@ -469,14 +473,14 @@ def test_an_index_is_a_file(command: Command, data: Path) -> None:
     assert (data / "cats" / "index.parquet").is_file()
 
 
-def test_a_journal_of_other_settings_is_not_gone_on_with(command: Command, mixed: Path) -> None:
+def test_an_unfinished_run_of_other_settings_is_not_gone_on_with(command: Command, mixed: Path) -> None:
     line = prepare_mixed(mixed)
     stat = (mixed / "film.mp4").stat()
-    info = [stat.st_size, stat.st_mtime_ns, 99, 1.0, 9.0, 4, 4, "h264", "0" * 64, None]
-    journal = mixed / "index.parquet.unfinished"
+    info = FileInfo(stat.st_size, stat.st_mtime_ns, 99, 1.0, 9.0, 4, 4, "h264", "0" * 64)
+    entry = Entry("train", LabelledVideo(str(mixed / "film.mp4"), 0, "film.mp4"), info)
     for number, frames in ((1, 6), (PROBE, 99)):
-        head = {"made_with": {**settings(30), "probe": number}}
-        journal.write_text(f"{json.dumps(head)}\n{json.dumps([str(mixed / 'film.mp4'), *info])}\n")
+        made_with = {**settings(30), "probe": number}
+        write_table(mixed / "index.parquet.unfinished", Table([entry], ("0", "1"), made_with=made_with))
         assert command("data", *line).code == 0
         assert info_of(mixed)["film.mp4"].frames == frames
         (mixed / "index.parquet").unlink()

@@ -51,6 +51,14 @@ def test_a_resumed_job_counts_those_of_before(tmp_path: Path) -> None:
     assert (tmp_path / "bad.csv.former").read_bytes() == before
 
 
+def test_several_processes_stop_by_what_they_have_found_together(tmp_path: Path) -> None:
+    ranks = [BadVideos(tmp_path / "bad.csv", allowed=2, total=9, go_on=rank > 0) for rank in range(3)]
+    ranks[0].note([BadVideo("a.mp4", "damaged")])
+    ranks[1].note([BadVideo("a.mp4", "damaged"), BadVideo("b.mp4", "damaged")])
+    with pytest.raises(DataError, match="3 of 9"):
+        ranks[2].note([BadVideo("c.mp4", "damaged")])
+
+
 @pytest.mark.parametrize(
     ("value", "total", "allowed"), [(0, 9, 0), (3, 9, 3), (0.5, 9, 4), (0.29, 100, 29), (1, 9, 1)]
 )

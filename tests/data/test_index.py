@@ -355,7 +355,8 @@ def test_json_list(videos: Path) -> None:
          "2 class names allow 0 to 1"),
         ("v/a.mp4 -1\n", "label -1 is out of range"),
         ("v/a.mp4 swim\n", "line 1 ('v/a.mp4'): unknown class 'swim'; the classes are run, jump"),
-        ("v/a.mp4 0\nv/b.mp4 0\n./v/a.mp4 1\n", "train.csv, line 3 ('v/a.mp4'): it comes twice, first in {root}/train.csv, line 1"),
+        ("v/a.mp4 0\nv/b.mp4 0\n./v/a.mp4 1\n", "line 3 ('v/a.mp4'): it comes twice, "
+         "first in {root}/train.csv, line 1"),
         ("v/a.mp4 0\n\n\nv/b.mp4 9\n", "train.csv, line 4 ('v/b.mp4'): label 9"),
         ("w/a.mp4 0\nw/b.mp4 0\n", "none of its 2 videos can be read, the first is {root}/w/a.mp4: "
          "no such file; relative paths start at root={root}"),
@@ -368,6 +369,12 @@ def test_csv_mistakes_are_named(videos: Path, text: str, message: str) -> None:
     file = write(videos / "train.csv", text)
     with fails(message.format(root=videos)):
         csv_splits(file, file, class_names=["run", "jump"])
+
+
+def test_paths_of_windows_are_hinted_at(videos: Path) -> None:
+    file = write(videos / "train.csv", "v\\a.mp4,0\nv\\b.mp4,1\n")
+    with fails("where this system has `/`"):
+        csv_splits(file, file)
 
 
 @pytest.mark.parametrize("label", [-1, 100_000, 10**12])
