@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import closing
 from itertools import chain
 from multiprocessing.pool import ThreadPool
@@ -99,18 +99,8 @@ def prepare(
             known = _read_known(file, made_with) | _read_unfinished(unfinished, made_with)
             info, todo = _sort_out(paths, known)
             log.info("%d videos: %d to read, %d known or missing", len(paths), len(todo), len(info))
-            saved = time.monotonic()
-            try:
-                for path, new in track(
-                    _probe_all(todo, num_workers, decoder), len(todo), done=0, what="reading"
-                ):
-                    info[path] = new
-                    if time.monotonic() > saved + SAVE_EVERY_S:
-                        save(unfinished)
-                        saved = time.monotonic()
-            except BaseException:
-                save(unfinished)
-                raise
+            probes = track(_probe_all(todo, num_workers, decoder), len(todo), done=0, what="reading")
+            _collect(info, probes, save=lambda: save(unfinished))
             table = save(file, _unlisted(place, info))
             unfinished.unlink(missing_ok=True)
     except OSError as error:
@@ -223,6 +213,22 @@ def _probe_all(paths: list[str], num_workers: int, decoder: Decoder) -> Iterator
     )
     with closing(loader):
         yield from loader
+
+
+def _collect(
+    info: dict[str, FileInfo], probes: Iterable[tuple[str, FileInfo]], *, save: Callable[[], object]
+) -> None:
+    """Add what is found out to ``info``, and save it from time to time and where something ends it."""
+    saved = time.monotonic()
+    try:
+        for path, new in probes:
+            info[path] = new
+            if time.monotonic() > saved + SAVE_EVERY_S:
+                save()
+                saved = time.monotonic()
+    except BaseException:
+        save()
+        raise
 
 
 # What former runs have found out

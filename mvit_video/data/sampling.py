@@ -1,7 +1,8 @@
 """Which frames and which pixels a view of a video is made of: integers in, integers out, no video needed.
 
 The test plans are PySlowFast's, whose published accuracies they are meant to reproduce. A random plan depends
-on its `random.Random` alone, so a seed gives the same plan in any process or thread.
+on its `random.Random` alone, so a seed gives the same plan in any process or thread. Frame numbers lie in
+[0, num_frames) and don't decrease. ValueError names an argument that is out of range.
 """
 
 from __future__ import annotations
@@ -65,14 +66,7 @@ def random_frame_indices(
     target_fps: float = 30.0,
     rng: random.Random,
 ) -> list[int]:
-    """Frame numbers of one training clip: a span as in `kinetics_frame_indices`, starting anywhere.
-
-    Returns:
-        `clip_frames` numbers in [0, num_frames), not decreasing.
-
-    Raises:
-        ValueError: an argument is not positive.
-    """
+    """Frame numbers of one training clip: a span as in `kinetics_frame_indices`, starting anywhere."""
     _require_positive(num_frames=num_frames)
     span = _span(fps, clip_frames, stride, target_fps)
     start = rng.uniform(0.0, max(num_frames - span, 0.0))
@@ -95,12 +89,6 @@ def random_segment_frame_indices(num_frames: int, *, clip_frames: int, rng: rand
     """Frame numbers of one training clip of Something-Something v2: a random frame of each segment.
 
     Neighbouring segments share their border frame, so a frame can come twice.
-
-    Returns:
-        `clip_frames` numbers in [0, num_frames), not decreasing.
-
-    Raises:
-        ValueError: an argument is not positive.
     """
     return [rng.randint(first, last) for first, last in _segments(num_frames, clip_frames)]
 
@@ -114,12 +102,6 @@ def torchvision_frame_indices(
     `num_clips` are taken at equal distances, the first and the last included (VideoClips and
     UniformClipSampler). The reference leaves videos out that are too short for a run; here the last frame is
     repeated.
-
-    Returns:
-        `num_clips` lists of `clip_frames` numbers in [0, num_frames).
-
-    Raises:
-        ValueError: an argument is not positive.
     """
     _require_positive(
         num_frames=num_frames, fps=fps, clip_frames=clip_frames, frame_rate=frame_rate, num_clips=num_clips
@@ -189,11 +171,7 @@ def spatial_views(
 
 
 def torchvision_spatial_view(height: int, width: int, *, short_side: int, crop: int) -> SpatialView:
-    """The centre crop of torchvision's presets: an offset between two pixels goes to the even one.
-
-    Raises:
-        ValueError: a size is not positive, or `crop` exceeds `short_side`.
-    """
+    """The centre crop of torchvision's presets: an offset between two pixels goes to the even one."""
     _require_crop_fits(crop, short_side)
     _require_positive(height=height, width=width)
     long_side = int(short_side * max(height, width) / min(height, width))
@@ -214,10 +192,6 @@ def random_short_side_crop(
 
     The inverse of the short side is what is drawn uniformly, which makes small sizes likelier. Mirroring is
     off unless asked for: the classes of Something-Something v2 tell left from right.
-
-    Raises:
-        ValueError: a size is not positive, `short_sides` are not in order, `crop` exceeds the smaller one, or
-            `flip_probability` is outside 0 to 1.
     """
     smallest, largest = _ordered("short_sides", short_sides)
     _require_crop_fits(crop, smallest)
@@ -241,10 +215,6 @@ def random_resized_crop(
 
     Ten draws; if none fits inside the frame, the largest centred box whose ratio lies within `aspect`. These
     are the semantics of torchvision's RandomResizedCrop and of PySlowFast.
-
-    Raises:
-        ValueError: a size is not positive, a range is not positive or not in order, `area` exceeds 1, or
-            `flip_probability` is outside 0 to 1.
     """
     _require_positive(height=height, width=width)
     smallest, largest = _ordered("area", area)
