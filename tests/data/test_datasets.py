@@ -282,7 +282,8 @@ def test_kinetics_without_anything_says_what_is_expected(tmp_path: Path, a_video
         kinetics_splits(tmp_path, class_names="kinetics400")
 
 
-@pytest.mark.parametrize("number", [400, *(pytest.param(n, marks=pytest.mark.slow) for n in (600, 700))])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [400, 600, 700])
 def test_kinetics_is_trained_and_evaluated_by_command(
     command: Command, tmp_path: Path, a_video: PutVideo, number: int
 ) -> None:
