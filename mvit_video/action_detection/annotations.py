@@ -14,24 +14,24 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 from mvit_video.action_detection.metrics import Moment, Row
 from mvit_video.data.class_names import ClassNames, read_class_names
-from mvit_video.data.decode.images import entry_on_disk, frame_pattern
+from mvit_video.data.decode.images import entry_on_disk
 from mvit_video.data.files import (
     VIDEO_EXTENSIONS,
     FileSearch,
     existing,
-    existing_folder,
     find_first,
     lines_of,
     names_in,
     quoted,
     read_text,
 )
+from mvit_video.data.lists import cells_of
+from mvit_video.data.ssv2 import frame_patterns
 from mvit_video.errors import ConfigError, DataError
 from mvit_video.io.writing import replacing
 
@@ -164,12 +164,12 @@ def action_splits(
     Raises:
         DataError: a file is missing, a row can't be used, or too many videos are missing.
     """
-    folder = existing_folder(root)
-    place = Path(str(videos)).expanduser() if videos else find_first(folder, ["videos", "frames"]) or folder
-    source = _Films(existing_folder(folder / place), start_second, max_missing)
+    folder = existing(root, folder=True)
+    place = Path(str(videos)).expanduser() if videos else find_first(folder, "videos", "frames") or folder
+    source = _Films(existing(folder / place, folder=True), start_second, max_missing)
     lists: list[dict[str, str] | None] = [None, None]
     if frame_lists:
-        lists = [_read_frame_list(folder / str(file), source.folder) for file in frame_lists]
+        lists = [frame_patterns(existing(folder / str(file)), [source.folder]) for file in frame_lists]
     train, true = _sources(folder, train_boxes), _sources(folder, val_boxes)
     names = _names(folder, class_names, [file for file, _ in train])
     limits = _Limits(tuple(map(float, seconds or (-math.inf, math.inf))), max(names))
@@ -210,9 +210,10 @@ def read_moments(path: str | Path) -> list[Moment]:
     """The rows video,second of a file, such as of excluded moments. Raises DataError."""
     file = existing(path)
     moments = []
-    for line, cells in _cells(file):
-        _require(cells, 2, file, line)
-        moments.append((cells[0], _number(cells[1], file, line)))
+    for where, line in lines_of(file):
+        cells = cells_of(where, line)
+        _require(cells, 2, where)
+        moments.append((cells[0], _number(cells[1], where)))
     return moments
 
 
@@ -338,24 +339,6 @@ def _exists(path: str) -> bool:
     return Path(entry_on_disk(path)).exists()
 
 
-def _read_frame_list(file: Path, folder: Path) -> dict[str, str]:
-    """Of each video of PySlowFast's list, the numbered run of its pictures."""
-    ends: dict[str, list[str]] = {}
-    for line, text in islice(lines_of(existing(file)), 1, None):  # below the names of the columns
-        cells = text.split()
-        if len(cells) < 4:
-            raise DataError(f"{file}, line {line}: expected original_vido_id video_id frame_id path labels")
-        run = ends.setdefault(cells[0], [cells[3], cells[3]])
-        run[1] = cells[3]
-    runs: dict[str, str] = {}
-    for name, (first, last) in ends.items():
-        pattern = frame_pattern(str(folder / first), str(folder / last))
-        if pattern is None:
-            raise DataError(f"{file}: the pictures of {name} aren't numbered in order")
-        runs[name] = pattern
-    return runs
-
-
 def _names(folder: Path, source: ClassNames | None, files: Sequence[Path]) -> dict[int, str]:
     if source is None:
         found = {row.class_id for file in files for row in _rows(existing(file)) if row.class_id is not None}
@@ -378,43 +361,35 @@ def _sources(folder: Path, files: Files | None, min_score: float | None = None) 
     return [(folder / Path(str(path)).expanduser(), min_score) for path in paths]
 
 
-def _cells(file: Path) -> Iterator[tuple[int, list[str]]]:
-    line = 0
-    try:
-        for line, text in lines_of(file):
-            yield line, next(csv.reader([text]))
-    except csv.Error as error:
-        raise DataError(f"{file}, line {line}: {error}") from None
-
-
-def _require(cells: list[str], count: int, file: Path, line: int) -> None:
+def _require(cells: list[str], count: int, where: str) -> None:
     if len(cells) < count:
-        raise DataError(f"{file}, line {line}: expected at least {count} columns, got {len(cells)}")
+        raise DataError(f"{where}: expected at least {count} columns, got {len(cells)}")
 
 
 def _rows(file: Path) -> Iterator[BoxRow]:
-    for line, cells in _cells(file):
+    for where, line in lines_of(file):
+        cells = cells_of(where, line)
         if len(cells) == 2:  # a frame without people
             continue
-        _require(cells, 7, file, line)
-        numbers = [_number(cell, file, line) for cell in cells[1:6]]
+        _require(cells, 7, where)
+        numbers = [_number(cell, where) for cell in cells[1:6]]
         if any(abs(value) > _FARTHEST for value in numbers[1:]):
             box = ",".join(cells[2:6])
-            raise DataError(f"{file}, line {line}: boxes are shares of the picture, 0 to 1, got {box}")
+            raise DataError(f"{where}: boxes are shares of the picture, 0 to 1, got {box}")
         action = cells[6].strip()
         if action and not action.lstrip("-").isdecimal():
-            raise DataError(f"{file}, line {line}: {quoted(action)} is no number of an action")
-        score = _number(cells[7], file, line) if len(cells) > 7 and cells[7].strip() else None
+            raise DataError(f"{where}: {quoted(action)} is no number of an action")
+        score = _number(cells[7], where) if len(cells) > 7 and cells[7].strip() else None
         known = int(action) if action and int(action) >= 0 else None
         second, x1, y1, x2, y2 = numbers
         yield BoxRow(cells[0], second, x1, y1, x2, y2, known, score, tuple(cells[2:6]))
 
 
-def _number(cell: str, file: Path, line: int) -> float:
+def _number(cell: str, where: str) -> float:
     try:
         value = float(cell)
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise DataError(f"{file}, line {line}: {quoted(cell)} is no number")
+        raise DataError(f"{where}: {quoted(cell)} is no number")
     return value
