@@ -40,11 +40,6 @@ class TrainingSample(NamedTuple):
     bad: list[BadVideo]  # videos that this one stands in for
     path: str = ""
 
-    @property
-    def clip(self) -> Tensor:
-        """float (3, T, H, W), the first version."""
-        return self.clips[0]
-
 
 class Batch(NamedTuple):
     """Labelled clips of several videos, and the videos that gave none."""

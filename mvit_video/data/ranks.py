@@ -40,7 +40,8 @@ class Ranks:
                 answer[0] = make()
             except MVitVideoError as error:
                 answer[1] = error
-        self._collective(lambda: dist.broadcast_object_list(answer, 0, self.group))
+        with self._together():
+            dist.broadcast_object_list(answer, 0, self.group)
         if answer[1] is not None:
             raise answer[1]
         return answer[0]
@@ -52,16 +53,17 @@ class Ranks:
         import torch.distributed as dist
 
         values: list[Any] = [None] * self.size
-        self._collective(lambda: dist.all_gather_object(values, value, self.group))
+        with self._together():
+            dist.all_gather_object(values, value, self.group)
         return values
 
-    def _collective(self, call: Callable[[], None]) -> None:
+    @contextmanager
+    def _together(self) -> Iterator[None]:
         try:
-            call()
+            yield
         except RuntimeError as error:  # its text is about sockets
-            raise MVitVideoError(
-                f"rank {self.rank} of {self.size}: another rank failed; see its error above"
-            ) from error
+            failed = f"rank {self.rank} of {self.size}: another rank failed; see its error above"
+            raise MVitVideoError(failed) from error
 
 
 @contextmanager
@@ -77,15 +79,18 @@ def process_group() -> Iterator[Ranks]:
         return
     import torch.distributed as dist
 
-    address = "env://" if "MASTER_ADDR" in os.environ else _slurm_address()
+    address = "env://"
+    if "MASTER_ADDR" not in os.environ:
+        processes_per_node()
+        slurm = _slurm()()
+        address = f"tcp://{slurm.main_address}:{slurm.main_port}"
     try:
         dist.init_process_group(
             "gloo", init_method=address, rank=rank, world_size=size, timeout=timedelta(minutes=10)
         )
     except (RuntimeError, ValueError) as error:  # a port in use, a variable that lacks
-        raise ConfigError(
-            f"rank {rank} of {size}: the processes can't find each other: {brief(error)}"
-        ) from None
+        problem = f"the processes can't find each other: {brief(error)}"
+        raise ConfigError(f"rank {rank} of {size}: {problem}") from None
     try:
         # One process may have far more to do than another; one that dies is noticed at once all the same.
         group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
@@ -111,12 +116,6 @@ def rank_and_size() -> tuple[int, int]:
     return rank, size
 
 
-def local_rank() -> int | None:
-    """This process's rank among those of its machine; None without a launcher."""
-    name = next((name for name in ("LOCAL_RANK", "SLURM_LOCALID") if os.environ.get(name)), None)
-    return None if name is None or rank_and_size()[1] == 1 else _number(name)
-
-
 def processes_per_node() -> int:
     """How many of the processes run on a machine; the most, where Slurm has given them different numbers.
 
@@ -138,30 +137,23 @@ def processes_per_node() -> int:
 
 def in_slurm() -> bool:
     """Whether this is a Slurm job (and not an interactive one)."""
-    if "SLURM_NTASKS" not in os.environ:
-        return False
-    from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
-
-    return SLURMEnvironment.detect()
+    return "SLURM_NTASKS" in os.environ and _slurm().detect()
 
 
 def use_own_gpu() -> None:
     """Make this process's GPU the one that "cuda" means."""
-    local = local_rank()
-    if local is None:
-        return
-    import torch
+    name = next((name for name in ("LOCAL_RANK", "SLURM_LOCALID") if os.environ.get(name)), None)
+    if name is not None and rank_and_size()[1] > 1:
+        import torch
 
-    if local < torch.cuda.device_count():
-        torch.cuda.set_device(local)
+        if (local := _number(name)) < torch.cuda.device_count():
+            torch.cuda.set_device(local)
 
 
-def _slurm_address() -> str:
+def _slurm() -> Any:
     from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 
-    processes_per_node()
-    slurm = SLURMEnvironment()
-    return f"tcp://{slurm.main_address}:{slurm.main_port}"
+    return SLURMEnvironment
 
 
 def _number(name: str) -> int:

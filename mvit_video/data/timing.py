@@ -7,11 +7,11 @@ stage costs a look at a variable of its thread.
 from __future__ import annotations
 
 import json
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 import torch
@@ -56,34 +56,30 @@ class Clock:
         self.samples += 1
 
 
-class _Thread(threading.local):
-    clock: Clock | None = None
-
-
-_thread = _Thread()
+_current: ContextVar[Clock | None] = ContextVar("clock", default=None)  # of each thread
 
 
 def clock() -> Clock | None:
     """This thread's, where it is being measured."""
-    return _thread.clock
+    return _current.get()
 
 
 @contextmanager
 def measured(stage: str) -> Iterator[Clock]:
     """Measure this thread; what is no other stage is ``stage``."""
-    former, current = _thread.clock, Clock(stage)
-    _thread.clock = current
+    current = Clock(stage)
+    token = _current.set(current)
     try:
         yield current
     finally:
         current.switch(stage)
-        _thread.clock = former
+        _current.reset(token)
 
 
 @contextmanager
 def stage(name: str) -> Iterator[None]:
     """A block of code, or as a decorator a function, is a stage where this thread is being measured."""
-    current = _thread.clock
+    current = clock()
     if current is None:
         yield
         return
@@ -96,7 +92,7 @@ def stage(name: str) -> Iterator[None]:
 
 def watch(model: nn.Module) -> None:
     """Make the model's forward passes a stage, where this thread is being measured."""
-    if _thread.clock is not None:
+    if clock() is not None:
         model.forward = stage("model")(model.forward)
 
 

@@ -86,9 +86,11 @@ def test_training_clips_depend_on_seed_epoch_and_video_alone(videos: list[Labell
     random.seed(1)
     torch.manual_seed(1)
     for key in [(0, 4), (1, 4), (0, 0)]:
-        assert torch.equal(dataset[key].clip, again[key].clip)
-    assert not torch.equal(dataset[0, 4].clip, dataset[1, 4].clip)
-    assert not torch.equal(dataset[0, 4].clip, TrainingClips(videos, PROTOCOL, Augment(), seed=4)[0, 4].clip)
+        assert torch.equal(dataset[key].clips[0], again[key].clips[0])
+    assert not torch.equal(dataset[0, 4].clips[0], dataset[1, 4].clips[0])
+    assert not torch.equal(
+        dataset[0, 4].clips[0], TrainingClips(videos, PROTOCOL, Augment(), seed=4)[0, 4].clips[0]
+    )
 
 
 def test_the_sampler_shows_every_video_once_in_another_order_each_epoch() -> None:
@@ -106,7 +108,7 @@ def test_training_frames_rise_and_stay_inside(videos: list[LabelledVideo]) -> No
     dataset = TrainingClips(videos, PROTOCOL, WHOLE_PICTURE, seed=0)
     starts = set()
     for epoch in range(8):
-        shown = numbers(dataset[epoch, 2].clip)
+        shown = numbers(dataset[epoch, 2].clips[0])
         assert all(number is not None and 0 <= number < 22 for number in shown)
         assert shown == sorted(shown)
         starts.add(shown[0])
@@ -121,8 +123,8 @@ def test_a_bad_video_is_replaced_and_reported(videos: list[LabelledVideo], tmp_p
     sample = dataset[0, 0]
     assert [bad.path for bad in sample.bad] == [str(broken)] * len(sample.bad)
     assert sample.bad
-    assert sample.clip.shape == (3, 4, 96, 96)
-    assert torch.equal(sample.clip, dataset[0, 0].clip)
+    assert sample.clips[0].shape == (3, 4, 96, 96)
+    assert torch.equal(sample.clips, dataset[0, 0].clips)
 
     views = TestViews(mixed, PROTOCOL)[0]
     assert views.error
