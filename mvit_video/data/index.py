@@ -203,15 +203,16 @@ def folder_splits(
         if others:
             log.warning("%s: folders beside the splits aren't looked at: %s", root, ", ".join(sorted(others)))
         train = _index_of_folder(folders["train"], root, search, names)
-        test = folders.pop("test", None)
-        val = _index_of_folder(folders.get("val") or test or root, root, search, train.class_names)
-        of_test = None
+        val = _index_of_folder(
+            folders["val" if "val" in folders else "test"], root, search, train.class_names
+        )
+        test = None
         if "val" in folders and "test" in of_classes:
-            of_test = _index_of_folder(test or root, root, search, train.class_names)
-        elif "val" in folders and test and (files := search.below(test)):
+            test = _index_of_folder(folders["test"], root, search, train.class_names)
+        elif "val" in folders and "test" in folders and (files := search.below(folders["test"])):
             videos = (LabelledVideo(path, None, relative(path, root)) for path in files)
-            of_test = VideoIndex(tuple(videos), train.class_names)
-        splits = VideoSplits(train, val, of_test)
+            test = VideoIndex(tuple(videos), train.class_names)
+        splits = VideoSplits(train, val, test)
     search.report(root)
     return splits
 
