@@ -9,7 +9,7 @@ from mvit_video.data.index import VideoSplits
 from mvit_video.data.lists import Row, VideoList, read_csv, splits_of_lists
 from mvit_video.errors import ConfigError, DataError
 
-_HMDB_SPLITS = {1: "train", 2: "val", 0: "neither"}
+_HMDB_SPLITS: dict[int | str | None, str] = {1: "train", 2: "val", 0: "neither"}
 
 
 def ucf101_splits(root: str | Path, *, fold: int = 1, max_missing: float = 0.2) -> VideoSplits:

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -131,10 +132,9 @@ def _read_official(
     rows: list[Row] = []
     for where, line in lines:
         values = dict(zip(columns, cells := cells_of(where, line), strict=False))
-        try:
+        clip = None
+        with suppress(KeyError, ValueError):
             clip = Clip(values["youtube_id"], _seconds(values["time_start"]), _seconds(values["time_end"]))
-        except (KeyError, ValueError):
-            clip = None
         if clip is None or len(cells) != len(columns):
             raise DataError(
                 f"{where}: expected {','.join(columns)} with times in seconds, got {quoted(line)}"

@@ -278,8 +278,8 @@ class _Threads:
     def current_files(self) -> list[str]:
         return [path for path in self._files.values() if path]
 
-    def what_died(self) -> None:
-        """Threads go with this process."""
+    def what_died(self) -> str | None:
+        return None  # threads go with this process
 
     def close(self) -> None:
         self.pool.shutdown(cancel_futures=True)
@@ -320,7 +320,7 @@ class _Processes:
         self.pool = ProcessPoolExecutor(num_workers, context, _start_process, arguments)
         self.pool.submit(os.getpid)  # they start with the first job
         # To kill one that hangs: public as kill_workers() from Python 3.14 on, the same attribute there.
-        self._processes = self.pool._processes
+        self._processes: Any = self.pool._processes
         self.make = _make_in_process
 
     def current_files(self) -> list[str]:

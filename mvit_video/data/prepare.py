@@ -146,8 +146,9 @@ def summary(table: Table, problems: Sequence[Problem]) -> dict[str, Any]:
         for label, name in enumerate(table.class_names)
     }
     found["without_label"] = sum(entry.video.label is None for entry in usable)
-    shown = {"shortest": min, "median": median, "longest": max} if seconds else {}
-    found["seconds"] = {name: statistic(seconds) for name, statistic in shown.items()}
+    found["seconds"] = {}
+    if seconds:
+        found["seconds"] = {"shortest": seconds[0], "median": median(seconds), "longest": seconds[-1]}
     found["codecs"] = dict(Counter(entry.info.codec for entry in usable).most_common())
     found["unlisted_files"] = len(table.unlisted)
     return found

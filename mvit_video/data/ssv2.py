@@ -121,7 +121,8 @@ def frame_patterns(file: Path, folders: list[Path]) -> dict[str, str]:
     found: dict[str, str] = {}
     folder: Path | None = None
     for video, frames in groupby(lines, key=lambda line: line[1][0]):
-        places, paths = [], []
+        places: list[str] = []
+        paths: list[str] = []
         for where, fields in frames:
             if len(fields) not in (4, 5):
                 raise DataError(f"{where}: expected `{columns}`, got {quoted(' '.join(fields))}")
