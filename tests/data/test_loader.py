@@ -237,7 +237,7 @@ def test_a_killed_process_is_reported_by_the_video_it_held(
 
 
 def hang() -> None:
-    time.sleep(1.5)
+    time.sleep(0.5)
 
 
 @BOTH
@@ -247,7 +247,7 @@ def test_a_video_that_takes_very_long_is_named(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(loader_module, "WARN_AFTER_S", 0.5)
+    monkeypatch.setattr(loader_module, "WARN_AFTER_S", 0.1)
     open_file = partial(failing, bad=videos[5].path, failure=hang)
     with closing(training(videos, open_file, num_workers=2, worker_type=kind)) as loader:
         assert len(list(loader)) == 4
