@@ -201,7 +201,8 @@ class _Probes:
     sample_nbytes = 0
 
     def __init__(self, paths: list[str], decoder: Decoder) -> None:
-        self.paths, self.open_file = paths, decoder
+        self.paths = paths
+        self.open_file: Callable[[str], Any] = decoder
 
     def __getitem__(self, index: int) -> tuple[str, FileInfo]:
         return self.paths[index], probe(self.paths[index], self.open_file)
