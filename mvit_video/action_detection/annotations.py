@@ -14,12 +14,13 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 from mvit_video.action_detection.metrics import Moment, Row
 from mvit_video.data.class_names import ClassNames, read_class_names
-from mvit_video.data.decode.images import entry_on_disk
+from mvit_video.data.decode.images import entry_on_disk, frame_pattern
 from mvit_video.data.files import (
     VIDEO_EXTENSIONS,
     FileSearch,
@@ -31,7 +32,6 @@ from mvit_video.data.files import (
     read_text,
 )
 from mvit_video.data.lists import cells_of
-from mvit_video.data.ssv2 import frame_patterns
 from mvit_video.errors import ConfigError, DataError
 from mvit_video.io.writing import replacing
 
@@ -169,7 +169,7 @@ def action_splits(
     source = _Films(existing(folder / place, folder=True), start_second, max_missing)
     lists: list[dict[str, str] | None] = [None, None]
     if frame_lists:
-        lists = [frame_patterns(existing(folder / str(file)), [source.folder]) for file in frame_lists]
+        lists = [_read_frame_list(folder / str(file), source.folder) for file in frame_lists]
     train, true = _sources(folder, train_boxes), _sources(folder, val_boxes)
     names = _names(folder, class_names, [file for file, _ in train])
     limits = _Limits(tuple(map(float, seconds or (-math.inf, math.inf))), max(names))
@@ -337,6 +337,24 @@ class _Films(NamedTuple):
 
 def _exists(path: str) -> bool:
     return Path(entry_on_disk(path)).exists()
+
+
+def _read_frame_list(file: Path, folder: Path) -> dict[str, str]:
+    """Of each video of PySlowFast's list, the numbered run of its pictures."""
+    ends: dict[str, list[str]] = {}
+    for where, line in islice(lines_of(existing(file)), 1, None):  # below the names of the columns
+        cells = line.split()
+        if len(cells) < 4:
+            raise DataError(f"{where}: expected original_vido_id video_id frame_id path labels")
+        run = ends.setdefault(cells[0], [cells[3], cells[3]])
+        run[1] = cells[3]
+    runs: dict[str, str] = {}
+    for name, (first, last) in ends.items():
+        pattern = frame_pattern(str(folder / first), str(folder / last))
+        if pattern is None:
+            raise DataError(f"{file}: the pictures of {name} aren't numbered in order")
+        runs[name] = pattern
+    return runs
 
 
 def _names(folder: Path, source: ClassNames | None, files: Sequence[Path]) -> dict[int, str]:

@@ -66,7 +66,7 @@ def ssv2_splits(
         if file is None or (frame_lists is not None and split == "test"):
             continue  # PySlowFast has no frame list of the test videos
         if frame_lists is not None:
-            paths = frame_patterns(existing(root / frame_lists[split == "val"]), folders)
+            paths = _frame_patterns(existing(root / frame_lists[split == "val"]), folders)
         lists[split] = _read(file, folders[0], paths, split)
         lists[split].optional = split == "test" and given is None
     return splits_of_lists(lists, names, max_missing=max_missing)
@@ -106,7 +106,7 @@ def _read(file: Path, folder: Path, paths: dict[str, str], split: str) -> VideoL
     return VideoList(file, rows, base=Path(), remedy=remedy)
 
 
-def frame_patterns(file: Path, folders: list[Path]) -> dict[str, str]:
+def _frame_patterns(file: Path, folders: list[Path]) -> dict[str, str]:
     """PySlowFast's list of frames: id to the path of its pictures, `folder/78687/78687_[000001-000042].jpg`.
 
     The paths start at the first of the folders that has the first picture.
