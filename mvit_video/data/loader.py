@@ -184,6 +184,9 @@ class ClipLoader(Generic[Collated]):
             died = workers.what_died()
             self.close()
             raise error if died is None else DataError(died) from None
+        except KeyboardInterrupt:  # a process that hangs would keep the interpreter from ending
+            self.close()
+            raise
         if event is not None:
             _hand_over(sample, event)
         return sample, seconds
