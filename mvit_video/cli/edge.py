@@ -5,9 +5,6 @@ Nothing here imports torch, so that ``--help``, a misspelt key and tab completio
 
 from __future__ import annotations
 
-import csv
-import json
-import logging
 import math
 import os
 import select
@@ -20,25 +17,18 @@ from typing import Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import InstantiationException
-from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
 
 from mvit_video.cli.arguments import quote, split_files, split_options, without_null_groups
 from mvit_video.cli.conf import CONF_DIR, compose
 from mvit_video.cli.help import help_page
-from mvit_video.cli.messages import explain_composition, one_line
+from mvit_video.cli.messages import explain_composition, is_users, one_line
 from mvit_video.cli.schema import check
+from mvit_video.cli.sweep import leave_result
 from mvit_video.data.ranks import rank_and_size
-from mvit_video.errors import MVitVideoError
-from mvit_video.io.console import accept_all_text, print_table, printable, protect_terminal
-from mvit_video.io.writing import replacing
+from mvit_video.io.console import accept_all_text, printable, protect_terminal
 
-log = logging.getLogger(__name__)
-
-_RESULT = "job.json"  # what a job of a sweep leaves in its folder
 _QUIET = (  # warnings of libraries that a user can do nothing about
     "does not have many workers|Checkpoint directory .* exists|isinstance.treespec, LeafSpec."
     "|module.s. in eval mode at the start of training"
@@ -68,7 +58,7 @@ def run(command: str, load: Callable[[], Callable[..., Any]], arguments: list[st
         except Exception as raised:  # Hydra would add lines of its own, and end the other jobs of a sweep
             error = raised
         if HydraConfig.get().mode == RunMode.MULTIRUN:
-            _leave_result(command, value, error, full_error)
+            leave_result(command, value, error, full_error)
         elif error is not None:
             failed.append(error)
         return value
@@ -97,7 +87,7 @@ def run(command: str, load: Callable[[], Callable[..., Any]], arguments: list[st
     except Exception as error:
         if _output_is_closed(error):  # whoever read the output has had enough, such as head
             _end(128 + signal.SIGPIPE)
-        if full_error or (failed and not _is_users(error)):
+        if full_error or (failed and not is_users(error)):
             raise
         text = one_line(error) if failed else explain_composition(error, command, sys.argv[1:])
         sys.stderr.write(f"mvit-{command}: error: {printable(text)}\n")
@@ -117,33 +107,6 @@ def _checked(
 
     with timing.profiled(Path(HydraConfig.get().runtime.output_dir)):
         return job(config, *files)
-
-
-def _leave_result(command: str, value: Any, error: Exception | None, full_error: bool) -> None:
-    """Say what one of several jobs came to, for the table at their end."""
-    number, problem = HydraConfig.get().job.num, None
-    if error is not None:
-        problem = one_line(error) if _is_users(error) else f"{type(error).__name__}: {one_line(error)}"
-        if full_error or not _is_users(error):
-            log.error("a job failed", exc_info=error)
-        sys.stderr.write(f"mvit-{command}: error in job {number}: {printable(problem)}\n")
-    if rank_and_size()[0] == 0:
-        row = {
-            "job": number,
-            "overrides": list(HydraConfig.get().overrides.task),
-            "metric": float(value) if isinstance(value, int | float) and math.isfinite(value) else None,
-            "error": problem,
-        }
-        with replacing(Path(HydraConfig.get().runtime.output_dir) / _RESULT, "w") as file:
-            json.dump(row, file)
-
-
-def _is_users(error: BaseException) -> bool:
-    """Whether it tells of something that a user can mend, and not of a bug."""
-    is_log_file = isinstance(error, ValueError) and isinstance(error.__cause__, OSError)  # can't be opened
-    return is_log_file or isinstance(
-        error, MVitVideoError | InstantiationException | OmegaConfBaseException | OSError
-    )
 
 
 def _of_several_processes(command: str, arguments: list[str]) -> list[str]:
@@ -172,35 +135,3 @@ def _end(status: int) -> NoReturn:
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(status)
-
-
-class SweepTable(Callback):
-    """Shows and saves what the jobs of ``--multirun`` came to, the best first; status 1 if one failed."""
-
-    def __init__(self) -> None:
-        self._before: dict[Path, int] = {}  # results that another sweep has left in the same folder
-
-    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        found = Path(config.hydra.sweep.dir).glob(f"**/{_RESULT}")
-        self._before = {file: file.stat().st_mtime_ns for file in found}
-
-    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        folder = Path(config.hydra.sweep.dir)
-        files = [f for f in folder.glob(f"**/{_RESULT}") if f.stat().st_mtime_ns != self._before.get(f)]
-        results = [json.loads(file.read_text()) for file in files]
-        if not results:
-            return
-        sign = 1 if str(config.get("monitor")).endswith("loss") else -1  # the best come first
-        results.sort(key=lambda r: (r["metric"] is None, sign * (r["metric"] or 0), r["job"]))
-        common = set.intersection(*(set(r["overrides"]) for r in results)) if len(results) > 1 else set()
-        rows = []
-        for result in results:
-            own = " ".join(override for override in result["overrides"] if override not in common)
-            metric = "" if result["metric"] is None else result["metric"]
-            rows.append((result["job"], own, metric, result["error"] or ""))
-        columns = ("job", "overrides", "metric", "error")
-        with replacing(folder / "jobs.csv", "w", newline="") as file:
-            csv.writer(file).writerows([columns, *rows])
-        print_table(f"{folder / 'jobs.csv'}:", columns, rows)
-        if any(result["error"] for result in results):
-            sys.exit(1)

@@ -12,12 +12,17 @@ from hydra.errors import (
     MissingConfigException,
 )
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
 
 from mvit_video.cli.arguments import parsed
 from mvit_video.cli.conf import CONF_DIR, compose, groups, options, read
 from mvit_video.cli.schema import in_yaml, kinds_of
-from mvit_video.errors import did_you_mean
+from mvit_video.errors import MVitVideoError, did_you_mean
 
 # What other toolkits call a key.
 _OTHER_NAMES = {
@@ -46,6 +51,14 @@ def one_line(error: BaseException) -> str:
         where = "" if isinstance(error.__cause__, MissingMandatoryValue) else where
     text = " ".join(text.split()) or type(error).__name__
     return f"{key}: {text}" if where else text
+
+
+def is_users(error: BaseException) -> bool:
+    """Whether it tells of something that a user can mend, and not of a bug."""
+    is_log_file = isinstance(error, ValueError) and isinstance(error.__cause__, OSError)  # can't be opened
+    return is_log_file or isinstance(
+        error, MVitVideoError | InstantiationException | OmegaConfBaseException | OSError
+    )
 
 
 def explain_composition(error: BaseException, command: str, arguments: Sequence[str]) -> str:
