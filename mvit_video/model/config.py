@@ -161,6 +161,11 @@ class MViTConfig:
         return tuple(itertools.accumulate(self.stages[:-1], initial=0))
 
     @property
+    def stage_ends(self) -> tuple[int, ...]:
+        """Index of the last block of every stage."""
+        return tuple(start - 1 for start in (*self.stage_starts[1:], sum(self.stages)))
+
+    @property
     def rel_pos_tables(self) -> tuple[str, ...]:
         """The axes of each table of relative positions."""
         if self.rel_pos_joint == "space_time":
@@ -215,7 +220,7 @@ def plan_blocks(config: MViTConfig) -> Iterator[BlockPlan]:
     dim_mul, head_mul = block_factors(config)
     q_strides, kv_strides = pooling_strides(config)
     has_windows, is_hybrid = config.attention.endswith("window"), config.attention.endswith("hybrid_window")
-    global_blocks = [start - 1 for start in (*starts[1:], depth)][-3:] if is_hybrid else []
+    global_blocks = config.stage_ends[-3:] if is_hybrid else ()
 
     dim, num_heads, window = config.embed_dim, config.num_heads, config.window
     grid = floor_divide(config.input_size, config.patch_stride)

@@ -5,6 +5,7 @@ MViTv2: arXiv 2112.01526. MViT: arXiv 2104.11227.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -26,13 +27,14 @@ from mvit_video.model.config import (
     plan_blocks,
     same_padding,
 )
+from mvit_video.model.interface import TimmInterface
 from mvit_video.model.kernels import Linear
 from mvit_video.model.positions import ABSOLUTE_TABLES, absolute_lengths, joint_table, resize_table
 
 MAX_KINDS = 64  # of blocks that are compiled: by sizes, in training or not, for one clip or several
 
 
-class MViT(VideoModel):
+class MViT(TimmInterface, VideoModel):
     """MViT from a config: float clips (B, 3, T, H, W) -> logits (B, num_classes).
 
     Parameter names are those of the official PySlowFast checkpoints. ``protocol`` says how clips for this
@@ -86,28 +88,36 @@ class MViT(VideoModel):
 
     def forward_features(self, clips: Tensor) -> Tensor:
         """Float clips (B, 3, T, H, W) -> what the head reads, (B, C): the class token or the mean token."""
-        x, grid = self.embed(clips)
-        for block in self.blocks:
-            x, grid = self._run(block, x, grid)
-        if self.config.mean_pooling:
-            return self.norm(x[:, self.config.num_prefix_tokens :].mean(1))
-        x = self.norm(x)
-        return x.mean(1) if self.cls_token is None else x[:, 0]
+        return self.pool_tokens(self.run_blocks(clips, after=())[0])
 
     def forward_stages(self, clips: Tensor) -> list[Tensor]:
         """Float clips (B, 3, T, H, W) -> the grid of tokens that leaves each stage, (B, C, T', H', W').
 
         The maps are neither normalised nor hold the class token.
         """
+        return self.run_blocks(clips, after=self.config.stage_ends)[1]
+
+    def run_blocks(self, clips: Tensor, after: Collection[int]) -> tuple[Tensor, list[Tensor]]:
+        """Float clips (B, 3, T, H, W) -> tokens of the last block (B, N, C), and maps (B, C, T', H', W').
+
+        Args:
+            after: indices of the blocks whose patch tokens are given as maps.
+        """
         x, grid = self.embed(clips)
-        ends = {start - 1 for start in (*self.config.stage_starts[1:], len(self.blocks))}
         maps = []
         for index, block in enumerate(self.blocks):
             x, grid = self._run(block, x, grid)
-            if index in ends:
+            if index in after:
                 patch_tokens = x[:, self.config.num_prefix_tokens :]
                 maps.append(patch_tokens.unflatten(1, grid).permute(0, 4, 1, 2, 3))
-        return maps
+        return x, maps
+
+    def pool_tokens(self, x: Tensor) -> Tensor:
+        """Tokens of the last block (B, N, C) -> what the head reads, (B, C)."""
+        if self.config.mean_pooling:
+            return self.norm(x[:, self.config.num_prefix_tokens :].mean(1))
+        x = self.norm(x)
+        return x.mean(1) if self.cls_token is None else x[:, 0]
 
     def embed(self, clips: Tensor) -> tuple[Tensor, Grid]:
         """Float clips (B, 3, T, H, W) -> tokens (B, N, C), class token first, and their grid (T', H', W')."""

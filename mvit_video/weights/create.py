@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 from mvit_video.errors import ConfigError, did_you_mean
 from mvit_video.model.config import MViTConfig
+from mvit_video.model.interface import StageFeatures
 from mvit_video.model.mvit import MViT
 from mvit_video.model.variants import VARIANTS, Variant, build, list_models
 from mvit_video.weights import published
@@ -16,14 +18,42 @@ from mvit_video.weights.pyslowfast import infer_layout, read_cfg
 from mvit_video.weights.reading import find_weights
 
 
+@overload
 def create_model(
     name: str,
     num_classes: int | None = None,
     *,
     weights: str | None = None,
     head: Literal["strict", "new"] = "strict",
+    features_only: Literal[False] = False,
+    out_indices: None = None,
     **overrides: Any,
-) -> MViT:
+) -> MViT: ...
+
+
+@overload
+def create_model(
+    name: str,
+    num_classes: int | None = None,
+    *,
+    weights: str | None = None,
+    head: Literal["strict", "new"] = "strict",
+    features_only: Literal[True],
+    out_indices: Sequence[int] | None = None,
+    **overrides: Any,
+) -> StageFeatures: ...
+
+
+def create_model(
+    name: str,
+    num_classes: int | None = None,
+    *,
+    weights: str | None = None,
+    head: Literal["strict", "new"] = "strict",
+    features_only: bool = False,
+    out_indices: Sequence[int] | None = None,
+    **overrides: Any,
+) -> MViT | StageFeatures:
     """Build a model by name, with fresh or published weights; with those it is in eval mode.
 
     Args:
@@ -32,6 +62,8 @@ def create_model(
         weights: the name of published weights, see ``published.PUBLISHED``: "kinetics400", "ssv2", ...; they
             are fetched on first use into torch hub's folder. Tables for another size are interpolated.
         head: "new" leaves the head out of the published weights, as for other classes.
+        features_only: give the maps of the stages ``out_indices`` (None: all) instead of logits, see
+            ``StageFeatures``.
         overrides: fields of ``MViTConfig`` that differ from the variant's; None leaves the variant's. The
             model's protocol follows ``num_frames`` and ``crop_size``.
 
@@ -41,12 +73,14 @@ def create_model(
         CheckpointError: published weights can't be fetched, or know another number of classes.
     """
     if weights is not None:
-        return _create_published(name, weights, num_classes, head=head, **overrides)
-    if name not in VARIANTS:
+        model = _create_published(name, weights, num_classes, head=head, **overrides)
+    elif name in VARIANTS:
+        model = build(VARIANTS[name], num_classes=num_classes, **overrides)
+    else:
         raise ConfigError(
             f"unknown model {name!r}{did_you_mean(name, VARIANTS)}; known: {', '.join(list_models())}"
         )
-    return build(VARIANTS[name], num_classes=num_classes, **overrides)
+    return StageFeatures(model, out_indices) if features_only else model
 
 
 def _create_published(
