@@ -1,4 +1,4 @@
-"""The pages of ``--help``: every option of a command, from conf/."""
+"""The pages of ``--help``: every option of a command, with its comment in conf/ or else what it may be."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from mvit_video.cli.conf import CONF_DIR, groups, options, read
-from mvit_video.cli.schema import in_yaml
+from mvit_video.cli.schema import in_yaml, kinds_of
 
 _WIDTH = 80
 _ARGUMENTS = {"predict": "[FILE ...] ", "data": "prepare|check ", "info": "[system|speed] "}
@@ -27,11 +27,11 @@ def help_page(command: str, config: DictConfig) -> str:
         lines.append("")
     lines.append("Groups, with the keys of the option that is chosen")
     for group in groups(command):
-        lines += ["", *_group_lines(group, config)]
+        lines += ["", *_group_lines(command, group, config)]
     return "\n".join([*lines, "", own.footer.rstrip()])
 
 
-def _group_lines(group: str, config: DictConfig) -> Iterator[str]:
+def _group_lines(command: str, group: str, config: DictConfig) -> Iterator[str]:
     key, chosen = group.replace("/", "."), config.hydra.runtime.choices.get(group)
     names = f"{group}: {', '.join(options(group))}"
     yield from textwrap.wrap(names, _WIDTH, initial_indent="  ", subsequent_indent="      ")
@@ -39,7 +39,8 @@ def _group_lines(group: str, config: DictConfig) -> Iterator[str]:
     if isinstance(node, DictConfig):
         meanings = {v.key: v.meaning for file in _files(group, chosen) for v in read(file)[1] if v.meaning}
         for name, value in _leaves(OmegaConf.to_container(node)):
-            yield from _line(f"{key}.{name}", value, meanings.get(name, ""))
+            kinds = kinds_of(command).get(f"{key}.{name}", ())
+            yield from _line(f"{key}.{name}", value, meanings.get(name) or " or ".join(map(str, kinds)))
 
 
 def _files(group: str, option: str | None) -> Iterator[Path]:
