@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,10 +31,8 @@ class Value(NamedTuple):
 def read(path: Path) -> tuple[str, list[Value]]:
     """What the file says of itself in its first comment, and its values, without Hydra's own."""
     lines = path.read_text(encoding="utf-8").splitlines()
-    first = next(
-        (number for number, line in enumerate(lines) if line and not line.startswith("#")), len(lines)
-    )
-    about = " ".join(line[2:] for line in lines[:first] if not line.startswith("# @"))
+    comments = takewhile(lambda line: not line or line.startswith("#"), lines)
+    about = " ".join(line[2:] for line in comments if line and not line.startswith("# @"))
     values: list[Value] = []
     parents: list[str] = []
     for found in filter(None, map(_LINE.fullmatch, lines)):

@@ -208,11 +208,15 @@ def kinds_of(command: str) -> dict[str, tuple[Kind, ...]]:
         if default is None:
             kinds.append(NULL)
         elif not limits:
-            kinds.append(_BY_TYPE[type(default)])
+            kinds.append(_kind_of(default))
     return {
         key: tuple(dict.fromkeys([TEXT, NULL] if set(kinds) == {NULL} else kinds))
         for key, kinds in found.items()
     }
+
+
+def _kind_of(default: Any) -> Kind:
+    return ListOf(_kind_of(default[0])) if isinstance(default, list) else _BY_TYPE[type(default)]
 
 
 def check(config: DictConfig, command: str) -> None:
