@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mvit_video.data.sampling import kinetics_frame_indices, segment_frame_indices, spatial_views
     from mvit_video.detection import create_detector, list_detectors
     from mvit_video.errors import CheckpointError, ConfigError, DataError, MVitVideoError, VideoError
+    from mvit_video.evaluation.evaluate import evaluate
     from mvit_video.model import ClipSpec, MViT, MViTConfig, list_models
     from mvit_video.prediction import Prediction, Recognizer, predict
     from mvit_video.pretraining import create_pretrainer, list_pretrainers
@@ -41,6 +42,7 @@ _HOMES = {
     "mvit_video.data.sampling": ("kinetics_frame_indices", "segment_frame_indices", "spatial_views"),
     "mvit_video.detection": ("create_detector", "list_detectors"),
     "mvit_video.errors": ("CheckpointError", "ConfigError", "DataError", "MVitVideoError", "VideoError"),
+    "mvit_video.evaluation.evaluate": ("evaluate",),
     "mvit_video.model": ("ClipSpec", "MViT", "MViTConfig", "list_models"),
     "mvit_video.prediction": ("Prediction", "Recognizer", "predict"),
     "mvit_video.pretraining": ("create_pretrainer", "list_pretrainers"),
@@ -67,6 +69,7 @@ __all__ = [
     "create_detector",
     "create_model",
     "create_pretrainer",
+    "evaluate",
     "folder_splits",
     "from_slowfast",
     "kinetics_frame_indices",

@@ -1,5 +1,6 @@
 """Training from Python: the same run as by command."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,13 @@ def test_a_folder_is_trained_on_and_its_best_weights_predict(two_classes: Path, 
     (answer,) = mv.predict([splits.val.videos[0].path], mv.load_model(best))
     assert set(answer.classes) == set(splits.class_names)
     assert (tmp_path / "run" / "learning_curve.png").stat().st_size > 5000
+
+    metrics = mv.evaluate(model, splits.val, tmp_path / "eval", num_clips=2, num_workers=0)
+    results = json.loads((tmp_path / "eval" / "results.json").read_text())
+    assert results["video_top1"] == metrics.accuracy["video_top1"]
+    assert results["views_per_video"] == 2
+    assert (tmp_path / "eval" / "report.html").is_file()
+    assert model.protocol.num_clips != 2
 
     mv.train(tiny(), splits, tmp_path / "run", max_epochs=2, resume=True, **settings)
     twice = mv.train(tiny(), splits, tmp_path / "other", max_epochs=2, **settings)
