@@ -31,6 +31,18 @@ from mvit_video.io.writing import sole_writer
 from mvit_video.weights.checkpoint import METADATA_KEY, model_metadata
 
 
+@pytest.fixture
+def drawn() -> None:
+    """For tests that look at the report."""
+
+
+@pytest.fixture(autouse=True)
+def without_report(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes longer than all else in these runs."""
+    if "drawn" not in request.fixturenames:
+        monkeypatch.setattr("mvit_video.evaluation.results.write_report", lambda *_, **__: None)
+
+
 def test_scores_do_not_depend_on_the_batch(
     command: Command, two_classes: Path, checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -113,6 +125,7 @@ def test_scoring_equals_the_model_on_hand_cut_clips(two_classes: Path, checkpoin
     assert names[prediction.classes[0]] == best
 
 
+@pytest.mark.usefixtures("drawn")
 def test_results_say_how_they_came_about(
     command: Command, two_classes: Path, checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -435,6 +448,7 @@ def scored(command: Command, arguments: list[str], two_classes: Path, tmp_path: 
     return tmp_path / "run"
 
 
+@pytest.mark.usefixtures("drawn")
 def test_scores_give_the_same_report_without_videos(command: Command, scored: Path, tmp_path: Path) -> None:
     result = command("eval", f"scores={scored}/scores.parquet", "hydra.run.dir=again")
     assert result.code == 0, result.err

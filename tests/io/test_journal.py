@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import zlib
 from pathlib import Path
 
 import pytest
@@ -53,3 +55,12 @@ def test_a_fingerprint_that_can_not_be_read_is_none(tmp_path: Path, content: byt
     else:
         (tmp_path / "run.json").write_bytes(content)
     assert read_fingerprint(tmp_path / "run.json") == {}
+
+
+def test_a_line_is_the_entry_behind_its_checksum(tmp_path: Path) -> None:
+    """As former versions wrote it, whose journals are taken up."""
+    rewrite_journal(tmp_path / "a.jsonl", ENTRIES)
+    lines = (tmp_path / "a.jsonl").read_text().splitlines()
+    for line, entry in zip(lines, ENTRIES, strict=True):
+        crc32 = zlib.crc32(json.dumps(entry).encode())
+        assert line == json.dumps({"crc32": crc32, **entry})

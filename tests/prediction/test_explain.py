@@ -115,11 +115,11 @@ def test_the_command_leaves_pictures_and_videos(
     command: Command, two_classes: Path, checkpoint: Path, tmp_path: Path, method: str
 ) -> None:
     (tmp_path / "broken.mp4").write_text("no video")
-    files = [two_classes / "cats" / "5.mp4", two_classes / "dogs and birds" / "0.webm", "broken.mp4"]
+    files = [two_classes / "cats" / "5.mp4", "broken.mp4"]
     result = command("predict", *files, f"weights={checkpoint}", f"explain={method}")
     assert result.code == 0, result.err
     saved = sorted(path.name for path in (tmp_path / "saved").rglob("*.*"))
-    assert saved == [f"0.{method}.mp4", f"0.{method}.png", f"5.{method}.mp4", f"5.{method}.png"]
+    assert saved == [f"5.{method}.mp4", f"5.{method}.png"]
     (video,) = (tmp_path / "saved").rglob(f"5.{method}.mp4")
     explanation = mv.Recognizer(checkpoint).explain(files[0], method=method)
     with mv.open_video(video) as shown:

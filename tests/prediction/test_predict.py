@@ -313,7 +313,9 @@ def test_the_module_does_not_hide_the_function() -> None:
     assert callable(render.annotate_video)
 
 
-@pytest.mark.parametrize("options", [["format=csv"], ["window=1", "live=true"]])
+@pytest.mark.parametrize(
+    "options", [["format=csv"], pytest.param(["window=1", "live=true"], marks=pytest.mark.slow)]
+)
 def test_a_locale_without_the_letters(
     two_classes: Path, checkpoint: Path, tmp_path: Path, options: list
 ) -> None:
