@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import logging
+import os
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -61,16 +62,25 @@ class BadVideos:
 
     def _listed(self) -> dict[str, BadVideo]:
         with self.file.open(newline="", encoding="utf-8") as rows:
-            return {row[0]: BadVideo(*row) for row in list(csv.reader(rows))[1:] if len(row) == 2}
+            found = [BadVideo(*row) for row in csv.reader(rows) if len(row) == 2]
+        return {video.path: video for video in found if video != BadVideo._fields}
 
     def _append(self, video: BadVideo) -> None:
-        with suppress(FileExistsError), self.file.open("x", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerow(BadVideo._fields)
-        row = io.StringIO(newline="")
-        csv.writer(row).writerow(map(csv_cell, video))
-        # A row goes out in one piece: processes share the file.
-        with self.file.open("a", newline="", encoding="utf-8") as file:
-            append(file, row.getvalue())
+        # Headers and rows go out in one piece each, to the end of the file: processes share it.
+        with suppress(FileExistsError), open(self.file, "xb", opener=_for_appending) as file:
+            append(file, _line(BadVideo._fields))
+        with self.file.open("ab") as file:
+            append(file, _line(map(csv_cell, video)))
+
+
+def _for_appending(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_APPEND, 0o666)
+
+
+def _line(cells: Iterable[str]) -> bytes:
+    line = io.StringIO(newline="")
+    csv.writer(line).writerow(cells)
+    return line.getvalue().encode()
 
 
 def allowed_bad_videos(max_bad_videos: float, total: int) -> int:
