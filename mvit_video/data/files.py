@@ -147,13 +147,13 @@ class FileSearch:
 
 
 def _decoded_lines(file: Path) -> Iterator[tuple[str, str]]:
+    where = f"{file}, line "
     try:
         with file.open(encoding="utf-8-sig", errors="surrogateescape") as text:
             for number, line in enumerate(text, start=1):
-                where = f"{file}, line {number}"
                 if not is_text(line):
-                    raise DataError(f"{where}: this isn't UTF-8 text: {quoted(line.strip())}")
-                yield where, line
+                    raise DataError(f"{where}{number}: this isn't UTF-8 text: {quoted(line.strip())}")
+                yield f"{where}{number}", line
     except OSError as error:
         raise DataError(f"{file} can't be read as text: {error.strerror or error}") from None
 
