@@ -35,7 +35,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Description:
+class Summary:
     """A model's stages, its number of parameters and billions of multiply-adds per view."""
 
     stages: tuple[Stage, ...]
@@ -44,7 +44,7 @@ class Description:
 
 
 @torch.no_grad()
-def describe(config: MViTConfig) -> Description:
+def describe(config: MViTConfig) -> Summary:
     """Count stages, parameters and multiply-adds of one clip of ``num_frames`` and ``crop_size``.
 
     Multiply-adds are counted as in the published figures (by fvcore): convolutions, linear layers, the
@@ -83,7 +83,7 @@ def describe(config: MViTConfig) -> Description:
         gmacs = sum(macs[index] for index in range(start, start + blocks)) / 1e9
         strides = plan.q_stride, plan.kv_stride
         stages.append(Stage(blocks, tokens, plan.attention_dim, plan.num_heads, *strides, gmacs))
-    return Description(tuple(stages), sum(p.numel() for p in model.parameters()), macs.total() / 1e9)
+    return Summary(tuple(stages), sum(p.numel() for p in model.parameters()), macs.total() / 1e9)
 
 
 def attention_macs(plan: BlockPlan, config: MViTConfig, grid: Grid) -> int:
