@@ -34,7 +34,7 @@ from mvit_video.weights.description import (
     parse_metadata,
 )
 from mvit_video.weights.formats import PRETRAINING_ONLY, adapt_shape, is_pretraining, to_pyslowfast_keys
-from mvit_video.weights.pyslowfast import infer_layout, make_cfg, parse_cfg, parse_yaml, read_cfg
+from mvit_video.weights.pyslowfast import infer_layout, make_cfg, parse_cfg, read_cfg
 from mvit_video.weights.reading import METADATA_KEY, find_weights, is_plain, read_checkpoint
 
 log = logging.getLogger(__name__)
@@ -235,28 +235,30 @@ def from_slowfast(source: str | Path | Mapping[str, Any]) -> MViT:
         CheckpointError: the file can't be read, its configuration uses an option that this model doesn't
             have (named in the text), or the weights don't fit.
     """
-    if isinstance(source, Mapping):
-        return _from_pyslowfast(source, "checkpoint")
-    path = Path(source)
+    name = "checkpoint" if isinstance(source, Mapping) else str(source)
+    path = Path(name)
+    if isinstance(source, Mapping) and "MVIT" in source:
+        return _from_configuration(source, name)
     if path.suffix in (".yaml", ".yml") and path.is_file():
-        content = parse_yaml(path.read_text(encoding="utf-8", errors="replace"), str(source))
-        return _from_pyslowfast(content if isinstance(content, Mapping) else {}, str(source))
-    return _from_pyslowfast(read_checkpoint(source), str(source))
+        return _from_configuration(path.read_text(encoding="utf-8", errors="replace"), name)
+    checkpoint = source if isinstance(source, Mapping) else read_checkpoint(source)
+    if missing := {"model_state", "cfg"} - set(checkpoint):
+        absent = " and no ".join(sorted(missing))
+        raise CheckpointError(f"{name}: not a PySlowFast checkpoint, it has no {absent}")
+    return _from_pyslowfast(checkpoint, name)
+
+
+def _from_configuration(cfg: Any, name: str) -> MViT:
+    description = parse_cfg(cfg, name)
+    empty = build_empty(description, None, name)
+    if (count := sum(parameter.numel() for parameter in empty.parameters())) > MAX_PARAMETERS:
+        raise CheckpointError(f"{name}: describes a model of {count} parameters, too many to build")
+    return MViT(empty.config, description.protocol).eval()
 
 
 def _from_pyslowfast(checkpoint: Mapping[str, Any], name: str) -> MViT:
-    if "MVIT" in checkpoint:  # a configuration without weights
-        description = parse_cfg(checkpoint, name)
-        empty = build_empty(description, None, name)
-        if (count := sum(parameter.numel() for parameter in empty.parameters())) > MAX_PARAMETERS:
-            raise CheckpointError(f"{name}: describes a model of {count} parameters, too many to build")
-        model: VideoModel = MViT(empty.config, description.protocol).eval()
-    elif missing := {"model_state", "cfg"} - set(checkpoint):
-        absent = " and no ".join(sorted(missing))
-        raise CheckpointError(f"{name}: not a PySlowFast checkpoint, it has no {absent}")
-    else:
-        _require_classes(checkpoint, name)
-        model = _build(read_cfg(checkpoint, name), {"model_state": checkpoint["model_state"]}, name)
+    _require_classes(checkpoint, name)
+    model = _build(read_cfg(checkpoint, name), {"model_state": checkpoint["model_state"]}, name)
     assert isinstance(model, MViT)
     return model
 

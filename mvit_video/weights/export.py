@@ -123,12 +123,15 @@ def load_exported(path: str | Path, device: str | torch.device = "cpu", trust: b
             "made it or trust who did, set trust=true (in Python load_exported(path, trust=True)), "
             "or export it as ONNX, which holds no code"
         )
-    if path.suffix == ".onnx":
-        run, metadata = _load_onnx(path, device)
-    elif _is_compiled(path):
-        run, metadata = _load_compiled(path)
-    else:
-        run, metadata = _load_program(path, device)
+    load = _load_onnx if path.suffix == ".onnx" else _load_program
+    try:
+        run, metadata = load(path, str(device))
+    except ConfigError:
+        raise
+    except Exception as error:  # of other libraries, without a common base
+        raise CheckpointError(
+            f"{path}: damaged, no exported model, or made for another machine or version ({brief(error)})"
+        ) from None
     return ExportedModel(run, metadata, str(path))
 
 
@@ -152,17 +155,14 @@ def _export_onnx(model: MViT, clips: Tensor, shapes: Any, metadata: str, path: P
     onnx.save(proto, str(path))
 
 
-def _load_onnx(path: Path, device: str | torch.device) -> tuple[Run, str | None]:
+def _load_onnx(path: Path, device: str) -> tuple[Run, str | None]:
     runtime = _imported("onnxruntime")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     wanted = ["CUDAExecutionProvider"] if torch.device(device).type == "cuda" else []
     if missing := set(wanted) - set(runtime.get_available_providers()):
         raise ConfigError(f"onnxruntime has no {missing.pop()} here; device=cpu, or install onnxruntime-gpu")
-    try:
-        session = runtime.InferenceSession(str(path), options, providers=[*wanted, "CPUExecutionProvider"])
-    except Exception as error:  # its own exceptions have no common base
-        raise CheckpointError(f"{path}: not an ONNX model, or damaged ({brief(error)})") from None
+    session = runtime.InferenceSession(str(path), options, providers=[*wanted, "CPUExecutionProvider"])
 
     def run(clips: Tensor) -> Tensor:
         return torch.from_numpy(session.run(["logits"], {"clips": clips.float().cpu().numpy()})[0])
@@ -170,34 +170,20 @@ def _load_onnx(path: Path, device: str | torch.device) -> tuple[Run, str | None]
     return run, session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
 
 
-def _load_program(path: Path, device: str | torch.device) -> tuple[Run, str | None]:
+def _load_program(path: Path, device: str) -> tuple[Run, str | None]:
+    with zipfile.ZipFile(path) as archive:
+        is_compiled = any("aotinductor" in name for name in archive.namelist())
+    if is_compiled:
+        package: Any = torch._inductor.aoti_load_package(str(path))
+        return cast(Run, package), package.get_metadata().get(METADATA_KEY)
     extra = {METADATA_KEY: ""}
-    try:
-        program = torch.export.load(path, extra_files=extra)
-    except Exception as error:
-        raise CheckpointError(f"{path}: not a program of torch.export, or damaged ({brief(error)})") from None
+    program = torch.export.load(path, extra_files=extra)
     if torch.device(device).type != "cpu":
         from torch.export.passes import move_to_device_pass
 
-        program = move_to_device_pass(program, str(device))
+        program = move_to_device_pass(program, device)
     module = program.module()
     return lambda clips: module(clips), extra[METADATA_KEY]  # no part of another module: it has no modes
-
-
-def _load_compiled(path: Path) -> tuple[Run, str | None]:
-    try:
-        package: Any = torch._inductor.aoti_load_package(str(path))
-        return cast(Run, package), package.get_metadata().get(METADATA_KEY)
-    except Exception as error:  # made for another processor or version
-        raise CheckpointError(f"{path}: its machine code can't be loaded ({brief(error)})") from None
-
-
-def _is_compiled(path: Path) -> bool:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return any("aotinductor" in name for name in archive.namelist())
-    except (OSError, zipfile.BadZipFile):
-        return False
 
 
 def _imported(name: Literal["onnx", "onnxscript", "onnxruntime"]) -> Any:

@@ -121,30 +121,26 @@ _IN_PLAN = {
 
 def read_cfg(checkpoint: Mapping[str, Any], name: str) -> Description:
     """The model that the "cfg" of a PySlowFast checkpoint describes. Raises CheckpointError."""
-    cfg = checkpoint["cfg"]
     weights = find_weights({"model_state": checkpoint.get("model_state")}, name)[0]
-    return parse_cfg(parse_yaml(cfg, name) if isinstance(cfg, str) else cfg, name, weights)
-
-
-def parse_yaml(text: str, name: str) -> Any:
-    """Plain yaml: tags that would make objects are refused. Raises CheckpointError."""
-    try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{name}: its cfg is no plain yaml ({brief(error)})") from None
+    return parse_cfg(checkpoint["cfg"], name, weights)
 
 
 def parse_cfg(cfg: Any, name: str, weight_names: Iterable[str] = ()) -> Description:
     """The model and the test protocol that an official configuration describes.
 
     Args:
-        cfg: its sections; missing options have the official defaults.
+        cfg: its sections, or yaml text of them; missing options have the official defaults.
         name: of the file, for errors.
         weight_names: of the checkpoint that the configuration came with, see ``infer_layout``.
 
     Raises:
         CheckpointError: the configuration is malformed, or has an option that can't be built; names it.
     """
+    if isinstance(cfg, str):
+        try:
+            cfg = yaml.safe_load(cfg)  # tags that would make objects are refused
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise CheckpointError(f"{name}: its cfg is no plain yaml ({brief(error)})") from None
     if not isinstance(cfg, Mapping) or not isinstance(cfg.get("MVIT"), Mapping):
         raise CheckpointError(f"{name}: its cfg is no MViT configuration, it has no section MVIT")
     try:
