@@ -210,6 +210,16 @@ def test_mlp_without_gradients_is_the_same() -> None:
         torch.testing.assert_close(kernels.mlp(fc1, fc2, x), fc2(F.gelu(fc1(x))), atol=1e-5, rtol=0)
 
 
+def test_plain_operations_can_take_the_kernels_place(monkeypatch) -> None:
+    x, weight = random((3, 4), (5, 4))
+    expected = kernels.linear(x, weight, None)
+    monkeypatch.setattr(cpu_kernels, "linear", None)
+    with kernels.plain():
+        torch.testing.assert_close(kernels.linear(x, weight, None), expected)
+    with pytest.raises(TypeError):
+        kernels.linear(x, weight, None)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_large_logits_give_no_nan(dtype) -> None:
     inputs = random((1, 40, 2, 8), (1, 30, 2, 8), (1, 30, 2, 8), scale=1e4)
