@@ -207,6 +207,8 @@ def run_line(command: Command, monkeypatch: pytest.MonkeyPatch) -> Any:
         chosen = [argument for argument in arguments if argument.startswith(("model=", "experiment="))]
         if name == "train" or (chosen and name != "info"):
             arguments += [f"model.{key}={value}".replace(" ", "") for key, value in SMALL_MODEL.items()]
+        if any(choice.startswith("experiment=maskfeat") and not choice.endswith("_ft") for choice in chosen):
+            arguments.append("masking.cell=16")
         return command(name, *arguments, *SMALL.get(name, []))
 
     return run
@@ -304,6 +306,8 @@ def write_data_sets(root: Path, mp4: Path, webm: Path) -> None:
 
     for folder in ("train/abseiling", "train/archery", "val/abseiling", "val/archery"):
         put(mp4, f"k400/{folder}/0.mp4", f"k400/{folder}/1.mp4")
+
+    put(mp4, "unlabelled/0.mp4", "unlabelled/deep/er/1.mp4", "unlabelled/deep/2.mp4")
 
     put(webm, *(f"ssv2/20bn-something-something-v2/{n}.webm" for n in range(4)))
     labels = ("Putting [something] into [something]", "Closing [something]")

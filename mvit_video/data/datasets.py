@@ -194,7 +194,7 @@ def views_loader(dataset: TestViews, *, pin_memory: bool = False, **loading: Any
 def collate_training(samples: list[TrainingSample], *, pin_memory: bool = False) -> Batch:
     """Versions of one clip stay next to each other, as the official mixing expects them."""
     return Batch(
-        _cat([sample.clips for sample in samples], pin_memory),
+        cat_clips([sample.clips for sample in samples], pin_memory),
         torch.tensor([sample.label for sample in samples for _ in sample.clips]),
         [bad for sample in samples for bad in sample.bad],
         [sample.path for sample in samples for _ in sample.clips],
@@ -206,7 +206,7 @@ def collate_views(videos: list[VideoViews], *, pin_memory: bool = False) -> Batc
     good = [views for views in videos if views.error is None]
     labels = [views.video.label for views in good for _ in views.spans]
     return Batch(
-        _cat([views.clips for views in good], pin_memory) if good else torch.empty(0),
+        cat_clips([views.clips for views in good], pin_memory) if good else torch.empty(0),
         torch.tensor(labels),
         [BadVideo(views.video.path, views.error) for views in videos if views.error is not None],
     )
@@ -214,10 +214,10 @@ def collate_views(videos: list[VideoViews], *, pin_memory: bool = False) -> Batc
 
 def _only(videos: list[VideoViews], *, pin_memory: bool) -> VideoViews:
     (video,) = videos
-    return replace(video, clips=_cat([video.clips], pin_memory)) if pin_memory else video
+    return replace(video, clips=cat_clips([video.clips], pin_memory)) if pin_memory else video
 
 
-def _cat(parts: list[Tensor], pin_memory: bool) -> Tensor:
+def cat_clips(parts: list[Tensor], pin_memory: bool) -> Tensor:
     """``torch.cat``, straight into memory from where a GPU fetches fast."""
     if not pin_memory or parts[0].device.type != "cpu":
         return torch.cat(parts)

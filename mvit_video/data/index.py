@@ -185,8 +185,7 @@ def folder_splits(
         DataError: `root` is not a folder, a class has no videos, only the validation split has it, or folders
             could mean several things. ConfigError: `val_fraction` is not between 0 and 1.
     """
-    if not 0 < val_fraction < 1:
-        raise ConfigError(f"val_fraction is {val_fraction}; expected a number between 0 and 1")
+    _check_val_fraction(val_fraction)
     root, search = existing(root, folder=True), search or FileSearch()
     names = None if class_names is None else read_class_names(class_names)
     folders = {split: folder for split in _SPLIT_NAMES if (folder := split_folder(root, split))}
@@ -221,6 +220,37 @@ def image_folder_splits(root: str | Path, *, val_fraction: float = 0.2, seed: in
     """`folder_splits` of pictures, as ImageNet comes: each is a video of one frame, or an animation."""
     search = FileSearch((*IMAGE_EXTENSIONS, ".gif", ".apng"))
     return folder_splits(root, val_fraction=val_fraction, seed=seed, search=search)
+
+
+def unlabelled_splits(root: str | Path, *, val_fraction: float = 0.05, seed: int = 0) -> VideoSplits:
+    """All videos at any depth below `root`, whatever its folders mean, as one class: for pre-training.
+
+    Of a folder with training and validation folders, as in `folder_splits`, these are the splits. Without
+    them, `val_fraction` of the videos, one at least, is held out; which ones depends on `seed` and the paths
+    below `root` alone.
+
+    Raises:
+        DataError: `root` is not a folder or has less than two videos. ConfigError: `val_fraction` is not
+            between 0 and 1.
+    """
+    _check_val_fraction(val_fraction)
+    root, search = existing(root, folder=True), FileSearch()
+
+    def index_of(folder: Path) -> VideoIndex:
+        files = search.below(folder)
+        if not files:
+            raise DataError(f"no videos found in {folder}; expected files such as {folder / 'video.mp4'}")
+        return VideoIndex(
+            tuple(LabelledVideo(path, 0, relative(path, root)) for path in files), ("unlabelled",)
+        )
+
+    train, val = split_folder(root, "train"), split_folder(root, "val")
+    if train and val:
+        splits = VideoSplits(index_of(train), index_of(val))
+    else:
+        splits = _split_by_hash(index_of(root), val_fraction, seed)
+    search.report(root)
+    return splits
 
 
 def find_videos(paths: str | Path | Iterable[str | Path]) -> list[str]:
@@ -292,6 +322,11 @@ def _index_of_folder(
     if not videos:
         raise DataError(f"no videos found in {folder}; expected {expected}")
     return VideoIndex(tuple(videos), class_names or tuple(found))
+
+
+def _check_val_fraction(val_fraction: float) -> None:
+    if not 0 < val_fraction < 1:
+        raise ConfigError(f"val_fraction is {val_fraction}; expected a number between 0 and 1")
 
 
 def _split_by_hash(index: VideoIndex, val_fraction: float, seed: int) -> VideoSplits:

@@ -80,6 +80,14 @@ def hog_targets(clips: Tensor, grid: Grid) -> Tensor:
     return tokens.transpose(1, 2).reshape(len(clips), math.prod(grid), -1)
 
 
+def cells_of(tokens: Tensor, grid: Grid) -> Tensor:
+    """``hog_targets`` (B, N, features) back as a picture of cells, (B, T', 3, 9, H, W)."""
+    side = math.isqrt(tokens.shape[-1] // (3 * BINS))  # cells of a token
+    of_frames = tokens.unflatten(1, (grid[0], -1)).flatten(0, 1).transpose(1, 2)
+    cells = F.fold(of_frames, (grid[1] * side, grid[2] * side), (side, side), stride=(side, side))
+    return cells.unflatten(0, (len(tokens), -1)).unflatten(2, (3, BINS))
+
+
 def pixel_targets(clips: Tensor, grid: Grid) -> Tensor:
     """The pixels of each token's patch in its middle frame, to mean 0 and variance 1 (paper, table 2).
 

@@ -35,7 +35,7 @@ class MaskFeat(MViT):
         features: what is predicted: histograms of oriented gradients, or normalised pixels.
 
     Raises:
-        ValueError: there is no such block, or ``features`` is unknown.
+        ValueError: there is no such block, ``features`` is unknown, or tokens are too small for histograms.
     """
 
     classifier = "pred_head"
@@ -72,6 +72,8 @@ class MaskFeat(MViT):
         height, width = size // grid[1], size // grid[2]
         if self.features == "pixels":
             return 3 * height * width
+        if height < CELL or width < CELL:
+            raise ValueError(f"tokens of {height} x {width} pixels hold no whole cells of {CELL} pixels")
         return 3 * BINS * (height // CELL) * (width // CELL)
 
     def forward(self, clips: Tensor, masks: Tensor) -> list[tuple[Tensor, Tensor]]:  # type: ignore[override]
@@ -98,7 +100,10 @@ class MaskFeat(MViT):
 
     def loss(self, clips: Tensor, masks: Tensor) -> Tensor:
         """The mean squared difference of predictions and targets, summed over the depths; see ``forward``."""
-        pairs = self(clips, masks)
+        return self.loss_of(self(clips, masks))
+
+    def loss_of(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """``loss`` of what ``forward`` gives."""
         losses = [F.mse_loss(predictions.float(), targets) for predictions, targets in pairs]
         total = torch.stack(losses).sum()
         return total / len(losses) if self.features == "pixels" else total

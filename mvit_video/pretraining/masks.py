@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from mvit_video.model.config import Grid
-
-MaskOf = Callable[[random.Random, Grid, float], Tensor]
 
 _MAX_ASPECT = 1 / 0.3  # of height to width, or of width to height
 
@@ -88,7 +87,53 @@ def tube_mask(rng: random.Random, window: Grid, ratio: float) -> Tensor:
     return mask.expand(frames, -1, -1).clone()
 
 
-MASKS: dict[str, MaskOf] = {"cube": cube_mask, "frame": frame_mask, "tube": tube_mask}
+@dataclass(frozen=True)
+class Masking:
+    """How the masks of a training are drawn.
+
+    Attributes:
+        kind: cuboids, whole frames, or the same rectangles in all frames.
+        ratio: share of a clip that is masked.
+        cell: side of a mask's cells in pixels; in time, a cell is a token.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    kind: Literal["cube", "frame", "tube"] = "cube"
+    ratio: float = 0.4
+    cell: int = 32
+
+    def __post_init__(self) -> None:
+        if self.kind not in _KINDS:
+            raise ValueError(f"kind must be one of {', '.join(_KINDS)}, got {self.kind!r}")
+        if self.cell < 1:
+            raise ValueError(f"cell must be at least 1 pixel, got {self.cell}")
+        _goal(1, self.ratio, (1, 1, 1))
+
+    def window(self, clip_frames: int, crop: int, patch_frames: int) -> Grid:
+        """Cells along time, height and width.
+
+        Args:
+            clip_frames, crop: frames and side (pixels) of a clip.
+            patch_frames: frames from token to token.
+
+        Raises:
+            ValueError: the cells don't divide the crop, or are too few.
+        """
+        side = crop // self.cell
+        if crop % self.cell or side < 2:
+            raise ValueError(
+                f"cells of {self.cell} pixels don't divide a crop of {crop} evenly into two or more"
+            )
+        return clip_frames // patch_frames, side, side
+
+    def draw(self, rng: random.Random, window: Grid) -> Tensor:
+        """bool (T, H, W), True where masked."""
+        return _KINDS[self.kind](rng, window, self.ratio)
+
+
+_KINDS = {"cube": cube_mask, "frame": frame_mask, "tube": tube_mask}
 
 
 def _goal(cells: int, ratio: float, window: Grid) -> int:

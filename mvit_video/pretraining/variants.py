@@ -40,8 +40,9 @@ def create_pretrainer(
 ) -> MaskFeat:
     """Build a model for pre-training by name, with fresh weights.
 
-    Its last stage keeps the grid of the stage before, and all else is as in the classifier, whose weights it
-    so gives. With ``dim_mul_in_attention=True``, that is the ordinary MViTv2 of ``create_model``.
+    The last stage (of three or more) keeps the grid of the stage before; all else is as in the classifier,
+    whose weights it so gives. With ``dim_mul_in_attention=True``, that is the ordinary MViTv2 of
+    ``create_model``.
 
     Args:
         name: one of ``list_pretrainers()``.
@@ -64,7 +65,7 @@ def create_pretrainer(
         crop=config.crop_size,
         short_side=variant.protocol.short_side * config.crop_size // variant.protocol.crop,
     )
-    if "q_strides" not in given and len(config.stages) > 1:
+    if "q_strides" not in given and len(config.stages) > 2:
         strides = pooling_strides(config)[0] | {config.stage_starts[-1]: (1, 1, 1)}
         config = replace(config, q_strides=tuple((block, *stride) for block, stride in strides.items()))
     last = (sum(config.stages) - 1,)

@@ -150,17 +150,18 @@ def build_for_weights(
         CheckpointError: as ``load_weights``.
     """
     checkpoint, name = read_checkpoint(path), str(path)
-    with torch.device("meta"):
-        empty = build(num_classes=num_classes)
-    weights = _named_weights(empty, checkpoint, name)[0]
+    pretraining = is_pretraining(find_weights(checkpoint, name)[0])
     layout: dict[str, Any] = {}
-    if is_pretraining(weights) and isinstance(empty, MViT):
-        config = infer_layout(empty.config, set(weights))
-        if config.dim_mul_in_attention != empty.config.dim_mul_in_attention:
+    if num_classes is None or pretraining:
+        with torch.device("meta"):
+            empty = build(num_classes=num_classes)
+        weights = _named_weights(empty, checkpoint, name)[0]
+        if pretraining and isinstance(empty, MViT):
+            config = infer_layout(empty.config, set(weights))
             layout = {"dim_mul_in_attention": config.dim_mul_in_attention}
-    if num_classes is None:
         found = weights.get(f"{empty.classifier}.weight")
-        num_classes = len(found) if found is not None and found.ndim and is_plain(found) else None
+        if num_classes is None and found is not None and found.ndim and is_plain(found):
+            num_classes = len(found)
     model = build(num_classes=num_classes, **layout)
     return model, _load(model, checkpoint, name, head)
 

@@ -122,7 +122,33 @@ IMAGE_T = KINETICS_S | {
     "normalised": (IMAGENET_MEAN, IMAGENET_STD),
     "views": (1, 1, 256),
 }
+MASKFEAT_S = KINETICS_S | {
+    "published": "maskfeat",
+    "lr": (6e-4, 1e-6, 1e-6),
+    "layer_decay": 0.75,
+    "warmup_epochs": 20,
+    "epochs": 100,
+    "clip": 5.0,
+    "drop_path": 0.1,
+    "head_dropout": 0.0,
+    "head_init_scale": 0.001,
+    "rand_augment": "rand-m7-mstd0.5-inc1",
+    "views": (10, 1, 256),
+    "data": "kinetics400",
+}
+MASKFEAT_L = MASKFEAT_S | {
+    "model": "mvitv2_l_40x3",
+    "lr": (6e-4, 1e-8, 1e-5),
+    "layer_decay": 0.875,
+    "warmup_epochs": 5,
+    "epochs": 75,
+    "drop_path": 0.2,
+    "repeats": 1,
+    "checkpoint_blocks": True,
+}
 RECIPES: dict[str, dict[str, Any]] = {
+    "maskfeat_k400_mvitv2_s_16x4_ft": MASKFEAT_S,
+    "maskfeat_k400_mvitv2_l_16x4_ft": MASKFEAT_L,
     **{
         f"k{kinetics}_{recipe['model']}": recipe | {"data": f"kinetics{kinetics}"}
         for kinetics in (400, 600, 700)
@@ -151,7 +177,10 @@ def test_a_recipe_has_the_published_values(name: str) -> None:
         model = instantiate(config.model, weights=None, _convert_="all")
     protocol = override_protocol(model.protocol, config.views)
     assert config.model.name == expected["model"]
-    assert config.model.weights == expected["published"]
+    is_pretrained = expected["published"] == "maskfeat"  # in a file, whose layout the model has
+    assert config.model.weights == (None if is_pretrained else expected["published"])
+    assert model.config.mean_pooling is is_pretrained
+    assert not (is_pretrained and model.config.dim_mul_in_attention)
     assert (config.head == "new") is bool(expected["published"])
     assert (protocol.clip_frames, protocol.stride, protocol.crop) == expected["frames"]
     assert (protocol.num_clips, protocol.num_crops, protocol.short_side) == expected["views"]
@@ -171,7 +200,7 @@ def test_a_recipe_has_the_published_values(name: str) -> None:
     assert (optim.lr, optim.warmup_start_lr, optim.end_lr) == expected["lr"]
     assert optim.lr_batch_size == 8 * config.batch_size == expected["videos"]
     assert trainer.max_epochs == expected["epochs"]
-    assert optim.warmup * trainer.max_epochs == pytest.approx(expected["warmup_epochs"], abs=1e-9)
+    assert optim.warmup * trainer.max_epochs == pytest.approx(expected["warmup_epochs"], abs=1e-6)
     assert (optim.weight_decay, optim.label_smoothing, optim.layer_decay) == (
         expected["weight_decay"],
         expected["label_smoothing"],
@@ -207,7 +236,8 @@ def test_every_experiment_can_be_built(name: str) -> None:
     augment = instantiate(config.augment, _convert_="all")
     crop = override_protocol(model.protocol, config.views).crop
     assert augment.short_side_range is None or augment.short_side_range[0] >= crop
-    assert name in RECIPES or name in ("motion", "finetune", "linear_probe")
+    others = ("motion", "finetune", "linear_probe", "maskfeat_motion")
+    assert name in RECIPES or name in others or name.startswith("maskfeat_k400")
 
 
 def test_fine_tuning_goes_gently() -> None:

@@ -22,7 +22,7 @@ from mvit_video.training.plots import describe_labels
 from mvit_video.training.recipe import freeze
 from mvit_video.training.run import classification_identity
 from mvit_video.training.task import Training
-from mvit_video.weights import load_weights
+from mvit_video.weights import build_for_weights
 
 log = logging.getLogger(__name__)
 
@@ -60,11 +60,17 @@ def _build_model(config: DictConfig, splits: VideoSplits) -> VideoModel:
     head: dict[str, Any] = {"head": config.head} if config.model.get("weights") else {}
     if config.weights:
         head = {"weights": None}  # a file takes the place of published weights
-    model: VideoModel = app.build(config.model, num_classes=splits.num_classes, **head)
-    model.protocol = app.override_protocol(model.protocol, config.views)
+
+    def build(**values: Any) -> VideoModel:
+        built: VideoModel = app.build(config.model, **head, **values)
+        built.protocol = app.override_protocol(built.protocol, config.views)
+        return built
+
     if config.weights:
-        report = load_weights(model, config.weights, head=config.head)
+        model, report = build_for_weights(build, config.weights, splits.num_classes, head=config.head)
         log.info("weights of %s\n%s", config.weights, report)
+    else:
+        model = build(num_classes=splits.num_classes)
     check_same_classes(model.class_names, model.config.num_classes, splits.class_names)
     model.class_names = splits.class_names
     if config.freeze:
