@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import shutil
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -249,3 +251,22 @@ def test_recipes_have_the_published_values(size: str, checkpointing: bool | None
     assert (spec.mean, spec.std) == (KINETICS_MEAN, KINETICS_STD)
     assert Masking().window(spec.clip_frames, spec.crop, 2) == (8, 7, 7)
     assert Masking().draw(random.Random(0), (8, 7, 7)).sum() == 156
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_several_processes(unlabelled: Path, tmp_path: Path, strategy: str) -> None:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "mvit_video.train"]
+    options = ["trainer.accelerator=cpu", f"trainer.strategy={strategy}", "max_bad_videos=1", "ema=0.5"]
+    done = subprocess.run(
+        [sys.executable, *launcher, *SMALL, f"data.root={unlabelled}", *options, "hydra.run.dir=run"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "predictions.png").is_file()
+    model = mv.create_pretrainer(
+        "maskfeat_mvitv2_nano_8x4", embed_dim=8, stages=(1, 1), crop_size=32, num_frames=4
+    )
+    assert not mv.load_weights(model, tmp_path / "run" / "checkpoints" / "last.ckpt").fresh
