@@ -47,6 +47,7 @@ CONFIGURATION_ONLY = {  # what a command has -> why it is composed and checked, 
     "compile=true": "takes minutes; in test_recipe.py and test_inference.py",
     "model.weights=kinetics400": "needs the network and published weights",
     "hf://": "needs the network; models of the Hub are in test_hub.py",
+    "sweeper=optuna": "needs an extra; sweeps by Optuna are in test_processes.py",
     "submitit_slurm": "needs Slurm; sweeps by submitit are in test_processes.py",
 }
 NOT_RUN = {  # other programs: what a line starts with -> why it isn't run

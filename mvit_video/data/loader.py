@@ -20,7 +20,7 @@ import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from functools import cached_property
 from multiprocessing import connection
@@ -37,6 +37,7 @@ from mvit_video.data.decode import device_of
 from mvit_video.data.ranks import processes_per_node
 from mvit_video.data.threads import submit_ahead, thread_pool
 from mvit_video.errors import ConfigError, DataError
+from mvit_video.io.writing import interrupts_deferred
 
 log = logging.getLogger(__name__)
 
@@ -388,23 +389,3 @@ def _die_with_parent() -> None:
     assert parent is not None
     parent.join()
     os._exit(1)
-
-
-@contextmanager
-def interrupts_deferred() -> Iterator[None]:
-    """Ctrl-C takes effect when the block has ended.
-
-    Python drops exceptions in what it runs after a fork, and so would drop KeyboardInterrupt.
-    """
-    handler = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(handler):
-        yield
-        return
-    deferred: list[Any] = []
-    signal.signal(signal.SIGINT, lambda *frame: deferred.append(frame))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-        if deferred:
-            handler(*deferred[0])

@@ -12,6 +12,8 @@ import filecmp
 import logging
 import os
 import secrets
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import chain, count
@@ -199,3 +201,24 @@ def _free_name(path: Path) -> Path:
     """``path``, or with a number behind it where there is such a file already."""
     numbered = (path.with_name(f"{path.name}.{number}") for number in count(1))
     return next(name for name in chain([path], numbered) if not name.exists())
+
+
+@contextmanager
+def interrupts_deferred() -> Iterator[None]:
+    """Ctrl-C takes effect when the block has ended.
+
+    Where Python drops exceptions, as in what it runs after a fork, KeyboardInterrupt would be lost; where C++
+    calls back, as in ``torch.save``, it would become another error.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    deferred: list[Any] = []
+    signal.signal(signal.SIGINT, lambda *frame: deferred.append(frame))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if deferred:
+            handler(*deferred[0])

@@ -15,7 +15,7 @@ from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from mvit_video.data.ranks import in_slurm
-from mvit_video.io.writing import replacing
+from mvit_video.io.writing import interrupts_deferred, replacing
 from mvit_video.training import processes
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
@@ -32,7 +32,7 @@ class AtomicCheckpoints(TorchCheckpointIO):
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
     ) -> None:
         target = Path(path)
-        with replacing(target) as file:
+        with interrupts_deferred(), replacing(target) as file:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())

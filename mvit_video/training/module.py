@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from mvit_video.errors import ConfigError, DataError, TrainingError
 from mvit_video.io.fingerprint import Fingerprint
-from mvit_video.io.writing import replacing
+from mvit_video.io.writing import interrupts_deferred, replacing
 from mvit_video.training.metrics import Means
 from mvit_video.training.recipe import learning_rate, parameter_groups
 from mvit_video.training.resume import FINGERPRINT_KEY
@@ -242,7 +242,7 @@ class TrainingModule(pl.LightningModule):
             if unchecked.is_finite():
                 continue
             path = Path(self.trainer.default_root_dir) / f"nan_batch_rank{self.global_rank}.pt"
-            with replacing(path) as file:
+            with interrupts_deferred(), replacing(path) as file:
                 torch.save(dict(unchecked.losses.to_save), file)
             raise TrainingError(
                 f"the loss isn't finite in epoch {self.current_epoch + 1}, step {unchecked.step}; the batch "

@@ -19,7 +19,7 @@ import yaml
 from torch import Tensor
 
 from mvit_video.errors import CheckpointError, ConfigError
-from mvit_video.io.writing import replacing
+from mvit_video.io.writing import interrupts_deferred, replacing
 from mvit_video.model.base import VideoModel
 from mvit_video.model.baselines import Baseline
 from mvit_video.model.config import Grid
@@ -218,7 +218,7 @@ def save_weights(model: VideoModel, path: str | Path) -> None:
     with contextlib.suppress(CheckpointError):
         if isinstance(model, MViT):
             content["cfg"] = yaml.safe_dump(make_cfg(model.config, model.protocol))
-    with replacing(path) as file:
+    with interrupts_deferred(), replacing(path) as file:
         if Path(path).suffix == ".safetensors":
             file.write(safetensors.torch.save(weights, {METADATA_KEY: json.dumps(metadata)}))
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import shutil
 import signal
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from conftest import Command, error_line
 from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from test_resume import SMALL, losses, validations
@@ -286,6 +288,29 @@ def test_a_sweep_runs_as_jobs_that_go_on_by_themselves(two_classes: Path, tmp_pa
     (tmp_path / "sweep" / "1" / "checkpoints" / "last.ckpt").unlink()
     shutil.rmtree(tmp_path / "sweep" / "0" / "checkpoints")  # which then starts at the front
     assert sweep() == (first, {14: second[14]})
+
+
+@pytest.mark.slow
+def test_optuna_gets_the_metric_of_each_trial(two_classes: Path, tmp_path: Path, command: Command) -> None:
+    (tmp_path / "data").symlink_to(two_classes)
+    arguments = [argument for argument in ALIKE if not argument.startswith(("optim.lr=", "hydra.run.dir"))]
+    sweep = [
+        "hydra/sweeper=optuna",
+        "hydra.sweeper.n_trials=3",
+        "hydra.sweeper.n_jobs=1",
+        "hydra.sweep.dir=sweep",
+    ]
+    space = ["optim.lr=interval(1e-4,1e-2)", "optim.weight_decay=choice(0.0,0.05)"]
+    result = command(
+        "train", "--multirun", *arguments, *sweep, *space, "monitor=val/loss", "trainer.max_epochs=1"
+    )
+    assert result.code == 0, result.err
+    with (tmp_path / "sweep" / "jobs.csv").open() as file:
+        found = sorted(float(row["metric"]) for row in csv.DictReader(file))
+    best = yaml.safe_load((tmp_path / "sweep" / "optimization_results.yaml").read_text())
+    assert len(found) == 3
+    assert best["best_value"] == found[0]
+    assert 1e-4 <= best["best_params"]["optim.lr"] <= 1e-2
 
 
 def test_a_slurm_job_of_one_task_has_its_own_folder(monkeypatch: pytest.MonkeyPatch) -> None:

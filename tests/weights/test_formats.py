@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -342,4 +344,24 @@ def test_what_pyslowfast_cannot_express_is_named_and_left_out(options, named: st
         make_cfg(model.config, model.protocol)
     save_weights(model, tmp_path / "model.pyth")
     assert "cfg" not in torch.load(tmp_path / "model.pyth", weights_only=True)
+    assert mv.load_model(tmp_path / "model.pyth").config == model.config
+
+
+def test_ctrl_c_while_saving_comes_when_the_file_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = torch.save
+
+    def interrupted(content: object, file: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        save(content, file)
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell has it ignored
+    model = mv.create_model("mvitv2_nano_8x4", 3, embed_dim=8, stages=(1, 1), crop_size=16, num_frames=2)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            save_weights(model, tmp_path / "model.pyth")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert mv.load_model(tmp_path / "model.pyth").config == model.config
