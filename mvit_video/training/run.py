@@ -185,6 +185,7 @@ def train(
     output = Path(output).expanduser().resolve()
     check_same_classes(model.class_names, model.config.num_classes, splits.class_names)
     model.class_names = splits.class_names
+    model.train()  # Lightning leaves modes as they are
     folder = output / CHECKPOINTS
     with ExitStack() as stack:
         if rank_and_size()[0] == 0:

@@ -21,10 +21,12 @@ def tiny(num_classes: int = 2) -> mv.MViT:
 
 def test_a_folder_is_trained_on_and_its_best_weights_predict(two_classes: Path, tmp_path: Path) -> None:
     splits = mv.folder_splits(two_classes)
-    model = tiny()
+    model, modes = tiny().eval(), set()
+    model.register_forward_pre_hook(lambda module, _: modes.add((module.training, torch.is_grad_enabled())))
     settings = {"batch_size": 2, "num_workers": 0, "trainer": QUIET}
     best = mv.train(model, splits, tmp_path / "run", max_epochs=1, **settings)
     assert model.class_names == splits.class_names
+    assert modes == {(True, True), (False, False)}  # with dropout in training, without in validation
     assert not model.training
     (answer,) = mv.predict([splits.val.videos[0].path], mv.load_model(best))
     assert set(answer.classes) == set(splits.class_names)

@@ -73,6 +73,7 @@ def _build_model(config: DictConfig, splits: VideoSplits) -> VideoModel:
         model = build(num_classes=splits.num_classes)
     check_same_classes(model.class_names, model.config.num_classes, splits.class_names)
     model.class_names = splits.class_names
+    model.train()  # published weights come in eval mode, and Lightning leaves modes as they are
     if config.freeze:
         freeze(model, list(config.freeze) if OmegaConf.is_list(config.freeze) else [str(config.freeze)])
     return model
