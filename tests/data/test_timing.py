@@ -61,7 +61,7 @@ def test_an_exception_ends_its_stage() -> None:
     "loading",
     [
         ["num_workers=0"],
-        ["num_workers=2", "loader=workers"],
+        pytest.param(["num_workers=2", "loader=workers"], marks=pytest.mark.slow),
         pytest.param(["num_workers=2", "loader=threads"], marks=pytest.mark.slow),
     ],
 )
