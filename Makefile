@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO := demo
 
-.PHONY: setup demo bench bench-check test test-all test-browser test-gpu lint format docs clean
+.PHONY: setup demo demo-detection bench bench-check test test-all test-browser test-gpu lint format docs clean
 
 setup: $(VENV)/.installed
 
@@ -29,6 +29,14 @@ demo: setup
 	@echo "predictions       $(DEMO)/predictions.json"
 	@echo "checkpoint        $(DEMO)/train/checkpoints/best.ckpt"
 
+demo-detection: setup
+	$(BIN)/python datasets/shapes/make_shapes.py --root $(DEMO)/shapes
+	$(BIN)/mvit-train experiment=shapes data.root=$(DEMO)/shapes hydra.run.dir=$(DEMO)/detector
+	$(BIN)/mvit-eval data=shapes data.root=$(DEMO)/shapes weights=$(DEMO)/detector/checkpoints/best.ckpt \
+		hydra.run.dir=$(DEMO)/detector-eval
+	$(BIN)/mvit-predict $(DEMO)/shapes/val weights=$(DEMO)/detector/checkpoints/best.ckpt save=[png] \
+		save_dir=$(DEMO)/drawn output=$(DEMO)/objects.json
+
 test: setup
 	$(BIN)/python -m pytest -q
 
@@ -50,6 +58,7 @@ bench: setup
 	$(BIN)/python benchmarks/loader.py --write
 	$(BIN)/python benchmarks/model.py --write
 	$(BIN)/python benchmarks/learning.py --write
+	$(BIN)/python benchmarks/detection.py --write
 
 docs: setup
 	$(BIN)/python docs/make_configuration.py

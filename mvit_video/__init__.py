@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mvit_video.data.decode import open_video
     from mvit_video.data.index import folder_splits
     from mvit_video.data.sampling import kinetics_frame_indices, segment_frame_indices, spatial_views
-    from mvit_video.detection import create_detector, list_detectors
+    from mvit_video.detection import ObjectRecognizer, create_detector, list_detectors, load_detector
     from mvit_video.errors import CheckpointError, ConfigError, DataError, MVitVideoError, VideoError
     from mvit_video.evaluation.evaluate import evaluate
     from mvit_video.model import ClipSpec, MViT, MViTConfig, list_models
@@ -40,7 +40,7 @@ _HOMES = {
     "mvit_video.data.augment": ("Augment",),
     "mvit_video.data.index": ("folder_splits",),
     "mvit_video.data.sampling": ("kinetics_frame_indices", "segment_frame_indices", "spatial_views"),
-    "mvit_video.detection": ("create_detector", "list_detectors"),
+    "mvit_video.detection": ("ObjectRecognizer", "create_detector", "list_detectors", "load_detector"),
     "mvit_video.errors": ("CheckpointError", "ConfigError", "DataError", "MVitVideoError", "VideoError"),
     "mvit_video.evaluation.evaluate": ("evaluate",),
     "mvit_video.model": ("ClipSpec", "MViT", "MViTConfig", "list_models"),
@@ -61,6 +61,7 @@ __all__ = [
     "MViT",
     "MViTConfig",
     "MVitVideoError",
+    "ObjectRecognizer",
     "Prediction",
     "Protocol",
     "Recognizer",
@@ -76,6 +77,7 @@ __all__ = [
     "list_detectors",
     "list_models",
     "list_pretrainers",
+    "load_detector",
     "load_model",
     "load_weights",
     "open_video",

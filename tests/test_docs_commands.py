@@ -21,10 +21,12 @@ import generate as motion
 import pytest
 import torch
 from conftest import Command
+from make_shapes import generate as generate_shapes
 from PIL import Image
 from videos import write_numbered_video
 
 import mvit_video as mv
+from mvit_video.detection import save_detector
 from mvit_video.weights import METADATA_KEY, model_metadata, save_weights
 
 ROOT = Path(__file__).parents[1]
@@ -49,6 +51,9 @@ CONFIGURATION_ONLY = {  # what a command has -> why it is composed and checked, 
     "hf://": "needs the network; models of the Hub are in test_hub.py",
     "sweeper=optuna": "needs an extra; sweeps by Optuna are in test_processes.py",
     "submitit_slurm": "needs Slurm; sweeps by submitit are in test_processes.py",
+    "experiment=finetune_detector": "is of the published size; in test_detection_commands.py",
+    "experiment=coco_": "is of the published size; in test_detection_metrics.py",
+    "weights=model_final.pkl": "needs published weights; such files are in test_detector.py",
 }
 NOT_RUN = {  # other programs: what a line starts with -> why it isn't run
     "make ": "sets up an environment of its own; the target must exist",
@@ -57,6 +62,7 @@ NOT_RUN = {  # other programs: what a line starts with -> why it isn't run
     "ls ": "shows what is there; it must exist",
 }
 SMALL_MODEL = {"embed_dim": 32, "stages": [1, 1], "crop_size": 32, "kv_stride": [1, 4, 4]}
+SMALL_DETECTOR = {"embed_dim": 8, "stages": [1, 1, 1, 1], "kv_strides": [], "channels": 8}
 SMALL = {
     "train": [
         "trainer.max_epochs=1",
@@ -184,7 +190,10 @@ def run_line(command: Command, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def run_words(words: list[str]) -> Any:
         if words[0] == "python":
-            if words[1] == "datasets/motion/generate.py":
+            if words[1] == "datasets/shapes/make_shapes.py":
+                for split in ("train", "val"):
+                    generate_shapes(Path(words[3]), split, 2)
+            elif words[1] == "datasets/motion/generate.py":
                 motion.generate(words[3], train_per_class=2, val_per_class=1, size=48)
             else:
                 subprocess.run([sys.executable, str(ROOT / words[1]), *words[2:]], check=True)
@@ -207,7 +216,8 @@ def run_line(command: Command, monkeypatch: pytest.MonkeyPatch) -> Any:
             (unfinished / "000000-0000.arrows").touch()
         chosen = [argument for argument in arguments if argument.startswith(("model=", "experiment="))]
         if name == "train" or (chosen and name != "info"):
-            arguments += [f"model.{key}={value}".replace(" ", "") for key, value in SMALL_MODEL.items()]
+            small = SMALL_DETECTOR if "experiment=shapes" in arguments else SMALL_MODEL
+            arguments += [f"model.{key}={value}".replace(" ", "") for key, value in small.items()]
         if any(choice.startswith("experiment=maskfeat") and not choice.endswith("_ft") for choice in chosen):
             arguments.append("masking.cell=16")
         return command(name, *arguments, *SMALL.get(name, []))
@@ -286,7 +296,24 @@ def world(tmp_path_factory: pytest.TempPathFactory, two_classes: Path) -> Path:
         save_weights(kinetics, root / name)
     motion.generate(root / "demo/motion", train_per_class=2, val_per_class=1, size=48)
     write_data_sets(root / "data", mp4, webm)
+    write_objects(root)
     return root
+
+
+def write_objects(root: Path) -> None:
+    """Labelled images, COCO, a detector, a picture and a video."""
+    for folder in ("photos", "data/coco"):
+        (root / folder).mkdir(parents=True)
+        for split in ("train", "val"):
+            generate_shapes(root / folder, split, 2)
+    for split in ("train", "val"):
+        coco = root / "data" / "coco"
+        (coco / "annotations" / f"{split}.json").rename(coco / "annotations" / f"instances_{split}2017.json")
+        (coco / split).rename(coco / f"{split}2017")
+    detector = mv.create_detector("mask_rcnn_mvitv2_nano", num_classes=4, **SMALL_DETECTOR)
+    save_detector(detector, root / "detector.ckpt")
+    Image.open(root / "photos" / "val" / "00000.png").save(root / "street.jpg")
+    shutil.copy(root / "a.mp4", root / "video.mp4")
 
 
 def write_checkpoint(path: Path, class_names: tuple[str, ...]) -> None:

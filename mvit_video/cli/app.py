@@ -19,6 +19,7 @@ from mvit_video.errors import ConfigError
 from mvit_video.model import ClipSpec, VideoModel
 from mvit_video.model.variants import change_views
 from mvit_video.weights import build_for_weights, load_model
+from mvit_video.weights.reading import read_task
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +34,12 @@ def build(config: Any, **kwargs: Any) -> Any:
         group = config._get_full_key(None)
         raise ConfigError(f"{group} has values and no option; choose one by {group}=NAME")
     return hydra.utils.instantiate(config, _convert_="all", **kwargs)
+
+
+def task_of(config: DictConfig) -> str:
+    """What ``config.task`` says, else what the checkpoint that is given is of."""
+    task: str = config.task or read_task(config.weights)
+    return task
 
 
 def build_model(config: DictConfig, num_classes: int | None = None) -> VideoModel:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 import os
 from collections.abc import Sequence
@@ -58,6 +59,9 @@ def prepare_index(config: DictConfig) -> None:
 
 def check_index(config: DictConfig) -> None:
     """Compare an index with the disk; DataError where they differ."""
+    if str(config.data.get("_target_")).startswith("mvit_video.detection."):
+        importlib.import_module("mvit_video.cli.tasks.detection").check_data(config)
+        return
     file = index_file(_index_path(config))
     changes = compare(read_table(file))._asdict()
     for kind, paths in changes.items():

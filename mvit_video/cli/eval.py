@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -34,6 +35,9 @@ log = logging.getLogger(__name__)
 
 def evaluate(config: DictConfig) -> None:
     """Score every video of a split once with all its views, or read scores; print and save the metrics."""
+    if not config.scores and (task := app.task_of(config)) != "classification":
+        importlib.import_module(f"mvit_video.cli.tasks.{task}").evaluate(config)
+        return
     output = Path(HydraConfig.get().runtime.output_dir)
     if config.scores:
         with sole_writer(output):

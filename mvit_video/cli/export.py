@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import statistics
@@ -27,6 +28,9 @@ log = logging.getLogger(__name__)
 
 def export_and_check(config: DictConfig) -> None:
     """Write ``config.output``, compare it with the model that it was made of, and time both."""
+    if (task := app.task_of(config)) != "classification":
+        importlib.import_module(f"mvit_video.cli.tasks.{task}").export(config)
+        return
     model = app.build_model(config)
     if not isinstance(model, MViT):
         raise ConfigError(f"only MViT models can be exported, not {type(model).__name__}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import logging
@@ -42,6 +43,9 @@ MAX_TABLE = 100  # videos; the others are in the output
 
 def predict_files(config: DictConfig, files: list[str]) -> None:
     """Classify the files given as arguments and in ``config.videos``: a table, or a file."""
+    if (task := app.task_of(config)) != "classification":
+        importlib.import_module(f"mvit_video.cli.tasks.{task}").predict(config, files)
+        return
     arguments = files + list(config.videos)
     _check(config, arguments)
     recognizer, settings = build_recognizer(config)

@@ -45,7 +45,7 @@ class BadVideos:
         new = {csv_cell(video.path): video for video in videos}
         new = {path: video for path, video in new.items() if path not in self.found}
         for video in new.values():
-            log.warning("unreadable video %s: %s", printable(video.path), printable(video.reason))
+            log.warning("unreadable file %s: %s", printable(video.path), printable(video.reason))
             self._append(video)
         if new:
             self.found = self._listed()

@@ -92,6 +92,7 @@ class ClipLoader(Generic[Collated]):
         prefetch: how many samples are under way at most; None: two batches and one more for each worker,
             but fewer where they would fill more than an eighth of the memory (of the GPU, where they lie
             there), unless every worker is to have one.
+        device: where samples lie; None: where the dataset's ``open_file`` decodes.
 
     Raises, when iterated over:
         DataError: a process was killed; it names the video that it was reading.
@@ -108,11 +109,13 @@ class ClipLoader(Generic[Collated]):
         num_workers: int,
         worker_type: WorkerType = "auto",
         prefetch: int | None = None,
+        device: torch.device | None = None,
     ) -> None:
         self.batches = batches
         self.batch_sampler = SimpleNamespace(sampler=batches)  # where Lightning looks for ``set_epoch``
         self._dataset, self._collate = dataset, collate
         self._num_workers, self._worker_type, self._prefetch = num_workers, worker_type, prefetch
+        self._samples_on = device
         self._workers: _Threads | _Processes | None = None
         self._futures: Generator[Future[Any], None, None] | None = None  # of the newest iteration
         self._first = 0  # batches that the next epoch leaves out: a former run has had them
@@ -195,7 +198,7 @@ class ClipLoader(Generic[Collated]):
     @cached_property
     def _device(self) -> torch.device:
         """Where samples lie."""
-        return device_of(self._dataset.open_file)
+        return self._samples_on or device_of(self._dataset.open_file)
 
     def _most_ahead(self) -> int:
         largest = max((len(keys) for keys in self.batches), default=1)

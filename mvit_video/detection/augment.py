@@ -11,7 +11,6 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 import torch
@@ -20,12 +19,10 @@ from PIL import Image
 from torch import Tensor
 
 from mvit_video.detection.roi_heads import Target
+from mvit_video.errors import ConfigError
 
-Recipe = Literal["multi_scale", "large_scale_jitter", "none"]
-SHORT_SIDES = tuple(range(480, 801, 32))
-CROP_SHORT_SIDES, CROP_SIZES = (400, 500, 600), (384, 600)  # before a crop, and of it
 TEST_SHORT_SIDE, MAX_SIDE = 800, 1333
-JITTER_SCALES, JITTER_SIZE = (0.1, 2.0), 1024
+JITTER_SIZE = 1024
 PADDING = 128  # grey level
 
 
@@ -116,30 +113,81 @@ class Objects:
         return pixels, {"boxes": boxes_left, "labels": labels, "masks": masks}
 
 
-def augmented(objects: Objects, recipe: Recipe, rng: random.Random) -> tuple[Tensor, Target]:
-    """An image and its objects as a detector is trained with them."""
-    if recipe == "large_scale_jitter":
+@dataclass(frozen=True)
+class MultiScale:
+    """Another size, of a crop at times, and mirroring at times: the recipe of T, S and B.
+
+    Attributes:
+        short_sides: pixels; one of them is chosen.
+        max_side: pixels; the long side is no longer.
+        crop_probability: of a crop before.
+        crop_short_sides: pixels; before a crop, the short side becomes one of them.
+        crop_range: pixels; height and width of a crop are in this range.
+        flip_probability: of mirroring, left to right.
+    """
+
+    short_sides: Sequence[int] = tuple(range(480, 801, 32))
+    max_side: int = MAX_SIDE
+    crop_probability: float = 0.5
+    crop_short_sides: Sequence[int] = (400, 500, 600)
+    crop_range: tuple[int, int] = (384, 600)
+    flip_probability: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not self.short_sides or (self.crop_probability and not self.crop_short_sides):
+            raise ConfigError("augment.short_sides and crop_short_sides must name a size")
+
+    @property
+    def largest(self) -> int:
+        """Pixels of the largest image that comes out."""
+        return max(self.short_sides) * self.max_side
+
+    def __call__(self, objects: Objects, rng: random.Random) -> tuple[Tensor, Target]:
+        first = rng.choice(self.crop_short_sides) if rng.random() < self.crop_probability else None
+        crop = None
+        if first is not None:
+            height, width = shortest_edge(*_size(objects), first, math.inf)
+            low, high = self.crop_range
+            crop_height, crop_width = (rng.randint(min(low, n), min(high, n)) for n in (height, width))
+            top, left = rng.randint(0, height - crop_height), rng.randint(0, width - crop_width)
+            crop = (top, left, crop_height, crop_width)
+        return multi_scale(
+            objects,
+            first=first,
+            crop=crop,
+            short_side=rng.choice(self.short_sides),
+            flip=rng.random() < self.flip_probability,
+            max_side=self.max_side,
+        )
+
+
+@dataclass(frozen=True)
+class LargeScaleJitter:
+    """Sizes between extremes on a square: the recipe of L and H.
+
+    Attributes:
+        size: pixels, of the square.
+        scales: the least and the largest size of an image, as a multiple of the square's.
+        flip_probability: of mirroring, left to right.
+    """
+
+    size: int = JITTER_SIZE
+    scales: tuple[float, float] = (0.1, 2.0)
+    flip_probability: float = 0.5
+
+    @property
+    def largest(self) -> int:
+        """Pixels of the image that comes out."""
+        return self.size**2
+
+    def __call__(self, objects: Objects, rng: random.Random) -> tuple[Tensor, Target]:
         return large_scale_jitter(
-            objects, flip=rng.random() < 0.5, scale=rng.uniform(*JITTER_SCALES), offset=rng.random()
+            objects,
+            flip=rng.random() < self.flip_probability,
+            scale=rng.uniform(*self.scales),
+            offset=rng.random(),
+            size=self.size,
         )
-    if recipe == "none":
-        return objects.resized(*shortest_edge(*_size(objects))).target()
-    crop = None
-    first = rng.choice(CROP_SHORT_SIDES) if rng.random() < 0.5 else None
-    if first is not None:
-        height, width = shortest_edge(*_size(objects), first, math.inf)
-        crop_height, crop_width = (
-            rng.randint(min(CROP_SIZES[0], side), min(CROP_SIZES[1], side)) for side in (height, width)
-        )
-        crop = (
-            rng.randint(0, height - crop_height),
-            rng.randint(0, width - crop_width),
-            crop_height,
-            crop_width,
-        )
-    return multi_scale(
-        objects, first=first, crop=crop, short_side=rng.choice(SHORT_SIDES), flip=rng.random() < 0.5
-    )
 
 
 def multi_scale(
@@ -149,11 +197,12 @@ def multi_scale(
     crop: tuple[int, int, int, int] | None,
     short_side: int,
     flip: bool,
+    max_side: int = MAX_SIDE,
 ) -> tuple[Tensor, Target]:
     """Resize and crop to (top, left, height, width), or don't; then resize to ``short_side`` and flip."""
     if first is not None and crop is not None:
         objects = objects.resized(*shortest_edge(*_size(objects), first, math.inf)).cropped(*crop)
-    objects = objects.resized(*shortest_edge(*_size(objects), short_side))
+    objects = objects.resized(*shortest_edge(*_size(objects), short_side, max_side))
     return (objects.flipped() if flip else objects).target()
 
 

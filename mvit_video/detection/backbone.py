@@ -5,6 +5,7 @@ As in detectron2's ``modeling/backbone/mvit.py`` and ``fpn.py`` at 02b5c4e2.
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
@@ -12,7 +13,7 @@ from mvit_video.model import MViT, MViTConfig
 from mvit_video.model.attention import NORM_EPS
 from mvit_video.model.config import plan_blocks
 
-CHANNELS = 256  # of every map of the pyramid
+CHANNELS = 256  # of every map of the pyramid, in all published models
 DIVISOR = 32  # of heights and widths: the coarsest map of the backbone has this stride
 
 
@@ -37,13 +38,39 @@ class MultiscaleViT(MViT):
         ]
 
 
-class Backbone(nn.Module):
-    """Normalised images (B, 3, H, W), sides multiples of 32 -> {"p2": (B, 256, H / 4, W / 4), ..., "p6"}."""
+class Projections(nn.ModuleDict):
+    """Each map by its own 1x1 convolution, without a way from coarse to fine, and the coarsest halved.
 
-    def __init__(self, config: MViTConfig) -> None:
+    The paper's model without FPN isn't public; the operations that its table counts (276 G, with FPN 326 G)
+    are about those of this one.
+    """
+
+    def __init__(self, channels: list[int], out_channels: int) -> None:
+        super().__init__(
+            {f"p{number}": nn.Conv2d(dim, out_channels, 1) for number, dim in enumerate(channels, start=2)}
+        )
+
+    def forward(self, maps: dict[str, Tensor]) -> dict[str, Tensor]:
+        projected = {name: self[name](level) for name, level in maps.items()}
+        return projected | {"pool": F.max_pool2d(list(projected.values())[-1], 1, 2)}
+
+
+class Backbone(nn.Module):
+    """Normalised images (B, 3, H, W), sides multiples of 32 -> {"p2": (B, C, H / 4, W / 4), ..., "p6"}.
+
+    Args:
+        channels: C, of every map.
+        top_down: with the feature pyramid, else ``Projections``.
+    """
+
+    def __init__(self, config: MViTConfig, channels: int = CHANNELS, *, top_down: bool = True) -> None:
         super().__init__()
         self.bottom_up = MultiscaleViT(config)
-        self.fpn = FeaturePyramidNetwork(self.bottom_up.channels, CHANNELS, LastLevelMaxPool())
+        self.fpn: nn.Module = (
+            FeaturePyramidNetwork(self.bottom_up.channels, channels, LastLevelMaxPool())
+            if top_down
+            else Projections(self.bottom_up.channels, channels)
+        )
         for module in self.fpn.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_uniform_(module.weight, a=1)

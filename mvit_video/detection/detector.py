@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mvit_video.detection.augment import MAX_SIDE, TEST_SHORT_SIDE
 from mvit_video.detection.backbone import CHANNELS, DIVISOR, Backbone
 from mvit_video.detection.masks import paste_masks
 from mvit_video.detection.proposals import ProposalGenerator
-from mvit_video.detection.roi_heads import BoxSettings, RoIHeads, Target
+from mvit_video.detection.roi_heads import BOX_CHANNELS, BoxSettings, RoIHeads, Target
 from mvit_video.detection.weights import load_detector_weights
 from mvit_video.model import MViTConfig
 from mvit_video.weights import LoadReport
@@ -27,8 +28,8 @@ class DetectorConfig:
     """Everything that shapes a detector; the defaults are those of the paper's COCO models.
 
     Attributes:
-        num_classes: without the background.
         backbone: its layout; the position tables are made for ``backbone.crop_size``.
+        num_classes: without the background.
         cascade: three stages (Cascade Mask R-CNN) instead of one (Mask R-CNN).
         rpn_pre_nms_top_n_train, rpn_pre_nms_top_n_test: proposals kept on each level before non-maximum
             suppression.
@@ -37,6 +38,11 @@ class DetectorConfig:
         box_score_thresh: detections have scores above it.
         box_nms_thresh: of two boxes of a class that overlap more (IoU), the less likely is left out.
         box_detections_per_img: at most as many.
+        min_size, max_size: pixels; in testing, an image's short side becomes the first unless its long side
+            would exceed the second. ``Detector`` itself takes images as they are.
+        fpn: whether coarse maps of the backbone flow into fine ones, or each is projected alone.
+        channels: of the maps that all heads read, and of the heads' convolutions.
+        box_channels: of the layers behind a region's box.
     """
 
     backbone: MViTConfig
@@ -51,6 +57,11 @@ class DetectorConfig:
     box_score_thresh: float = 0.05
     box_nms_thresh: float = 0.5
     box_detections_per_img: int = 100
+    min_size: int = TEST_SHORT_SIDE
+    max_size: int = MAX_SIDE
+    fpn: bool = True
+    channels: int = CHANNELS
+    box_channels: int = BOX_CHANNELS
 
 
 class Detector(nn.Module):
@@ -68,9 +79,10 @@ class Detector(nn.Module):
         super().__init__()
         self.config = config
         self.class_names: tuple[str, ...] | None = None
-        self.backbone = Backbone(config.backbone)
+        self.category_ids: tuple[int, ...] | None = None  # of the classes, in their json file
+        self.backbone = Backbone(config.backbone, config.channels, top_down=config.fpn)
         self.proposal_generator = ProposalGenerator(
-            CHANNELS,
+            config.channels,
             conv_depth=2 if config.cascade else 1,
             pre_nms_top_n=(config.rpn_pre_nms_top_n_train, config.rpn_pre_nms_top_n_test),
             post_nms_top_n=(config.rpn_post_nms_top_n_train, config.rpn_post_nms_top_n_test),
@@ -82,9 +94,20 @@ class Detector(nn.Module):
             config.box_nms_thresh,
             config.box_detections_per_img,
         )
-        self.roi_heads = RoIHeads(CHANNELS, config.num_classes, cascade=config.cascade, settings=settings)
+        self.roi_heads = RoIHeads(
+            config.channels,
+            config.num_classes,
+            box_channels=config.box_channels,
+            cascade=config.cascade,
+            settings=settings,
+        )
         self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN)[:, None, None], persistent=False)
         self.register_buffer("pixel_std", torch.tensor(PIXEL_STD)[:, None, None], persistent=False)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """Those of the backbone, which sharded training cuts up one by one."""
+        return self.backbone.bottom_up.blocks
 
     def forward(
         self,
@@ -121,6 +144,10 @@ class Detector(nn.Module):
             _in_pixels(*detections, size, wanted)
             for detections, size, wanted in zip(found, sizes, output_sizes or sizes, strict=True)
         ]
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """The backbone alone: how much the rest computes depends on what it finds."""
+        self.backbone.compile(*args, **kwargs)
 
     def load_weights(
         self, source: str | Path | Mapping[str, Any], *, head: Literal["strict", "new"] = "strict"

@@ -21,6 +21,7 @@ from torchvision.ops import batched_nms, clip_boxes_to_image, roi_align
 from mvit_video.detection.masks import Polygons, crop_masks
 from mvit_video.detection.proposals import STRIDES, Losses, match
 
+BOX_CHANNELS = 1024  # in all published models
 BOX_SIZE, MASK_SIZE = 7, 14  # cells of a region that the heads see; masks come out twice as large
 POSITIVE_FRACTION = 0.25
 STAGE_IOUS = (0.5, 0.6, 0.7)
@@ -82,26 +83,29 @@ class RoIHeads(nn.Module):
     """The second half of Mask R-CNN (one stage) or Cascade Mask R-CNN (three).
 
     Args:
-        channels: of the pyramid's maps.
+        channels: of the pyramid's maps, and of convolutions here.
+        box_channels: of the layers that classes and boxes are read from.
         cascade: three stages that refine each other's boxes, with batch normalisation, a box for all classes.
     """
 
-    def __init__(self, channels: int, num_classes: int, *, cascade: bool, settings: BoxSettings) -> None:
+    def __init__(
+        self, channels: int, num_classes: int, *, box_channels: int, cascade: bool, settings: BoxSettings
+    ) -> None:
         super().__init__()
         self.num_classes, self.settings = num_classes, settings
         stages = 3 if cascade else 1
         size = (channels, BOX_SIZE, BOX_SIZE)
         self.box_head = nn.ModuleList(
-            FastRCNNConvFCHead(size, [256] * 4, [1024], nn.BatchNorm2d)
+            FastRCNNConvFCHead(size, [channels] * 4, [box_channels], nn.BatchNorm2d)
             if cascade
-            else TwoMLPHead(channels * BOX_SIZE**2, 1024)
+            else TwoMLPHead(channels * BOX_SIZE**2, box_channels)
             for _ in range(stages)
         )
         self.box_predictor = nn.ModuleList(
-            Predictor(1024, num_classes, class_agnostic=cascade) for _ in range(stages)
+            Predictor(box_channels, num_classes, class_agnostic=cascade) for _ in range(stages)
         )
-        self.mask_head = MaskRCNNHeads(channels, [256] * 4, 1, nn.BatchNorm2d if cascade else None)
-        self.mask_predictor = MaskRCNNPredictor(256, 256, num_classes)
+        self.mask_head = MaskRCNNHeads(channels, [channels] * 4, 1, nn.BatchNorm2d if cascade else None)
+        self.mask_predictor = MaskRCNNPredictor(channels, channels, num_classes)
         for module in self.box_head.modules():
             if isinstance(module, nn.Linear):
                 nn.init.kaiming_uniform_(module.weight, a=1)
@@ -259,14 +263,15 @@ def pool_regions(maps: list[Tensor], boxes: list[Tensor], size: int) -> Tensor:
     """
     images = torch.cat([found.new_full((len(found), 1), number) for number, found in enumerate(boxes)])
     corners = torch.cat(boxes)
-    rois = torch.cat([images, corners], 1).to(maps[0].dtype)
+    exact = torch.promote_types(maps[0].dtype, torch.float32)  # half precision would move boxes by pixels
+    rois = torch.cat([images, corners], 1).to(exact)
     side = ((corners[:, 2] - corners[:, 0]) * (corners[:, 3] - corners[:, 1])).sqrt()
     level = (4 + (side / 224 + 1e-8).log2()).floor().clamp(2, 5).long() - 2
-    pooled = rois.new_zeros(len(rois), maps[0].shape[1], size, size)
+    pooled = maps[0].new_zeros(len(rois), maps[0].shape[1], size, size)
     for number, (features, stride) in enumerate(zip(maps[:4], STRIDES, strict=False)):
         index = (level == number).nonzero()[:, 0]
-        regions = roi_align(features, rois[index], size, 1 / stride, sampling_ratio=0, aligned=True)
-        pooled = pooled.index_copy(0, index, regions)
+        regions = roi_align(features.to(exact), rois[index], size, 1 / stride, sampling_ratio=0, aligned=True)
+        pooled = pooled.index_copy(0, index, regions.to(pooled.dtype))
     return pooled
 
 

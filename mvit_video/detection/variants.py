@@ -54,12 +54,32 @@ _BACKBONES = {
     "l": _backbone((2, 6, 36, 4), 0.5, 144, 2),
     "h": _backbone((4, 8, 60, 8), 0.6, 192, 3, checkpoint_blocks=True),
 }
+_NANO = replace(
+    _backbone((1, 1, 2, 1), 0.0, 32),
+    attention="pooling",  # windows of few tokens would save nothing
+    window_padding=False,
+    crop_size=128,
+)
 DETECTORS = {
     f"{method}_mvitv2_{size}": DetectorConfig(backbone, cascade=method.startswith("cascade"))
     for method, sizes in (("mask_rcnn", "tsbl"), ("cascade_mask_rcnn", "tsblh"))
     for size, backbone in _BACKBONES.items()
     if size in sizes
 }
+# Small enough to train on two CPU cores in minutes, on small images.
+DETECTORS["mask_rcnn_mvitv2_nano"] = DetectorConfig(
+    _NANO,
+    rpn_pre_nms_top_n_train=300,
+    rpn_pre_nms_top_n_test=300,
+    rpn_post_nms_top_n_train=150,
+    rpn_post_nms_top_n_test=100,
+    rpn_batch_size_per_image=64,
+    box_batch_size_per_image=64,
+    min_size=112,
+    max_size=224,
+    channels=32,
+    box_channels=128,
+)
 
 
 def list_detectors() -> list[str]:
@@ -67,13 +87,15 @@ def list_detectors() -> list[str]:
     return sorted(DETECTORS)
 
 
-def create_detector(name: str, num_classes: int = 80, **overrides: Any) -> Detector:
+def create_detector(name: str, num_classes: int = 80, *, weights: None = None, **overrides: Any) -> Detector:
     """Build a detector by name, with fresh weights.
 
     Args:
         name: one of ``list_detectors()``.
         num_classes: without the background.
-        overrides: fields of ``DetectorConfig``, or of ``MViTConfig`` for its backbone, that differ.
+        weights: always None; files are loaded by ``mvit_video.load_weights``.
+        overrides: fields of ``DetectorConfig``, or of ``MViTConfig`` for its backbone, that differ; None
+            leaves a field as it is.
 
     Raises:
         ConfigError: for an unknown name or field.
@@ -92,6 +114,7 @@ def create_detector(name: str, num_classes: int = 80, **overrides: Any) -> Detec
     for key in overrides:
         if key not in own | backbone:
             raise ConfigError(f"a detector has no {key!r}{did_you_mean(key, own | backbone)}")
+    overrides = {key: value for key, value in overrides.items() if value is not None}
     layout = replace_fields(config.backbone, {k: v for k, v in overrides.items() if k in backbone})
     detection = {key: value for key, value in overrides.items() if key in own}
     return Detector(replace(config, num_classes=num_classes, backbone=layout, **detection))

@@ -78,10 +78,14 @@ def parse_metadata(metadata: Any, name: str) -> Description:
     try:
         metadata = json.loads(metadata) if isinstance(metadata, str) else metadata
         require_bounded(metadata)
+        if (task := metadata.get("task", "classification")) != "classification":
+            raise CheckpointError(f"{name}: a checkpoint of the task {task}, which has a loader of its own")
         values, names = dict(metadata["config"]), metadata["class_names"]
         config = BaselineConfig(**values) if "name" in values else replace_fields(MViTConfig(), values)
         spec = replace_fields(ClipSpec(), dict(metadata["protocol"]))
         return Description(config, spec, (tuple(names) or None) if isinstance(names, list) else names)
+    except CheckpointError:
+        raise
     except Exception as error:  # a file can hold anything in the place of anything
         raise CheckpointError(
             f"{name}: its description of the model can't be used ({brief(error)})"

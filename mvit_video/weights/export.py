@@ -136,8 +136,8 @@ def load_exported(path: str | Path, device: str | torch.device = "cpu", trust: b
 
 
 def _export_onnx(model: MViT, clips: Tensor, shapes: Any, metadata: str, path: Path) -> None:
-    onnx = _imported("onnx")
-    _imported("onnxscript")
+    onnx = imported("onnx")
+    imported("onnxscript")
     for name in ("onnxscript", "onnx_ir"):  # hundreds of lines about their own steps
         logging.getLogger(name).setLevel(logging.WARNING)
     program = torch.onnx.export(
@@ -156,7 +156,7 @@ def _export_onnx(model: MViT, clips: Tensor, shapes: Any, metadata: str, path: P
 
 
 def _load_onnx(path: Path, device: str) -> tuple[Run, str | None]:
-    runtime = _imported("onnxruntime")
+    runtime = imported("onnxruntime")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     wanted = ["CUDAExecutionProvider"] if torch.device(device).type == "cuda" else []
@@ -186,7 +186,8 @@ def _load_program(path: Path, device: str) -> tuple[Run, str | None]:
     return lambda clips: module(clips), extra[METADATA_KEY]  # no part of another module: it has no modes
 
 
-def _imported(name: Literal["onnx", "onnxscript", "onnxruntime"]) -> Any:
+def imported(name: Literal["onnx", "onnxscript", "onnxruntime"]) -> Any:
+    """One of the packages that ONNX needs. Raises ConfigError where it isn't installed."""
     try:
         return __import__(name)
     except ImportError as error:

@@ -60,6 +60,15 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
+def read_task(path: str | Path | None) -> str:
+    """The task that a checkpoint says it is of; "classification" for everything else, readable or not."""
+    try:
+        checkpoint = torch.load(str(path), map_location="cpu", mmap=True, weights_only=True)
+        return str(checkpoint[METADATA_KEY]["task"])
+    except Exception:  # whoever loads it tells what is wrong
+        return "classification"
+
+
 def _require_file(path: Path) -> None:
     if path.is_dir():
         inside = sorted(p.name for p in path.iterdir() if p.suffix in (".ckpt", ".pyth", ".pth", ".pt"))

@@ -13,9 +13,9 @@ from make_shapes import CLASSES, generate
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from mvit_video.detection.augment import augmented
+from mvit_video.detection.augment import MultiScale
 from mvit_video.detection.coco import coco_dataset, load_objects, read_coco, summary, to_mask
-from mvit_video.errors import DataError
+from mvit_video.errors import DataError, VideoError
 
 BOX = {"image_id": 1, "category_id": 7, "bbox": [2, 3, 10, 12], "segmentation": [[2, 3, 12, 3, 12, 15]]}
 
@@ -129,10 +129,10 @@ def test_images_are_upright_and_of_the_size_that_is_listed(tmp_path: Path) -> No
     (listed,) = read_coco(file, tmp_path).images
     assert load_objects(listed).image.size == (30, 40)
     image.save(tmp_path / "a.jpg")
-    with pytest.raises(DataError, match="40 x 30"):
+    with pytest.raises(VideoError, match="40 x 30"):
         load_objects(listed)
     (tmp_path / "a.jpg").write_bytes(b"no image")
-    with pytest.raises(DataError, match=r"a\.jpg"):
+    with pytest.raises(VideoError, match=r"a\.jpg"):
         load_objects(listed)
 
 
@@ -146,7 +146,7 @@ def test_generated_shapes_can_be_trained_on(tmp_path: Path) -> None:
     assert coco.problems == ()
     assert sum(len(image.annotations) for image in coco.images) >= 6
     for image in coco.images:
-        pixels, target = augmented(load_objects(image), "multi_scale", random.Random(0))
+        pixels, target = MultiScale()(load_objects(image), random.Random(0))
         assert pixels.dtype.is_floating_point is False
         assert pixels.shape[0] == 3
         assert len(target["boxes"]) == len(target["labels"]) == len(target["masks"])

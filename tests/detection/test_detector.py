@@ -291,3 +291,38 @@ def test_pickles_of_anything_but_arrays_are_refused(
     with pytest.raises(CheckpointError, match=r"model\.pkl"):
         mv.load_weights(create_detector("mask_rcnn_mvitv2_t"), path)
     assert "code has run" not in capfd.readouterr().out
+
+
+HWIN = {"attention": "pooling_hybrid_window"}
+PLAIN = {"window_padding": False}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"attention": "pooling", **PLAIN},
+        {"attention": "pooling_shifted_window", **PLAIN},
+        {"attention": "full", "kv_strides": (), **PLAIN},
+        {**HWIN, "window_padding": True},
+        {"fpn": False},
+        {"rel_pos_joint": "space"},
+        {"abs_pos": "joint", "rel_pos_spatial": False},
+        {"rel_pos_spatial": False},
+    ],
+    ids=str,
+)
+def test_ablations_of_the_paper(changes: dict[str, Any]) -> None:
+    """Maps of every kind of attention, pyramid and positions have the same sizes, and gradients."""
+    small = {"stages": (1, 1, 1, 1), "kv_strides": (), "embed_dim": 8, "window": (1, 8, 8), "crop_size": 64}
+    detector = create_detector("mask_rcnn_mvitv2_t", num_classes=2, channels=8, **{**small, **changes})
+    maps = detector.backbone(torch.randn(1, 3, 64, 96))
+    assert {name: tuple(level.shape) for name, level in maps.items()} == {
+        "p2": (1, 8, 16, 24),
+        "p3": (1, 8, 8, 12),
+        "p4": (1, 8, 4, 6),
+        "p5": (1, 8, 2, 3),
+        "p6": (1, 8, 1, 2),
+    }
+    sum(level.sum() for level in maps.values()).backward()
+    without = [name for name, parameter in detector.backbone.named_parameters() if parameter.grad is None]
+    assert without == []

@@ -15,8 +15,9 @@ from PIL import Image
 from torch import Tensor
 
 from mvit_video.detection.augment import (
+    LargeScaleJitter,
+    MultiScale,
     Objects,
-    augmented,
     jittered_size,
     large_scale_jitter,
     multi_scale,
@@ -81,14 +82,14 @@ def test_multi_scale(case: dict[str, Any]) -> None:
     check(found, case, "boxes")
 
 
-@pytest.mark.parametrize("recipe", ["multi_scale", "large_scale_jitter"])
+@pytest.mark.parametrize("recipe", [MultiScale(), LargeScaleJitter()])
 def test_bitmaps_follow_polygons(recipe: Any) -> None:
     polygons = objects_of(240, 320)
     bitmaps = np.stack([polygons_to_mask([p.ravel() for p in parts], 240, 320) for parts in polygons.masks])
     for seed in range(4):
-        image, drawn = augmented(polygons, recipe, random.Random(seed))
-        again, pixels = augmented(
-            Objects(polygons.image, polygons.boxes, polygons.labels, bitmaps), recipe, random.Random(seed)
+        image, drawn = recipe(polygons, random.Random(seed))
+        again, pixels = recipe(
+            Objects(polygons.image, polygons.boxes, polygons.labels, bitmaps), random.Random(seed)
         )
         assert image.equal(again)
         shared = [label for label in drawn["labels"].tolist() if label in pixels["labels"].tolist()]
@@ -103,6 +104,6 @@ def test_bitmaps_follow_polygons(recipe: Any) -> None:
 
 
 def test_the_same_numbers_give_the_same_picture() -> None:
-    first, second = (augmented(objects_of(240, 320), "multi_scale", random.Random(3)) for _ in range(2))
+    first, second = (MultiScale()(objects_of(240, 320), random.Random(3)) for _ in range(2))
     assert first[0].equal(second[0])
     assert first[1]["boxes"].equal(second[1]["boxes"])

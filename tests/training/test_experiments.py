@@ -15,7 +15,8 @@ from mvit_video.cli.app import override_protocol
 from mvit_video.cli.conf import CONF_DIR
 from mvit_video.model.clip_spec import IMAGENET_MEAN, IMAGENET_STD, KINETICS_MEAN, KINETICS_STD
 
-EXPERIMENTS = sorted(path.stem for path in (CONF_DIR / "experiment").glob("*.yaml"))
+FILES = (CONF_DIR / "experiment").glob("*.yaml")
+EXPERIMENTS = sorted(path.stem for path in FILES if "\ntask:" not in path.read_text())  # classification
 
 ADAMW = {
     "optimizer": "torch.optim.AdamW",

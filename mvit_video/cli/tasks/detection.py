@@ -1,0 +1,399 @@
+"""Detection of objects in images."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+import pytorch_lightning as pl
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from mvit_video.cli import app
+from mvit_video.data.bad_videos import allowed_bad_videos
+from mvit_video.data.class_names import check_same_classes
+from mvit_video.data.loader import WORKER_TYPES
+from mvit_video.data.ranks import process_group, use_own_gpu
+from mvit_video.detection.checkpoint import load_detector
+from mvit_video.detection.coco import (
+    AnnotatedImage,
+    CocoImages,
+    CocoSplits,
+    Problem,
+    load_objects,
+    summary,
+)
+from mvit_video.detection.data import TestImages, TrainingImages, training_loader, whole_image_loader
+from mvit_video.detection.detector import Detector
+from mvit_video.detection.drawing import as_png
+from mvit_video.detection.evaluation import find_in_images, report
+from mvit_video.detection.export import export_backbone, load_maps
+from mvit_video.detection.metrics import LIKELY, SUMMARY
+from mvit_video.detection.recognizer import (
+    FoundObjects,
+    ObjectRecognizer,
+    autocast,
+    expand_files,
+    video_writer,
+)
+from mvit_video.detection.training import DetectorTraining
+from mvit_video.detection.writer import COLUMNS, ObjectWriter, as_text, rows_of
+from mvit_video.errors import ConfigError, DataError, VideoError
+from mvit_video.evaluation.provenance import versions
+from mvit_video.evaluation.run import output_folder, remove_journals
+from mvit_video.io.console import csv_cell, print_table, printable, track
+from mvit_video.io.fingerprint import fingerprint
+from mvit_video.io.writing import replacing, sole_writer
+from mvit_video.prediction.saving import output_names
+from mvit_video.prediction.writer import Format, format_of
+from mvit_video.training.recipe import freeze
+from mvit_video.training.task import Training
+from mvit_video.weights import load_weights, weights_sha256
+from mvit_video.weights.reading import EXPORTED
+
+MAX_TABLE = 100  # rows; the others are in the output
+
+log = logging.getLogger(__name__)
+
+MONITOR = DetectorTraining.monitor
+
+
+def check(config: DictConfig) -> None:
+    """ConfigError for what can be refused before data are read."""
+    mixing = app.build(config.mixing)
+    if mixing is not None and mixing.probability:
+        raise ConfigError("mixing is for classification; detection takes mixing=none")
+    if not callable(app.build(config.augment)):
+        raise ConfigError("augment= is for videos; detection takes augment=multi_scale or large_scale_jitter")
+    with torch.device("meta"):
+        app.build(config.optim, model=_build_detector(config))
+
+
+def train(config: DictConfig, trainer: pl.Trainer) -> Training:
+    """Augmented images for training, whole ones for validation."""
+    splits = _build_splits(config)
+    detector = _build_detector(config, len(splits.train.class_names))
+    if config.weights:
+        report = load_weights(detector, config.weights, head=config.head)
+        log.info("weights of %s\n%s", config.weights, report)
+    detector.class_names, detector.category_ids = splits.train.class_names, splits.train.category_ids
+    if config.freeze:
+        parts = list(config.freeze) if OmegaConf.is_list(config.freeze) else [str(config.freeze)]
+        scales = "backbone.bottom_up"  # what a classifier's weights are for
+        freeze(cast(Any, detector), [scales if part == "backbone" else part for part in parts])
+    module: DetectorTraining = app.build(config.optim, _partial_=True)(
+        detector, batch_size=config.batch_size, seed=config.seed
+    )
+    module.validation = splits.val
+    loading = app.loading(config, trainer)
+    trained, augment = splits.train.with_objects, app.build(config.augment)
+    if not trained.images:
+        raise DataError("no training image has an object that can be used")
+    shuffle = not config.trainer.overfit_batches
+    training = training_loader(
+        TrainingImages(trained.images, augment, seed=config.seed, largest=augment.largest),
+        shuffle=shuffle,
+        **loading,
+    )
+    whole = TestImages(
+        splits.val.images, short_side=detector.config.min_size, max_side=detector.config.max_size
+    )
+    validation = whole_image_loader(whole, **{**loading, "batch_size": 1})
+    _describe(detector, splits, trained)
+    identity = {
+        "data": {
+            "classes": splits.train.class_names,
+            "train": trained.sha256(),
+            "val": splits.val.sha256(),
+        },
+        "model": app.model_identity(detector.config),
+    }
+    return Training(module, training, validation, len(trained) + len(splits.val), identity)
+
+
+def _build_detector(config: DictConfig, num_classes: int = 1) -> Detector:
+    detector = app.build(config.model, num_classes=num_classes)
+    if not isinstance(detector, Detector):
+        raise ConfigError("task=detection needs a detector, such as model=mask_rcnn_mvitv2_t")
+    return detector
+
+
+def _build_splits(config: DictConfig, only: str | None = None) -> CocoSplits:
+    """Training and validation images; ``only`` one of them is read, in the place of both, if it is known."""
+    if only == "test":
+        raise ConfigError("split=test: the data set has no such split")
+    other = {"train": "val", "val": "train"}.get(only or "")
+    data, same = config.data, {}
+    if other and data.get(only):
+        same = {other: data[only], f"{other}_images": data.get(f"{only}_images")}
+    splits = app.build(data, **same)
+    if not isinstance(splits, CocoSplits):
+        raise ConfigError("task=detection needs images with objects: data=coco, coco_folder or shapes")
+    return splits
+
+
+def _describe(detector: Detector, splits: CocoSplits, trained: CocoImages) -> None:
+    counts = summary(splits.train)
+    log.info(
+        "%.1f M parameters, %d classes, %d training images with objects (%d have none), %d validation images",
+        sum(p.numel() for p in detector.parameters()) / 1e6,
+        len(splits.train.class_names),
+        len(trained),
+        len(splits.train) - len(trained),
+        len(splits.val),
+    )
+    objects = ", ".join(f"{name} {count}" for name, count in counts["objects"].items())
+    log.info("training objects of each class: %s", printable(objects)[:2000])
+    if counts["without_mask"]:
+        log.warning("%d objects have no mask: their boxes are taken for it", counts["without_mask"])
+    problems = [*splits.train.problems, *splits.val.problems]
+    if problems:
+        log.warning(
+            "%d images and annotations can't be used, the first: %s; %s lists them",
+            len(problems),
+            printable(": ".join(problems[0])),
+            _write_problems(problems),
+        )
+
+
+def _write_problems(problems: Sequence[Problem]) -> Path:
+    path = Path(HydraConfig.get().runtime.output_dir) / "problems.csv"
+    with replacing(path, "w", newline="") as file:
+        csv.writer(file).writerows([("what", "reason"), *(map(csv_cell, row) for row in problems)])
+    return path
+
+
+def evaluate(config: DictConfig) -> None:
+    """Find the objects of every image of a split once; print and save how precisely."""
+    if config.scores or config.class_map:
+        raise ConfigError("scores= and class_map= are for classification")
+    allowed_bad_videos(config.max_bad_videos, 0)  # a wrong value is told before anything is read
+    with process_group() as ranks, ExitStack() as locks:
+        if ranks.rank:
+            logging.getLogger().setLevel(logging.WARNING)
+        output = ranks.broadcast_from_rank0(
+            lambda: output_folder(config.resume, Path(HydraConfig.get().runtime.output_dir))
+        )
+        ranks.broadcast_from_rank0(lambda: locks.enter_context(sole_writer(output)))
+        use_own_gpu()
+        device = app.choose_device(config.device)
+        splits = _build_splits(config, only=config.split)
+        detector = _trained_detector(config, len(splits.train.class_names))
+        coco: CocoImages = getattr(splits, config.split)
+        check_same_classes(detector.class_names, detector.config.num_classes, coco.class_names)
+        settings = {
+            "weights": str(config.weights),
+            "model_sha256": weights_sha256(detector),
+            "precision": config.precision,
+            "split": config.split,
+            "data": OmegaConf.to_container(config.data, resolve=True),
+            "versions": versions(),
+        }
+        identity = fingerprint(
+            weights=settings["model_sha256"],
+            model=asdict(detector.config),
+            images=coco.sha256(),
+            precision=config.precision,
+        )
+        results = find_in_images(
+            detector.to(device),
+            coco,
+            output,
+            ranks=ranks,
+            identity=identity,
+            allowed_bad=allowed_bad_videos(config.max_bad_videos, len(coco)),
+            device=device,
+            autocast=autocast(device, config.precision),
+            num_workers=config.num_workers,
+            worker_type=WORKER_TYPES[config.loader],
+        )
+        if results is None:  # rank 0 reports
+            return
+        measured = report(coco, results, output, settings=settings, num_worst=config.worst_mistakes)
+        remove_journals(output)
+    if measured:
+        rows = [(kind, *map(_shown, list(p.summary.values())[:6])) for kind, p in measured.items()]
+        print_table(f"{len(results)} images", ("", *SUMMARY[:6]), rows)
+        log.info("results.json and report.html are in %s", output)
+
+
+def predict(config: DictConfig, files: list[str]) -> None:
+    """Find the objects in the files given as arguments and in ``config.videos``: a table, or a file."""
+    arguments = files + list(config.videos)
+    _check_prediction(config, arguments)
+    device = app.choose_device(config.device)
+    detector = _trained_detector(config)
+    ids = detector.category_ids or tuple(range(detector.config.num_classes))
+    settings = fingerprint(
+        weights_sha256=weights_sha256(detector),
+        model=asdict(detector.config),
+        class_names=detector.class_names,
+        **{key: config[key] for key in ("min_score", "stride", "precision")},
+        save=list(config.save),
+    )
+    recognizer = ObjectRecognizer(
+        detector,
+        min_score=config.min_score,
+        stride=config.stride or 0.0,
+        device=device,
+        precision=config.precision,
+    )
+    paths = expand_files(arguments)
+    names = output_names(paths)
+    shown: list[tuple[Any, ...]] = []
+    failed: list[FoundObjects] = []
+    as_lines: Format | None = None if config.output else config.format
+    if as_lines not in (None, "jsonl", "csv"):
+        raise ConfigError(f"format={as_lines} needs output=FILE")
+    if as_lines == "csv":
+        print(",".join(COLUMNS))
+    with ExitStack() as stack:
+        writer = None
+        if config.output:
+            format = format_of(config.output, config.format)
+            writer = stack.enter_context(
+                ObjectWriter(config.output, paths, format=format, settings=settings, resume=config.resume)
+            )
+        todo = writer.todo if writer else paths
+        if len(todo) < len(paths):
+            log.info("resuming: %d of them are in %s already", len(paths) - len(todo), config.output)
+        for path in track(todo, len(paths), done=len(paths) - len(todo), what="looking"):
+            rows: list[dict[str, Any]] = []
+            for found in _drawn(recognizer, path, Path(config.save_dir) / names[path], config):
+                rows += rows_of(found, ids)
+                failed += [found] if found.error else []
+                shown += _table(found, config.min_score or LIKELY) if len(shown) < MAX_TABLE else []
+            if writer:
+                writer.add(path, rows)
+            elif as_lines:
+                print(as_text(rows, as_lines), end="", flush=True)
+    if not config.output and not as_lines:
+        print_table("", ("file", "second", "class", "score", "box"), shown[:MAX_TABLE])
+    if config.save:
+        log.info("drawn objects: %s", Path(config.save_dir).absolute())
+    for found in failed[:1]:
+        log.warning(
+            "%d of %d files failed, the first: %s: %s", len(failed), len(paths), found.path, found.error
+        )
+        if len(failed) == len(paths):
+            raise DataError(f"no file could be looked at, the first: {found.path}: {found.error}")
+
+
+def _shown(precision: float) -> str:
+    return "-" if precision < 0 else f"{precision:.3f}"
+
+
+def _check_prediction(config: DictConfig, arguments: list[str]) -> None:
+    if not arguments:
+        raise ConfigError("no pictures or videos given; type their files or folders after the command")
+    for key in ("window", "live", "explain", "per_clip"):
+        if config[key]:
+            raise ConfigError(f"{key}= is for classification; a detector takes min_score=, stride= and save=")
+    if set(config.save) - {"png", "video"}:
+        raise ConfigError("save= of a detector is png (pictures) or video, or both")
+    if config.engine != "local":
+        raise ConfigError("engine= is for classification; a detector works in this process")
+
+
+def _trained_detector(config: DictConfig, num_classes: int = 80) -> Detector:
+    """The detector that ``config.weights`` describes, or ``config.model`` with these weights."""
+    if "model" not in config:
+        if not config.weights:
+            raise ConfigError("no weights given: set weights=FILE")
+        return load_detector(config.weights)
+    detector = _build_detector(config, num_classes)
+    if config.weights:
+        log.info("weights of %s\n%s", config.weights, load_weights(detector, config.weights))
+    return detector.eval()
+
+
+def _drawn(recognizer: ObjectRecognizer, path: str, name: Path, config: DictConfig) -> Iterator[FoundObjects]:
+    """What is found in a file; beside it writes the picture, or the video, that ``save`` asks for."""
+    threshold = config.min_score or LIKELY
+    with ExitStack() as stack:
+        add = None
+        for found in recognizer.iterate(path):
+            yield found
+            if found.error is not None or ("png" if found.frame is None else "video") not in config.save:
+                continue
+            drawn = found.draw(threshold)
+            if found.frame is None:
+                with replacing(Path(f"{name}.png")) as file:
+                    file.write(as_png(drawn))
+            else:
+                add = add or stack.enter_context(video_writer(Path(f"{name}.mp4")))
+                add(drawn, found.second)
+
+
+def _table(found: FoundObjects, threshold: float) -> list[tuple[Any, ...]]:
+    second = "" if found.second is None else f"{found.second:.2f}"
+    if found.error is not None:
+        return [(found.path, second, f"error: {found.error}", "", "")]
+    objects = zip(found.labels.tolist(), found.scores.tolist(), found.boxes.tolist(), strict=True)
+    return [
+        (found.path, second, found.class_names[label], f"{score:.3f}", " ".join(f"{x:.0f}" for x in box))
+        for label, score, box in objects
+        if score >= threshold
+    ] or [(found.path, second, "", "", "")]
+
+
+def export(config: DictConfig) -> None:
+    """Write the backbone with its pyramid, and compare it with what it was made of."""
+    if config.part == "detector":
+        raise ConfigError(
+            "part=detector: how much a whole detector computes depends on what it finds, which no program of "
+            "fixed shapes can; part=backbone writes all of it up to the proposals"
+        )
+    detector, path = _trained_detector(config), Path(config.output)
+    size = (config.image_size[0], config.image_size[1])
+    if path.suffix not in EXPORTED:
+        raise ConfigError(f"output={path}: models are exported as {' or '.join(EXPORTED)}")
+    images = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
+    with replacing(path) as file:  # a wrong file is never taken for a good one
+        export_backbone(detector, file.name, size)
+        with torch.inference_mode():
+            ours = detector.backbone(images)
+            theirs = load_maps(file.name)(images)
+        worst = max(float((a - b).abs().max()) for a, b in zip(ours.values(), theirs, strict=True))
+        if not worst <= config.tolerance:
+            raise ConfigError(f"{path}: its maps differ by {worst:.2g}, more than {config.tolerance=}")
+    log.info("%s: %.1f MB; its maps differ by %.1e at most", path, path.stat().st_size / 1e6, worst)
+
+
+def check_data(config: DictConfig) -> None:
+    """Open every image and look at every object; DataError where some can't be used."""
+    splits: CocoSplits = app.build(config.data, max_missing=1.0)
+    problems = [*splits.train.problems, *splits.val.problems]
+    with ThreadPoolExecutor(config.num_workers or os.cpu_count()) as threads:
+        for coco in splits:
+            found = track(threads.map(_problem, coco.images), len(coco), done=0, what="opening")
+            problems += [problem for problem in found if problem is not None]
+    rows = []
+    for split, coco in splits._asdict().items():
+        counts = summary(coco)
+        objects = sum(counts["objects"].values())
+        rows.append((split, len(coco), counts["images_without_objects"], objects, counts["crowds"]))
+        for name, count in counts["objects"].items():
+            log.info("%s: %d objects of %s", split, count, printable(name))
+    print_table("", ("split", "images", "without objects", "objects", "crowds"), rows)
+    if problems:
+        raise DataError(
+            f"{len(problems)} images and objects can't be used, the first: {': '.join(problems[0])}; "
+            f"{_write_problems(problems)} lists them"
+        )
+
+
+def _problem(image: AnnotatedImage) -> Problem | None:
+    try:
+        load_objects(image)
+    except VideoError as error:
+        return Problem(error.path, error.reason)
+    return None

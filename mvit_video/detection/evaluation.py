@@ -1,0 +1,237 @@
+"""One evaluation of labelled images: by several processes, and resumed where a killed one has ended."""
+
+from __future__ import annotations
+
+import base64
+import json
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import torch
+
+from mvit_video.data.bad_videos import BadVideos
+from mvit_video.data.ranks import Ranks
+from mvit_video.detection.coco import CocoImages, load_objects, summary, to_mask
+from mvit_video.detection.data import TestImages, whole_image_loader
+from mvit_video.detection.detector import Detector
+from mvit_video.detection.drawing import as_png, draw_objects, grid
+from mvit_video.detection.metrics import LIKELY, ImageResult, Precision, measure, to_result
+from mvit_video.errors import DataError, VideoError
+from mvit_video.evaluation.run import UNFINISHED
+from mvit_video.io.console import printable, track
+from mvit_video.io.figures import new_figure
+from mvit_video.io.fingerprint import Fingerprint, read_fingerprint, require_same, write_fingerprint
+from mvit_video.io.journal import journal, read_journal
+from mvit_video.io.writing import replacing
+
+log = logging.getLogger(__name__)
+
+CURVE_IOUS = (0.5, 0.75, 0.9)
+
+
+def find_in_images(
+    detector: Detector,
+    coco: CocoImages,
+    output: Path,
+    *,
+    ranks: Ranks,
+    identity: Fingerprint,
+    allowed_bad: int,
+    device: str,
+    autocast: Any,
+    **loading: Any,
+) -> list[ImageResult] | None:
+    """What a detector finds in every image; what an unfinished evaluation in ``output`` has found counts.
+
+    Args:
+        identity: what the detections depend on.
+        autocast: the context that the detector runs in.
+        loading: as of ``ClipLoader``.
+
+    Returns:
+        The results in the order of the images in rank 0, None in the others.
+
+    Raises:
+        ConfigError: what lies in ``output`` is of other work.
+        DataError: more images are unreadable than allowed.
+    """
+    folder, bad_file = output / UNFINISHED, output / "bad_videos.csv"
+    done = ranks.broadcast_from_rank0(lambda: _take_up(folder, identity))
+    ranks.broadcast_from_rank0(lambda: bad_file.unlink(missing_ok=True))  # they are tried again
+    if done:
+        log.info("resuming: %d images have been looked at before, see %s", len(done), folder)
+    images = [image for image in coco.images if image.id not in done][ranks.rank :: ranks.size]
+    bad = BadVideos(bad_file, allowed=allowed_bad, total=len(coco), go_on=True)
+    dataset = TestImages(images, short_side=detector.config.min_size, max_side=detector.config.max_size)
+    # One by one: what pads an image to the size of another changes what is found.
+    loader = whole_image_loader(dataset, batch_size=1, **loading)
+    found_so_far = folder / f"{ranks.rank:04d}.jsonl"
+    with closing(loader), journal(found_so_far) as note, torch.inference_mode(), autocast:
+        for batch in track(loader, len(done) + len(images), done=len(done), what="looking"):
+            bad.note(batch.bad)
+            if not batch.images:
+                continue
+            (found,) = detector([image.to(device) for image in batch.images], output_sizes=batch.sizes)
+            result = to_result(batch.ids[0], batch.sizes[0], found, coco.category_ids)
+            note(result._asdict())
+    for found_bad in ranks.all_gather(bad.found):
+        bad.found |= found_bad
+    if ranks.rank:
+        return None
+    bad.check()
+    results = _read(folder)
+    if not results:
+        raise DataError("no image could be read")
+    return [results[image.id] for image in coco.images if image.id in results]
+
+
+def _take_up(folder: Path, identity: Fingerprint) -> set[int]:
+    """The images that were looked at. Raises ConfigError for other work."""
+    if any(folder.glob("*.jsonl")):
+        remedy = "choose another hydra.run.dir, or remove that folder"
+        require_same(read_fingerprint(folder / "run.json"), identity, what=str(folder), remedy=remedy)
+    write_fingerprint(folder / "run.json", identity)
+    return set(_read(folder))
+
+
+def _read(folder: Path) -> dict[int, ImageResult]:
+    entries = (entry for file in sorted(folder.glob("*.jsonl")) for entry in read_journal(file))
+    return {entry["image_id"]: ImageResult(**entry) for entry in entries}
+
+
+def report(
+    coco: CocoImages,
+    results: Sequence[ImageResult],
+    output: Path,
+    *,
+    settings: Mapping[str, Any],
+    num_worst: int,
+) -> dict[str, Precision] | None:
+    """Write detections.json, and where there are objects results.json, report.html and its pictures.
+
+    Args:
+        settings: what results.json says beside the figures.
+        num_worst: how many of the images with most mistakes to show.
+    """
+    with replacing(output / "detections.json", "w") as file:
+        json.dump([row for result in results for row in result.detections], file)
+    if not any(image.annotations for image in coco.images):
+        log.info("images without objects: only detections.json is written, in %s", output)
+        return None
+    measured = measure(coco, results)
+    with replacing(output / "results.json", "w") as file:
+        json.dump(_results(coco, results, measured, settings), file, indent=2, allow_nan=False)
+    _write_page(coco, results, measured, output, settings=settings, num_worst=num_worst)
+    return measured
+
+
+def _results(
+    coco: CocoImages,
+    results: Sequence[ImageResult],
+    measured: Mapping[str, Precision],
+    settings: Mapping[str, Any],
+) -> dict[str, Any]:
+    counts = summary(coco)
+    return {
+        **settings,
+        "images": len(results),
+        "objects": sum(counts["objects"].values()),
+        **{
+            kind: {name: None if value < 0 else value for name, value in precision.summary.items()}
+            for kind, precision in measured.items()
+        },
+        "per_class": {
+            name: {"objects": counts["objects"][name]}
+            | {
+                f"{kind}_AP": None if math.isnan(value := precision.per_class[label]) else float(value)
+                for kind, precision in measured.items()
+            }
+            for label, name in enumerate(coco.class_names)
+        },
+        "problems": [problem._asdict() for problem in coco.problems],
+    }
+
+
+def _write_page(
+    coco: CocoImages,
+    results: Sequence[ImageResult],
+    measured: Mapping[str, Precision],
+    output: Path,
+    *,
+    settings: Mapping[str, Any],
+    num_worst: int,
+) -> None:
+    figures = []
+    for kind, precision in measured.items():
+        curves = output / f"{kind}_curves.png"
+        _plot_curves(precision, curves)
+        figures.append({"title": f"Precision of each {kind}", "uri": _uri(curves.read_bytes())})
+    mistakes = measured["box"].mistakes
+    worst = sorted(results, key=lambda result: -mistakes.get(result.image_id, 0))[:num_worst]
+    pictures = [
+        {"name": name, "mistakes": mistakes[result.image_id], "uri": _uri(picture)}
+        for result in worst
+        if mistakes.get(result.image_id)
+        for name, picture in _drawn(coco, result)
+    ]
+    classes = [
+        (printable(name), *(float(measured[kind].per_class[label]) for kind in measured))
+        for label, name in enumerate(coco.class_names)
+    ]
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    page = environment.from_string(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
+    with replacing(output / "report.html", "w", errors="replace") as file:
+        file.write(
+            page.render(
+                settings={key: str(value) for key, value in settings.items()},
+                images=len(results),
+                measured={kind: precision.summary for kind, precision in measured.items()},
+                figures=figures,
+                classes=sorted(classes, key=lambda row: (math.isnan(row[1]), row[1])),
+                pictures=pictures,
+            )
+        )
+
+
+def _plot_curves(precision: Precision, path: Path) -> None:
+    with new_figure(path, (5.5, 4)) as figure:
+        axes = figure.subplots()
+        for iou in CURVE_IOUS:
+            axes.plot([i / 100 for i in range(101)], precision.curves[iou], label=f"IoU {iou:g}")
+        axes.set(xlabel="recall", ylabel="precision (mean of the classes)", xlim=(0, 1), ylim=(0, 1.02))
+        axes.legend(loc="lower left")
+        axes.grid(alpha=0.3)
+
+
+def _uri(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+def _drawn(coco: CocoImages, result: ImageResult) -> Iterator[tuple[str, bytes]]:
+    """The objects of an image on the left, likely detections on the right; nothing where it is gone."""
+    listed = next(image for image in coco.images if image.id == result.image_id)
+    try:
+        image, target = load_objects(listed).target()
+    except VideoError:
+        return
+    rows = [row for row in result.detections if row["score"] >= LIKELY]
+    labels = {number: label for label, number in enumerate(coco.category_ids)}
+    size = (result.height, result.width)
+    boxes = torch.tensor([row["bbox"] for row in rows]).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    masks = [torch.from_numpy(to_mask(row["segmentation"], *size)) for row in rows]
+    found = draw_objects(
+        image,
+        boxes,
+        torch.tensor([labels[row["category_id"]] for row in rows], dtype=torch.long),
+        torch.stack(masks) if masks else torch.zeros(0, *size, dtype=torch.bool),
+        coco.class_names,
+        torch.tensor([row["score"] for row in rows]),
+    )
+    truth = draw_objects(image, target["boxes"], target["labels"], target["masks"], coco.class_names)
+    yield printable(Path(listed.path).name), as_png(grid([truth, found], columns=2))

@@ -1,0 +1,81 @@
+"""The backbone of a detector with its pyramid as one file that runs without this package."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from mvit_video.detection.checkpoint import detector_metadata
+from mvit_video.detection.detector import Detector
+from mvit_video.errors import ConfigError
+from mvit_video.weights.export import imported
+from mvit_video.weights.reading import EXPORTED, METADATA_KEY
+
+LEVELS = ("p2", "p3", "p4", "p5", "p6")
+
+
+class _Maps(nn.Module):
+    """A backbone whose maps come as a tuple, as exported programs have it."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.backbone(images).values())
+
+
+def export_backbone(detector: Detector, path: str | Path, size: tuple[int, int]) -> None:
+    """Write backbone and pyramid as ONNX (``.onnx``) or as a program of ``torch.export`` (``.pt2``).
+
+    It takes normalised images, float (1, 3, H, W), of one size and gives p2 to p6. What follows, from the
+    proposals on, depends on how many objects there are, which a program of fixed shapes can't.
+
+    Args:
+        size: H and W, multiples of 32.
+
+    Raises:
+        ConfigError: another suffix or size, or a package that this needs is missing.
+    """
+    path = Path(path)
+    if path.suffix not in EXPORTED:
+        raise ConfigError(f"{path}: models are exported as {' or '.join(EXPORTED)}")
+    if any(side % 32 or side < 32 for side in size):
+        raise ConfigError(f"sides of {size[0]} x {size[1]} pixels must be multiples of 32")
+    model, images = _Maps(detector.backbone).cpu().eval(), torch.zeros(1, 3, *size)
+    metadata = json.dumps(detector_metadata(detector))
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporters: about their own insides
+        if path.suffix == ".pt2":
+            program = torch.export.export(model, (images,))
+            torch.export.save(program, path, extra_files={METADATA_KEY: metadata})
+            return
+        onnx = imported("onnx")
+        imported("onnxscript")
+        for name in ("onnxscript", "onnx_ir"):  # hundreds of lines about their own steps
+            logging.getLogger(name).setLevel(logging.WARNING)
+        exported = torch.onnx.export(
+            model, (images,), dynamo=True, input_names=["images"], output_names=list(LEVELS), verbose=False
+        )
+        assert exported is not None
+        onnx.helper.set_model_props(exported.model_proto, {METADATA_KEY: metadata})
+        onnx.save(exported.model_proto, str(path))
+
+
+def load_maps(path: str | Path) -> Callable[[Tensor], list[Tensor]]:
+    """What a file of ``export_backbone`` computes. A ``.pt2`` can run any code: load what you trust."""
+    if Path(path).suffix == ".pt2":
+        module = torch.export.load(path).module()
+        return lambda images: list(module(images))
+    session = imported("onnxruntime").InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+    def run(images: Tensor) -> list[Tensor]:
+        return [torch.from_numpy(found) for found in session.run(list(LEVELS), {"images": images.numpy()})]
+
+    return run

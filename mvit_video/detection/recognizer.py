@@ -1,0 +1,196 @@
+"""Objects in pictures and videos: what ``mvit-predict`` does with a detector, for Python."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import torch
+from av.error import FFmpegError
+from av.video.frame import VideoFrame
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+
+from mvit_video.data.decode import open_video
+from mvit_video.data.files import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, FileSearch
+from mvit_video.detection.checkpoint import load_detector
+from mvit_video.detection.coco import read_image
+from mvit_video.detection.data import resized
+from mvit_video.detection.detector import Detector
+from mvit_video.detection.drawing import draw_objects
+from mvit_video.errors import VideoError
+from mvit_video.io.writing import replacing
+from mvit_video.prediction.inputs import expand
+
+FRAMES_AT_ONCE = 16  # that are decoded of a video
+
+
+@dataclass(frozen=True)
+class FoundObjects:
+    """What was found in a picture or in a frame of a video, the likeliest first; or why nothing was.
+
+    Attributes:
+        image: uint8 RGB (3, H, W), upright.
+        boxes: float (N, 4), xyxy pixels of ``image``.
+        scores: float (N,).
+        labels: int64 (N,).
+        masks: bool (N, H, W).
+        class_names: of all labels.
+        frame, second: of a video: which frame, and when it is shown.
+    """
+
+    path: str
+    image: Tensor
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+    masks: Tensor
+    class_names: tuple[str, ...]
+    frame: int | None = None
+    second: float | None = None
+    error: str | None = None
+
+    def draw(self, min_score: float = 0.5) -> Tensor:
+        """The picture with boxes, masks, names and scores, uint8 (3, H, W)."""
+        kept = self.scores >= min_score
+        return draw_objects(
+            self.image,
+            self.boxes[kept],
+            self.labels[kept],
+            self.masks[kept],
+            self.class_names,
+            self.scores[kept],
+        )
+
+
+class ObjectRecognizer:
+    """Finds objects in picture and video files.
+
+    Args:
+        detector: or the checkpoint of one, from ``mvit-train``.
+        min_score: objects below it are left out, besides those below the detector's ``box_score_thresh``.
+        stride: seconds from one frame of a video that is looked at to the next; 0: every frame.
+        precision: "fp32", "bf16", or "auto": bf16 on GPUs that compute with it.
+    """
+
+    def __init__(
+        self,
+        detector: Detector | str | Path,
+        *,
+        min_score: float = 0.0,
+        stride: float = 0.0,
+        device: str = "cpu",
+        precision: str = "fp32",
+    ) -> None:
+        loaded = detector if isinstance(detector, Detector) else load_detector(detector)
+        self.detector = loaded.to(device).eval()
+        self.min_score, self.stride, self.device = min_score, stride, device
+        self.autocast = autocast(device, precision)
+        names = self.detector.class_names
+        self.class_names = names or tuple(map(str, range(self.detector.config.num_classes)))
+
+    def predict(self, files: str | Path | Iterable[str | Path]) -> list[FoundObjects]:
+        """For files, folders and globs: an entry for each picture, and for each frame of a video."""
+        return [found for file in expand_files(files) for found in self.iterate(file)]
+
+    def iterate(self, file: str) -> Iterator[FoundObjects]:
+        """What is in a picture, or in a video frame by frame; a file that can't be read is one entry."""
+        try:
+            for image, frame, second in _open(file, self.stride):
+                yield self._find(file, image, frame, second)
+        except VideoError as error:
+            empty = torch.empty(0)
+            yield FoundObjects(
+                *(file, empty, empty.reshape(0, 4), empty, empty.long(), empty.bool(), self.class_names),
+                error=error.reason,
+            )
+
+    @torch.inference_mode()
+    def _find(self, file: str, image: Image.Image, frame: int | None, second: float | None) -> FoundObjects:
+        config = self.detector.config
+        small = resized(image, config.min_size, config.max_size).to(self.device)
+        with self.autocast:
+            (found,) = self.detector([small], output_sizes=[(image.height, image.width)])
+        kept = found["scores"] >= self.min_score
+        values = {name: value[kept].cpu() for name, value in found.items()}
+        return FoundObjects(
+            file,
+            pil_to_tensor(image),
+            class_names=self.class_names,
+            frame=frame,
+            second=second,
+            **values,
+        )
+
+
+def autocast(device: str, precision: str) -> Any:
+    """The context in which a detector computes with a precision, again and again."""
+    kind = torch.device(device).type
+    if precision == "auto":
+        on_gpu = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bf16" if on_gpu else "fp32"
+    return torch.autocast(kind, torch.bfloat16, enabled=precision == "bf16")
+
+
+def expand_files(arguments: str | Path | Iterable[str | Path]) -> list[str]:
+    """As ``expand``, but of folders all pictures and videos."""
+    found: list[str] = []
+    for argument in [arguments] if isinstance(arguments, str | Path) else arguments:
+        folder = Path(argument).expanduser()
+        if folder.is_dir():
+            found += FileSearch((*VIDEO_EXTENSIONS, *IMAGE_EXTENSIONS)).below(folder)
+        else:
+            found += expand(argument)
+    return list(dict.fromkeys(found))
+
+
+def is_picture(file: str) -> bool:
+    """Whether a file is one picture and not a video."""
+    return file.lower().endswith(IMAGE_EXTENSIONS)
+
+
+def _open(file: str, stride: float) -> Iterator[tuple[Image.Image, int | None, float | None]]:
+    """Upright pictures; of a video with the number of the frame and its second. Raises VideoError."""
+    if is_picture(file):
+        yield read_image(file), None, None
+        return
+    with open_video(file) as video:
+        wanted, due = [], 0.0
+        for index, second in enumerate(video.times.tolist()):
+            if second >= due - 1e-6:
+                wanted.append(index)
+                due += stride
+        for start in range(0, len(wanted), FRAMES_AT_ONCE):
+            part = wanted[start : start + FRAMES_AT_ONCE]
+            for index, frame in zip(part, video.get_frames(part), strict=True):
+                yield to_pil_image(frame), index, video.frame_time(index)
+
+
+@contextlib.contextmanager
+def video_writer(path: Path) -> Iterator[Any]:
+    """A function that adds a drawn picture, uint8 (3, H, W), and its second to a new MP4 file."""
+    with replacing(path) as file, av.open(file, "w", format="mp4") as copy:
+        tick = Fraction(1, 90_000)
+        video: Any = copy.add_stream("libx264", options={"crf": "20", "preset": "veryfast"})
+        video.pix_fmt, video.codec_context.time_base = "yuv420p", tick
+
+        def add(image: Tensor, second: float) -> None:
+            height, width = (side // 2 * 2 for side in image.shape[1:])  # yuv420p is even
+            picture = image[:, :height, :width].permute(1, 2, 0).contiguous().numpy()
+            if not video.codec_context.is_open:
+                video.height, video.width = height, width
+            frame = VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts, frame.time_base = round(second / tick), tick
+            copy.mux(video.encode(frame))
+
+        try:
+            yield add
+            copy.mux(video.encode(None))
+        except FFmpegError as error:
+            raise VideoError(str(path), f"can't be written ({error})") from None
