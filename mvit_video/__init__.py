@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from mvit_video.model import ClipSpec, MViT, MViTConfig, list_models
     from mvit_video.prediction import Prediction, Recognizer, predict
     from mvit_video.pretraining import create_pretrainer, list_pretrainers
-    from mvit_video.training.run import train
+    from mvit_video.training.train import train
     from mvit_video.weights import create_model, from_slowfast, load_model, load_weights
 
     Protocol = ClipSpec
@@ -46,7 +46,7 @@ _HOMES = {
     "mvit_video.model": ("ClipSpec", "MViT", "MViTConfig", "list_models"),
     "mvit_video.prediction": ("Prediction", "Recognizer", "predict"),
     "mvit_video.pretraining": ("create_pretrainer", "list_pretrainers"),
-    "mvit_video.training.run": ("train",),
+    "mvit_video.training.train": ("train",),
     "mvit_video.weights": ("create_model", "from_slowfast", "load_model", "load_weights"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -10,11 +11,23 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
-from mvit_video.data.datasets import Batch
+from mvit_video.data.augment import Augment
+from mvit_video.data.datasets import (
+    Batch,
+    OpenVideo,
+    TestViews,
+    TrainingClips,
+    training_loader,
+    validation_loader,
+)
+from mvit_video.data.decode import open_video
+from mvit_video.data.index import VideoSplits
 from mvit_video.model import VideoModel
 from mvit_video.training.mixing import Mixing, soft_targets
 from mvit_video.training.module import Losses, TrainingModule
 from mvit_video.training.plots import plot_batch
+from mvit_video.training.resume import videos_sha256
+from mvit_video.training.task import Training
 from mvit_video.weights import model_metadata
 
 
@@ -78,3 +91,36 @@ class Classifier(TrainingModule):
         clips, lam = self.mix(batch, batch_index)
         spec = self.model.protocol
         plot_batch(clips, batch.labels, lam, self.model.class_names, path, mean=spec.mean, std=spec.std)
+
+
+def classification_training(
+    module: Classifier,
+    splits: VideoSplits,
+    augment: Augment,
+    *,
+    open_file: OpenVideo = open_video,
+    shuffle: bool = True,
+    **loading: Any,
+) -> Training:
+    """Random clips for training, and the central clip of each validation video; ``loading`` as of loaders."""
+    model = module.model
+    clips = TrainingClips(splits.train.videos, model.protocol, augment, seed=module.seed, open_file=open_file)
+    one_view = replace(model.protocol, num_clips=1, num_crops=1)
+    centre_clips = TestViews(splits.val.videos, one_view, open_file=open_file)
+    fields = asdict(model.config)
+    identity = {
+        "data": {
+            "classes": splits.class_names,
+            "train": videos_sha256(splits.train.videos),
+            "val": videos_sha256(splits.val.videos),
+        },
+        "clips": asdict(model.protocol),
+        "model": {key: value for key, value in fields.items() if key != "checkpoint_blocks"},  # same numbers
+    }
+    return Training(
+        module,
+        training_loader(clips, shuffle=shuffle, **loading),
+        validation_loader(centre_clips, **loading),
+        len(splits.train) + len(splits.val),
+        identity,
+    )

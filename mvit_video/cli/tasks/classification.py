@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from typing import Any, cast
 
 import pytorch_lightning as pl
@@ -12,15 +11,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from mvit_video.cli import app
 from mvit_video.data.class_names import check_same_classes
-from mvit_video.data.datasets import TestViews, TrainingClips, training_loader, validation_loader
 from mvit_video.data.index import VideoSplits
-from mvit_video.data.loader import ClipLoader
 from mvit_video.errors import ConfigError
 from mvit_video.model import VideoModel
-from mvit_video.training.classification import Classifier
+from mvit_video.training.classification import Classifier, classification_training
 from mvit_video.training.plots import describe_labels
 from mvit_video.training.recipe import freeze
-from mvit_video.training.run import classification_identity
 from mvit_video.training.task import Training
 from mvit_video.weights import build_for_weights
 
@@ -48,10 +44,15 @@ def train(config: DictConfig, trainer: pl.Trainer) -> Training:
     classifier: Classifier = app.build(config.optim, _partial_=True)(
         model, batch_size=config.batch_size, mixing=app.build(config.mixing), seed=config.seed
     )
-    training, validation = _build_loaders(config, model, splits, trainer)
     _describe(model, splits)
-    identity = classification_identity(model, splits)
-    return Training(classifier, training, validation, len(splits.train) + len(splits.val), identity)
+    return classification_training(
+        classifier,
+        splits,
+        app.build(config.augment),
+        open_file=app.build_decoder(config),
+        shuffle=not config.trainer.overfit_batches,
+        **app.loading(config, trainer),
+    )
 
 
 def _build_model(config: DictConfig, splits: VideoSplits) -> VideoModel:
@@ -77,18 +78,6 @@ def _build_model(config: DictConfig, splits: VideoSplits) -> VideoModel:
     if config.freeze:
         freeze(model, list(config.freeze) if OmegaConf.is_list(config.freeze) else [str(config.freeze)])
     return model
-
-
-def _build_loaders(
-    config: DictConfig, model: VideoModel, splits: VideoSplits, trainer: pl.Trainer
-) -> tuple[ClipLoader[Any], ClipLoader[Any]]:
-    loading = app.loading(config, trainer)
-    open_file, augment = app.build_decoder(config), app.build(config.augment)
-    clips = TrainingClips(splits.train.videos, model.protocol, augment, seed=config.seed, open_file=open_file)
-    one_view = replace(model.protocol, num_clips=1, num_crops=1)
-    centre_clips = TestViews(splits.val.videos, one_view, open_file=open_file)
-    shuffle = not config.trainer.overfit_batches
-    return training_loader(clips, shuffle=shuffle, **loading), validation_loader(centre_clips, **loading)
 
 
 def _describe(model: VideoModel, splits: VideoSplits) -> None:
