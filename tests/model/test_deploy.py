@@ -94,14 +94,13 @@ def test_compiled_blocks_train():
 @pytest.mark.parametrize("training", [False, True])
 def test_blocks_of_a_kind_and_batches_of_any_size_share_a_graph(training: bool) -> None:
     torch.compiler.reset()
-    model = MViT(replace(TINY, stages=(1, 2, 4), drop_path=0.3)).train(training)
+    model = MViT(replace(TINY, stages=(1, 4), drop_path=0.3)).train(training)
     graphs = []
     model.compile(fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph.forward)
-    for batch in (2, 3, 5):
+    for batch in (2, 3):
         with torch.set_grad_enabled(training):
             model(clips_for(model, batch))
-    # The first block, which drops nothing; the first and the other blocks of two stages.
-    assert len(graphs) == 5
+    assert len(graphs) == 3  # the first block of each stage, and the others of the second
     keys = list(model.state_dict())
     assert keys == list(MViT(model.config).state_dict())
 
