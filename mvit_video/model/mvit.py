@@ -145,8 +145,8 @@ class MViT(TimmInterface, VideoModel):
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile each block on its first call, with the arguments of ``torch.compile``.
 
-        Blocks of one kind share what is compiled, whatever the batch (of two and more). A whole model takes
-        several times as long, as its blocks are then compiled one by one.
+        Blocks of one kind share what is compiled, whatever the batch (of two and more); in a model that is
+        compiled whole, each has code of its own.
         """
         from torch import _dynamo  # takes two seconds
 
