@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
 from itertools import chain, islice
@@ -439,3 +439,10 @@ def test_threads_decode_on_the_gpu(tmp_path: Path, workers: int) -> None:
                 batches.append(Batch(batch.clips.clone(), batch.labels, batch.bad))
                 del batch
             assert_same(batches, plain)
+
+
+def test_the_private_attribute_of_process_pools_is_there() -> None:
+    """``ProcessPoolExecutor._processes``, by which one that hangs is killed: Python 3.10 to 3.14 have it."""
+    with ProcessPoolExecutor(1) as pool:
+        pid = pool.submit(os.getpid).result()
+        assert list(pool._processes) == [pid]
