@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
@@ -84,6 +85,7 @@ def _score_data_set(
         decoder=OmegaConf.to_container(config.decoder, resolve=True),
         split=config.split,
         data=_data_set(config.data),
+        command=shlex.join(["mvit-eval", *HydraConfig.get().overrides.task]),
     )
     prepare(model, device, precision=config.precision, compiled=config.compile)
     provenance["precision"] = str(next(model.parameters()).dtype).removeprefix("torch.")

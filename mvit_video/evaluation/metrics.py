@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,6 +16,8 @@ from mvit_video.evaluation.scores import Combination, ScoreTable, combine, log_s
 
 CALIBRATION_BINS = 15
 VIEW_ORDERS = 10  # random orders that accuracy against views is averaged over
+BOOTSTRAP_SAMPLES = 1000
+_SAMPLES_AT_ONCE = 50  # of tens of thousands of videos each
 
 
 class Interval(NamedTuple):
@@ -30,9 +32,9 @@ class Metrics:
     Attributes:
         scores: float (N, C), the combined probabilities of each video.
         accuracy: video_top1, video_top5, clip_top1 and clip_top5 (all classes, where there are fewer than 5).
-        intervals: 95 % Wilson intervals of video_top1 and video_top5.
+        intervals: 95 % intervals: Wilson's of video_top1 and video_top5; of clip_top1, clip_top5,
+            mean_class_accuracy and macro_f1 see ``bootstrap_intervals``, which may leave some out.
         confusion: int64 (C, C), videos of class i that were predicted as class j.
-        per_class: float (C,), top-1 of each class's videos; nan for a class without videos.
         calibration_error: expected calibration error of the videos' top-1 confidence, 15 equal bins.
         by_views: top-1 with 1, 2, ..., V random views of each video.
     """
@@ -42,14 +44,28 @@ class Metrics:
     accuracy: dict[str, float]
     intervals: dict[str, Interval]
     confusion: Tensor
-    per_class: Tensor
     calibration_error: float
     by_views: list[float]
 
     @property
+    def rates(self) -> ClassRates:
+        """Precision, recall and F1 of each class."""
+        return class_rates(self.confusion.diagonal(), self.confusion.sum(1), self.confusion.sum(0))
+
+    @property
+    def per_class(self) -> Tensor:
+        """float (C,), top-1 of each class's videos, which is its recall; nan for a class without videos."""
+        return self.rates.recall
+
+    @property
     def mean_class_accuracy(self) -> float:
-        """Mean over the classes that have videos."""
+        """Mean over the classes that have videos; also known as balanced accuracy."""
         return float(self.per_class.nanmean())
+
+    @property
+    def macro_f1(self) -> float:
+        """Mean F1 of the classes that have videos or were predicted."""
+        return float(self.rates.f1.nanmean())
 
     @property
     def correct(self) -> Tensor:
@@ -62,7 +78,7 @@ def measure(table: ScoreTable, how: Combination = "mean", *, seed: int = 0) -> M
 
     Args:
         how: see ``combine``.
-        seed: of the orders of views.
+        seed: of the orders of views, and of the samples of ``bootstrap_intervals``.
 
     Raises:
         DataError: a video has no label, or there is only one class.
@@ -73,15 +89,16 @@ def measure(table: ScoreTable, how: Combination = "mean", *, seed: int = 0) -> M
         raise DataError(f"there is only one class ({table.class_names[0]}); accuracy needs two or more")
     of_videos = {f"video_top{k}": topk_correct(scores, labels, k) for k in (1, 5)}
     of_clips = {f"clip_top{k}": topk_correct(table.views, labels[:, None], k) for k in (1, 5)}
-    pairs = labels * classes + scores.argmax(-1)
-    confusion = torch.bincount(pairs, minlength=classes**2).view(classes, classes)
+    predicted = scores.argmax(-1)
+    confusion = torch.bincount(labels * classes + predicted, minlength=classes**2).view(classes, classes)
+    wilson = {name: wilson_interval(int(correct.sum()), number) for name, correct in of_videos.items()}
+    shares = {name: correct.double().mean(1) for name, correct in of_clips.items()}
     return Metrics(
         scores,
         labels,
         {name: float(correct.double().mean()) for name, correct in {**of_videos, **of_clips}.items()},
-        {name: wilson_interval(int(correct.sum()), number) for name, correct in of_videos.items()},
+        wilson | bootstrap_intervals(labels, predicted, classes, shares, seed=seed),
         confusion,
-        confusion.diagonal() / confusion.sum(1).double(),  # 0 / 0 is nan
         sum(b.videos * abs(b.accuracy - b.confidence) for b in reliability(scores, labels)) / number,
         accuracy_by_views(table.views, labels, how, seed=seed),
     )
@@ -101,6 +118,61 @@ def wilson_interval(correct: int, number: int) -> Interval:
     """95 % interval of a share (Wilson, 1927); it has a width for 6 of 6 too."""
     interval = binomtest(correct, number).proportion_ci(0.95, method="wilson")
     return Interval(float(interval.low), float(interval.high))
+
+
+class ClassRates(NamedTuple):
+    """float64 (..., C) each, in [0, 1]; nan where there is nothing to divide by.
+
+    Attributes:
+        precision: share of the videos predicted as a class that are of it.
+        recall: share of the videos of a class that are predicted as it.
+        f1: their harmonic mean; 0 for a class that has videos and is never predicted.
+    """
+
+    precision: Tensor
+    recall: Tensor
+    f1: Tensor
+
+
+def class_rates(right: Tensor, videos: Tensor, predicted: Tensor) -> ClassRates:
+    """From counts (..., C): videos of a class that are predicted as it, all of it, all predicted as it."""
+    right = right.double()  # 0 / 0 is nan
+    return ClassRates(right / predicted, right / videos, 2 * right / (videos + predicted))
+
+
+def bootstrap_intervals(
+    labels: Tensor, predicted: Tensor, classes: int, shares: Mapping[str, Tensor], *, seed: int
+) -> dict[str, Interval]:
+    """95 % intervals of mean_class_accuracy, macro_f1 and means over videos, by resampling the videos.
+
+    Percentiles of the metrics of ``BOOTSTRAP_SAMPLES`` samples with replacement (Efron, 1979). One that is
+    the same in every sample is left out: from videos that are all right, a bootstrap can't tell.
+
+    Args:
+        labels, predicted: int64 (N,).
+        shares: float (N,) by name, such as the share of a video's views that is right.
+    """
+    number = len(labels)
+    generator = torch.Generator().manual_seed(seed)
+    found: dict[str, list[Tensor]] = {name: [] for name in ("mean_class_accuracy", "macro_f1", *shares)}
+    right = labels[labels == predicted]
+    for _ in range(BOOTSTRAP_SAMPLES // _SAMPLES_AT_ONCE):
+        drawn = torch.randint(number, (_SAMPLES_AT_ONCE, number), generator=generator)
+        times = torch.zeros(drawn.shape, dtype=torch.float64)  # how often each video is in each sample
+        times.scatter_add_(1, drawn, torch.ones_like(times))
+        none = torch.zeros(_SAMPLES_AT_ONCE, classes, dtype=torch.float64)
+        rates = class_rates(
+            none.index_add(1, right, times[:, labels == predicted]),
+            none.index_add(1, labels, times),
+            none.index_add(1, predicted, times),
+        )
+        found["mean_class_accuracy"].append(rates.recall.nanmean(1))
+        found["macro_f1"].append(rates.f1.nanmean(1))
+        for name, share in shares.items():
+            found[name].append(times @ share / number)
+    ends = torch.tensor((0.025, 0.975), dtype=torch.float64)
+    intervals = {name: torch.cat(values).quantile(ends).tolist() for name, values in found.items()}
+    return {name: Interval(low, high) for name, (low, high) in intervals.items() if high - low > 1e-9}
 
 
 def accuracy_by_views(views: Tensor, labels: Tensor, how: Combination, *, seed: int) -> list[float]:

@@ -15,8 +15,12 @@ import torch
 
 from mvit_video.io.fingerprint import Fingerprint, file_sha256, fingerprint
 from mvit_video.model import VideoModel
+from mvit_video.model.variants import VARIANTS
 from mvit_video.weights import weights_sha256
 
+_NOT_ARCHITECTURE = (
+    *("num_classes", "dropout", "drop_path", "head_dropout", "head_init_scale", "checkpoint_blocks"),
+)
 PACKAGES = ("mvit-video", "torch", "torchvision", "torchmetrics", "av", "numpy")
 
 
@@ -25,13 +29,14 @@ def provenance_of(model: VideoModel, weights: str | None, **settings: Any) -> Fi
 
     Args:
         weights: their file, or the name of published ones.
-        settings: further JSON values: class_map, model_classes, decoder, split, data.
+        settings: further JSON values: class_map, model_classes, decoder, split, data, and command (line).
     """
     file = Path(weights or "").expanduser()
     return fingerprint(
         weights=weights or "random",
         weights_sha256=file_sha256(file) if file.is_file() else None,
         model_sha256=weights_sha256(model),
+        model_name=known_as(model),
         model=asdict(model.config),
         protocol=asdict(model.protocol),
         protocol_text=str(model.protocol),
@@ -49,6 +54,14 @@ def identity(provenance: Fingerprint, class_names: Sequence[str]) -> Fingerprint
         "class_names": list(class_names),
         **{name: provenance[name] for name in same},
     }
+
+
+def known_as(model: VideoModel) -> str:
+    """The variant whose architecture a model has, else its class."""
+    free = dict.fromkeys(_NOT_ARCHITECTURE)
+    own = asdict(model.config)
+    found = (name for name, variant in VARIANTS.items() if asdict(variant.config) | free == own | free)
+    return next(found, own.get("name", type(model).__name__))
 
 
 def versions() -> dict[str, str]:

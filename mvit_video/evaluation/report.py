@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import base64
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from fractions import Fraction
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
+import av
 import jinja2
+import torch
 import torch.nn.functional as F
+from av.error import FFmpegError
+from av.video.frame import VideoFrame
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.ticker import MaxNLocator
@@ -28,6 +36,7 @@ MAX_NAMED_CLASSES = 60  # more names than this don't fit beside a matrix or belo
 MAX_COUNTED_CLASSES = 20  # more numbers than this don't fit into a matrix
 LISTED_PAIRS = 20
 STRIP_FRAMES, STRIP_HEIGHT = 6, 96  # of a worst mistake; pixels
+CLIP_FRAMES, CLIP_HEIGHT = 16, 160
 
 _BLUE, _RED, _GRAY = "#2f6db5", "#c0392b", "#888888"
 
@@ -59,7 +68,7 @@ def write_report(
     plot_confusion(folder / "confusion.png", metrics.confusion, names, pairs)
     plot_per_class(folder / "per_class.png", per_class, metrics.mean_class_accuracy)
     plot_calibration(folder / "calibration.png", metrics)
-    plot_views(folder / "views.png", metrics.by_views)
+    plot_views(folder / "views.png", metrics.by_views, len(metrics.labels))
     confused = list(dict.fromkeys(name for pair in pairs for name in (pair.true, pair.predicted)))
     if len(names) > MAX_NAMED_CLASSES and confused:
         confused = confused[:MAX_NAMED_CLASSES]
@@ -73,14 +82,19 @@ def write_report(
             "predicted": names[metrics.scores[row].argmax()],
             "confidence": float(metrics.scores[row].max()),
             "true_score": float(metrics.scores[row, metrics.labels[row]]),
-            "strip": frame_strip(table.videos[row].path, open_file) if open_file else None,
+            "strip": None,
+            "clip": None,
+            **(
+                frames_of(table.videos[row].path, most_wrong_view(table, row), open_file) if open_file else {}
+            ),
         }
         for row in worst_mistakes(metrics.scores, metrics.labels, num_mistakes)
     ]
     if any(mistake["strip"] for mistake in mistakes):
         plot_mistakes(folder / "worst_mistakes.png", mistakes)
     for mistake in mistakes:
-        mistake["strip"] = mistake["strip"] and _data_uri(mistake["strip"], "jpeg")
+        for what, kind in (("strip", "image/jpeg"), ("clip", "video/mp4")):
+            mistake[what] = mistake[what] and _data_uri(mistake[what], kind)
     _render(folder, titles, results=results, pairs=pairs, classes=per_class, mistakes=mistakes)
 
 
@@ -98,21 +112,73 @@ def write_comparison(
     _render(folder, titles, results=results, comparisons=results["comparisons"], differences=differences)
 
 
-def frame_strip(path: str, open_file: OpenVideo) -> bytes | None:
-    """JPEG of ``STRIP_FRAMES`` frames of a video, evenly spaced, side by side; None if it can't be read."""
+def most_wrong_view(table: ScoreTable, row: int) -> tuple[float, float]:
+    """Seconds that the view spans whose wrong class leads the right one by most; nan where unknown."""
+    views = table.views[row]
+    lead = views.max(-1).values - views[:, table.labels[row]]
+    start, end = table.spans[row, lead.argmax()].tolist()
+    return start, end
+
+
+def frames_of(path: str, span: tuple[float, float], open_file: OpenVideo) -> dict[str, bytes]:
+    """What is shown of a video: a strip of the whole of it, and a clip that plays; {} if it can't be read.
+
+    - strip: JPEG of ``STRIP_FRAMES`` frames, evenly spaced, side by side.
+    - clip: MP4 of ``CLIP_FRAMES`` frames, evenly spaced in ``span`` (seconds), as fast as they were.
+    """
     try:
         with open_file(path) as video:
             last = video.num_frames - 1
-            numbers = sorted({round(last * i / (STRIP_FRAMES - 1)) for i in range(STRIP_FRAMES)})
+            first, final = (round(second * video.fps) if isfinite(second) else None for second in span)
+            first, final = (
+                (0, last) if first is None or final is None else (min(first, last), min(final, last))
+            )
+            if final <= first:  # of a still, or where no view has a length
+                first, final = 0, last
+            strip, clip = _spaced(0, last, STRIP_FRAMES), _spaced(first, final, CLIP_FRAMES)
+            numbers = sorted({*strip, *clip})
             frames = video.get_frames(numbers).cpu().float()  # (T, 3, H, W)
+            rate = len(clip) * video.fps / (final - first + 1)
     except VideoError:
-        return None
-    width = max(round(frames.shape[3] * STRIP_HEIGHT / frames.shape[2]), 1)
-    frames = F.interpolate(frames, size=(STRIP_HEIGHT, width), mode="bilinear", antialias=True)
+        return {}
+    chosen = dict(zip(numbers, frames, strict=True))
+    shown = {"strip": _strip(torch.stack([chosen[number] for number in strip]))}
+    with suppress(FFmpegError, ValueError):  # H.264 can't hold such frames, or FFmpeg lacks it
+        shown["clip"] = _clip(torch.stack([chosen[number] for number in clip]), rate)
+    return shown
+
+
+def _spaced(first: int, last: int, count: int) -> list[int]:
+    return sorted({round(first + (last - first) * i / (count - 1)) for i in range(count)})
+
+
+def _strip(frames: Tensor) -> bytes:
+    frames = _resized(frames, STRIP_HEIGHT)
     picture = F.pad(frames, (0, 2), value=255).permute(2, 0, 3, 1).flatten(1, 2)  # (H, T * (W + 2), 3)
     buffer = io.BytesIO()
-    Image.fromarray(picture.round().clamp(0, 255).byte().numpy()).save(buffer, "jpeg", quality=85)
+    Image.fromarray(picture.numpy()).save(buffer, "jpeg", quality=85)
     return buffer.getvalue()
+
+
+def _clip(frames: Tensor, rate: float) -> bytes:
+    buffer = io.BytesIO()
+    pictures = _resized(frames, CLIP_HEIGHT).permute(0, 2, 3, 1).numpy()
+    with av.open(buffer, "w", format="mp4") as file:
+        stream = file.add_stream(
+            "libx264", rate=Fraction(rate).limit_denominator(1000), options={"crf": "26"}
+        )
+        stream.height, stream.width, stream.pix_fmt = *pictures.shape[1:3], "yuv420p"
+        for picture in pictures:
+            file.mux(stream.encode(VideoFrame.from_ndarray(picture, format="rgb24")))
+        file.mux(stream.encode(None))
+    return buffer.getvalue()
+
+
+def _resized(frames: Tensor, height: int) -> Tensor:
+    """uint8 (T, 3, height, W) of float (T, 3, H, W), W even as yuv420p is."""
+    width = max(round(frames.shape[3] * height / frames.shape[2] / 2) * 2, 2)
+    frames = F.interpolate(frames, size=(height, width), mode="bilinear", antialias=True)
+    return frames.round().clamp(0, 255).byte()
 
 
 # Figures
@@ -145,6 +211,7 @@ def plot_confusion(
             for i, j in counts.nonzero().tolist():
                 colour = "white" if shares[i, j] > 0.5 else "black"
                 axes.text(j, i, str(int(counts[i, j])), ha="center", va="center", color=colour)
+        is_free = _Places(0.04, 0.03)
         lines = ["most confused (true → predicted)\n"] if pairs else []
         for number, pair in enumerate(pairs, start=1):
             lines.append(
@@ -154,7 +221,9 @@ def plot_confusion(
             if num_classes > MAX_COUNTED_CLASSES:
                 x, y = class_names.index(pair.predicted), class_names.index(pair.true)
                 axes.scatter(x, y, s=90, facecolors="none", edgecolors=_RED, linewidths=1)
-                axes.annotate(str(number), (x, y), (6, 4), textcoords="offset points", color=_RED, fontsize=9)
+                if is_free((x / num_classes, y / num_classes)):
+                    offset: Any = {"xytext": (6, 4), "textcoords": "offset points"}
+                    axes.annotate(str(number), (x, y), color=_RED, fontsize=9, **offset)
         text_axes.text(0, 1, "\n".join(lines), va="top", fontsize=9, linespacing=1.6)
 
 
@@ -173,7 +242,7 @@ def plot_per_class(path: Path, per_class: Sequence[tuple[str, Mapping[str, Any]]
         axes.set(xlim=(0, 1), ylim=(len(rows) - 0.4, -0.6), xlabel="top-1 accuracy")
         if cut:
             axes.set_title(f"the {half} worst and the {half} best of {len(per_class)} classes")
-        axes.legend(loc="lower right")
+        figure.legend(loc="outside lower right")
 
 
 def plot_calibration(path: Path, metrics: Metrics) -> None:
@@ -190,12 +259,15 @@ def plot_calibration(path: Path, metrics: Metrics) -> None:
         below.set(xlabel="confidence", ylabel="videos")
 
 
-def plot_views(path: Path, by_views: Sequence[float]) -> None:
-    """Top-1 against the number of views."""
+def plot_views(path: Path, by_views: Sequence[float], num_videos: int) -> None:
+    """Top-1 against the number of views, at a scale on which two videos are no trend."""
+    middle = (min(by_views) + max(by_views)) / 2
+    reach = max(0.6 * (max(by_views) - min(by_views)), 0.03, 3 / num_videos)
     with new_figure(path, (5.5, 4)) as figure:
         axes = figure.subplots()
         axes.plot(range(1, len(by_views) + 1), by_views, marker="o", color=_BLUE)
         axes.set(xlabel="views of a video (random ones)", ylabel="top-1 accuracy")
+        axes.set(ylim=(max(middle - reach, -0.02), min(middle + reach, 1.02)))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
 
@@ -217,17 +289,35 @@ def plot_comparison(path: Path, measured: Mapping[str, Metrics], class_names: Se
     with new_figure(path, (6.5, 6)) as figure:
         axes = figure.subplots()
         _draw_diagonal(axes)
+        is_free = _Places(0.4, 0.03)
         for name, metrics in others:
             axes.scatter(first.per_class, metrics.per_class, s=18, alpha=0.6, label=printable(name))
             gain = (metrics.per_class - first.per_class).nan_to_num(0)
             for index in gain.abs().topk(min(8, len(class_names))).indices.tolist():
-                if gain[index]:
-                    point = (float(first.per_class[index]), float(metrics.per_class[index]))
-                    offset: Any = {"xytext": (3, 3), "textcoords": "offset points"}
-                    axes.annotate(printable(class_names[index]), point, fontsize=7, **offset)
+                point = (float(first.per_class[index]), float(metrics.per_class[index]))
+                if gain[index] and is_free(point):
+                    left = point[0] > 0.5  # of the point, lest the name leaves the figure
+                    label = textwrap.shorten(printable(class_names[index]), 36, placeholder=" ...")
+                    offset: Any = {"xytext": (-4 if left else 4, 3), "textcoords": "offset points"}
+                    axes.annotate(label, point, fontsize=7, ha="right" if left else "left", **offset)
         axes.set(xlabel=f"top-1 of each class, {printable(first_name)}")
         axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), ylabel="top-1 of each class, the others")
-        axes.legend(loc="lower right")
+        figure.legend(loc="outside upper left")
+
+
+class _Places:
+    """Where a figure has its labels: whether another one, of a width and height, is clear of them."""
+
+    def __init__(self, width: float, height: float) -> None:
+        self._width, self._height, self._taken = width, height, list[tuple[float, float]]()
+
+    def __call__(self, point: tuple[float, float]) -> bool:
+        """If so, it is taken from now on."""
+        for x, y in self._taken:
+            if abs(x - point[0]) < self._width and abs(y - point[1]) < self._height:
+                return False
+        self._taken.append(point)
+        return True
 
 
 def _draw_diagonal(axes: Axes) -> None:
@@ -239,12 +329,12 @@ def _draw_diagonal(axes: Axes) -> None:
 
 
 def _data_uri(content: bytes, kind: str) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def _render(folder: Path, titles: Mapping[str, str], **values: Any) -> None:
     figures = {
-        name: {"title": title, "uri": _data_uri((folder / f"{name}.png").read_bytes(), "png")}
+        name: {"title": title, "uri": _data_uri((folder / f"{name}.png").read_bytes(), "image/png")}
         for name, title in titles.items()
     }
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)

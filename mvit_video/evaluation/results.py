@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from itertools import combinations
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +17,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mvit_video.data.datasets import OpenVideo
-from mvit_video.evaluation.metrics import Metrics, compare, measure
+from mvit_video.evaluation.metrics import Metrics, compare, measure, wilson_interval
 from mvit_video.evaluation.provenance import versions
 from mvit_video.evaluation.report import write_comparison, write_report
 from mvit_video.evaluation.scores import Combination, ScoreTable
+from mvit_video.evaluation.tables import write_comparison_tables, write_tables
 from mvit_video.io.console import print_table
 from mvit_video.io.writing import replacing
 
 log = logging.getLogger(__name__)
 
 _SETTINGS = (
-    *("date", "weights_sha256", "model_sha256", "model", "precision"),
+    *("date", "command", "weights_sha256", "model_sha256", "model_name", "model", "precision"),
     *("class_map", "decoder", "split", "data"),
 )
 
@@ -38,7 +42,7 @@ def report_table(
     num_mistakes: int,
     open_file: OpenVideo | None = None,
 ) -> None:
-    """Write results.json, videos.parquet, report.html and its pictures, and print the accuracies.
+    """Write results.json, videos.parquet, tables, report.html and its pictures, and print the accuracies.
 
     Args:
         how: see ``combine``.
@@ -49,9 +53,11 @@ def report_table(
     results = _results(table, metrics, how, seed)
     _write_videos(table, metrics, output / "videos.parquet")
     _write_json(results, output / "results.json")
+    write_tables(output, results)
     write_report(output, table, metrics, results=results, num_mistakes=num_mistakes, open_file=open_file)
     rows = [(level, results[f"{level}_top1"], results[f"{level}_top5"]) for level in ("video", "clip")]
     print_table(f"{len(table)} videos; {results['protocol']}", ("level", "top-1", "top-5"), rows)
+    log.info("mean class accuracy %.4f, macro F1 %.4f", metrics.mean_class_accuracy, metrics.macro_f1)
     text = "top-1 %.4f, 95 %% interval %.4f to %.4f; results.json and report.html are in %s"
     log.info(text, results["video_top1"], *metrics.intervals["video_top1"], output)
 
@@ -78,6 +84,7 @@ def report_comparison(tables: Mapping[str, ScoreTable], output: Path, *, how: Co
         "data": None,
     }
     _write_json(results, output / "results.json")
+    write_comparison_tables(output, results)
     write_comparison(output, first_table.class_names, measured, results=results)
     accuracies = [(name, m.accuracy["video_top1"], m.accuracy["video_top5"]) for name, m in measured.items()]
     print_table(f"{len(first_table)} videos", ("scores", "top-1", "top-5"), accuracies)
@@ -95,12 +102,20 @@ def report_comparison(tables: Mapping[str, ScoreTable], output: Path, *, how: Co
 def _results(table: ScoreTable, metrics: Metrics, how: Combination, seed: int) -> dict[str, Any]:
     known = table.provenance
     bad = known.get("bad_videos", [])
-    named = zip(table.class_names, metrics.confusion.sum(1).tolist(), metrics.per_class.tolist(), strict=True)
+    measured = metrics.accuracy | {
+        "mean_class_accuracy": metrics.mean_class_accuracy,
+        "balanced_accuracy": metrics.mean_class_accuracy,
+        "macro_f1": metrics.macro_f1,
+    }
+    intervals = {name: list(interval) for name, interval in metrics.intervals.items()}
+    if "mean_class_accuracy" in intervals:
+        intervals["balanced_accuracy"] = intervals["mean_class_accuracy"]
     return {
         "weights": known.get("weights", known.get("scores", "")),
         "protocol": known.get("protocol_text", "scores of an unknown protocol"),
         "views": known.get("protocol"),
         **{name: known.get(name) for name in _SETTINGS},
+        "data_path": _data_path(table),
         "combine": how,
         "seed": seed,
         "versions": known.get("versions", versions()),
@@ -110,13 +125,34 @@ def _results(table: ScoreTable, metrics: Metrics, how: Combination, seed: int) -
         "num_bad_videos": len(bad),
         "left_out_videos": known.get("left_out_videos", []),  # missing on disk, or unreadable by the index
         "missing_videos": sum(not Path(video["path"]).exists() for video in bad),
-        **metrics.accuracy,
-        **{f"{name}_interval": list(interval) for name, interval in metrics.intervals.items()},
-        "mean_class_accuracy": metrics.mean_class_accuracy,
+        **measured,
+        **{f"{name}_interval": intervals.get(name) for name in measured},
         "calibration_error": metrics.calibration_error,
         "top1_by_views": metrics.by_views,
-        "per_class": {name: {"videos": count, "top1": accuracy} for name, count, accuracy in named if count},
+        "per_class": _per_class(table.class_names, metrics),
     }
+
+
+def _per_class(class_names: Sequence[str], metrics: Metrics) -> dict[str, dict[str, Any]]:
+    """Of the classes that have videos; precision is None where a class is never predicted."""
+    rates, found = metrics.rates, {}
+    for index, (name, videos) in enumerate(zip(class_names, metrics.confusion.sum(1).tolist(), strict=True)):
+        if videos:
+            precision, recall, f1 = (float(rate[index]) for rate in rates)
+            interval = wilson_interval(int(metrics.confusion[index, index]), videos)
+            found[name] = {"videos": videos, "top1": recall, "support": videos, "recall": recall}
+            found[name] |= {"recall_interval": list(interval), "f1": f1}
+            found[name] |= {"precision": None if isnan(precision) else precision}
+    return found
+
+
+def _data_path(table: ScoreTable) -> str | None:
+    """The data set's folder, else that of all videos."""
+    data = table.provenance.get("data") or {}
+    with suppress(ValueError):  # some paths are absolute, some aren't; or there is none
+        paths = [str(Path(video.path).parent) for video in table.videos if video.path]
+        return data.get("root") or os.path.commonpath(paths)
+    return None
 
 
 def _write_videos(table: ScoreTable, metrics: Metrics, path: Path) -> None:

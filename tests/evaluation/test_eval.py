@@ -145,6 +145,10 @@ def test_results_say_how_they_came_about(
     }
     assert results["mean_class_accuracy"] == pytest.approx(results["video_top1"])
     assert len(results["top1_by_views"]) == 5
+    assert results["command"].startswith(
+        f"mvit-eval data.root={two_classes} weights={checkpoint} split=train"
+    )
+    assert results["data_path"] == str(two_classes)
     videos = pq.read_table(tmp_path / "run" / "videos.parquet")
     assert sum(videos["correct"].to_pylist()) == results["video_top1"] * 10
     table = read_scores(tmp_path / "run" / "scores.parquet")

@@ -8,11 +8,18 @@ import numpy as np
 import pytest
 import torch
 from synthetic_scores import score_table, table_of_400_classes
-from torchmetrics.functional.classification import multiclass_calibration_error, multiclass_confusion_matrix
+from torchmetrics.functional.classification import (
+    multiclass_calibration_error,
+    multiclass_confusion_matrix,
+    multiclass_f1_score,
+    multiclass_precision,
+    multiclass_recall,
+)
 
 from mvit_video.errors import DataError
 from mvit_video.evaluation.metrics import (
     accuracy_by_views,
+    bootstrap_intervals,
     compare,
     measure,
     most_confused,
@@ -107,6 +114,40 @@ def test_calibration_and_confusion_are_those_of_torchmetrics() -> None:
     assert metrics.calibration_error == pytest.approx(float(error), abs=1e-5)
     assert sum(b.videos for b in reliability(scores, labels)) == 500
     assert torch.equal(metrics.confusion, multiclass_confusion_matrix(scores, labels, 6))
+
+
+def test_precision_recall_and_f1_are_those_of_torchmetrics() -> None:
+    generator = torch.Generator().manual_seed(1)
+    scores = torch.randn(300, 8, generator=generator).softmax(-1)
+    labels = torch.randint(0, 5, (300,), generator=generator)  # classes 5 and 6 have no videos
+    scores[:, 6:] = 0  # 6 and 7 are never predicted
+    labels[:3] = 7
+    metrics = measure(score_table(scores[:, None], labels.tolist()))
+    functions = (multiclass_precision, multiclass_recall, multiclass_f1_score)
+    for found, function in zip(metrics.rates, functions, strict=True):
+        expected = function(scores, labels, 8, average="none")
+        assert found.nan_to_num(0).tolist() == pytest.approx(expected.tolist(), abs=1e-6)
+    assert metrics.rates.f1.isnan().tolist() == [False] * 6 + [True, False]
+    assert metrics.macro_f1 == pytest.approx(float(multiclass_f1_score(scores, labels, 8)), abs=1e-6)
+
+
+def test_bootstrap_intervals_of_shares_are_as_wide_as_theory_says() -> None:
+    labels = torch.arange(400) % 2
+    predicted = torch.where(torch.arange(400) < 80, 1 - labels, labels)  # 0.8 in each class
+    share = (predicted == labels).double()
+    found = bootstrap_intervals(labels, predicted, 2, {"clip_top1": share}, seed=0)
+    deviation = 1.96 * math.sqrt(0.8 * 0.2 / 400)
+    for interval in found.values():
+        assert interval == pytest.approx((0.8 - deviation, 0.8 + deviation), abs=0.008)
+    assert set(found) == {"clip_top1", "mean_class_accuracy", "macro_f1"}
+    assert found == bootstrap_intervals(labels, predicted, 2, {"clip_top1": share}, seed=0)
+    assert found != bootstrap_intervals(labels, predicted, 2, {"clip_top1": share}, seed=1)
+
+
+def test_a_bootstrap_says_nothing_of_perfect_scores() -> None:
+    metrics = measure(score_table(torch.eye(2)[[0, 1, 1]][:, None], [0, 1, 1]))
+    assert set(metrics.intervals) == {"video_top1", "video_top5"}
+    assert metrics.intervals["video_top1"].low < 1
 
 
 @pytest.mark.parametrize("how", COMBINATIONS)

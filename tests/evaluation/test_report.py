@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import base64
+import csv
 import io
 import json
+import math
+import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import av
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from synthetic_scores import score_table, table_of_400_classes
-from videos import write_numbered_video
+from videos import read_number, write_numbered_video
 
 from mvit_video.data.decode import open_video
+from mvit_video.evaluation.report import frames_of, most_wrong_view
 from mvit_video.evaluation.results import report_comparison, report_table
 
 VOID = {"meta", "link", "img", "br"}
@@ -112,20 +117,99 @@ def test_a_page_needs_nothing_else(folder_of_400: Path) -> None:
 
 
 def test_mistakes_are_shown_with_frames(tmp_path: Path) -> None:
-    good = write_numbered_video(tmp_path / "a.mp4", 20, height=48, width=64)
+    good = write_numbered_video(tmp_path / "a.mp4", 20, height=48, width=64, fps=10)
     (tmp_path / "broken.mp4").write_bytes(b"no video")
     table = score_table(torch.eye(3)[[1, 2, 2]][:, None], [0, 1, 2])
     paths = (str(good), str(tmp_path / "broken.mp4"), str(good))
     videos = tuple(replace(v, path=p) for v, p in zip(table.videos, paths, strict=True))
-    report_table(
-        replace(table, videos=videos), tmp_path, how="mean", seed=0, num_mistakes=9, open_file=open_video
-    )
+    spans = torch.tensor([[0.4, 1.4]], dtype=torch.float64).expand(3, 1, 2)
+    table = replace(table, videos=videos, spans=spans)
+    report_table(table, tmp_path, how="mean", seed=0, num_mistakes=9, open_file=open_video)
     page = Page(tmp_path / "report.html")
     assert page.text.count("predicted as") == 2
     strips = [uri for alt, uri in page.images.items() if alt.startswith("frames of")]
     assert len(strips) == 1
     assert picture(strips[0]).shape[:2] == (96, 6 * (128 + 2))
     assert (tmp_path / "worst_mistakes.png").exists()
+    (clip,) = (address for address in page.addresses if address.startswith("data:video/mp4;base64,"))
+    with av.open(io.BytesIO(base64.b64decode(clip.split(",")[1]))) as file:
+        frames = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
+    # The view of seconds 0.4 to 1.4, at ten frames a second.
+    assert [read_number(frame) for frame in frames] == list(range(4, 15))
+
+
+def test_a_clip_shows_the_view_that_is_most_wrong() -> None:
+    views = torch.tensor([[[0.9, 0.1], [0.2, 0.8], [0.4, 0.6]]])
+    spans = torch.tensor([[[0, 1], [2, 3], [4, 5]]], dtype=torch.float64)
+    assert most_wrong_view(replace(score_table(views, [0]), spans=spans), 0) == (2, 3)
+
+
+@pytest.mark.parametrize("span", [(math.nan, math.nan), (0.0, 0.0), (5.0, 9.0)])
+def test_without_a_usable_span_the_clip_is_of_the_whole_video(
+    tmp_path: Path, span: tuple[float, float]
+) -> None:
+    path = write_numbered_video(tmp_path / "a.mp4", 20, height=48, width=64)
+    shown = frames_of(str(path), span, open_video)
+    with av.open(io.BytesIO(shown["clip"])) as file:
+        numbers = [read_number(frame.to_ndarray(format="rgb24")) for frame in file.decode(video=0)]
+    assert (numbers[0], numbers[-1], len(numbers)) == (0, 19, 16)
+
+
+def test_tables_to_paste(tmp_path: Path) -> None:
+    names = ("=1+1", "50% | a_b & {c}", "x\\y", "café")
+    table = replace(score_table(torch.eye(4)[[0, 1, 1, 2]][:, None], [0, 1, 2, 2]), class_names=names)
+    report_table(table, tmp_path, how="mean", seed=0, num_mistakes=0)
+    with (tmp_path / "per_class.csv").open(encoding="utf-8", newline="") as file:
+        rows = {row.pop("class"): row for row in csv.DictReader(file)}
+    assert list(rows) == ["'=1+1", names[1], names[2]]  # no formula for a spreadsheet
+    assert {key: float(value) for key, value in rows[names[1]].items()} == pytest.approx(
+        {"support": 1, "precision": 0.5, "recall": 1, "recall_low": 0.2065, "recall_high": 1, "f1": 2 / 3},
+        abs=1e-4,
+    )
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert found["balanced_accuracy"] == found["mean_class_accuracy"] == pytest.approx(5 / 6)
+    assert found["macro_f1"] == pytest.approx((1 + 2 / 3 + 2 / 3) / 3)
+    low, high = found["macro_f1_interval"]
+    assert 0 < low < high <= 1
+    row = found["per_class"][names[2]]
+    assert (row["support"], row["videos"], row["recall"], row["top1"]) == (2, 2, 0.5, 0.5)
+    markdown = (tmp_path / "tables.md").read_text(encoding="utf-8")
+    assert "| top-1 | 75.00 | 30.06 to 95.44 |" in markdown
+    assert all(len(re.findall(r"(?<!\\)\|", line)) in (0, 4, 7) for line in markdown.splitlines())
+    latex = (tmp_path / "tables.tex").read_text(encoding="utf-8")
+    assert r"50\% \textbar{} a\_b \& \{c\} & 1 & 50.00 & 100.00 & 20.65 to 100.00 & 66.67 \\" in latex
+    assert r"x\textbackslash{}y & 2" in latex
+
+
+def test_the_page_says_what_was_measured_and_how(tmp_path: Path) -> None:
+    known = {"date": "2026-01-02T03:04:05", "model_name": "a_model", "weights": "best.ckpt"}
+    known |= {"command": "mvit-eval data.root='my videos'", "data": {"root": "/data/my videos"}}
+    table = replace(score_table(torch.eye(2)[:, None], [0, 1]), provenance=known)
+    report_table(table, tmp_path, how="mean", seed=0, num_mistakes=0)
+    told = dict(Page(tmp_path / "report.html").tables["about"])
+    assert told == {
+        "model": "a_model",
+        "weights": "best.ckpt",
+        "data": "/data/my videos",
+        "date": "2026-01-02T03:04:05",
+        "command": "mvit-eval data.root='my videos'",
+    }
+    report_table(replace(table, provenance={}), tmp_path, how="mean", seed=0, num_mistakes=0)
+    assert Page(tmp_path / "report.html").tables["about"] == [["data", "/videos"]]
+
+
+@pytest.mark.parametrize("count", [3, 8, 50])
+def test_figures_of_long_names_are_no_larger_than_a_screen_can_show(tmp_path: Path, count: int) -> None:
+    labels = torch.arange(count).repeat_interleave(4)
+    scores = torch.eye(count)[torch.where(torch.arange(len(labels)) % 4 == 0, (labels + 1) % count, labels)]
+    names = tuple(f"something {index} into something with a rather long name" for index in range(count))
+    table = replace(score_table(scores[:, None], labels.tolist()), class_names=names)
+    report_table(table, tmp_path, how="mean", seed=0, num_mistakes=0)
+    report_comparison({"a": table, "b": table}, tmp_path / "two", how="mean", seed=0)
+    for name in ("confusion.png", "per_class.png", "two/comparison.png"):
+        width, height = Image.open(tmp_path / name).size
+        assert max(width, height) < 3000
+        assert min(width, height) > 200
 
 
 def test_a_perfect_model_has_a_page_too(tmp_path: Path) -> None:
@@ -173,7 +257,14 @@ def test_a_browser_shows_the_page(browser, name: str, request: pytest.FixtureReq
     images = page.evaluate("[...document.images].map(i => [i.complete, i.naturalWidth, i.clientWidth])")
     assert images
     assert all(complete and natural > 400 and shown > 300 for complete, natural, shown in images)
-    assert page.evaluate("document.documentElement.scrollWidth") <= 1200
+    for width in (1200, 390):
+        page.set_viewport_size({"width": width, "height": 900})
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+    colours = []
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        colours.append(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+    assert colours == ["rgb(255, 255, 255)", "rgb(22, 24, 27)"]
     rows = page.locator("#summary tr").all_inner_texts()
     assert any("86.60 %" in row for row in rows)
     if name == "folder_of_400":
@@ -181,3 +272,10 @@ def test_a_browser_shows_the_page(browser, name: str, request: pytest.FixtureReq
         assert not page.locator("#classes").is_visible()
         page.locator("summary").click()
         assert page.locator("#classes").is_visible()
+        button = page.locator("#classes th button:has-text('precision')")
+        precisions = "[...document.querySelectorAll('#classes tbody tr')].map(r => +r.cells[5].dataset.value)"
+        for falling in (True, False):
+            button.press("Enter")
+            found = page.evaluate(precisions)
+            assert found == sorted(found, reverse=falling)
+            assert found[0] != found[-1]
