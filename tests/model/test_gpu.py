@@ -32,10 +32,13 @@ class Operations(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         name = str(func)
         self.kernels += not func.is_view and not any(part in name for part in NOTHING_TO_RUN)
-        devices = {x.device.type for x in (*args, result) if isinstance(x, Tensor) and x.ndim}
+        is_copy = "_to_copy" in name or "copy_" in name  # others take a scalar as it is
+        tensors = [x for x in (*args, result) if isinstance(x, Tensor) and (x.ndim or is_copy)]
+        devices = {x.device.type for x in tensors}
         if len(devices) > 1:
             self.host_copies.append(name)
-        if any(part in name for part in SYNCHRONISES):
+        on_device = any(isinstance(x, Tensor) and x.device.type != "cpu" for x in args)
+        if on_device and any(part in name for part in SYNCHRONISES):
             self.synchronisations.append(name)
         if "convolution" in name and "backward" not in name and args[-1] > 1:
             self.convolutions.append(args[0])
