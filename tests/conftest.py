@@ -52,7 +52,6 @@ def command(
             code = 0
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else 0
-        os.environ.pop("HYDRA_FULL_ERROR", None)
         out, err = capfd.readouterr()
         return Result(code, out, err)
 

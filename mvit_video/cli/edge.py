@@ -45,7 +45,8 @@ def run(command: str, load: Callable[[], Callable[..., Any]], arguments: list[st
     Args:
         load: imports the job, which takes the checked configuration, and for mvit-predict a list of files.
     """
-    full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    before = os.environ.get("HYDRA_FULL_ERROR")
+    full_error = before == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise instead of printing
     accept_all_text()
     files: list[list[str]] = []
@@ -92,6 +93,10 @@ def run(command: str, load: Callable[[], Callable[..., Any]], arguments: list[st
         text = one_line(error) if failed else explain_composition(error, command, sys.argv[1:])
         sys.stderr.write(f"mvit-{command}: error: {printable(text)}\n")
         _end(1)
+    finally:
+        del os.environ["HYDRA_FULL_ERROR"]
+        if before is not None:
+            os.environ["HYDRA_FULL_ERROR"] = before
 
 
 def _checked(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from contextlib import suppress
+from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -40,27 +42,38 @@ def _as_tuples(value: Any) -> Any:
 
 
 def check_types(config: Any) -> None:
-    """Raises ValueError, with name and value, where a field of a dataclass isn't of its annotated type."""
+    """Bring a dataclass's fields to their annotated types: lists to tuples, NumPy's numbers to Python's.
+
+    Raises ValueError, with name and value, where that isn't possible.
+    """
     for name, hint in get_type_hints(type(config)).items():
         value = getattr(config, name)
-        if not _is_of(value, hint):
-            raise ValueError(f"{name} must be {_text(hint)}, got {value!r}")
+        try:
+            object.__setattr__(config, name, _fit(value, hint))
+        except TypeError:
+            raise ValueError(f"{name} must be {_text(hint)}, got {value!r}") from None
 
 
-def _is_of(value: Any, hint: Any) -> bool:
+def _fit(value: Any, hint: Any) -> Any:
+    """The value as a type has it; TypeError where it doesn't fit."""
     kind, arguments = get_origin(hint), get_args(hint)
-    if kind is Literal:
-        return isinstance(value, str) and value in arguments
     if kind in (Union, UnionType):
-        return any(_is_of(value, argument) for argument in arguments)
-    if kind is tuple:
-        if not isinstance(value, tuple):
-            return False
+        for argument in arguments:
+            with suppress(TypeError):
+                return _fit(value, argument)
+    elif kind is tuple and isinstance(value, tuple | list):
         hints = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
-        return len(value) == len(hints) and all(map(_is_of, value, hints))
-    if hint is float:
-        return type(value) is int or (type(value) is float and math.isfinite(value))
-    return type(value) is hint
+        if len(value) == len(hints):
+            return tuple(map(_fit, value, hints))
+    elif kind is Literal and isinstance(value, str) and value in arguments:
+        return value
+    elif hint in (int, float) and isinstance(value, Integral) and not isinstance(value, bool):
+        return int(value)
+    elif hint is float and isinstance(value, Real) and math.isfinite(value) and not isinstance(value, bool):
+        return float(value)
+    elif hint not in (int, float) and type(value) is hint:
+        return value
+    raise TypeError
 
 
 def _text(hint: Any) -> str:

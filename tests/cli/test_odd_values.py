@@ -88,7 +88,7 @@ def test_any_value_ends_well_or_with_one_line(
         ("export", "weights.x=1", "weights is a value (null)"),
         ("demo", "+model.dropout=0", "model=NAME"),
         ("demo", "port=1e9", "port is 1000000000"),
-        ("train", "optim=2.5", "adamw, sgd"),
+        ("train", "optim=2.5", "adamw, "),
         ("train", "optim.optimizer=5", "optim.optimizer is 5"),
         ("train", "optim.optimizer.momentum=0.3", "optim=sgd"),
         ("train", "hydra.run=3", "hydra.run: "),
