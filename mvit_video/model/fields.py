@@ -67,11 +67,12 @@ def _fit(value: Any, hint: Any) -> Any:
             return tuple(map(_fit, value, hints))
     elif kind is Literal and isinstance(value, str) and value in arguments:
         return value
-    elif hint in (int, float) and isinstance(value, Integral) and not isinstance(value, bool):
-        return int(value)
-    elif hint is float and isinstance(value, Real) and math.isfinite(value) and not isinstance(value, bool):
-        return float(value)
-    elif hint not in (int, float) and type(value) is hint:
+    elif hint in (int, float) and not isinstance(value, bool):
+        if isinstance(value, Integral):
+            return int(value)
+        if hint is float and isinstance(value, Real) and math.isfinite(value):
+            return float(value)
+    elif type(value) is hint:
         return value
     raise TypeError
 
