@@ -8,6 +8,10 @@ may use the machine. "plain" is the attention of our own model as detectron2 com
 a convolution of its own layout, and logits and bias of all pairs as tensors. Its features are compared with
 ours first. --quick takes a small image and one round; attention over the whole map without pooling ("full")
 is left out unless it is named, for it takes minutes at the paper's size.
+
+    python benchmarks/detection.py --draw demo/detector/checkpoints/best.ckpt demo/shapes/val
+
+Draws what a detector finds in the first pictures of a folder: benchmarks/detection.png.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ from torch import Tensor
 from torchvision.models.detection import maskrcnn_resnet50_fpn_v2
 
 import mvit_video as mv
+from mvit_video.detection.drawing import as_png, grid
 from mvit_video.model.ablations import PaddedWindowAttention
 from mvit_video.model.attention import PoolingAttention
 from mvit_video.model.config import Grid, floor_divide
@@ -36,6 +41,7 @@ from mvit_video.model.windows import join_and_crop, pad_and_cut
 
 HERE = Path(__file__).parent
 HEADING = "## Detection"
+DRAWN = 8  # pictures
 WHOLE: dict[str, Any] = {"attention": "pooling", "window_padding": False}
 CASES: dict[str, dict[str, Any]] = {
     "pooling + Hwin": {},
@@ -158,6 +164,13 @@ def table(found: dict[str, dict[str, float]]) -> list[str]:
     return lines
 
 
+def draw(weights: str, folder: str) -> None:
+    recognizer = mv.ObjectRecognizer(weights)
+    files = sorted(Path(folder).glob("*.png"))[:DRAWN]
+    pictures = [found.draw() for found in recognizer.predict(files)]
+    (HERE / "detection.png").write_bytes(as_png(grid(pictures)))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", default="mask_rcnn_mvitv2_t")
@@ -166,9 +179,13 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=[n for n in CASES if n != "full"])
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--write", action="store_true", help="the table into benchmarks/README.md")
+    parser.add_argument("--draw", nargs=2, metavar=("WEIGHTS", "FOLDER"))
     parser.add_argument("--case", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     size: tuple[int, int] = (64, 96) if arguments.quick else tuple(arguments.size)
+    if arguments.draw:
+        draw(*arguments.draw)
+        return
     if arguments.case:
         print(json.dumps(measure(arguments.case, arguments.model, size)))
         return
