@@ -218,6 +218,8 @@ def run_line(command: Command, monkeypatch: pytest.MonkeyPatch) -> Any:
         if name == "train" or (chosen and name != "info"):
             small = SMALL_DETECTOR if "experiment=shapes" in arguments else SMALL_MODEL
             arguments += [f"model.{key}={value}".replace(" ", "") for key, value in small.items()]
+            if small is SMALL_DETECTOR:
+                arguments.append("trainer.check_val_every_n_epoch=1")
         if any(choice.startswith("experiment=maskfeat") and not choice.endswith("_ft") for choice in chosen):
             arguments.append("masking.cell=16")
         return command(name, *arguments, *SMALL.get(name, []))
