@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Sequence
 from itertools import islice
-from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -40,7 +39,8 @@ def split_files(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Separate files and folders from overrides: what exists on disk or has no "=" is a file."""
     files, overrides = [], []
     for argument in arguments:
-        if "=" not in argument or "://" in argument.partition("=")[0] or Path(argument).exists():
+        is_file = os.path.exists(argument)  # noqa: PTH110 (False for what is too long for a name)
+        if "=" not in argument or "://" in argument.partition("=")[0] or is_file:
             files.append(expand_home(argument))
         else:
             overrides.append(argument)

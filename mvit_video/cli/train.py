@@ -39,7 +39,11 @@ PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": 
 # What a resumed run is compared by: other steps of training, where they differ.
 BATCH = ("accumulate_grad_batches", "limit_train_batches", "overfit_batches")
 RECIPE = ("seed", "augment", "mixing", "freeze", "ema")
-FREE = ("num_workers", "loader", "save_every_n_steps", "early_stopping", "compile", "max_bad_videos")
+# What may differ, and is told then: videos may have moved.
+FREE = (
+    *("data", "decoder", "num_workers", "loader", "save_every_n_steps", "early_stopping", "compile"),
+    "max_bad_videos",
+)
 
 
 def train(config: DictConfig) -> float | None:

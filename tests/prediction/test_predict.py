@@ -118,10 +118,12 @@ def test_arguments_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             "weights=w.ckpt",
             "--cfg",
             "job",
+            too_long_for_a_name := f"videos=[{','.join(['a.mp4'] * 100)}]",
         ]
     )
     assert options == ["--config-dir", "my/conf", "-m", "--cfg", "job"]
-    assert split_files(rest) == (["a.mp4", "-b.mp4", "x=1.mp4", "folder"], ["topk=3", "weights=w.ckpt"])
+    overrides = ["topk=3", "weights=w.ckpt", too_long_for_a_name]
+    assert split_files(rest) == (["a.mp4", "-b.mp4", "x=1.mp4", "folder"], overrides)
 
 
 def test_a_place_that_can_not_be_written_is_said(

@@ -571,13 +571,18 @@ def test_other_data_are_another_run(
 
 
 def test_what_may_change_is_taken_over_and_said(
-    command: Command, arguments: list[str], whole: Path, tmp_path: Path
+    command: Command, arguments: list[str], two_classes: Path, whole: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(whole, tmp_path / "run")
+    shutil.copytree(two_classes, tmp_path / "moved")
     free = ["trainer.max_epochs=4", "num_workers=1", "save_every_n_steps=2", "trainer.limit_val_batches=1"]
+    free += ["data.root=moved", "decoder.frame_rate=12"]
     result = command("train", *arguments, "hydra.run.dir=run", *free)
     assert result.code == 0, result.err
-    for said in ("max_epochs 3 -> 4", "num_workers 0 -> 1", "save_every_n_steps 3 -> 2", "limit_val_batches"):
+    for said in (
+        *("max_epochs 3 -> 4", "num_workers 0 -> 1", "save_every_n_steps 3 -> 2", "limit_val_batches"),
+        *("-> moved", "decoder.frame_rate 30 -> 12"),
+    ):
         assert said in result.out
     assert sorted(losses(tmp_path / "run")) == [15, 16, 17, 18, 19]
 
