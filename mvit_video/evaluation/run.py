@@ -29,7 +29,7 @@ from mvit_video.errors import ConfigError, DataError
 from mvit_video.evaluation.classes import map_classes
 from mvit_video.evaluation.provenance import identity
 from mvit_video.evaluation.scores import Combination, ScoreTable, combine
-from mvit_video.io.console import track
+from mvit_video.io.console import csv_cell, track
 from mvit_video.io.fingerprint import Fingerprint, read_fingerprint, require_same, write_fingerprint
 from mvit_video.io.journal import Entry, journal, read_journal
 from mvit_video.model import VideoModel
@@ -213,10 +213,11 @@ def _read_table(folder: Path, index: VideoIndex, files: Mapping[str, Fingerprint
 
 def _not_scored(index: VideoIndex, bad: Mapping[str, BadVideo]) -> dict[str, list[dict[str, str]]]:
     left_out = [(out.video, out.reason) for out in index.left_out]
-    unreadable = [(video, bad[video.path].reason) for video in index.videos if video.path in bad]
+    found = [(video, bad.get(csv_cell(video.path))) for video in index.videos]
+    unreadable = [(video, reading.reason) for video, reading in found if reading is not None]
     return {
-        name: [{"id": video.id, "path": video.path, "reason": reason} for video, reason in found]
-        for name, found in (("left_out_videos", left_out), ("bad_videos", unreadable))
+        name: [{"id": video.id, "path": video.path, "reason": reason} for video, reason in videos]
+        for name, videos in (("left_out_videos", left_out), ("bad_videos", unreadable))
     }
 
 
