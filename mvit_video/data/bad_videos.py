@@ -13,7 +13,7 @@ from pathlib import Path
 from mvit_video.data.datasets import BadVideo
 from mvit_video.errors import ConfigError, DataError
 from mvit_video.io.console import csv_cell, printable
-from mvit_video.io.writing import append, keep_former, keep_whole_lines
+from mvit_video.io.writing import append, keep_whole_lines
 
 log = logging.getLogger(__name__)
 
@@ -28,15 +28,14 @@ class BadVideos:
         file: the csv file.
         allowed: how many the job bears.
         total: how many videos the job has.
-        go_on: count what the file lists already, as a resumed job does; else it is kept as `<name>.former`.
+        go_on: count what the file lists already, as a resumed job does; else one process has to move away
+            what a former run has left.
     """
 
     def __init__(self, file: Path, *, allowed: int, total: int, go_on: bool = False) -> None:
         self.file, self.allowed, self.total = file, allowed, total
         self.found: dict[str, BadVideo] = {}
-        if not go_on:
-            keep_former(file)
-        elif file.is_file():
+        if go_on and file.is_file():
             keep_whole_lines(file)
             self.found = self._listed()
 

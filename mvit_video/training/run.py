@@ -89,7 +89,7 @@ def run(
         ConfigError: ``monitor`` is no metric, or the checkpoint is of another run.
         SystemExit: a signal asked the run to end.
     """
-    module, folder = training.module, output / CHECKPOINTS
+    module, folder, bad_file = training.module, output / CHECKPOINTS, output / "bad_videos.csv"
     names = [f"val/{name}" for name in module.val_metrics]
     if monitor not in names:
         raise ConfigError(f"monitor={monitor} is none of the metrics of a validation: {', '.join(names)}")
@@ -101,12 +101,14 @@ def run(
         remove_unfinished(folder)
         if resume_from is None or resume_from.parent != folder:
             keep_former(folder)
+        if resume_from is None:
+            keep_former(bad_file)
     history, policy = _callback(trainer, EpochLogger), _callback(trainer, callbacks.BadVideoPolicy)
     policy.bad_videos = bad_videos = BadVideos(
-        output / "bad_videos.csv",
+        bad_file,
         allowed=allowed_bad_videos(max_bad_videos, training.num_files),
         total=training.num_files,
-        go_on=resume_from is not None or not trainer.is_global_zero,
+        go_on=resume_from is not None,
     )
     try:
         fit(trainer, module, training.training, training.validation, resume_from)
