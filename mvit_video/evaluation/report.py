@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import textwrap
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from fractions import Fraction
@@ -194,9 +193,12 @@ def plot_confusion(
     num_classes = len(class_names)
     shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
     named = num_classes <= MAX_NAMED_CLASSES
+    labels = [_short(name, 28) for name in class_names] if named else []
+    beside = 0.09 * max(map(len, labels), default=0)  # inches that names take at the left and below
     size = min(max(4.0, 0.45 * num_classes), 14.0) if named else 9.0  # inches, without the names
-    with new_figure(path, (size + 3 + 5 * bool(pairs), size + 2.5 * named)) as figure:
-        axes, text_axes = figure.subplots(1, 2, width_ratios=(size, 5 if pairs else 0.01))
+    list_width = 6.5 if pairs else 0.01
+    with new_figure(path, (size + beside + 1.5 + list_width, size + beside + 0.5)) as figure:
+        axes, text_axes = figure.subplots(1, 2, width_ratios=(size + beside + 1.5, list_width))
         text_axes.axis("off")
         # Few of many classes are confused: the square root makes small shares visible.
         norm = PowerNorm(1 if named else 0.5, vmin=0, vmax=1)
@@ -204,7 +206,6 @@ def plot_confusion(
         figure.colorbar(image, ax=axes, label="share of the class", fraction=0.04, pad=0.01)
         axes.set(xlabel="predicted", ylabel="true")
         if named:
-            labels = [printable(name) for name in class_names]
             axes.set_xticks(range(num_classes), labels, rotation=90)
             axes.set_yticks(range(num_classes), labels)
         if num_classes <= MAX_COUNTED_CLASSES:
@@ -215,7 +216,7 @@ def plot_confusion(
         lines = ["most confused (true → predicted)\n"] if pairs else []
         for number, pair in enumerate(pairs, start=1):
             lines.append(
-                f"{number}. {printable(pair.true)} → {printable(pair.predicted)}: "
+                f"{number}. {_short(pair.true, 36)} → {_short(pair.predicted, 36)}: "
                 f"{pair.videos} ({pair.share:.0%})"
             )
             if num_classes > MAX_COUNTED_CLASSES:
@@ -237,7 +238,7 @@ def plot_per_class(path: Path, per_class: Sequence[tuple[str, Mapping[str, Any]]
         axes = figure.subplots()
         colours = [_RED] * half + [_BLUE] * half if cut else _BLUE
         axes.barh(range(len(rows)), [row["top1"] for _, row in rows], color=colours, height=0.7)
-        axes.set_yticks(range(len(rows)), [printable(name) for name, _ in rows], fontsize=8)
+        axes.set_yticks(range(len(rows)), [_short(name, 40) for name, _ in rows], fontsize=8)
         axes.axvline(mean, color=_GRAY, linestyle="--", linewidth=1, label="mean class accuracy")
         axes.set(xlim=(0, 1), ylim=(len(rows) - 0.4, -0.6), xlabel="top-1 accuracy")
         if cut:
@@ -297,12 +298,18 @@ def plot_comparison(path: Path, measured: Mapping[str, Metrics], class_names: Se
                 point = (float(first.per_class[index]), float(metrics.per_class[index]))
                 if gain[index] and is_free(point):
                     left = point[0] > 0.5  # of the point, lest the name leaves the figure
-                    label = textwrap.shorten(printable(class_names[index]), 36, placeholder=" ...")
+                    label = _short(class_names[index], 36)
                     offset: Any = {"xytext": (-4 if left else 4, 3), "textcoords": "offset points"}
                     axes.annotate(label, point, fontsize=7, ha="right" if left else "left", **offset)
         axes.set(xlabel=f"top-1 of each class, {printable(first_name)}")
         axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), ylabel="top-1 of each class, the others")
         figure.legend(loc="outside upper left")
+
+
+def _short(name: str, length: int) -> str:
+    """A name for a figure: of a long one the middle is left out, as names often differ at the end."""
+    name = printable(name)
+    return name if len(name) <= length else f"{name[: length // 2]}…{name[-(length // 2 - 1) :]}"
 
 
 class _Places:
