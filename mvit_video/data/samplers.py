@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 
 from mvit_video.errors import DataError
 
@@ -13,7 +14,7 @@ class EpochBatches:
     """Every video once an epoch, in an order that depends on the seed and the epoch alone.
 
     A batch is a list of (epoch, index), so that a sample's random choices follow from its key, whoever makes
-    it. Of several processes, each takes every ``num_replicas``-th video of the same order: the batches of a
+    it; a video that ``weights`` draw again in an epoch has its count there as a third part. Of several processes, each takes every ``num_replicas``-th video of the same order: the batches of a
     step together are what one process would have as one batch, whatever their number. An incomplete last
     batch is dropped, unless it is the only one.
 
@@ -21,6 +22,8 @@ class EpochBatches:
         batch_size: videos of one process.
         rank, num_replicas: number of this process, and how many there are.
         shuffle: False gives the order of epoch 0 again and again.
+        weights: of each video; an epoch then draws as many as there are, with these probabilities and with
+            replacement. None: each once.
 
     Raises DataError where there are fewer videos than processes.
     """
@@ -34,9 +37,11 @@ class EpochBatches:
         rank: int = 0,
         num_replicas: int = 1,
         shuffle: bool = True,
+        weights: Sequence[float] | None = None,
     ) -> None:
         if num_videos < num_replicas:
             raise DataError(f"{num_replicas} processes can't share {num_videos} training videos")
+        self.weights = weights
         self.num_videos, self.seed, self.epoch = num_videos, seed, 0
         self.rank, self.num_replicas, self.shuffle = rank, num_replicas, shuffle
         share = num_videos // num_replicas
@@ -49,12 +54,30 @@ class EpochBatches:
     def __len__(self) -> int:
         return self._length
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
         order = list(range(self.num_videos))
-        random.Random(f"{self.seed} {self.epoch}").shuffle(order)
-        keys = [(self.epoch, index) for index in order[self.rank :: self.num_replicas]]
+        rng = random.Random(f"{self.seed} {self.epoch}")
+        if self.weights is None:
+            rng.shuffle(order)
+        else:
+            order = rng.choices(order, self.weights, k=self.num_videos)
+        drawn: Counter[int] = Counter()
+        keys: list[tuple[int, ...]] = []
+        for index in order:
+            keys.append((self.epoch, index, drawn[index]) if drawn[index] else (self.epoch, index))
+            drawn[index] += 1
+        keys = keys[self.rank :: self.num_replicas]
         for start in range(0, self._length * self.batch_size, self.batch_size):
             yield keys[start : start + self.batch_size]
+
+
+def inverse_frequencies(labels: Sequence[int], num_classes: int) -> list[float]:
+    """A weight for each class that makes up for its share of the labels: their mean over the labels is 1.
+
+    A class without any has the weight 1.
+    """
+    counts = Counter(labels)
+    return [len(labels) / (len(counts) * counts[label]) if label in counts else 1.0 for label in range(num_classes)]
 
 
 class AllVideos:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from mvit_video.model.clip_spec import ClipSpec
 
@@ -17,9 +17,15 @@ class VideoModel(nn.Module):
         protocol: how clips for it are cut and normalised.
         class_names: what its outputs mean; None: unknown.
         classifier: name of the layer that depends on the classes.
+        multi_label: a clip may be of several classes, or of none.
     """
 
     config: Any
     protocol: ClipSpec
     class_names: tuple[str, ...] | None
     classifier: str
+    multi_label: bool = False
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """What logits (..., num_classes) mean: their softmax; of a multi-label model each one's sigmoid."""
+        return logits.sigmoid() if self.multi_label else logits.softmax(-1)

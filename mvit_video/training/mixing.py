@@ -72,17 +72,25 @@ def _random_box(
     )
 
 
+def hard_targets(labels: Tensor, num_classes: int) -> Tensor:
+    """Labels (B,), or of several classes (B, K) filled up with -1, as float (B, num_classes) of 0 and 1."""
+    if labels.ndim == 1:
+        return F.one_hot(labels, num_classes).float()
+    hot = torch.zeros(len(labels), num_classes + 1, device=labels.device)  # the last column takes the -1
+    return hot.scatter_(1, labels.where(labels >= 0, num_classes), 1.0)[:, :-1]
+
+
 def soft_targets(labels: Tensor, num_classes: int, *, lam: float, smoothing: float) -> Tensor:
     """Smoothed targets of a batch that was mixed with its reverse.
 
     Args:
-        labels: int64 (B,).
+        labels: int64, as of ``hard_targets``.
         lam: share of a clip's own class; 1 for a batch that wasn't mixed.
         smoothing: share of the target that is spread over all classes.
 
     Returns:
-        float (B, num_classes), each row sums to 1.
+        float (B, num_classes); each row sums to 1 where a clip has one class.
     """
-    hard = F.one_hot(labels, num_classes).float()
+    hard = hard_targets(labels, num_classes)
     mixed = lam * hard + (1 - lam) * hard.flip(0)
     return (1 - smoothing) * mixed + smoothing / num_classes

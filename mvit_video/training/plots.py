@@ -47,7 +47,7 @@ def plot_batch(
 
     Args:
         clips: normalised float (B, 3, T, H, W), mixed with their reverse.
-        labels: int64 (B,), before they were mixed.
+        labels: int64 (B,), before they were mixed; or (B, K), several classes filled up with -1.
         lam: share of a clip's own class; 1 for a batch that wasn't mixed.
     """
     times = torch.linspace(0, clips.shape[2] - 1, min(8, clips.shape[2])).round().int().tolist()
@@ -60,10 +60,15 @@ def plot_batch(
         for axes, frame in zip(grid[row], frames, strict=True):
             axes.imshow(frame.numpy())
             axes.set_axis_off()
-        name, other = (class_names[i] if class_names else str(i) for i in (label, partner))
+        name, other = (_names(found, class_names) for found in (label, partner))
         title = name if lam == 1 else f"{lam:.2f} {name} + {1 - lam:.2f} {other}"
         grid[row][0].set_title(title, loc="left", fontsize=8)
     figure.savefig(path, dpi=100)
+
+
+def _names(label: int | list[int], class_names: Sequence[str] | None) -> str:
+    labels = [label] if isinstance(label, int) else [index for index in label if index >= 0]
+    return ", ".join(class_names[index] if class_names else str(index) for index in labels)
 
 
 def describe_labels(labels: Sequence[int], class_names: Sequence[str]) -> str:

@@ -202,6 +202,8 @@ def _load(
             )
         if described.class_names and head == "strict":
             model.class_names = described.class_names
+        if head == "strict":
+            model.multi_label = described.multi_label
     return replace(report, prefix="" if described else prefix)
 
 
@@ -277,7 +279,7 @@ def _build(description: Description, checkpoint: Mapping[str, Any], name: str) -
     else:  # other libraries' models hold more than their weights
         model = type(model)(description.config, description.protocol)
         model.load_state_dict(fitted)
-    model.class_names = description.class_names
+    model.class_names, model.multi_label = description.class_names, description.multi_label
     return model.eval()
 
 

@@ -44,6 +44,7 @@ class Description:
     config: MViTConfig | BaselineConfig
     protocol: ClipSpec
     class_names: tuple[str, ...] | None = None
+    multi_label: bool = False
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -70,6 +71,7 @@ def model_metadata(model: VideoModel) -> dict[str, Any]:
         "config": asdict(model.config),
         "protocol": asdict(model.protocol),
         "class_names": list(model.class_names) if model.class_names else None,
+        **({"multi_label": True} if model.multi_label else {}),
     }
 
 
@@ -83,7 +85,8 @@ def parse_metadata(metadata: Any, name: str) -> Description:
         values, names = dict(metadata["config"]), metadata["class_names"]
         config = BaselineConfig(**values) if "name" in values else replace_fields(MViTConfig(), values)
         spec = replace_fields(ClipSpec(), dict(metadata["protocol"]))
-        return Description(config, spec, (tuple(names) or None) if isinstance(names, list) else names)
+        names = (tuple(names) or None) if isinstance(names, list) else names
+        return Description(config, spec, names, metadata.get("multi_label", False))
     except CheckpointError:
         raise
     except Exception as error:  # a file can hold anything in the place of anything

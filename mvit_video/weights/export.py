@@ -1,7 +1,7 @@
 """A model as one file that runs without this package: ONNX, or a program of PyTorch's.
 
 The file carries what a checkpoint does: its metadata ``mvit_video`` is JSON with ``config``, ``protocol``
-(frames, stride, crop, mean and std) and ``class_names``.
+(frames, stride, crop, mean and std) and ``class_names``, and ``multi_label`` where a clip may be of several.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mvit_video.errors import CheckpointError, ConfigError, brief
+from mvit_video.model.base import VideoModel
 from mvit_video.model.config import MViTConfig
 from mvit_video.model.mvit import MViT
 from mvit_video.weights.description import model_metadata, parse_metadata
@@ -28,7 +29,7 @@ MAX_BATCH = 1024  # clips that a program takes at once
 Run = Callable[[Tensor], Tensor]
 
 
-class ExportedModel(nn.Module):
+class ExportedModel(VideoModel):
     """A model from a file of ``export_model``: float clips (B, 3, T, H, W) -> logits (B, num_classes).
 
     It takes the place of an ``MViT`` in ``Recognizer``. Clips must have the size it was exported for.
@@ -42,7 +43,7 @@ class ExportedModel(nn.Module):
         if not isinstance(description.config, MViTConfig):
             raise CheckpointError(f"{path}: describes {description.config.name}, but only MViT is exported")
         self.config, self.protocol = description.config, description.protocol
-        self.class_names = description.class_names
+        self.class_names, self.multi_label = description.class_names, description.multi_label
         self._run, self.path = run, path
 
     def forward(self, clips: Tensor) -> Tensor:
