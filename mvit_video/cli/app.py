@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from dataclasses import asdict
 from functools import partial
@@ -9,7 +10,7 @@ from typing import Any
 
 import hydra
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from mvit_video.data import timing
 from mvit_video.data.datasets import OpenVideo
@@ -40,6 +41,14 @@ def task_of(config: DictConfig) -> str:
     """What ``config.task`` says, else what the checkpoint that is given is of."""
     task: str = config.task or read_task(config.weights)
     return task
+
+
+def build_data(data: DictConfig) -> Any:
+    """The data set; ``balance`` isn't part of it, but how a training draws from it."""
+    own = copy.copy(data)
+    with open_dict(own):
+        own.pop("balance", None)
+    return build(own)
 
 
 def build_model(config: DictConfig, num_classes: int | None = None) -> VideoModel:

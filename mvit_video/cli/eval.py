@@ -24,6 +24,7 @@ from mvit_video.data.ranks import Ranks, process_group, use_own_gpu
 from mvit_video.errors import ConfigError, DataError
 from mvit_video.evaluation.classes import matching_classes, read_class_map
 from mvit_video.evaluation.importers import as_in_data_set, read_table
+from mvit_video.evaluation.multi_label import report_multi_label, require_same_kind
 from mvit_video.evaluation.provenance import provenance_of
 from mvit_video.evaluation.run import output_folder, remove_journals, score_data_set
 from mvit_video.evaluation.score_files import write_scores
@@ -76,6 +77,7 @@ def _score_data_set(
     class_map = read_class_map(config.class_map)
     known = known or model.class_names
     matrix = matching_classes(known, model.config.num_classes, splits.class_names, class_map)
+    require_same_kind(model, splits.multi_label, class_map=class_map is not None)
     index = _chosen_split(splits, config.split)
     provenance = provenance_of(
         model,
@@ -144,7 +146,9 @@ def _report(
     from mvit_video.evaluation import results  # which imports matplotlib
 
     settings = {"how": config.combine, "seed": config.seed}
-    if len(tables) > 1:
+    if any(table.multi_label for table in tables.values()):
+        report_multi_label(tables, output, config.combine)
+    elif len(tables) > 1:
         results.report_comparison(tables, output, **settings)
     else:
         (table,) = tables.values()

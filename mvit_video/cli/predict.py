@@ -193,6 +193,7 @@ def build_recognizer(config: DictConfig) -> tuple[Recognizer, Fingerprint]:
     recognizer = Recognizer(
         model,
         topk=config.topk,
+        min_score=config.min_score,
         num_clips=1 if config.window and config.views.num_clips is None else None,
         batch_size=1 if config.live else config.batch_size,
         num_workers=config.num_workers,
@@ -244,6 +245,9 @@ def _table(predictions: Sequence[Prediction], *, per_clip: bool) -> list[tuple[s
             table.append((name, "", f"error: {prediction.error}", ""))
             continue
         for row in rows_of(prediction, per_clip=per_clip):
+            if row["class"] is None:
+                table.append((name, "all", "none", ""))
+                continue
             span = "all" if row["part"] == "video" else f"{row['start']:.2f} - {row['end']:.2f}"
             table.append((name, span if row["rank"] == 1 else "", row["class"], f"{row['score']:.4f}"))
             name = ""

@@ -179,6 +179,7 @@ _LIMITS: dict[str, Kind | tuple[Kind, ...]] = {
     "deterministic": (FLAG, Choice("warn")),
     "fast_dev_run": (FLAG, WHOLE),
     "task": Choice("classification", "detection", "action_detection", "pretraining"),
+    "balance": Choice("sampler", "loss"),
     "loader": Choice("auto", "threads", "workers"),
     "head": Choice("strict", "new"),
     "precision": Choice("auto", "bf16", "fp32"),

@@ -13,7 +13,7 @@ import pytorch_lightning as pl
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from pytorch_lightning.accelerators import CPUAccelerator
 from pytorch_lightning.callbacks import LearningRateMonitor
 from pytorch_lightning.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
@@ -25,6 +25,7 @@ from mvit_video.io.fingerprint import Fingerprint, fingerprint
 from mvit_video.io.writing import sole_writer
 from mvit_video.training import processes
 from mvit_video.training.checkpoints import AtomicCheckpoints
+from mvit_video.training.classification import MultiLabelClassifier
 from mvit_video.training.fit import lightning_errors
 from mvit_video.training.profiler import StageProfiler
 from mvit_video.training.resume import find_checkpoint
@@ -52,7 +53,12 @@ def train(config: DictConfig) -> float | None:
     Returns the best value of ``monitor``, for sweepers; None without a validation.
     """
     task = importlib.import_module(f"mvit_video.cli.tasks.{config.task}")
-    monitor = config.monitor or task.MONITOR
+    several = config.data.get("multi_label")  # classes a video
+    monitor = config.monitor or (MultiLabelClassifier.monitor if several else task.MONITOR)
+    if config.task != "classification":
+        with open_dict(config.data):
+            if config.data.pop("balance", None):
+                raise ConfigError(f"data.balance is for task=classification, not {config.task}")
     output = Path(HydraConfig.get().runtime.output_dir)
     with ExitStack() as stack:
         if rank_and_size()[0] == 0:

@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from mvit_video.data.augment import Augment
 from mvit_video.data.clips import read_test_views, read_training_clips
 from mvit_video.data.decode import Video, open_video
-from mvit_video.data.index import LabelledVideo
+from mvit_video.data.index import Label, LabelledVideo
 from mvit_video.data.loader import ClipLoader
 from mvit_video.data.samplers import AllVideos, EpochBatches
 from mvit_video.errors import ConfigError, DataError, VideoError
@@ -36,7 +37,7 @@ class BadVideo(NamedTuple):
 
 class TrainingSample(NamedTuple):
     clips: Tensor  # float (R, 3, T, H, W), R augmented versions of one clip
-    label: int
+    label: Label
     bad: list[BadVideo]  # videos that this one stands in for
     path: str = ""
 
@@ -45,7 +46,7 @@ class Batch(NamedTuple):
     """Labelled clips of several videos, and the videos that gave none."""
 
     clips: Tensor  # float (B, 3, T, H, W)
-    labels: Tensor  # int64 (B,)
+    labels: Tensor  # int64 (B,); of videos of several classes (B, K), filled up with -1
     bad: list[BadVideo]
     paths: Sequence[str] = ()  # of each clip, in training
 
@@ -67,6 +68,8 @@ class VideoViews:
 
 class TrainingClips(Dataset[TrainingSample]):
     """One random clip of each video; keys are (epoch, index), or an index alone for the epoch that was set.
+
+    A third number in a key gives another clip of that video in the same epoch.
 
     In a loop of one's own::
 
@@ -109,9 +112,10 @@ class TrainingClips(Dataset[TrainingSample]):
     def __len__(self) -> int:
         return len(self.videos)
 
-    def __getitem__(self, key: tuple[int, int] | int) -> TrainingSample:
-        epoch, index = key if isinstance(key, tuple) else (int(self._epoch), key)
-        rng = random.Random(f"{self.seed} {epoch} {index}")
+    def __getitem__(self, key: tuple[int, ...] | int) -> TrainingSample:
+        key = key if isinstance(key, tuple) else (int(self._epoch), key)
+        rng = random.Random(" ".join(map(str, (self.seed, *key))))
+        index = key[1]
         bad: list[BadVideo] = []
         for _ in range(MAX_REPLACEMENTS):
             video = self.videos[index]
@@ -162,12 +166,14 @@ def training_loader(
     rank: int = 0,
     num_replicas: int = 1,
     shuffle: bool = True,
+    weights: Sequence[float] | None = None,
     pin_memory: bool = False,
     **loading: Any,
 ) -> ClipLoader[Batch]:
     """Batches of random clips in the order of ``EpochBatches``; ``loading`` as of ``ClipLoader``."""
+    order: dict[str, Any] = {"shuffle": shuffle, "weights": weights}
     batches = EpochBatches(
-        len(dataset), batch_size, seed=dataset.seed, rank=rank, num_replicas=num_replicas, shuffle=shuffle
+        len(dataset), batch_size, seed=dataset.seed, rank=rank, num_replicas=num_replicas, **order
     )
     return ClipLoader(dataset, batches, partial(collate_training, pin_memory=pin_memory), **loading)
 
@@ -195,7 +201,7 @@ def collate_training(samples: list[TrainingSample], *, pin_memory: bool = False)
     """Versions of one clip stay next to each other, as the official mixing expects them."""
     return Batch(
         cat_clips([sample.clips for sample in samples], pin_memory),
-        torch.tensor([sample.label for sample in samples for _ in sample.clips]),
+        _labels([sample.label for sample in samples for _ in sample.clips]),
         [bad for sample in samples for bad in sample.bad],
         [sample.path for sample in samples for _ in sample.clips],
     )
@@ -204,12 +210,19 @@ def collate_training(samples: list[TrainingSample], *, pin_memory: bool = False)
 def collate_views(videos: list[VideoViews], *, pin_memory: bool = False) -> Batch:
     """The views of several videos, without the bad ones; a batch of bad ones alone has no clips."""
     good = [views for views in videos if views.error is None]
-    labels = [views.video.label for views in good for _ in views.spans]
+    labels = [views.video.label for views in good for _ in views.spans if views.video.label is not None]
     return Batch(
         cat_clips([views.clips for views in good], pin_memory) if good else torch.empty(0),
-        torch.tensor(labels),
+        _labels(labels),
         [BadVideo(views.video.path, views.error) for views in videos if views.error is not None],
     )
+
+
+def _labels(labels: list[Label]) -> Tensor:
+    rows = [torch.tensor(label, dtype=torch.int64) for label in labels]
+    if any(row.ndim for row in rows):
+        return pad_sequence(rows, batch_first=True, padding_value=-1)
+    return torch.tensor(labels, dtype=torch.int64)
 
 
 def _only(videos: list[VideoViews], *, pin_memory: bool) -> VideoViews:

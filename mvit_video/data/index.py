@@ -10,10 +10,11 @@ import hashlib
 import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from mvit_video.data.class_names import ClassNames, LabelOf, check_class_names, read_class_names
 from mvit_video.data.files import IMAGE_EXTENSIONS, FileSearch, existing, is_text, names_in, quoted
@@ -30,13 +31,21 @@ _LONGER_NAME = r"((videos|rawframes|frames|clips)[-_ ]?)?({})([-_ ]?(val|set|spl
 log = logging.getLogger(__name__)
 
 
+Label: TypeAlias = int | tuple[int, ...]  # a class, or all classes of a video that may have several
+
+
 @dataclass(frozen=True, slots=True)
 class LabelledVideo:
     """One video: its file, its class (None where nobody knows) and a name that is unique in its index."""
 
     path: str
-    label: int | None
+    label: Label | None
     id: str
+
+    @property
+    def labels(self) -> tuple[int, ...]:
+        """All its classes, whether it may have several or not."""
+        return self.label if isinstance(self.label, tuple) else () if self.label is None else (self.label,)
 
 
 class NothingThereError(DataError):
@@ -71,6 +80,11 @@ class VideoIndex:
     def __len__(self) -> int:
         return len(self.videos)
 
+    @property
+    def multi_label(self) -> bool:
+        """Whether a video may be of several classes."""
+        return any(isinstance(video.label, tuple) for video in self.videos)
+
 
 @dataclass(frozen=True)
 class VideoSplits:
@@ -100,6 +114,11 @@ class VideoSplits:
     def num_classes(self) -> int:
         return len(self.class_names)
 
+    @property
+    def multi_label(self) -> bool:
+        """Whether a video may be of several classes."""
+        return self.train.multi_label
+
 
 def check_videos(videos: Sequence[LabelledVideo], num_classes: int, where: Callable[[int], str]) -> None:
     """Raise DataError for a label out of range, a path or id that no file can have, an id that comes twice.
@@ -112,7 +131,7 @@ def check_videos(videos: Sequence[LabelledVideo], num_classes: int, where: Calla
         problem = None
         if not all(0 < len(name) <= 4096 and is_text(name) for name in (video.path, video.id)):
             problem = "its name is no file's, or isn't UTF-8 text; rename it"
-        elif video.label is not None and not 0 <= video.label < num_classes:
+        elif not all(0 <= label < num_classes for label in video.labels):
             allowed = f"{num_classes} class names allow 0 to {num_classes - 1}"
             problem = f"label {quoted(video.label)} is out of range; {allowed}"
         elif first.setdefault(video.id, row) != row:
@@ -165,6 +184,7 @@ def folder_splits(
     val_fraction: float = 0.2,
     seed: int = 0,
     class_names: ClassNames | None = None,
+    group: str | None = None,
     search: FileSearch | None = None,
 ) -> VideoSplits:
     """Index `root/train/<class>/` and `root/val/<class>/` (or validation/, test/), or only `root/<class>/`.
@@ -179,13 +199,13 @@ def folder_splits(
     Args:
         class_names: in label order, or where to find them (`read_class_names`); folders may then be spelt
             with underscores, and classes may lack. By default the sorted folders of the training split.
+        group: which videos stay together where a validation split is drawn, see `draw_split`.
         search: the kinds of files to take; by default videos.
 
     Raises:
         DataError: `root` is not a folder, a class has no videos, only the validation split has it, or folders
             could mean several things. ConfigError: `val_fraction` is not between 0 and 1.
     """
-    _check_val_fraction(val_fraction)
     root, search = existing(root, folder=True), search or FileSearch()
     names = None if class_names is None else read_class_names(class_names)
     folders = {split: folder for split in _SPLIT_NAMES if (folder := split_folder(root, split))}
@@ -193,12 +213,15 @@ def folder_splits(
     # A class may be called training: it has no classes of its own, and others beside it.
     of_classes = {split for split, folder in folders.items() if _folders_in(folder)}
     if not of_classes and (others or len(folders) < 2):
-        splits = _split_by_hash(_index_of_folder(root, root, search, names), val_fraction, seed)
+        index = _index_of_folder(root, root, search, names)
+        splits = draw_split(index, val_fraction, seed, group=group, class_folders=True)
     elif "train" not in folders or len(folders) == 1:
         lacking = "train/" if "train" not in folders else "val/, validation/ and test/"
         found = " and ".join(f"{folder.name}/" for folder in folders.values())
         raise DataError(f"{root} has {found} but none of {lacking}; rename what is a class")
     else:
+        if group is not None:
+            raise ConfigError(f"data.group is for a split that is drawn, and {root} is split into folders")
         if others:
             log.warning("%s: folders beside the splits aren't looked at: %s", root, ", ".join(sorted(others)))
         train = _index_of_folder(folders["train"], root, search, names)
@@ -233,7 +256,6 @@ def unlabelled_splits(root: str | Path, *, val_fraction: float = 0.05, seed: int
         DataError: `root` is not a folder or has less than two videos. ConfigError: `val_fraction` is not
             between 0 and 1.
     """
-    _check_val_fraction(val_fraction)
     root, search = existing(root, folder=True), FileSearch()
 
     def index_of(folder: Path) -> VideoIndex:
@@ -248,7 +270,7 @@ def unlabelled_splits(root: str | Path, *, val_fraction: float = 0.05, seed: int
     if train and val:
         splits = VideoSplits(index_of(train), index_of(val))
     else:
-        splits = _split_by_hash(index_of(root), val_fraction, seed)
+        splits = draw_split(index_of(root), val_fraction, seed)
     search.report(root)
     return splits
 
@@ -324,21 +346,106 @@ def _index_of_folder(
     return VideoIndex(tuple(videos), class_names or tuple(found))
 
 
-def _check_val_fraction(val_fraction: float) -> None:
+# Splits that are drawn
+
+
+def draw_split(
+    index: VideoIndex,
+    val_fraction: float,
+    seed: int,
+    *,
+    group: str | None = None,
+    class_folders: bool = False,
+) -> VideoSplits:
+    """Hold about `val_fraction` of each class out for validation, and leave each a video to train on.
+
+    Who goes there depends on `seed`, ids and groups alone. A group is held out whole, if that brings its
+    classes nearer to their shares; of a class of large groups only, it is the smallest one.
+
+    Args:
+        group: what is a group. None: each video; "folder": a folder of videos, of the same name in whichever
+            class with `class_folders`; else a regular expression, whose first group, or whole match, in the
+            id of a video is the name of its group.
+
+    Raises:
+        ConfigError: `val_fraction` is not between 0 and 1, or `group` is no regular expression.
+        DataError: an id doesn't match it, or nothing can be held out.
+    """
     if not 0 < val_fraction < 1:
         raise ConfigError(f"val_fraction is {val_fraction}; expected a number between 0 and 1")
+    groups: dict[str, list[LabelledVideo]] = {}
+    for name, video in zip(_group_names(index.videos, group, class_folders), index.videos, strict=True):
+        groups.setdefault(name, []).append(video)
+    # -1 stands for no class.
+    counts = {name: Counter(label for v in of for label in v.labels or (-1,)) for name, of in groups.items()}
+    left: Counter[int] = sum(counts.values(), Counter())
+    quota = {label: min(max(1, round(n * val_fraction)), n - 1) for label, n in sorted(left.items())}
+    lacking, chosen = Counter(quota), set[str]()
+
+    def hold_out(names: Iterable[str]) -> None:
+        for name in names:
+            chosen.add(name)
+            lacking.subtract(counts[name])
+            left.subtract(counts[name])
+
+    def possible(name: str) -> bool:
+        return name not in chosen and all(left[label] > n for label, n in counts[name].items())
+
+    order = sorted(groups, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
+    for name in order:
+        gain = sum(abs(lacking[label]) - abs(lacking[label] - n) for label, n in counts[name].items())
+        hold_out([name] if gain > 0 and possible(name) else [])
+    for label, wanted in quota.items():
+        if wanted and lacking[label] == wanted:  # none of it is held out
+            found = [name for name in order if label in counts[name] and possible(name)]
+            hold_out(sorted(found, key=lambda name: counts[name].total())[:1])
+    _report_groups(index, group, len(groups), len(chosen), [i for i in quota if 0 < quota[i] == lacking[i]])
+    parts: tuple[list[LabelledVideo], list[LabelledVideo]] = ([], [])
+    held = {video.id for name in chosen for video in groups[name]}
+    for video in index.videos:
+        parts[video.id in held].append(video)
+    train, val = (VideoIndex(tuple(part), index.class_names) for part in parts)
+    return VideoSplits(replace(train, left_out=index.left_out), val)
 
 
-def _split_by_hash(index: VideoIndex, val_fraction: float, seed: int) -> VideoSplits:
-    of_class: dict[int | None, list[LabelledVideo]] = {}
-    for video in sorted(index.videos, key=lambda v: hashlib.sha256(f"{seed}:{v.id}".encode()).digest()):
-        of_class.setdefault(video.label, []).append(video)
-    chosen: set[str] = set()
-    for videos in of_class.values():
-        wanted = max(1, round(len(videos) * val_fraction))
-        chosen.update(video.id for video in videos[: min(wanted, len(videos) - 1)])
-    if not chosen:
+def _group_names(videos: Sequence[LabelledVideo], group: str | None, class_folders: bool) -> list[str]:
+    if group is None:
+        return [video.id for video in videos]
+    hint = r"give a regular expression that finds its recording, such as data.group='([^/]*)_\d+\.mp4'"
+    if group == "folder":
+        folders = ["/".join(video.id.split("/")[class_folders:-1]) for video in videos]
+        if not any(folders):
+            below = "<class>/" * class_folders
+            raise DataError(
+                f"data.group=folder: expected {below}<recording>/<video>, got {videos[0].id}; {hint}"
+            )
+        return [folder or video.id for folder, video in zip(folders, videos, strict=True)]
+    try:
+        pattern = re.compile(group)
+    except re.error as error:
+        raise ConfigError(f"data.group={group} is neither folder nor a regular expression: {error}") from None
+    names = []
+    for video in videos:
+        match = pattern.search(video.id)
+        if not match or match[bool(pattern.groups)] is None:
+            raise DataError(f"data.group={group} finds nothing in {video.id}; {hint}")
+        names.append(match[bool(pattern.groups)])
+    return names
+
+
+def _report_groups(
+    index: VideoIndex, group: str | None, total: int, held_out: int, without: Sequence[int]
+) -> None:
+    if group is None and not held_out:
         raise DataError("no class has two videos, so none can be set aside for validation")
-    train = tuple(video for video in index.videos if video.id not in chosen)
-    val = tuple(video for video in index.videos if video.id in chosen)
-    return VideoSplits(VideoIndex(train, index.class_names), VideoIndex(val, index.class_names))
+    if group is None:
+        return
+    if not held_out:
+        raise DataError(
+            f"data.group={group} puts all videos of each class into one group ({total} in all), so none can "
+            "be set aside for validation"
+        )
+    log.info("data.group=%s: %d groups, %d of them for validation", group, total, held_out)
+    if names := [index.class_names[label] for label in without if label >= 0]:
+        text = "data.group=%s: no validation videos of %s, which would leave none to train on"
+        log.warning(text, group, ", ".join(map(quoted, names[:5])) + ", ..." * (len(names) > 5))

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,15 +21,17 @@ from mvit_video.data.class_names import ClassNames, LabelOf, read_class_names
 from mvit_video.data.decode.images import entry_on_disk
 from mvit_video.data.files import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, existing, lines_of, parse_json, quoted
 from mvit_video.data.index import (
+    Label,
     LabelledVideo,
     NothingThereError,
     VideoIndex,
     VideoSplits,
     check_videos,
+    draw_split,
     leave_out,
     relative,
 )
-from mvit_video.errors import DataError
+from mvit_video.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +50,7 @@ class Row(NamedTuple):
 
     where: str
     path: str
-    label: int | str | None
+    label: int | str | tuple[int | str, ...] | None  # several: all classes of the video
     id: str | None = None
 
 
@@ -70,13 +73,17 @@ class VideoList:
 
 def csv_splits(
     train: str | Path,
-    val: str | Path,
+    val: str | Path | None = None,
     *,
     test: str | Path | None = None,
     root: str | Path | None = None,
     class_names: ClassNames | None = None,
     max_missing: float = 0.2,
-    read: Callable[[Path], VideoList] | None = None,
+    multi_label: bool = False,
+    val_fraction: float = 0.2,
+    seed: int = 0,
+    group: str | None = None,
+    read: Callable[..., VideoList] | None = None,
 ) -> VideoSplits:
     """Index lists with one `path label` or `path,label` a line, as PySlowFast's and mmaction2's are.
 
@@ -87,12 +94,16 @@ def csv_splits(
     may also name a folder of pictures.
 
     Args:
-        train, val, test: the list files; the lines of `test` may have no label.
+        train, val, test: the list files; the lines of `test` may have no label. Without `val` a validation
+            split is drawn from `train`.
         root: where relative paths start; by default in the folder of their list.
         class_names: in label order, or where to find them (`read_class_names`). By default they come from the
             training list: its names in sorted order, or "0" to the highest of its numbers.
         max_missing: how large a share of a list's videos may be missing on disk; they are left out. Of the
             test list one has to be there.
+        multi_label: a video may have several classes, `a;b`, or none; fields are then parted by commas, tabs
+            or the last space.
+        val_fraction, seed, group: see `draw_split`.
         read: another form of list.
 
     Raises:
@@ -100,15 +111,21 @@ def csv_splits(
             range, a video comes twice, or too many of the videos don't exist.
     """
     files = {"train": train, "val": val, "test": test}
-    lists = {split: (read or read_csv)(existing(file)) for split, file in files.items() if file is not None}
+    given = {split: existing(file) for split, file in files.items() if file is not None}
+    lists = {split: (read or read_csv)(file, multi_label=multi_label) for split, file in given.items()}
+    if val is not None and group is not None:
+        raise ConfigError("data.group is for a split that is drawn: leave data.val out")
     for video_list in lists.values():
         video_list.base = None if root is None else existing(root, folder=True)
     names = names_in_rows(lists["train"].rows) if class_names is None else read_class_names(class_names)
-    return splits_of_lists(lists, names, max_missing=max_missing)
+    draw = partial(draw_split, val_fraction=val_fraction, seed=seed, group=group)
+    return splits_of_lists(lists, names, max_missing=max_missing, draw=draw)
 
 
-def json_splits(train: str | Path, val: str | Path, **options: Any) -> VideoSplits:
+def json_splits(train: str | Path, val: str | Path | None = None, **options: Any) -> VideoSplits:
     """Index JSON lists of `{"path": ..., "label": name or integer, "id": optional}`.
+
+    With `multi_label` a label is a list of names or integers.
 
     Arguments and errors are those of `csv_splits`.
     """
@@ -116,9 +133,15 @@ def json_splits(train: str | Path, val: str | Path, **options: Any) -> VideoSpli
 
 
 def splits_of_lists(
-    lists: Mapping[str, VideoList], names: tuple[str, ...], *, max_missing: float
+    lists: Mapping[str, VideoList],
+    names: tuple[str, ...],
+    *,
+    max_missing: float,
+    draw: Callable[[VideoIndex], VideoSplits] | None = None,
 ) -> VideoSplits:
     """The splits of a data set from a list for each, of which `test` may have no labels and may lack.
+
+    Without one for `val`, `draw` makes two splits of that for `train`.
 
     Raises:
         DataError: as `csv_splits`.
@@ -129,6 +152,9 @@ def splits_of_lists(
             found[split] = _index_of_list(video_list, names, max_missing, labels=split != "test")
         if split not in found:
             log.info("no %s split: none of the videos of %s exists", split, video_list.file)
+    if draw is not None and "val" not in lists:
+        drawn = draw(found["train"])
+        found |= {"train": drawn.train, "val": drawn.val}
     both = {video.path for video in found["train"].videos} & {video.path for video in found["val"].videos}
     if both:
         log.warning("%d videos are in the training and the validation list, such as %s", len(both), min(both))
@@ -146,9 +172,8 @@ def _index_of_list(
     videos: list[LabelledVideo] = []
     for row in video_list.rows:
         path = row.path and os.path.normpath(os.path.join(base, row.path))  # noqa: PTH118 (240,000 a second)
-        video_id, label = row.id or relative(path, base), row.label
-        if isinstance(label, str):
-            label = label_of(label, f"{row.where} ({quoted(video_id)})")
+        video_id = row.id or relative(path, base)
+        label = _label(row, label_of, f"{row.where} ({quoted(video_id)})")
         if label is None and labels:
             raise DataError(f"{row.where} ({quoted(video_id)}): it has no label")
         videos.append(LabelledVideo(path, label, video_id))
@@ -167,12 +192,21 @@ def _index_of_list(
     )
 
 
+def _label(row: Row, label_of: LabelOf, where: str) -> Label | None:
+    if row.label is None or isinstance(row.label, int):
+        return row.label
+    if isinstance(row.label, str):
+        return label_of(row.label, where)
+    return tuple(sorted({label if isinstance(label, int) else label_of(label, where) for label in row.label}))
+
+
 def names_in_rows(rows: Iterable[Row]) -> tuple[str, ...]:
     """Class names as the labels of a list tell them. Raises DataError where numbers and names are mixed."""
     first: dict[int | str, Row] = {}
     for row in rows:
-        if row.label is not None:
-            first.setdefault(row.label, row)
+        for label in row.label if isinstance(row.label, tuple) else (row.label,):
+            if label is not None:
+                first.setdefault(label, row)
     numbers = [label for label in first if isinstance(label, int)]
     names = sorted(label for label in first if isinstance(label, str))
     if numbers and names:
@@ -213,19 +247,23 @@ def _existing(paths: Iterable[str]) -> set[str]:
 # Forms of lists
 
 
-def read_csv(file: Path) -> VideoList:
+def read_csv(file: Path, *, multi_label: bool = False) -> VideoList:
     """The rows of a list in one of the forms of `csv_splits`; a line of a path alone has no label."""
     lines = list(lines_of(file))
     content = [(where, line) for where, line in lines if not _is_comment(line)]
     if len(content) < len(lines):
         log.info("%s: %d lines that begin with # aren't looked at", file, len(lines) - len(content))
-    rows = list(_rows_of_columns(content))
+    rows = list(_rows_of_columns(content, multi_label))
     if not rows:
-        rows = [_row_of_line(where, line) for where, line in content]
+        rows = [_row_of_line(where, line, multi_label) for where, line in content]
         if _is_header(rows):
             del rows[0]
     if all(_FOLDER_AND_COUNT.fullmatch(row.path) for row in rows):
         rows = [row._replace(path=_FOLDER_AND_COUNT.sub(_frames_of_mmaction, row.path)) for row in rows]
+    if multi_label:
+        rows = [
+            row._replace(label=_several(row.label)) if isinstance(row.label, str) else row for row in rows
+        ]
     return VideoList(file, rows)
 
 
@@ -257,10 +295,10 @@ def _plain(column: str) -> str:
     return re.sub(r"[\s_-]", "", column).lower()
 
 
-def _rows_of_columns(content: list[tuple[str, str]]) -> Iterator[Row]:
+def _rows_of_columns(content: list[tuple[str, str]], multi_label: bool) -> Iterator[Row]:
     """The rows below a header that names a column of paths and one of labels; none without such a header."""
     where, line = content[0] if content else ("", "")
-    delimiter = next((mark for mark in "\t,;" if mark in line), None)
+    delimiter = next((mark for mark in ("\t," if multi_label else "\t,;") if mark in line), None)
     if delimiter is None:
         return
     header = [_plain(cell) for cell in cells_of(where, line, delimiter)]
@@ -273,17 +311,19 @@ def _rows_of_columns(content: list[tuple[str, str]]) -> Iterator[Row]:
         cells += [""] * (len(header) - len(cells))
         if len(cells) != len(header) or not cells[paths[0]]:
             raise DataError(f"{where}: expected {len(header)} columns, got {quoted(line)}")
-        yield Row(where, cells[paths[0]], _number_or_name(cells[labels[0]]))
+        label = cells[labels[0]]
+        yield Row(where, cells[paths[0]], label if multi_label else _number_or_name(label))
 
 
-def _row_of_line(where: str, line: str) -> Row:
-    path, *labels = _split_line(where, line)
-    if len(labels) > 1 or not all([path, *labels]):
+def _row_of_line(where: str, line: str, multi_label: bool) -> Row:
+    path, *labels = _split_line(where, line, "," if multi_label else ",;")
+    if len(labels) > 1 or not path or not (multi_label or all(labels)):
         raise DataError(f"{where}: expected `path label` or `path,label`, got {quoted(line)}")
-    return Row(where, path, _number_or_name(labels[0]) if labels else None)
+    label = labels[0] if labels else None
+    return Row(where, path, label if multi_label or label is None else _number_or_name(label))
 
 
-def _split_line(where: str, line: str) -> list[str]:
+def _split_line(where: str, line: str, marks: str) -> list[str]:
     fields = line.rsplit(maxsplit=1)
     if re.fullmatch(r'".+"', fields[0]):
         fields[0] = fields[0][1:-1]
@@ -293,7 +333,7 @@ def _split_line(where: str, line: str) -> list[str]:
         return [field.strip() for field in line.rsplit("\t", 1)]
     if line.lower().endswith(_FILE_ENDINGS):  # a path alone, maybe with spaces
         return [line]
-    delimiter = next((mark for mark in ",;" if mark in line), None)
+    delimiter = next((mark for mark in marks if mark in line), None)
     return fields if delimiter is None else cells_of(where, line, delimiter)
 
 
@@ -301,7 +341,7 @@ def _is_header(rows: list[Row]) -> bool:
     """Whether the first row names columns: as a row it would make a class of the word label."""
     if len(rows) < 2 or isinstance(rows[0].label, int):
         return False
-    path, label = _plain(rows[0].path), _plain(rows[0].label or "")
+    path, label = _plain(rows[0].path), _plain(str(rows[0].label or ""))
     is_class = label and any(row.label == rows[0].label for row in rows[1:])
     if is_class or not path.isidentifier():
         return False
@@ -314,6 +354,11 @@ def _number_or_name(label: str) -> int | str | None:
     return int(label) if _is_integer(label) else label or None
 
 
+def _several(labels: str) -> tuple[int | str, ...]:
+    found = (_number_or_name(part.strip()) for part in labels.split(";"))
+    return tuple(label for label in found if label is not None)
+
+
 def _is_integer(text: str) -> bool:
     return len(text) < 20 and text.removeprefix("-").isdecimal()  # int() refuses thousands of digits
 
@@ -322,15 +367,16 @@ def _frames_of_mmaction(found: re.Match[str]) -> str:
     return f"{found[1]}/img_[00001-{int(found[2]):05}].jpg"
 
 
-def _read_json(file: Path) -> VideoList:
-    expected = '{"path": text, "label": name or integer}'
+def _read_json(file: Path, *, multi_label: bool = False) -> VideoList:
+    label_kind = "[names or integers]" if multi_label else "name or integer"
+    expected = f'{{"path": text, "label": {label_kind}}}'
     rows: list[Row] = []
     for where, entry in entries_of(file, expected):
         # What is null is a mistake, what isn't there is not.
-        fits = all(type(entry[key]) in (str, int) for key in ("label", "id") if key in entry)
-        if not isinstance(entry.get("path"), str) or not fits:
+        label, parts = entry.get("label"), [entry[key] for key in ("label", "id") if key in entry]
+        if multi_label and "label" in entry:
+            label, parts = (tuple(label), [*label, *parts[1:]]) if isinstance(label, list) else (None, [None])
+        if not isinstance(entry.get("path"), str) or not all(type(part) in (str, int) for part in parts):
             raise DataError(f"{where}: expected {expected}, got {quoted(entry)}")
-        rows.append(
-            Row(where, entry["path"], entry.get("label"), str(entry["id"]) if "id" in entry else None)
-        )
+        rows.append(Row(where, entry["path"], label, str(entry["id"]) if "id" in entry else None))
     return VideoList(file, rows)

@@ -24,7 +24,7 @@ from mvit_video.data.loader import ClipLoader
 from mvit_video.data.probe import probe, settings, stat_of
 from mvit_video.data.samplers import AllVideos
 from mvit_video.data.table import SPLITS, Entry, FileInfo, Table, read_table, write_table
-from mvit_video.errors import DataError
+from mvit_video.errors import ConfigError, DataError
 from mvit_video.io.console import track
 from mvit_video.io.fingerprint import Fingerprint, differences
 from mvit_video.io.writing import set_aside, sole_writer
@@ -79,6 +79,8 @@ def prepare(
         DataError: an older index can't be read, the new one can't be written, or a process died.
         ConfigError: another run is writing the same index.
     """
+    if splits.multi_label:
+        raise ConfigError("an index knows one class a video; with data.multi_label=true train from the lists")
     if file.exists() and not file.is_file():
         raise DataError(f"{file} is no file; name another: index=FILE")
     listed = list(_videos_of(splits))
@@ -121,9 +123,9 @@ def find_problems(table: Table) -> list[Problem]:
             continue
         same = f"{other.split} {other.video.id}"
         problems.append(Problem("duplicate", split, video.id, video.path, f"the same content as {same}"))
-        labels = (video.label, other.video.label)
-        if None not in labels and labels[0] != labels[1]:
-            mine, theirs = (table.class_names[label] for label in labels if label is not None)
+        labels = (video.labels, other.video.labels)
+        if all(labels) and labels[0] != labels[1]:
+            mine, theirs = (table.class_names[label] for (label,) in labels)
             detail = f"{mine!r} here, {theirs!r} in {same}"
             problems.append(Problem("label mismatch", split, video.id, video.path, detail))
     return problems

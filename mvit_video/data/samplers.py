@@ -6,6 +6,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from mvit_video.errors import DataError
 
@@ -14,9 +15,10 @@ class EpochBatches:
     """Every video once an epoch, in an order that depends on the seed and the epoch alone.
 
     A batch is a list of (epoch, index), so that a sample's random choices follow from its key, whoever makes
-    it; a video that ``weights`` draw again in an epoch has its count there as a third part. Of several processes, each takes every ``num_replicas``-th video of the same order: the batches of a
-    step together are what one process would have as one batch, whatever their number. An incomplete last
-    batch is dropped, unless it is the only one.
+    it; a video that comes again in an epoch, as ``weights`` may have it, has a count as third part. Of
+    several processes, each takes every ``num_replicas``-th video of the same order: the batches of a step
+    together are what one process would have as one batch, whatever their number. An incomplete last batch is
+    dropped, unless it is the only one.
 
     Args:
         batch_size: videos of one process.
@@ -54,7 +56,7 @@ class EpochBatches:
     def __len__(self) -> int:
         return self._length
 
-    def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
+    def __iter__(self) -> Iterator[list[Any]]:
         order = list(range(self.num_videos))
         rng = random.Random(f"{self.seed} {self.epoch}")
         if self.weights is None:
@@ -77,7 +79,10 @@ def inverse_frequencies(labels: Sequence[int], num_classes: int) -> list[float]:
     A class without any has the weight 1.
     """
     counts = Counter(labels)
-    return [len(labels) / (len(counts) * counts[label]) if label in counts else 1.0 for label in range(num_classes)]
+    return [
+        len(labels) / (len(counts) * counts[label]) if label in counts else 1.0
+        for label in range(num_classes)
+    ]
 
 
 class AllVideos:

@@ -11,6 +11,7 @@ from mvit_video.data.class_names import check_same_classes
 from mvit_video.data.decode import open_video
 from mvit_video.data.index import VideoIndex
 from mvit_video.data.ranks import Ranks
+from mvit_video.errors import ConfigError
 from mvit_video.evaluation.metrics import Metrics, measure
 from mvit_video.evaluation.provenance import provenance_of
 from mvit_video.evaluation.results import report_table
@@ -52,6 +53,10 @@ def evaluate(
         DataError: classes differ, too many videos are unreadable, or the model gives NaN.
     """
     output = Path(output).expanduser().resolve()
+    if model.multi_label or videos.multi_label:
+        raise ConfigError(
+            "evaluate measures one class a video; mvit-eval knows several: data.multi_label=true"
+        )
     check_same_classes(model.class_names, model.config.num_classes, videos.class_names)
     given = {"num_clips": num_clips, "num_crops": num_crops}
     own = model.protocol

@@ -99,9 +99,28 @@ def report_comparison(tables: Mapping[str, ScoreTable], output: Path, *, how: Co
     log.info("results.json and report.html are in %s", output)
 
 
-def _results(table: ScoreTable, metrics: Metrics, how: Combination, seed: int) -> dict[str, Any]:
+def describe(table: ScoreTable, how: Combination) -> dict[str, Any]:
+    """What the scores of a table come from, as ``results.json`` has it."""
     known = table.provenance
     bad = known.get("bad_videos", [])
+    return {
+        "weights": known.get("weights", known.get("scores", "")),
+        "protocol": known.get("protocol_text", "scores of an unknown protocol"),
+        "views": known.get("protocol"),
+        **{name: known.get(name) for name in _SETTINGS},
+        "data_path": _data_path(table),
+        "combine": how,
+        "versions": known.get("versions", versions()),
+        "videos": len(table),
+        "views_per_video": table.views.shape[1],
+        "bad_videos": bad,
+        "num_bad_videos": len(bad),
+        "left_out_videos": known.get("left_out_videos", []),  # missing on disk, or unreadable by the index
+        "missing_videos": sum(not Path(video["path"]).exists() for video in bad),
+    }
+
+
+def _results(table: ScoreTable, metrics: Metrics, how: Combination, seed: int) -> dict[str, Any]:
     measured = metrics.accuracy | {
         "mean_class_accuracy": metrics.mean_class_accuracy,
         "balanced_accuracy": metrics.mean_class_accuracy,
@@ -111,20 +130,8 @@ def _results(table: ScoreTable, metrics: Metrics, how: Combination, seed: int) -
     if "mean_class_accuracy" in intervals:
         intervals["balanced_accuracy"] = intervals["mean_class_accuracy"]
     return {
-        "weights": known.get("weights", known.get("scores", "")),
-        "protocol": known.get("protocol_text", "scores of an unknown protocol"),
-        "views": known.get("protocol"),
-        **{name: known.get(name) for name in _SETTINGS},
-        "data_path": _data_path(table),
-        "combine": how,
+        **describe(table, how),
         "seed": seed,
-        "versions": known.get("versions", versions()),
-        "videos": len(table),
-        "views_per_video": table.views.shape[1],
-        "bad_videos": bad,
-        "num_bad_videos": len(bad),
-        "left_out_videos": known.get("left_out_videos", []),  # missing on disk, or unreadable by the index
-        "missing_videos": sum(not Path(video["path"]).exists() for video in bad),
         **measured,
         **{f"{name}_interval": intervals.get(name) for name in measured},
         "calibration_error": metrics.calibration_error,

@@ -126,7 +126,7 @@ def score_videos(
     device: str | torch.device = "cpu",
     open_file: OpenVideo = open_video,
 ) -> Iterator[tuple[VideoViews, Tensor]]:
-    """Each video, in order, with the softmax (V, C) of its views, those of ``model.protocol``.
+    """Each video, in order, with the probabilities (V, C) of its views, those of ``model.protocol``.
 
     Args:
         matrix: the model's classes as the data set's, see ``class_matrix``; None: they are the same.
@@ -145,14 +145,14 @@ def score_videos(
     model = model.to(device).eval()
 
     @torch.inference_mode()
-    def softmax(clips: Tensor) -> Tensor:
+    def probabilities(clips: Tensor) -> Tensor:
         with stage("transfer"):
             clips = clips.to(device, non_blocking=True)
-        scores = model(clips).float().softmax(-1).cpu()
+        scores = model.probabilities(model(clips).float()).cpu()
         return scores if matrix is None else map_classes(scores, matrix)
 
     with closing(videos_views):
-        for views, scores in in_full_batches(videos_views, softmax, batch_size):
+        for views, scores in in_full_batches(videos_views, probabilities, batch_size):
             if not bool(torch.isfinite(scores).all()):
                 raise DataError(
                     f"{views.video.path}: the model gives NaN or infinite scores; its weights are damaged, "
@@ -181,8 +181,9 @@ def _take_up(
     write_fingerprint(folder / "run.json", work)
     files = {}
     for video in videos:
+        label = [*video.labels] if isinstance(video.label, tuple) else video.label  # as JSON has it
         info, path = stat_of(video.path), os.path.abspath(video.path)  # noqa: PTH100 (speed)
-        files[video.id] = {"path": path, "label": video.label, "size": info.size, "mtime_ns": info.mtime_ns}
+        files[video.id] = {"path": path, "label": label, "size": info.size, "mtime_ns": info.mtime_ns}
     found = [(entry["id"], entry["file"] == files.get(entry["id"])) for entry in _entries(folder)]
     done = {video_id for video_id, is_same in found if is_same}
     if outdated := {video_id for video_id, _ in found} - done:
@@ -234,5 +235,5 @@ def _with_progress(
     for views, scores in track(scored, total, what="scoring", note=note):
         if views.error is None:
             num_read += 1
-            num_right += int(combine(scores, how).argmax()) == views.video.label
+            num_right += int(combine(scores, how).argmax()) in views.video.labels
         yield views, scores

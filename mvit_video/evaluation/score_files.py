@@ -1,5 +1,7 @@
 """Scores on the disk: Parquet with a row per view (id, path, label, view, start and end in seconds, scores).
 
+Videos that may have several classes have them in a further column, "labels".
+
 Class names and provenance are in the metadata of the schema.
 """
 
@@ -34,6 +36,7 @@ _PROVENANCE_TYPES = {
     **dict.fromkeys(("versions", "protocol", "model", "decoder", "data"), dict),
     **dict.fromkeys(("bad_videos", "left_out_videos"), list),
 }
+_SEVERAL = "labels"  # column of videos that may have several classes, whose label is null
 _ROUNDING = 1e-3
 
 
@@ -44,7 +47,7 @@ def write_scores(table: ScoreTable, path: Path) -> None:
     columns = [
         [video.id for video in rows],
         [video.path for video in rows],
-        [video.label for video in rows],
+        [None if table.multi_label else video.label for video in rows],
         list(range(number)) * len(table),
         *table.spans.flatten(0, 1).T.numpy(),
     ]
@@ -52,6 +55,9 @@ def write_scores(table: ScoreTable, path: Path) -> None:
     scores = pa.FixedSizeListArray.from_arrays(pa.array(table.views.flatten().numpy(), pa.float32()), classes)
     content = {"class_names": list(table.class_names), _PROVENANCE: dict(table.provenance)}
     found = pa.table([*arrays, scores], names=[*_COLUMNS, "scores"])
+    if table.multi_label:
+        of_rows = pa.array([video.labels for video in rows], pa.list_(pa.int64()))
+        found = found.append_column(_SEVERAL, of_rows)
     with replacing(path) as file:
         pq.write_table(found.replace_schema_metadata({_METADATA: json.dumps(content)}), file)
 
@@ -101,13 +107,21 @@ def _table_of(rows: pa.Table) -> ScoreTable:
     first = order[::number]
     for name, values in (("label", np.where(unknown, -1, labels)), ("path", paths)):
         _refuse(values != values[first][of_video], name, values, "other views of the video have another one")
-    videos = tuple(
-        LabelledVideo(path, None if label != label else int(label), video_id)
-        for path, label, video_id in zip(paths[first], labels[first], ids[first], strict=True)
-    )
+    known: list[Any] = [None if label != label else int(label) for label in labels[first]]
+    if _SEVERAL in rows.schema.names:
+        known = [_several(rows, int(row), len(class_names)) for row in first]
+    videos = tuple(map(LabelledVideo, paths[first], known, ids[first]))
     spans = torch.from_numpy(np.stack([start, end], axis=1)[order]).view(-1, number, 2)
     views = torch.from_numpy(scores[order]).view(-1, number, len(class_names))
     return ScoreTable(videos, views, spans, class_names, provenance)
+
+
+def _several(rows: pa.Table, row: int, num_classes: int) -> tuple[int, ...]:
+    value = rows[_SEVERAL][row].as_py()
+    fits = isinstance(value, list) and all(type(label) is int and 0 <= label < num_classes for label in value)
+    if not fits:
+        raise DataError(f"{_SEVERAL} of row {row} is {value!r:.60}; there are {num_classes} classes, from 0")
+    return tuple(value)
 
 
 def _column(rows: pa.Table, name: str, kind: pa.DataType) -> Any:

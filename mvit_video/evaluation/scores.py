@@ -21,7 +21,7 @@ class ScoreTable:
     """Scores of N videos with V views each, of C classes.
 
     Attributes:
-        views: float32 (N, V, C), the softmax of each view.
+        views: float32 (N, V, C), the softmax of each view; the sigmoid where videos may have several classes.
         spans: float64 (N, V, 2), first and last frame of each view in seconds; nan where unknown.
         class_names: C names; labels are positions in them.
         provenance: what the scores came from (weights, views, data, unreadable videos), plain JSON values.
@@ -44,19 +44,27 @@ class ScoreTable:
                 raise DataError(f"{video.id} has scores but no label; give data=... with labels")
         return torch.tensor([video.label for video in self.videos], dtype=torch.int64)
 
+    @property
+    def multi_label(self) -> bool:
+        """Whether a video may be of several classes."""
+        return any(isinstance(video.label, tuple) for video in self.videos)
 
-def combine(views: Tensor, how: Combination) -> Tensor:
+
+def combine(views: Tensor, how: Combination, *, multi_label: bool = False) -> Tensor:
     """Softmax scores of views (..., V, C) -> probabilities of videos (..., C).
 
     "mean" of the softmax scores (published accuracies), "max" (PySlowFast's other choice, scaled to sum to
     1), or "logits": the softmax of the mean of logits, which softmax scores determine up to a constant (as
-    long as they don't underflow: 87 below the highest logit).
+    long as they don't underflow: 87 below the highest logit). With `multi_label` scores are sigmoids, and
+    nothing is scaled.
     """
     if how == "mean":
         return views.mean(-2)
     if how == "max":
         highest = views.amax(-2)
-        return highest / highest.sum(-1, keepdim=True)
+        return highest if multi_label else highest / highest.sum(-1, keepdim=True)
+    if multi_label:
+        return views.logit(eps=torch.finfo(views.dtype).eps).mean(-2).sigmoid()
     return log_scores(views).mean(-2).softmax(-1)
 
 
@@ -103,7 +111,7 @@ def aligned(tables: Mapping[str, ScoreTable]) -> dict[str, ScoreTable]:
 def ensemble(tables: Mapping[str, ScoreTable], how: Combination) -> ScoreTable:
     """A table whose "views" are the tables: each one's videos as ``how`` combines them. See ``aligned``."""
     first = next(iter(tables.values()))
-    views = torch.stack([combine(table.views, how) for table in tables.values()], dim=1)
+    views = torch.stack([combine(t.views, how, multi_label=t.multi_label) for t in tables.values()], dim=1)
     provenance = {
         "weights": "ensemble of " + ", ".join(tables),
         "protocol_text": " + ".join(table.provenance.get("protocol_text", "?") for table in tables.values()),
@@ -126,4 +134,4 @@ def _in_order(table: ScoreTable, videos: Sequence[LabelledVideo], here: str, the
 
 
 def _class_name(table: ScoreTable, video: LabelledVideo) -> str | None:
-    return None if video.label is None else table.class_names[video.label]
+    return None if video.label is None else "; ".join(table.class_names[label] for label in video.labels)

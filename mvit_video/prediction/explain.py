@@ -79,7 +79,9 @@ def explain(
     device = next(model.parameters()).device
     clips, spans = read_test_views(video, protocol)
     with torch.inference_mode():
-        scores = torch.cat([model(clip[None].to(device)).float().softmax(-1).cpu() for clip in clips])
+        scores = torch.cat(
+            [model.probabilities(model(clip[None].to(device)).float()).cpu() for clip in clips]
+        )
     if not scores.isfinite().all():
         raise VideoError(video.path, NOT_FINITE)
     best = scores.mean(0).topk(min(topk, scores.shape[1]))

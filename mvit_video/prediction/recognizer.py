@@ -57,6 +57,7 @@ class Recognizer:
     Args:
         model: a model, or a file of one: a checkpoint of ``mvit-train`` or PySlowFast, or an exported model.
         topk: how many classes a prediction has.
+        min_score: of a model of several classes a video: those below it are left out.
         num_clips, num_crops: views of each video; None: what the model's ``ClipSpec`` says.
         batch_size: clips that go through the model at once.
         num_workers: threads that decode ahead; 0: the calling one.
@@ -72,6 +73,7 @@ class Recognizer:
         model: VideoModel | ExportedModel | str | Path,
         *,
         topk: int = 5,
+        min_score: float = 0.0,
         num_clips: int | None = None,
         num_crops: int | None = None,
         batch_size: int = 8,
@@ -92,6 +94,7 @@ class Recognizer:
             model.class_names or map(str, range(model.config.num_classes))
         )
         self.topk, self.batch_size, self.num_workers = topk, batch_size, num_workers
+        self.min_score = min_score
         self.device, self.open_file = device, open_file
         self.max_pixels: int = getattr(open_file, "max_pixels", MAX_PIXELS)  # of a frame
         self._model = model.to(device).eval()
@@ -124,7 +127,7 @@ class Recognizer:
     def iterate(self, files: Iterable[str]) -> Iterator[Prediction]:
         """Predictions for video files as they are made, in order."""
         crops = self.protocol.num_crops
-        for views, scores in self._read_all(files, self._softmax):
+        for views, scores in self._read_all(files, self._probabilities):
             if views.error is not None:
                 yield Prediction(views.video.path, error=views.error)
             else:
@@ -172,7 +175,7 @@ class Recognizer:
                 yield VideoViews(video, clips, [(window.start, window.end)] * len(clips))
 
         ahead = prefetch(views(), 1 if drop else max(self.num_workers, 1), drop=drop)
-        for window, scores in in_full_batches(ahead, self._softmax, self.batch_size):
+        for window, scores in in_full_batches(ahead, self._probabilities, self.batch_size):
             if not scores.isfinite().all():
                 raise VideoError(redact_credentials(source), NOT_FINITE)
             yield window.spans[0], scores.mean(0)
@@ -193,8 +196,8 @@ class Recognizer:
         return Prediction(path, *self._likeliest(scores.mean(0)), clips=clips, segments=segments)
 
     def scores(self, clips: Tensor) -> Tensor:
-        """Softmax scores (B, num_classes) of clips (B, 3, T, H, W), uint8 or prepared floats."""
-        return torch.cat([self._softmax(part) for part in self._prepare(clips).split(self.batch_size)])
+        """Probabilities (B, num_classes) of clips (B, 3, T, H, W), uint8 or prepared floats."""
+        return torch.cat([self._probabilities(part) for part in self._prepare(clips).split(self.batch_size)])
 
     def embed(self, videos: Files | Tensor) -> Tensor:
         """Vectors (N, C) of length 1 for files or clips, similar where the content is: the head's input.
@@ -234,6 +237,9 @@ class Recognizer:
     def _likeliest(self, scores: Tensor) -> tuple[tuple[str, ...], tuple[float, ...]]:
         """The names and scores of the ``topk`` best of (num_classes,) scores, best first."""
         top = scores.topk(min(self.topk, len(self.class_names)))
+        if self._model.multi_label:
+            count = int((top.values >= self.min_score).sum())
+            top = scores.topk(count)
         return tuple(self.class_names[i] for i in top.indices.tolist()), tuple(top.values.tolist())
 
     def _require_mvit(self, what: str) -> MViT:
@@ -258,8 +264,8 @@ class Recognizer:
             raise ValueError(f"expected clips of shape (B, 3, T, H, W), got {tuple(clips.shape)}")
         return clips if clips.is_floating_point() else centre_views(clips, self.protocol)
 
-    def _softmax(self, clips: Tensor) -> Tensor:
-        return self._run(self._model, clips).softmax(-1).cpu()
+    def _probabilities(self, clips: Tensor) -> Tensor:
+        return self._model.probabilities(self._run(self._model, clips)).cpu()
 
     def _features(self, clips: Tensor) -> Tensor:
         return self._run(cast(MViT, self._model).forward_features, clips).cpu()

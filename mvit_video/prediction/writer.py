@@ -149,19 +149,20 @@ def rows_of(prediction: Prediction, *, per_clip: bool) -> list[dict[str, Any]]:
     """A prediction as rows with ``COLUMNS``: each class of the video, its segments and, if asked, its clips.
 
     ``part`` says which of these a row belongs to; seconds are empty for the video as a whole. A video with an
-    error is one row.
+    error is one row, one without classes (`min_score`) begins with an empty one.
     """
     path = valid_text(prediction.path)
     if prediction.error is not None:
         error = valid_text(prediction.error)
         return [dict.fromkeys(COLUMNS) | {"path": path, "part": "video", "error": error}]
+    none = [] if prediction.classes else [dict.fromkeys(COLUMNS) | {"path": path, "part": "video"}]
     parts: list[tuple[str, float | None, float | None, Sequence[str], Sequence[float]]] = [
         ("video", None, None, prediction.classes, prediction.scores)
     ]
     parts += [("segment", s.start, s.end, [s.class_name], [s.score]) for s in prediction.segments]
     if per_clip:
         parts += [("clip", c.start, c.end, c.classes, c.scores) for c in prediction.clips]
-    return [
+    return none + [
         dict(zip(COLUMNS, (path, part, start, end, rank, valid_text(name), score, None), strict=True))
         for part, start, end, classes, scores in parts
         for rank, (name, score) in enumerate(zip(classes, scores, strict=True), start=1)

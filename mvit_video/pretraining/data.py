@@ -80,7 +80,7 @@ def masked_loaders(
     **loading: Any,
 ) -> tuple[ClipLoader[MaskedClips], ClipLoader[MaskedClips]]:
     """Batches of random clips, and of all views of the held-out videos; ``loading`` as of ``ClipLoader``."""
-    share = {"rank": rank, "num_replicas": num_replicas}
+    share: dict[str, Any] = {"rank": rank, "num_replicas": num_replicas}
     epochs = EpochBatches(len(training), batch_size, seed=training.seed, shuffle=shuffle, **share)
     all_videos = AllVideos(len(validation), batch_size, **share)
     collate = partial(collate_masked, pin_memory=pin_memory)

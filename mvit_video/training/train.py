@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
@@ -19,7 +19,7 @@ from mvit_video.io.fingerprint import fingerprint
 from mvit_video.io.writing import sole_writer
 from mvit_video.model import VideoModel
 from mvit_video.training.checkpoints import AtomicCheckpoints
-from mvit_video.training.classification import Classifier, classification_training
+from mvit_video.training.classification import Classifier, MultiLabelClassifier, classification_training
 from mvit_video.training.fit import lightning_errors
 from mvit_video.training.mixing import Mixing
 from mvit_video.training.resume import find_checkpoint
@@ -41,7 +41,8 @@ def train(
     num_workers: int = 2,
     seed: int = 0,
     resume: bool = False,
-    monitor: str = Classifier.monitor,
+    monitor: str | None = None,
+    balance: Literal["sampler", "loss"] | None = None,
     trainer: Mapping[str, Any] | None = None,
 ) -> Path:
     """Train a model on labelled videos, as ``mvit-train experiment=finetune`` does with its default rates.
@@ -57,7 +58,9 @@ def train(
         augment: random crops and mirroring, if None.
         num_workers: threads or processes that decode.
         resume: go on with the checkpoint in ``output``, if there is one.
-        monitor: name of the metric that the best checkpoint goes by.
+        monitor: name of the metric that the best checkpoint goes by; None: "val/top1", or "val/map" where
+            videos have several classes.
+        balance: of rare and frequent classes, see ``classification_training``.
         trainer: further arguments of Lightning's Trainer, such as ``{"precision": "bf16-mixed"}``.
 
     Returns:
@@ -68,12 +71,14 @@ def train(
     """
     output = Path(output).expanduser().resolve()
     check_same_classes(model.class_names, model.config.num_classes, splits.class_names)
-    model.class_names = splits.class_names
+    model.class_names, model.multi_label = splits.class_names, splits.multi_label
     model.train()  # Lightning leaves modes as they are
     augment = augment or Augment()
     recipe = {"lr": lr, "layer_decay": layer_decay, "label_smoothing": label_smoothing, "warmup": 0.1}
     optimizer: Any = torch.optim.AdamW
-    module = Classifier(model, optimizer=optimizer, mixing=mixing, batch_size=batch_size, seed=seed, **recipe)
+    kind = MultiLabelClassifier if splits.multi_label else Classifier
+    module = kind(model, optimizer=optimizer, mixing=mixing, batch_size=batch_size, seed=seed, **recipe)
+    monitor = monitor or kind.monitor
     with ExitStack() as stack:
         if rank_and_size()[0] == 0:
             stack.enter_context(sole_writer(output / CHECKPOINTS))
@@ -83,6 +88,7 @@ def train(
             module,
             splits,
             augment,
+            balance=balance,
             batch_size=batch_size,
             num_workers=num_workers,
             rank=built.global_rank,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, cast
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -14,7 +14,7 @@ from mvit_video.data.class_names import check_same_classes
 from mvit_video.data.index import VideoSplits
 from mvit_video.errors import ConfigError
 from mvit_video.model import VideoModel
-from mvit_video.training.classification import Classifier, classification_training
+from mvit_video.training.classification import Classifier, MultiLabelClassifier, classification_training
 from mvit_video.training.plots import describe_labels
 from mvit_video.training.recipe import freeze
 from mvit_video.training.task import Training
@@ -23,6 +23,8 @@ from mvit_video.weights import build_for_weights
 log = logging.getLogger(__name__)
 
 MONITOR = Classifier.monitor
+FEW_VIDEOS, FEW_OF_A_CLASS = 1000, 50
+MANY_PARAMETERS = 5e6
 
 
 def check(config: DictConfig) -> None:
@@ -39,18 +41,23 @@ def check(config: DictConfig) -> None:
 
 def train(config: DictConfig, trainer: pl.Trainer) -> Training:
     """Random clips for training, and the central clip of each validation video."""
-    splits: VideoSplits = app.build(config.data)
+    splits: VideoSplits = app.build_data(config.data)
     model = _build_model(config, splits)
-    classifier: Classifier = app.build(config.optim, _partial_=True)(
+    kind = MultiLabelClassifier if splits.multi_label else Classifier
+    settings = {"_target_": f"{kind.__module__}.{kind.__name__}", "_partial_": True}
+    classifier: Classifier = app.build(config.optim, **settings)(
         model, batch_size=config.batch_size, mixing=app.build(config.mixing), seed=config.seed
     )
     _describe(model, splits)
+    if not (config.weights or config.model.get("weights") or config.ckpt_path):
+        _warn_of_few_videos(model, splits)
     return classification_training(
         classifier,
         splits,
         app.build(config.augment),
         open_file=app.build_decoder(config),
         shuffle=not config.trainer.overfit_batches,
+        balance=config.data.balance,
         **app.loading(config, trainer),
     )
 
@@ -73,7 +80,7 @@ def _build_model(config: DictConfig, splits: VideoSplits) -> VideoModel:
     else:
         model = build(num_classes=splits.num_classes)
     check_same_classes(model.class_names, model.config.num_classes, splits.class_names)
-    model.class_names = splits.class_names
+    model.class_names, model.multi_label = splits.class_names, splits.multi_label
     model.train()  # published weights come in eval mode, and Lightning leaves modes as they are
     if config.freeze:
         freeze(model, list(config.freeze) if OmegaConf.is_list(config.freeze) else [str(config.freeze)])
@@ -89,5 +96,17 @@ def _describe(model: VideoModel, splits: VideoSplits) -> None:
         len(splits.val),
         model.protocol,
     )
-    labels = [cast(int, video.label) for video in splits.train.videos]
+    labels = [label for video in splits.train.videos for label in video.labels]
     log.info("training videos of each class:\n%s", describe_labels(labels, splits.class_names))
+
+
+def _warn_of_few_videos(model: VideoModel, splits: VideoSplits) -> None:
+    count, parameters = len(splits.train), sum(p.numel() for p in model.parameters())
+    is_few = count < FEW_VIDEOS or count < FEW_OF_A_CLASS * splits.num_classes
+    if is_few and parameters > MANY_PARAMETERS:
+        log.warning(
+            "%.0f M parameters learn little from scratch on %d videos; fine-tune trained weights instead: "
+            "experiment=finetune weights=FILE (without weights=, those of Kinetics-400 are fetched)",
+            parameters / 1e6,
+            count,
+        )
