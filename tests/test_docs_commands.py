@@ -290,6 +290,12 @@ def world(tmp_path_factory: pytest.TempPathFactory, two_classes: Path) -> Path:
         (root / f"{name}.csv").write_text("".join(f"{path},{label}\n" for path, label in rows))
         listed = [{"path": path, "label": label} for path, label in rows]
         (root / f"{name}.json").write_text(json.dumps(listed))
+    clips = [(f"recordings/{name}/g{n}/v_g{n}_c1.mp4", name) for name in ("cats", "dogs") for n in (1, 2)]
+    for path, _ in clips:
+        (root / path).parent.mkdir(parents=True)
+        shutil.copy(mp4, root / path)
+    (root / "all.csv").write_text("".join(f"{path},{name}\n" for path, name in clips))
+    (root / "actions.csv").write_text("".join(f"{path},{name};pets\n" for path, name in clips))
     for name in ("best.ckpt", "other.ckpt", "shared/best.ckpt"):
         write_checkpoint(root / name, ("cats", "dogs and birds"))
     write_checkpoint(root / "demo/train/checkpoints/best.ckpt", tuple(sorted(motion.CLASSES)))

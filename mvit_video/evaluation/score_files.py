@@ -47,7 +47,7 @@ def write_scores(table: ScoreTable, path: Path) -> None:
     columns = [
         [video.id for video in rows],
         [video.path for video in rows],
-        [None if table.multi_label else video.label for video in rows],
+        [None if isinstance(video.label, tuple) else video.label for video in rows],
         list(range(number)) * len(table),
         *table.spans.flatten(0, 1).T.numpy(),
     ]
