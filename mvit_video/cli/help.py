@@ -23,7 +23,7 @@ def help_page(command: str, config: DictConfig) -> str:
     if values:
         lines.append("Options, with their defaults")
         for value in values:
-            lines += _line(value.key, config._get_node(value.key), value.meaning)
+            lines += _line(value.key, OmegaConf.select(config, value.key), value.meaning)
         lines.append("")
     lines.append("Groups, with the keys of the option that is chosen")
     for group in groups(command):
@@ -38,7 +38,9 @@ def _group_lines(command: str, group: str, config: DictConfig) -> Iterator[str]:
     node = OmegaConf.select(config, key)
     if isinstance(node, DictConfig):
         meanings = {v.key: v.meaning for file in _files(group, chosen) for v in read(file)[1] if v.meaning}
-        for name, value in _leaves(OmegaConf.to_container(node)):
+        own = {value.key for value in read(CONF_DIR / f"{command}.yaml")[1]}  # shown above
+        leaves = _leaves(OmegaConf.to_container(node))
+        for name, value in ((name, value) for name, value in leaves if f"{key}.{name}" not in own):
             kinds = kinds_of(command).get(f"{key}.{name}", ())
             yield from _line(f"{key}.{name}", value, meanings.get(name) or " or ".join(map(str, kinds)))
 

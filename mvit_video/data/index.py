@@ -206,6 +206,7 @@ def folder_splits(
         DataError: `root` is not a folder, a class has no videos, only the validation split has it, or folders
             could mean several things. ConfigError: `val_fraction` is not between 0 and 1.
     """
+    _check_val_fraction(val_fraction)
     root, search = existing(root, folder=True), search or FileSearch()
     names = None if class_names is None else read_class_names(class_names)
     folders = {split: folder for split in _SPLIT_NAMES if (folder := split_folder(root, split))}
@@ -371,8 +372,7 @@ def draw_split(
         ConfigError: `val_fraction` is not between 0 and 1, or `group` is no regular expression.
         DataError: an id doesn't match it, or nothing can be held out.
     """
-    if not 0 < val_fraction < 1:
-        raise ConfigError(f"val_fraction is {val_fraction}; expected a number between 0 and 1")
+    _check_val_fraction(val_fraction)
     groups: dict[str, list[LabelledVideo]] = {}
     for name, video in zip(_group_names(index.videos, group, class_folders), index.videos, strict=True):
         groups.setdefault(name, []).append(video)
@@ -406,6 +406,11 @@ def draw_split(
         parts[video.id in held].append(video)
     train, val = (VideoIndex(tuple(part), index.class_names) for part in parts)
     return VideoSplits(replace(train, left_out=index.left_out), val)
+
+
+def _check_val_fraction(val_fraction: float) -> None:
+    if not 0 < val_fraction < 1:
+        raise ConfigError(f"val_fraction is {val_fraction}; expected a number between 0 and 1")
 
 
 def _group_names(videos: Sequence[LabelledVideo], group: str | None, class_folders: bool) -> list[str]:
