@@ -21,6 +21,7 @@ import generate as motion
 import pytest
 import torch
 from conftest import Command
+from generate_actions import generate_actions
 from make_shapes import generate as generate_shapes
 from PIL import Image
 from videos import write_numbered_video
@@ -50,6 +51,10 @@ CONFIGURATION_ONLY = {  # what a command has -> why it is composed and checked, 
     "model.weights=kinetics400": "needs the network and published weights",
     "hf://": "needs the network; models of the Hub are in test_hub.py",
     "sweeper=optuna": "needs an extra; sweeps by Optuna are in test_processes.py",
+    "experiment=ava_": "needs AVA and weights; films of things are in test_action_commands.py",
+    "data=motion_actions": "needs weights of its task; in test_action_commands.py",
+    "data=ava": "needs AVA; films of things are in test_action_commands.py",
+    "persons": "needs films of people; those of things are in test_action_commands.py",
     "submitit_slurm": "needs Slurm; sweeps by submitit are in test_processes.py",
     "experiment=finetune_detector": "is of the published size; in test_detection_commands.py",
     "experiment=coco_": "is of the published size; in test_detection_metrics.py",
@@ -195,6 +200,8 @@ def run_line(command: Command, monkeypatch: pytest.MonkeyPatch) -> Any:
                     generate_shapes(Path(words[3]), split, 2)
             elif words[1] == "datasets/motion/generate.py":
                 motion.generate(words[3], train_per_class=2, val_per_class=1, size=48)
+            elif words[1] == "datasets/motion/generate_actions.py":
+                generate_actions(words[3], train=4, val=2, size=48)
             else:
                 subprocess.run([sys.executable, str(ROOT / words[1]), *words[2:]], check=True)
             return command("info", "system")

@@ -8,6 +8,7 @@ together as in PySlowFast's ``datasets/ava_helper.py`` at 287ec007.
 from __future__ import annotations
 
 import csv
+import io
 import logging
 import math
 import os
@@ -63,8 +64,7 @@ class BoxRow(NamedTuple):
     text: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class KeyFrame:
+class KeyFrame(NamedTuple):
     """A moment of a video whose people are looked at.
 
     Attributes:
@@ -199,11 +199,17 @@ def read_boxes(path: str | Path) -> list[BoxRow]:
 def write_boxes(path: str | Path, rows: Iterable[Row]) -> None:
     """Write rows of video, second, x1, y1, x2, y2, class id, score as the official evaluators read them."""
     with replacing(path, "w", newline="") as file:
-        lines = csv.writer(file, lineterminator="\n")
-        for video, second, *box, number, score in (row[:8] for row in rows):
-            shown = f"{second:04.0f}" if float(second).is_integer() else f"{second:g}"
-            boxes = (f"{value:.3f}" for value in box)
-            lines.writerow([video, shown, *boxes, "" if number is None else number, f"{score or 0:.4f}"])
+        file.writelines(box_lines(rows))
+
+
+def box_lines(rows: Iterable[Row]) -> Iterator[str]:
+    """The lines of a box file, see ``write_boxes``."""
+    for video, second, *box, number, score in (row[:8] for row in rows):
+        text = io.StringIO()
+        csv.writer(text, lineterminator="").writerow([video])
+        shown = f"{second:04.0f}" if float(second).is_integer() else f"{second:g}"
+        boxes = ",".join(f"{value:.3f}" for value in box)
+        yield f"{text.getvalue()},{shown},{boxes},{'' if number is None else number},{score or 0:.4f}\n"
 
 
 def read_moments(path: str | Path) -> list[Moment]:

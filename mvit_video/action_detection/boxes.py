@@ -88,7 +88,7 @@ def clip_view(
     spec: ClipSpec,
     split: PixelSplit,
     *,
-    short_sides: tuple[int, int] | None = None,
+    short_side_range: tuple[int, int] | None = None,
     flip_probability: float = 0.5,
     rng: random.Random | None = None,
 ) -> tuple[SpatialView, tuple[int, int]]:
@@ -99,12 +99,12 @@ def clip_view(
     whole picture, its short side ``spec.short_side``.
 
     Args:
-        short_sides: smallest and largest short side in training; None: 256 to 320 for crops of 224, and in
-            proportion.
+        short_side_range: smallest and largest short side in training; None: 256 to 320 for crops of 224, and
+            in proportion.
         rng: for "train".
 
     Raises:
-        ConfigError: ``short_sides`` are smaller than the crop.
+        ConfigError: ``short_side_range`` are smaller than the crop.
     """
     if split == "test":
         view = spatial_views(height, width, short_side=spec.short_side, crop=1)[0]
@@ -114,9 +114,11 @@ def clip_view(
     if split == "val":
         return spatial_views(height, width, short_side=spec.crop, crop=spec.crop)[0], square
     assert rng is not None
-    low, high = short_sides or (round(spec.crop * 256 / 224), round(spec.crop * 320 / 224))
+    low, high = short_side_range or (round(spec.crop * 256 / 224), round(spec.crop * 320 / 224))
     if low < spec.crop or high < low:
-        raise ConfigError(f"short_sides [{low}, {high}] must rise and not be below the crop of {spec.crop}")
+        raise ConfigError(
+            f"short_side_range [{low}, {high}] must rise and not be below the crop of {spec.crop}"
+        )
     short_side = round(1.0 / rng.uniform(1.0 / high, 1.0 / low))
     view = spatial_views(height, width, short_side=short_side, crop=1)[0]
     rows, columns = view.resized_height, view.resized_width

@@ -21,6 +21,8 @@ from mvit_video.data.sampling import SpatialView
 from mvit_video.errors import DataError, VideoError
 from mvit_video.model.clip_spec import ClipSpec
 
+_SLACK = 1e-6  # frames: of a time that lies in the middle between two
+
 
 class ActionSample(NamedTuple):
     """A clip around a key frame.
@@ -59,10 +61,10 @@ class ActionClips(Dataset[ActionSample]):
     Args:
         split: which pixels are seen, see ``clip_view``. In "train" a bad video is replaced by another.
         seed: random choices depend on it, the epoch and the index alone.
-        short_sides, flip_probability: see ``clip_view``.
+        short_side_range, flip_probability: see ``clip_view``.
 
     Raises, when a sample is made:
-        ConfigError: ``short_sides`` are smaller than the crop.
+        ConfigError: ``short_side_range`` are smaller than the crop.
         DataError: in "train", many videos in a row can't be read.
     """
 
@@ -74,12 +76,12 @@ class ActionClips(Dataset[ActionSample]):
         split: PixelSplit,
         *,
         seed: int = 0,
-        short_sides: tuple[int, int] | None = None,
+        short_side_range: tuple[int, int] | None = None,
         flip_probability: float = 0.5,
         open_file: OpenVideo = open_video,
     ) -> None:
         self.key_frames, self.spec, self.num_classes, self.split = key_frames, spec, num_classes, split
-        self.seed, self.short_sides, self.flip_probability = seed, short_sides, flip_probability
+        self.seed, self.short_side_range, self.flip_probability = seed, short_side_range, flip_probability
         self.open_file = open_file
         side = spec.short_side if split == "test" else spec.crop
         self.sample_nbytes = 4 * 3 * spec.clip_frames * side * side * (2 if split == "test" else 1)
@@ -117,7 +119,7 @@ class ActionClips(Dataset[ActionSample]):
             width,
             self.spec,
             self.split,
-            short_sides=self.short_sides,
+            short_side_range=self.short_side_range,
             flip_probability=self.flip_probability,
             rng=rng,
         )
@@ -162,7 +164,7 @@ def frame_numbers(frame: KeyFrame, times: Sequence[float] | np.ndarray, spec: Cl
     around = key_frame_indices(
         center, half_length=spec.clip_frames * spec.stride // 2, stride=spec.stride, num_frames=num_frames
     )
-    shown = np.searchsorted(ticks, np.array(around[: spec.clip_frames]) + 0.5) - 1
+    shown = np.searchsorted(ticks, np.array(around[: spec.clip_frames]) + 0.5 - _SLACK) - 1
     return [max(int(index), 0) for index in shown]
 
 

@@ -15,6 +15,7 @@ from mvit_video.errors import ConfigError, did_you_mean
 from mvit_video.model import ClipSpec, MViT, MViTConfig, list_models
 from mvit_video.model.config import plan_blocks, pooling_strides
 from mvit_video.model.variants import VARIANTS, build
+from mvit_video.weights import create_model, load_weights
 
 _OPTIONS = ("roi_stride", "roi_size", "aligned", "last_stage_stride")
 
@@ -90,29 +91,36 @@ class ActionDetector(MViT):
         return {"roi_stride": stride, "roi_size": self.roi_size, "aligned": self.aligned}
 
 
-def create_action_detector(name: str, num_classes: int = 80, **overrides: Any) -> ActionDetector:
-    """Build an action detector by the name of its model, with fresh weights.
+def create_action_detector(
+    name: str, num_classes: int = 80, *, weights: str | None = None, **overrides: Any
+) -> ActionDetector:
+    """Build an action detector by the name of its model, with fresh weights or, but for the head, published.
 
-    ``mv.load_weights(detector, FILE, head="new")`` starts it from a classifier of Kinetics.
+    ``mv.load_weights(detector, FILE, head="new")`` starts it from a file of a classifier.
 
     Args:
         name: one of ``mv.list_models()``.
         num_classes: actions; AVA has 80.
+        weights: the name of a classifier's published weights, as of ``mv.create_model``.
         overrides: ``roi_stride``, ``roi_size``, ``aligned`` and ``last_stage_stride``, see
             ``ActionDetector``, and fields of ``MViTConfig`` that differ from the model's; None leaves those.
 
     Raises:
         ConfigError: for an unknown name or field.
         ValueError: for a value out of range.
+        CheckpointError: published weights can't be fetched.
     """
     if name not in VARIANTS:
         raise ConfigError(
             f"unknown model {name!r}{did_you_mean(name, VARIANTS)}; known: {', '.join(list_models())}"
         )
-    options = {key: value for key, value in overrides.items() if key in _OPTIONS}
+    options = {k: v for k, v in overrides.items() if k in _OPTIONS and v is not None}
     layout = {key: value for key, value in overrides.items() if key not in _OPTIONS}
     base = build(VARIANTS[name], num_classes=num_classes, **layout)
-    return ActionDetector(base.config, replace(base.protocol, num_clips=1, num_crops=1), **options)
+    detector = ActionDetector(base.config, replace(base.protocol, num_clips=1, num_crops=1), **options)
+    if weights is not None:
+        load_weights(detector, create_model(name, weights=weights).state_dict(), head="new")
+    return detector
 
 
 def map_stride(config: MViTConfig) -> tuple[float, float]:

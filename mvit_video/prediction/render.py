@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from fractions import Fraction
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Picture = npt.NDArray[np.uint8]
+Paint = Callable[[Picture, float], VideoFrame]
 
 MAX_CURVES, MAX_LEGEND = 8, 16
 _FORMATS = {".mp4": "mp4", ".mkv": "matroska"}
@@ -83,9 +84,16 @@ def _set_times(axes: Axes, begin: float, end: float) -> None:
 def annotate_video(
     source: str, segments: Sequence[Segment], path: Path, *, max_pixels: int = MAX_PIXELS
 ) -> Path:
-    """A copy of a video with each segment's label and a bar of its score drawn in; audio is copied as it is.
+    """A copy of a video with each segment's label and a bar of its score drawn in, see ``redraw_video``."""
+    return redraw_video(source, _Painter(segments), path, max_pixels=max_pixels)
+
+
+def redraw_video(source: str, paint: Paint, path: Path, *, max_pixels: int = MAX_PIXELS) -> Path:
+    """A copy of a video with something drawn into every frame; audio is copied as it is.
 
     Args:
+        paint: gives what is shown in the place of a picture, upright RGB (H, W, 3), of a second since the
+            first; of even height and width.
         path: of the copy; an audio codec that MP4 can't hold makes it a ``.mkv``. Another file of that name
             is kept, see ``io.writing.replacing``.
         max_pixels: of a frame; a source with larger ones is refused.
@@ -105,23 +113,21 @@ def annotate_video(
                 replacing(path, keep=True) as file,
                 av.open(file, "w", format=_FORMATS[path.suffix]) as copy,
             ):
-                if not _copy_with_labels(container, stream, audio, copy, segments):
+                if not _copy_with_labels(container, stream, audio, copy, paint):
                     raise VideoError(source, "no frame can be decoded")
     except (FFmpegError, OSError) as error:
         raise VideoError(source, f"no annotated copy could be written ({error})") from None
     return path
 
 
-def _copy_with_labels(
-    container: Any, stream: Any, audio: Any, copy: Any, segments: Sequence[Segment]
-) -> bool:
+def _copy_with_labels(container: Any, stream: Any, audio: Any, copy: Any, paint: Paint) -> bool:
     """Draw into every frame; False where there is none."""
     rate = stream.average_rate or stream.guessed_rate or Fraction(25)
     tick = stream.time_base or 1 / rate
     video = copy.add_stream("libx264", rate=rate, options={"crf": "20", "preset": "veryfast"})
     video.pix_fmt, video.codec_context.time_base = "yuv420p", tick
     copied_audio = None if audio is None else copy.add_stream_from_template(audio)
-    to_rgb, paint = RgbConverter(torch.device("cpu")), _Painter(segments)
+    to_rgb = RgbConverter(torch.device("cpu"))
     first = last = None  # times of frames, in ticks
     waiting: list[Any] = []  # audio packets, until the size is known and the file can begin
     for packet in container.demux([s for s in (stream, audio) if s is not None]):

@@ -90,9 +90,9 @@ def test_boxes_go_where_the_pixels_go(case: dict[str, Any]) -> None:
     torch.testing.assert_close(found, torch.tensor(expected["boxes"], dtype=torch.float64), atol=1e-5, rtol=0)
 
 
-def test_short_sides_below_the_crop_are_refused() -> None:
-    with pytest.raises(ConfigError, match="short_sides"):
-        clip_view(90, 120, ClipSpec(), "train", short_sides=(200, 250), rng=random.Random(0))
+def test_short_side_range_below_the_crop_are_refused() -> None:
+    with pytest.raises(ConfigError, match="short_side_range"):
+        clip_view(90, 120, ClipSpec(), "train", short_side_range=(200, 250), rng=random.Random(0))
 
 
 @pytest.mark.parametrize("name", ["half_length", "stride", "num_frames"])

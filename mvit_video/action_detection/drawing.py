@@ -1,0 +1,45 @@
+"""People and what they do, drawn into pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import draw_bounding_boxes, make_grid
+
+from mvit_video.io.console import printable
+from mvit_video.io.writing import replacing
+
+
+def draw_people(picture: Tensor, boxes: Tensor, texts: Sequence[str]) -> Tensor:
+    """A copy of a picture with a frame for each person and a text at its upper corner.
+
+    Args:
+        picture: uint8 RGB (3, H, W).
+        boxes: (N, 4), x1, y1, x2, y2 in pixels.
+    """
+    if not len(boxes):
+        return picture.clone()
+    height, width = picture.shape[1:]
+    limits = boxes.new_tensor([width - 1, height - 1] * 2)
+    inside = torch.minimum(boxes.clamp(min=0), limits).round()
+    shown = [f" {printable(text)}" if text else "" for text in texts]
+    colours = ["#ffbe00"] * len(shown)
+    drawn: Tensor = draw_bounding_boxes(
+        picture,
+        inside,
+        shown,
+        colours,
+        width=max(1, min(height, width) // 160),
+        label_colors=["white"] * len(shown),
+    )
+    return drawn
+
+
+def save_pictures(pictures: Sequence[Tensor], path: Path, *, columns: int = 3) -> None:
+    """Write pictures uint8 (3, H, W) of one size as one PNG, side by side."""
+    with replacing(path) as file:
+        to_pil_image(make_grid(list(pictures), nrow=columns)).save(file, "png")

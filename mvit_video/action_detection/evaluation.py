@@ -1,0 +1,226 @@
+"""One evaluation of key frames, shared by several processes and resumed where a killed one has ended."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mvit_video.action_detection.annotations import ActionIndex, KeyFrame, write_boxes
+from mvit_video.action_detection.clips import ActionClips, ActionSample, collate
+from mvit_video.action_detection.detector import ActionDetector
+from mvit_video.action_detection.metrics import Row, mean_average_precision
+from mvit_video.data.bad_videos import BadVideos
+from mvit_video.data.datasets import OpenVideo
+from mvit_video.data.loader import ClipLoader
+from mvit_video.data.ranks import Ranks
+from mvit_video.data.samplers import AllVideos
+from mvit_video.errors import DataError
+from mvit_video.evaluation.run import UNFINISHED
+from mvit_video.io.console import printable, track
+from mvit_video.io.figures import new_figure
+from mvit_video.io.fingerprint import Fingerprint, read_fingerprint, require_same, write_fingerprint
+from mvit_video.io.journal import journal, read_journal
+from mvit_video.io.writing import replacing
+
+log = logging.getLogger(__name__)
+
+ORDERS = {"ActivityNet": "score", "PySlowFast": "file"}
+
+
+class Scored(NamedTuple):
+    """A key frame, and the scores (boxes, num_classes) of its people."""
+
+    key_frame: KeyFrame
+    scores: Tensor
+
+    @property
+    def key(self) -> tuple[str, float]:
+        return self.key_frame.video, self.key_frame.second
+
+
+def detections_of(scored: Iterable[Scored], class_ids: Iterable[int]) -> Iterator[Row]:
+    """A row for each box and evaluated action; boxes are shares of the picture, as they came."""
+    ids = list(class_ids)
+    for frame, scores in scored:
+        for box, row in zip(frame.boxes, scores.tolist(), strict=True):
+            for number in ids:
+                yield (frame.video, frame.second, *box, number, row[number - 1])
+
+
+@torch.inference_mode()
+def score_people(
+    detector: ActionDetector,
+    key_frames: Sequence[KeyFrame],
+    *,
+    batch_size: int,
+    device: str,
+    autocast: Any,
+    open_file: OpenVideo,
+    **loading: Any,
+) -> Iterator[tuple[ActionSample, Tensor]]:
+    """Each key frame, in order, with the scores (boxes, num_classes) of its people; none of a bad video.
+
+    Args:
+        batch_size: clips of one size that go through the model together.
+        autocast: the context that it runs in.
+        loading: as of ``ClipLoader``.
+
+    Raises:
+        DataError: the model's output isn't finite.
+    """
+    spec, num_classes = detector.protocol, detector.config.num_classes
+    clips = ActionClips(key_frames, spec, num_classes, "test", open_file=open_file)
+    loader: ClipLoader[list[ActionSample]] = ClipLoader(
+        clips, AllVideos(len(key_frames), batch_size), list, **loading
+    )
+    with closing(loader):
+        for samples in loader:
+            for shape, same in groupby(samples, key=lambda sample: sample.clip.shape):
+                group = list(same)
+                if not math.prod(shape):
+                    yield from ((sample, torch.empty(0, num_classes)) for sample in group)
+                    continue
+                batch = collate(group)
+                with autocast:
+                    logits = detector(batch.clips.to(device), batch.boxes.to(device)).float().cpu()
+                if not logits.isfinite().all():
+                    raise DataError(
+                        f"{batch.paths[0]}: the model's output isn't finite; its weights are damaged"
+                    )
+                counts = [len(sample.boxes) for sample in group]
+                yield from zip(group, logits.sigmoid().split(counts), strict=True)
+
+
+def score_index(
+    detector: ActionDetector,
+    index: ActionIndex,
+    output: Path,
+    *,
+    ranks: Ranks,
+    identity: Fingerprint,
+    allowed_bad: int,
+    **running: Any,
+) -> list[Scored] | None:
+    """Score every key frame once; what an unfinished evaluation in ``output`` has scored counts.
+
+    Args:
+        identity: what the scores depend on.
+        running: as of ``score_people``.
+
+    Returns:
+        The scores in the order of the index in rank 0, None in the others.
+
+    Raises:
+        ConfigError: what lies in ``output`` is of other work.
+        DataError: more videos are unreadable than allowed.
+    """
+    folder, bad_file = output / UNFINISHED, output / "bad_videos.csv"
+    done = ranks.broadcast_from_rank0(lambda: set(_take_up(folder, identity)))
+    ranks.broadcast_from_rank0(lambda: bad_file.unlink(missing_ok=True))  # they are tried again
+    if done:
+        log.info("resuming: %d key frames have been scored before, see %s", len(done), folder)
+    left = [frame for frame in index.key_frames if (frame.video, frame.second) not in done]
+    mine = left[ranks.rank :: ranks.size]
+    files = len({frame.path for frame in index.key_frames})
+    bad = BadVideos(bad_file, allowed=allowed_bad, total=files, go_on=True)
+    with journal(folder / f"{ranks.rank:04d}.jsonl") as note:
+        found = score_people(detector, mine, **running)
+        for sample, scores in track(found, len(mine), what="scoring"):
+            if sample.bad:
+                bad.note(sample.bad)
+                continue
+            frame = sample.key_frame
+            note({"video": frame.video, "second": frame.second, "scores": scores.tolist()})
+    for others in ranks.all_gather(bad.found):
+        bad.found |= others
+    if ranks.rank:
+        return None
+    bad.check()
+    scores_of = _take_up(folder, identity)
+    if not scores_of:
+        raise DataError("no key frame could be read")
+    keys = [(frame, (frame.video, frame.second)) for frame in index.key_frames]
+    return [Scored(frame, torch.tensor(scores_of[key])) for frame, key in keys if key in scores_of]
+
+
+def _take_up(folder: Path, identity: Fingerprint) -> dict[tuple[str, float], list[list[float]]]:
+    """What has been scored. Raises ConfigError for other work."""
+    if any(folder.glob("*.jsonl")):
+        remedy = "choose another hydra.run.dir, or remove that folder"
+        require_same(read_fingerprint(folder / "run.json"), identity, what=str(folder), remedy=remedy)
+    write_fingerprint(folder / "run.json", identity)
+    entries = (entry for file in sorted(folder.glob("*.jsonl")) for entry in read_journal(file))
+    return {(entry["video"], float(entry["second"])): entry["scores"] for entry in entries}
+
+
+def report(
+    scored: Sequence[Scored],
+    index: ActionIndex,
+    names: Mapping[int, str],
+    output: Path,
+    *,
+    settings: Mapping[str, Any],
+) -> dict[str, Any] | None:
+    """Write detections.csv, and where actions are known results.json, per_class.png and report.html.
+
+    Returns:
+        What results.json holds, or None.
+    """
+    write_boxes(output / "detections.csv", detections_of(scored, names))
+    if not index.ground_truth:
+        return None
+    found: dict[str, Any] = {}
+    for evaluator, order in ORDERS.items():
+        mean, precisions = mean_average_precision(
+            index.ground_truth,
+            detections_of(scored, names),
+            class_ids=names,
+            excluded=index.excluded,
+            order=order,  # type: ignore[arg-type]
+        )
+        found[evaluator] = {"mAP": mean, "per_class": {names[k]: v for k, v in precisions.items()}}
+    results = {"key_frames": len(scored), "evaluators": found, **settings}
+    with replacing(output / "results.json", "w") as file:
+        json.dump(_plain(results), file, indent=2, ensure_ascii=False)
+    per_class = found["PySlowFast"]["per_class"]
+    rows = sorted(((n, v) for n, v in per_class.items() if v is not None), key=lambda row: row[1])
+    _plot_per_class(output / "per_class.png", rows)
+    _write_page(output, results, rows[::-1])
+    return results
+
+
+def _plain(value: Any) -> Any:
+    """NaN as null, which JSON has no word for."""
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _plot_per_class(path: Path, rows: Sequence[tuple[str, float]]) -> None:
+    with new_figure(path, (8, 1 + 0.22 * len(rows))) as figure:
+        axes = figure.subplots()
+        axes.barh([printable(name) for name, _ in rows], [value for _, value in rows], color="#2f6db5")
+        axes.set(xlabel="average precision at IoU 0.5", xlim=(0, 1))
+        axes.grid(axis="x", alpha=0.3)
+
+
+def _write_page(output: Path, results: Mapping[str, Any], rows: Sequence[tuple[str, float]]) -> None:
+    import base64
+
+    import jinja2
+
+    page = jinja2.Environment(
+        loader=jinja2.PackageLoader("mvit_video", "action_detection"), autoescape=True
+    ).get_template("report.html")
+    picture = base64.b64encode((output / "per_class.png").read_bytes()).decode()
+    with replacing(output / "report.html", "w") as file:
+        file.write(page.render(results=results, classes=rows, picture=picture))

@@ -1,0 +1,356 @@
+"""Detection of actions: who does what, where."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from mvit_video.action_detection.annotations import ActionIndex, ActionSplits, box_lines, read_boxes
+from mvit_video.action_detection.checkpoint import load_action_detector
+from mvit_video.action_detection.clips import ActionClips, collate
+from mvit_video.action_detection.detector import ActionDetector
+from mvit_video.action_detection.evaluation import report, score_index
+from mvit_video.action_detection.prediction import (
+    PersonActions,
+    people_painter,
+    to_json,
+    to_rows,
+    to_segments,
+    watch_people,
+)
+from mvit_video.action_detection.training import ActionDetectorTraining
+from mvit_video.cli import app
+from mvit_video.cli.tasks.persons import find_people
+from mvit_video.data.bad_videos import allowed_bad_videos
+from mvit_video.data.class_names import check_same_classes
+from mvit_video.data.loader import WORKER_TYPES, ClipLoader
+from mvit_video.data.ranks import process_group, use_own_gpu
+from mvit_video.data.samplers import AllVideos, EpochBatches
+from mvit_video.errors import ConfigError, DataError, VideoError
+from mvit_video.evaluation.provenance import versions
+from mvit_video.evaluation.run import output_folder, remove_journals
+from mvit_video.io.console import print_table, printable, track
+from mvit_video.io.fingerprint import fingerprint
+from mvit_video.io.writing import replacing, sole_writer
+from mvit_video.model.inference import multiplies_bf16
+from mvit_video.prediction.inputs import expand
+from mvit_video.prediction.render import redraw_video
+from mvit_video.prediction.saving import output_names, write_srt, write_vtt
+from mvit_video.prediction.writer import format_of
+from mvit_video.training.recipe import freeze
+from mvit_video.training.task import Training
+from mvit_video.weights import load_weights, weights_sha256
+
+log = logging.getLogger(__name__)
+
+MAX_TABLE = 100  # rows; the others are in the output
+SHOWN_SCORE = 0.5  # of what subtitles and copies tell, at least
+
+MONITOR = ActionDetectorTraining.monitor
+
+
+def check(config: DictConfig) -> None:
+    """ConfigError for what can be refused before data are read."""
+    if OmegaConf.select(config, "mixing.probability"):
+        raise ConfigError("mixing is for classification; action detection takes mixing=none")
+    if OmegaConf.select(config, "augment._target_") is not None:
+        raise ConfigError("augment= is for classification; action detection takes augment=action")
+    app.build_decoder(config)
+    with torch.device("meta"):
+        sketch = _build_detector(config, weights=None)
+        app.build(config.optim, model=sketch)
+
+
+def train(config: DictConfig, trainer: pl.Trainer) -> Training:
+    """A random part of the clip around each key frame for training, its middle for validation."""
+    splits = _build_splits(config)
+    detector = _build_detector(
+        config, num_classes=splits.num_classes, **({"weights": None} if config.weights else {})
+    )
+    if config.weights:
+        found = load_weights(detector, config.weights, head=config.head)
+        log.info("weights of %s\n%s", config.weights, found)
+    detector.class_names = splits.class_names
+    if config.freeze:
+        freeze(detector, list(config.freeze) if OmegaConf.is_list(config.freeze) else [str(config.freeze)])
+    module: ActionDetectorTraining = app.build(config.optim, _partial_=True)(
+        detector, batch_size=config.batch_size, seed=config.seed
+    )
+    val = splits.val.every(splits.val_every)
+    if not val.key_frames or not val.ground_truth:
+        raise DataError(
+            f"nobody does anything at validation seconds divisible by val_every={splits.val_every}"
+        )
+    module.validation, module.names = val, splits.names
+    training, validation = _build_loaders(config, detector, splits.train, val, trainer)
+    _describe(detector, splits.train, val, splits.class_names)
+    identity = {
+        "data": {
+            "classes": splits.class_names,
+            "train": _sha256(splits.train),
+            "val": _sha256(val),
+        },
+        "clips": asdict(detector.protocol),
+        "model": app.model_identity(detector.config) | detector.roi_options,
+    }
+    files = {frame.path for index in (splits.train, val) for frame in index.key_frames}
+    return Training(module, training, validation, len(files), identity)
+
+
+def evaluate(config: DictConfig) -> None:
+    """Score the people of every key frame of a split once; print and save how precisely."""
+    if config.class_map or config.class_names:
+        raise ConfigError("class_map= and class_names= are for classification")
+    allowed_bad_videos(config.max_bad_videos, 0)  # a wrong value is told before anything is read
+    with process_group() as ranks, ExitStack() as locks:
+        if ranks.rank:
+            logging.getLogger().setLevel(logging.WARNING)
+        output = ranks.broadcast_from_rank0(
+            lambda: output_folder(config.resume, Path(HydraConfig.get().runtime.output_dir))
+        )
+        ranks.broadcast_from_rank0(lambda: locks.enter_context(sole_writer(output)))
+        use_own_gpu()
+        device = app.choose_device(config.device)
+        detector = trained_detector(config)
+        splits = _build_splits(config)
+        index: ActionIndex | None = getattr(splits, config.split)
+        if index is None:
+            raise ConfigError(f"split={config.split}: the data set has no such split")
+        check_same_classes(detector.class_names, detector.config.num_classes, splits.class_names)
+        identity = fingerprint(
+            weights=weights_sha256(detector),
+            model=asdict(detector.config) | detector.roi_options,
+            clips=asdict(detector.protocol),
+            key_frames=_sha256(index),
+            precision=config.precision,
+        )
+        scored = score_index(
+            detector.to(device),
+            index,
+            output,
+            ranks=ranks,
+            identity=identity,
+            allowed_bad=allowed_bad_videos(config.max_bad_videos, len({f.path for f in index.key_frames})),
+            batch_size=config.batch_size,
+            device=device,
+            autocast=autocast(device, config.precision),
+            open_file=app.build_decoder(config),
+            num_workers=config.num_workers,
+            worker_type=WORKER_TYPES[config.loader],
+        )
+        if scored is None:  # rank 0 reports
+            return
+        settings = {"weights": str(config.weights), "split": config.split, "precision": config.precision}
+        settings |= {"protocol": str(detector.protocol), "versions": versions()}
+        results = report(scored, index, splits.names, output, settings=settings)
+        remove_journals(output)
+    if results:
+        rows = [(name, f"{100 * found['mAP']:.2f} %") for name, found in results["evaluators"].items()]
+        print_table(f"{len(scored)} key frames", ("evaluator", "mAP at IoU 0.5"), rows)
+    log.info("detections.csv%s in %s", ", results.json and report.html are" if results else " is", output)
+
+
+def trained_detector(config: DictConfig) -> ActionDetector:
+    """The detector that ``config.weights`` describes, or ``config.model`` with them, in eval mode."""
+    if "model" not in config:
+        detector = load_action_detector(config.weights)
+    else:
+        detector = _build_detector(config)
+        load_weights(detector, config.weights)
+    detector.protocol = app.override_protocol(detector.protocol, config.views)
+    return detector.eval()
+
+
+def autocast(device: str, precision: str) -> Any:
+    """The context that a detector runs in: bf16, fp32, or auto: bf16 where the hardware multiplies in it."""
+    bf16 = precision == "bf16" or (precision == "auto" and multiplies_bf16(torch.device(device)))
+    return torch.autocast(torch.device(device).type, torch.bfloat16) if bf16 else nullcontext()
+
+
+def _build_detector(config: DictConfig, **arguments: Any) -> ActionDetector:
+    detector = app.build(config.model, **arguments)
+    if not isinstance(detector, ActionDetector):
+        raise ConfigError("task=action_detection needs an action detector: model=action_mvitv2_s_16x4, ...")
+    detector.protocol = app.override_protocol(detector.protocol, config.views)
+    return detector
+
+
+def _build_splits(config: DictConfig) -> ActionSplits:
+    splits = app.build(config.data)
+    if not isinstance(splits, ActionSplits):
+        raise ConfigError("task=action_detection needs videos with boxes: data=ava, ava_kinetics or actions")
+    return splits
+
+
+def _build_loaders(
+    config: DictConfig, detector: ActionDetector, train: ActionIndex, val: ActionIndex, trainer: pl.Trainer
+) -> tuple[ClipLoader[Any], ClipLoader[Any]]:
+    loading = app.loading(config, trainer)
+    loading.pop("pin_memory")
+    batch_size = loading.pop("batch_size")
+    shares = {"rank": loading.pop("rank"), "num_replicas": loading.pop("num_replicas")}
+    reading = {"seed": config.seed, "open_file": app.build_decoder(config)}
+    spec, count = detector.protocol, detector.config.num_classes
+    batches = EpochBatches(
+        len(train.key_frames),
+        batch_size,
+        seed=config.seed,
+        shuffle=not config.trainer.overfit_batches,
+        **shares,
+    )
+    augment = {str(key): value for key, value in config.augment.items()}
+    clips = ActionClips(train.key_frames, spec, count, "train", **augment, **reading)
+    middle = ActionClips(val.key_frames, spec, count, "val", **reading)
+    return (
+        ClipLoader(clips, batches, collate, **loading),
+        ClipLoader(middle, AllVideos(len(val.key_frames), batch_size, **shares), collate, **loading),
+    )
+
+
+def _describe(
+    detector: ActionDetector, train: ActionIndex, val: ActionIndex, class_names: tuple[str, ...]
+) -> None:
+    log.info(
+        "%.1f M parameters, %d actions, %d training and %d validation key frames; %s",
+        sum(p.numel() for p in detector.parameters()) / 1e6,
+        len(class_names),
+        len(train.key_frames),
+        len(val.key_frames),
+        detector.protocol,
+    )
+    counts = Counter(number for frame in train.key_frames for ids in frame.class_ids for number in ids)
+    shown = ", ".join(f"{class_names[number - 1]} {count}" for number, count in counts.most_common(20))
+    log.info("training boxes of the most frequent actions: %s", printable(shown))
+
+
+def _sha256(index: ActionIndex) -> str:
+    """Of all key frames with their boxes and actions."""
+    digest = hashlib.sha256()
+    for frame in index.key_frames:
+        row = (frame.video, frame.second, frame.boxes, frame.class_ids)
+        digest.update(repr(row).encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+def predict(config: DictConfig, files: list[str]) -> None:
+    """Say what the people in films do: a table, or files of rows, subtitles and an annotated copy."""
+    arguments = files + list(config.videos)
+    _check_prediction(config, arguments)
+    device = app.choose_device(config.device)
+    detector = trained_detector(config).to(device)
+    rows = None if config.persons == "auto" else read_boxes(config.persons)
+    find = find_people(config.persons_weights, device) if rows is None else None
+    every, open_file, videos = config.stride or 1.0, app.build_decoder(config), expand(arguments)
+    watch = partial(
+        watch_people,
+        detector,
+        every=every,
+        min_person_score=config.min_person_score,
+        device=device,
+        autocast=autocast(device, config.precision),
+    )
+    names = output_names(videos)
+    failed: list[VideoError] = []
+    with _people_writer(config) if config.output else nullcontext(lambda _: None) as add:
+        for path in videos:
+            people: list[PersonActions] = []
+            mine = [row for row in rows or () if row.video in (Path(path).stem, Path(path).name)]
+            try:
+                with open_file(path) as video:
+                    total = (
+                        len({row.second for row in mine}) if find is None else int(video.duration / every) + 1
+                    )
+                    for found in track(watch(video, find or mine), total, what="watching"):
+                        people += found
+                        add(found)
+            except VideoError as error:
+                log.warning("%s", printable(str(error)))
+                failed.append(error)
+                continue
+            if not people:
+                log.warning("%s: nobody was found, or %s has no rows of it", printable(path), config.persons)
+            _save(config, path, people, Path(config.save_dir) / names[path], every)
+            if not config.output:
+                _show(people, config)
+    if failed and len(failed) == len(videos):
+        raise DataError(f"no video could be predicted, the first: {failed[0]}")
+
+
+def _check_prediction(config: DictConfig, arguments: list[str]) -> None:
+    """ConfigError for values that don't go together."""
+    if not arguments:
+        raise ConfigError("no videos given; type their files or folders after the command")
+    if config.explain or config.live or config.window or config.engine != "local":
+        raise ConfigError("explain=, live=, window= and engine= are for classification; key frames: stride=1")
+    if "png" in config.save:
+        raise ConfigError("save=[png] is for classification; action detection has srt, vtt and video")
+    if config.persons == "auto" and not config.persons_weights:
+        raise ConfigError(
+            "who is in the picture? Give persons=FILE.csv, rows of video,second,x1,y1,x2,y2,,score, or "
+            "persons_weights=FILE, a detector of mvit-train or torchvision's fasterrcnn_resnet50_fpn_v2"
+        )
+    if config.output and format_of(config.output, config.format) == "parquet":
+        raise ConfigError("action detection writes .csv, .json and .jsonl")
+
+
+@contextmanager
+def _people_writer(config: DictConfig) -> Iterator[Callable[[list[PersonActions]], None]]:
+    """A function that writes people as they are found; the file appears when all are."""
+    output, minimum = Path(config.output), config.min_score
+    kind = format_of(config.output, config.format)
+    with sole_writer(output), replacing(output, "w", newline="") as file:
+        count = 0
+
+        def add(people: list[PersonActions]) -> None:
+            nonlocal count
+            for one in people:
+                if kind == "csv":
+                    file.writelines(box_lines(to_rows([one], minimum)))
+                elif kind == "jsonl":
+                    file.write(to_json(one, minimum) + "\n")
+                else:
+                    file.write(("[\n" if not count else ",\n") + to_json(one, minimum))
+                count += 1
+
+        yield add
+        if kind == "json":
+            file.write("[]\n" if not count else "\n]\n")
+
+
+def _save(config: DictConfig, path: str, people: list[PersonActions], name: Path, every: float) -> None:
+    """Subtitles and an annotated copy, where ``save`` asks for them."""
+    minimum = max(config.min_score, SHOWN_SCORE)
+    segments = to_segments(people, every, minimum)
+    if config.save:
+        name.parent.mkdir(parents=True, exist_ok=True)
+    if "srt" in config.save:
+        write_srt(segments, Path(f"{name}.srt"))
+    if "vtt" in config.save:
+        write_vtt(segments, Path(f"{name}.vtt"))
+    if "video" in config.save:
+        try:
+            painter = people_painter(people, every=every, min_score=minimum)
+            redraw_video(path, painter, Path(f"{name}.annotated.mp4"))
+        except VideoError as error:
+            log.warning("%s", error)
+
+
+def _show(people: list[PersonActions], config: DictConfig) -> None:
+    rows = []
+    for one in people[:MAX_TABLE]:
+        likely = sorted(one.scores.items(), key=lambda pair: -pair[1])[: config.topk]
+        shown = ", ".join(f"{name} {score:.3f}" for name, score in likely if score >= config.min_score)
+        rows.append((one.path, f"{one.second:g}", one.person, shown))
+    print_table("", ("video", "second", "person", "actions"), rows)

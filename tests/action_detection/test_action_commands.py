@@ -1,0 +1,182 @@
+"""Action detection by the commands, on films of moving things."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import av
+import pytest
+import torch
+from conftest import Command, error_line
+from generate_actions import generate_actions
+from videos import write_numbered_video
+
+import mvit_video as mv
+from mvit_video.action_detection import ActionDetector, mean_average_precision
+from mvit_video.action_detection.annotations import KeyFrame, action_splits, read_boxes
+from mvit_video.action_detection.checkpoint import load_action_detector, save_action_detector
+from mvit_video.action_detection.clips import ActionClips, collate, frame_numbers
+from mvit_video.action_detection.prediction import Follower
+from mvit_video.data.decode import open_video
+from mvit_video.errors import CheckpointError
+from mvit_video.weights import METADATA_KEY
+
+SMALL = ("model.embed_dim=8", "model.stages=[1,1]", "model.num_frames=4", "model.crop_size=32")
+SMALL += ("augment.short_side_range=[32,36]", "num_workers=0", "trainer.accelerator=cpu")
+
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("films")
+    generate_actions(root, train=8, val=4, size=48)
+    return root
+
+
+def test_films_are_trained_on_measured_and_watched(films: Path, command: Command, tmp_path: Path) -> None:
+    run = tmp_path / "train" / "checkpoints" / "best.ckpt"
+    result = command(
+        "train",
+        "experiment=motion_actions",
+        f"data.root={films}",
+        "trainer.max_epochs=1",
+        "batch_size=4",
+        f"hydra.run.dir={tmp_path / 'train'}",
+        *SMALL,
+    )
+    assert result.code == 0, result.err
+    assert (run.parents[1] / "batch.png").stat().st_size > 1000
+    detector = load_action_detector(run)
+    assert detector.class_names == tuple((films / "classes.txt").read_text().split())
+    assert detector.roi_stride == (4.0, 4.0)  # of a last stage that isn't strided
+
+    folder = tmp_path / "eval"
+    arguments = ("data=motion_actions", f"data.root={films}", "num_workers=0", f"hydra.run.dir={folder}")
+    result = command("eval", f"weights={run}", "batch_size=3", *arguments)
+    assert result.code == 0, result.err
+    rows = read_boxes(folder / "detections.csv")
+    assert len(rows) == 4 * 3 * 8
+    found = json.loads((folder / "results.json").read_text())["evaluators"]
+    truth = read_boxes(films / "val.csv")
+    mean, _ = mean_average_precision(truth, rows, class_ids=range(1, 9), order="file")
+    assert found["PySlowFast"]["mAP"] == pytest.approx(mean, abs=0.1)  # the file has four digits: ties
+    assert (folder / "report.html").stat().st_size > 1000
+    assert not (folder / "unfinished").exists()
+
+    film = films / "videos" / "val_0001.mp4"
+    persons = (f"persons={films / 'val.csv'}", "min_score=0.01")
+    result = command("predict", str(film), f"weights={run}", *persons, "output=p.csv", "save=[srt,video]")
+    assert result.code == 0, result.err
+    own = {(*row[2:6], row.class_id): row.score for row in rows if row.video == "val_0001"}
+    said = {(*row[2:6], row.class_id): row.score for row in read_boxes(tmp_path / "p.csv")}
+    assert said == pytest.approx(own, abs=2e-4)
+    with av.open(str(tmp_path / "saved" / "val_0001.annotated.mp4")) as copy, open_video(film) as source:
+        assert sum(1 for _ in copy.decode(video=0)) == source.num_frames
+    result = command("predict", str(film), f"weights={run}", *persons, "output=p.json")
+    people = json.loads((tmp_path / "p.json").read_text())
+    assert [one["person"] for one in people] == [0, 1, 2]
+    assert all(list(one["scores"].values()) == sorted(one["scores"].values())[::-1] for one in people)
+
+
+def small_detector(**overrides: Any) -> ActionDetector:
+    small: dict[str, Any] = {"embed_dim": 8, "stages": (1, 1), "crop_size": 32, "num_frames": 4}
+    return mv.create_action_detector("mvitv2_nano_8x4", **(small | overrides))
+
+
+def test_an_evaluation_is_resumed(films: Path, command: Command, tmp_path: Path) -> None:
+    folder, weights = tmp_path / "eval", tmp_path / "detector.pyth"
+    save_action_detector(small_detector(num_classes=8), weights)
+    arguments = ("data=motion_actions", "num_workers=0", f"weights={weights}", f"hydra.run.dir={folder}")
+    root = tmp_path / "films"
+    root.mkdir()
+    for name in ("train.csv", "val.csv", "classes.txt"):
+        (root / name).write_text((films / name).read_text())
+    (root / "videos").mkdir()
+    for film in (films / "videos").iterdir():
+        (root / "videos" / film.name).write_bytes(film.read_bytes())
+    whole = root / "videos" / "val_0003.mp4"
+    content = whole.read_bytes()
+    whole.write_bytes(content[:200])
+    error = error_line(command("eval", *arguments, f"data.root={root}"), "eval")
+    assert "val_0003.mp4" in error
+    whole.write_bytes(content)
+    result = command("eval", *arguments, f"data.root={root}", f"resume={folder}")
+    assert result.code == 0, result.err
+    assert "3 key frames have been scored before" in result.err + result.out
+    assert len(read_boxes(folder / "detections.csv")) == 4 * 3 * 8
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "key"),
+    [
+        ("train", ("task=action_detection", "augment=action", "data=motion_actions"), "model=action_"),
+        ("train", ("experiment=motion_actions", "augment=light"), "augment"),
+        ("train", ("experiment=motion_actions", "mixing=mixup_cutmix"), "mixing"),
+        ("train", ("experiment=motion_actions", "data.val_boxes=other.csv"), "other.csv"),
+        ("predict", ("film.mp4", "task=action_detection", "weights=none.ckpt"), "persons_weights"),
+        ("predict", ("film.mp4", "task=action_detection", "weights=none.ckpt", "live=true"), "live"),
+    ],
+    ids=str,
+)
+def test_what_does_not_go_together_is_one_line(
+    films: Path, command: Command, name: str, arguments: tuple[str, ...], key: str
+) -> None:
+    root = (f"data.root={films}",) if name == "train" else ()
+    assert key in error_line(command(name, *arguments, *root), name)
+
+
+def test_clips_do_not_depend_on_who_makes_them(films: Path) -> None:
+    splits = action_splits(films, train_boxes="train.csv", val_boxes="val.csv", class_names="classes.txt")
+    spec = mv.ClipSpec(clip_frames=4, stride=4, short_side=48, crop=32)
+    clips = ActionClips(splits.train.key_frames, spec, splits.num_classes, "train", seed=3)
+    one, again, other = clips[0, 2], clips[0, 2], clips[1, 2]
+    assert torch.equal(one.clip, again.clip)
+    assert torch.equal(one.boxes, again.boxes)
+    assert not torch.equal(one.boxes, other.boxes)
+    assert one.clip.shape == (3, 4, 32, 32)
+    assert one.targets.sum(1).tolist() == [1, 1, 1]
+    batch = collate([one, other])
+    assert batch.boxes[:, 0].tolist() == [0, 0, 0, 1, 1, 1]
+    uncut = ActionClips(splits.val.key_frames, spec, splits.num_classes, "test")[0]
+    assert uncut.clip.shape == (3, 4, 48, 48)
+
+
+def test_frames_of_thirty_a_second_are_shown_whatever_the_rate(tmp_path: Path) -> None:
+    """Second 2 of films of 15 and 60 frames a second."""
+    spec = mv.ClipSpec(clip_frames=4, stride=8, short_side=64, crop=64)
+    for fps, expected in ((15, [22, 26, 30, 34]), (60, [88, 104, 120, 136])):
+        path = write_numbered_video(tmp_path / f"{fps}.mp4", 4 * fps, fps=fps, height=64, width=80)
+        frame = KeyFrame("film", str(path), 902, 900, ((0, 0, 1, 1),), ((1,),))
+        with open_video(path) as video:
+            assert frame_numbers(frame, video.times, spec) == expected
+
+
+def test_a_second_that_is_not_shown_is_told(tmp_path: Path) -> None:
+    path = write_numbered_video(tmp_path / "film.mp4", 12, fps=12, height=48, width=64)
+    frame = KeyFrame("film", str(path), 902, 0, ((0, 0, 1, 1),), ((1,),))
+    (sample,) = [ActionClips([frame], mv.ClipSpec(), 2, "test")[0]]
+    assert "start_second" in sample.bad[0].reason
+
+
+def test_people_keep_their_numbers() -> None:
+    follow = Follower()
+    left, right, new = [0.1, 0.1, 0.3, 0.5], [0.6, 0.1, 0.9, 0.5], [0.4, 0.6, 0.5, 0.9]
+    assert follow(torch.tensor([left, right])) == [0, 1]
+    assert follow(torch.tensor([right, new, left])) == [1, 2, 0]
+    assert follow(torch.empty(0, 4)) == []
+    assert follow(torch.tensor([left])) == [3]
+
+
+def test_a_checkpoint_is_believed_only_if_it_fits(tmp_path: Path) -> None:
+    detector = small_detector(num_classes=2, roi_size=3, roi_stride=5)
+    file = tmp_path / "detector.pyth"
+    save_action_detector(detector, file)
+    again = load_action_detector(file)
+    assert again.roi_options == detector.roi_options
+    assert torch.equal(again.head.projection.weight, detector.head.projection.weight)
+    content = torch.load(file, weights_only=True)
+    for change in ({"task": "classification"}, {"roi": {"roi_size": 10**9}}, {"roi": None}):
+        torch.save({**content, METADATA_KEY: {**content[METADATA_KEY], **change}}, file)
+        with pytest.raises(CheckpointError, match="detector"):
+            load_action_detector(file)
