@@ -16,7 +16,11 @@ from videos import write_numbered_video
 import mvit_video as mv
 from mvit_video.action_detection import ActionDetector, mean_average_precision
 from mvit_video.action_detection.annotations import KeyFrame, action_splits, read_boxes
-from mvit_video.action_detection.checkpoint import load_action_detector, save_action_detector
+from mvit_video.action_detection.checkpoint import (
+    load_action_detector,
+    load_action_weights,
+    save_action_detector,
+)
 from mvit_video.action_detection.clips import ActionClips, collate, frame_numbers
 from mvit_video.action_detection.prediction import Follower
 from mvit_video.data.decode import open_video
@@ -115,6 +119,7 @@ def test_an_evaluation_is_resumed(films: Path, command: Command, tmp_path: Path)
         ("train", ("experiment=motion_actions", "mixing=mixup_cutmix"), "mixing"),
         ("train", ("experiment=motion_actions", "data.val_boxes=other.csv"), "other.csv"),
         ("predict", ("film.mp4", "task=action_detection", "weights=none.ckpt"), "persons_weights"),
+        ("export", ("task=action_detection", "weights=none.ckpt"), "exported"),
         ("predict", ("film.mp4", "task=action_detection", "weights=none.ckpt", "live=true"), "live"),
     ],
     ids=str,
@@ -175,6 +180,10 @@ def test_a_checkpoint_is_believed_only_if_it_fits(tmp_path: Path) -> None:
     again = load_action_detector(file)
     assert again.roi_options == detector.roi_options
     assert torch.equal(again.head.projection.weight, detector.head.projection.weight)
+    assert load_action_weights(small_detector(num_classes=2), file).fresh == ()
+    assert len(load_action_weights(small_detector(num_classes=5), file, head="new").fresh) == 2
+    with pytest.raises(CheckpointError, match="action_detection"):
+        mv.load_model(file)
     content = torch.load(file, weights_only=True)
     for change in ({"task": "classification"}, {"roi": {"roi_size": 10**9}}, {"roi": None}):
         torch.save({**content, METADATA_KEY: {**content[METADATA_KEY], **change}}, file)

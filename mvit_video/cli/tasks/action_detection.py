@@ -18,7 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from mvit_video.action_detection.annotations import ActionIndex, ActionSplits, box_lines, read_boxes
-from mvit_video.action_detection.checkpoint import load_action_detector
+from mvit_video.action_detection.checkpoint import load_action_detector, load_action_weights
 from mvit_video.action_detection.clips import ActionClips, collate
 from mvit_video.action_detection.detector import ActionDetector
 from mvit_video.action_detection.evaluation import report, score_index
@@ -51,7 +51,7 @@ from mvit_video.prediction.saving import output_names, write_srt, write_vtt
 from mvit_video.prediction.writer import format_of
 from mvit_video.training.recipe import freeze
 from mvit_video.training.task import Training
-from mvit_video.weights import load_weights, weights_sha256
+from mvit_video.weights import weights_sha256
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ def train(config: DictConfig, trainer: pl.Trainer) -> Training:
         config, num_classes=splits.num_classes, **({"weights": None} if config.weights else {})
     )
     if config.weights:
-        found = load_weights(detector, config.weights, head=config.head)
+        found = load_action_weights(detector, config.weights, head=config.head)
         log.info("weights of %s\n%s", config.weights, found)
     detector.class_names = splits.class_names
     if config.freeze:
@@ -162,13 +162,20 @@ def evaluate(config: DictConfig) -> None:
     log.info("detections.csv%s in %s", ", results.json and report.html are" if results else " is", output)
 
 
+def export(config: DictConfig) -> None:
+    """ConfigError: there is no file that others run yet."""
+    raise ConfigError(
+        "an action detector can't be exported; in Python, load_action_detector reads its weights"
+    )
+
+
 def trained_detector(config: DictConfig) -> ActionDetector:
     """The detector that ``config.weights`` describes, or ``config.model`` with them, in eval mode."""
     if "model" not in config:
         detector = load_action_detector(config.weights)
     else:
         detector = _build_detector(config)
-        load_weights(detector, config.weights)
+        load_action_weights(detector, config.weights)
     detector.protocol = app.override_protocol(detector.protocol, config.views)
     return detector.eval()
 
