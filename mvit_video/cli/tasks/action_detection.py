@@ -165,7 +165,7 @@ def evaluate(config: DictConfig) -> None:
 def export(config: DictConfig) -> None:
     """ConfigError: there is no file that others run yet."""
     raise ConfigError(
-        "an action detector can't be exported; in Python, load_action_detector reads its weights"
+        "an action detector can't be exported; Python reads it, see load_action_detector"
     )
 
 
