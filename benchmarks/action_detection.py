@@ -62,7 +62,7 @@ def shifted(frame: KeyFrame) -> KeyFrame:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--root", type=Path, help="the films; made where there are none")
-    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--output", type=Path, help="a json file for the figures")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
