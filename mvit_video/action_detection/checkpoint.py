@@ -74,7 +74,7 @@ def _own_metadata(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
     """What a checkpoint of this task says of its model, without the task; None for all others."""
     metadata = checkpoint.get(METADATA_KEY)
     try:
-        metadata = dict(json.loads(metadata) if isinstance(metadata, str) else metadata)
+        metadata = dict(json.loads(metadata) if isinstance(metadata, str) else metadata or {})
     except (TypeError, ValueError):
         return None
     return metadata if metadata.pop("task", None) == TASK else None

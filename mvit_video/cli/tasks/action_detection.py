@@ -164,9 +164,7 @@ def evaluate(config: DictConfig) -> None:
 
 def export(config: DictConfig) -> None:
     """ConfigError: there is no file that others run yet."""
-    raise ConfigError(
-        "an action detector can't be exported; Python reads it, see load_action_detector"
-    )
+    raise ConfigError("an action detector can't be exported; Python reads it, see load_action_detector")
 
 
 def trained_detector(config: DictConfig) -> ActionDetector:
