@@ -156,7 +156,7 @@ _LIMITS: dict[str, Kind | tuple[Kind, ...]] = {
     "milestones": ListOf(SHARE),
     "frame_lists": ListOf(TEXT, 2),
     "train_boxes val_boxes train_persons val_persons": (TEXT, ListOf(TEXT)),
-    "seconds": ListOf(NOT_NEGATIVE, 2),
+    "data.seconds": ListOf(NOT_NEGATIVE, 2),
     "stages": ListOf(Number(1, 1000, whole=True)),
     "patch_kernel patch_stride q_stride kv_stride model.window": ListOf(FEW, 3),
     "pool_kernel": (Choice("stride"), ListOf(FEW, 3)),
