@@ -193,7 +193,7 @@ def _build_detector(config: DictConfig, **arguments: Any) -> ActionDetector:
 
 
 def _build_splits(config: DictConfig) -> ActionSplits:
-    splits = app.build(config.data)
+    splits = app.build_data(config.data)
     if not isinstance(splits, ActionSplits):
         raise ConfigError("task=action_detection needs videos with boxes: data=ava, ava_kinetics or actions")
     return splits
