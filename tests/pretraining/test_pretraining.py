@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import generate as motion
 import hydra
 import pytest
 import torch
@@ -270,3 +271,14 @@ def test_several_processes(unlabelled: Path, tmp_path: Path, strategy: str) -> N
         "maskfeat_mvitv2_nano_8x4", embed_dim=8, stages=(1, 1), crop_size=32, num_frames=4
     )
     assert not mv.load_weights(model, tmp_path / "run" / "checkpoints" / "last.ckpt").fresh
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs(tmp_path: Path) -> None:
+    motion.generate(tmp_path, train_per_class=3, val_per_class=1, size=48)
+    script = Path(__file__).parents[2] / "benchmarks" / "pretraining.py"
+    command = [sys.executable, str(script), "--root", str(tmp_path), "--seeds", "1", "--steps", "2", "2"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert [row.split(" ")[1] for row in rows] == ["labelled", "1", "5", "20"]

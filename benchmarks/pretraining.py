@@ -1,0 +1,256 @@
+"""What learning without labels brings, and what it costs. With --write, table and picture go to benchmarks/.
+
+python benchmarks/pretraining.py [--seeds 3] [--root DIR] [--write]
+
+    The nano model is pre-trained on all training videos of the motion data set, whose labels it doesn't see.
+    Then it is trained on 1, 5 and 20 labelled videos a class, from these weights and from scratch, with the
+    same videos, steps and rates, and measured on all validation videos (centre clip).
+
+python benchmarks/pretraining.py --speed
+
+    One forward and backward pass of MViTv2-S, masked (MaskFeat) and as a classifier, and the share of HOG.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import random
+import statistics
+import textwrap
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from learning import write
+
+import mvit_video as mv
+from mvit_video.data.augment import Augment
+from mvit_video.data.datasets import Batch, TestViews, TrainingClips, training_loader, validation_loader
+from mvit_video.data.index import LabelledVideo, VideoSplits, folder_splits
+from mvit_video.pretraining.data import MaskedTestViews, MaskedTrainingClips, masked_loaders
+from mvit_video.pretraining.hog import hog_targets
+from mvit_video.pretraining.masks import Masking
+from mvit_video.pretraining.pretrainer import Pretrainer
+from mvit_video.training.classification import Classifier
+from mvit_video.training.module import TrainingModule
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+HERE = Path(__file__).parent
+HEADING, SPEED_HEADING = "## Learning without labels", "## Speed of a pre-training"
+AUGMENT = Augment(area=(0.5, 1.0), flip_probability=0.0)  # classes differ by direction
+MASKING = Masking("frame", cell=8)  # learnt within fewer steps than cuboids
+LAYOUT: dict[str, Any] = {"crop_size": 32, "kv_stride": (1, 2, 2)}  # of the nano model: small and quick
+BATCH = 8
+PER_CLASS = (1, 5, 20)
+RECIPE: dict[str, Any] = {
+    "optimizer": torch.optim.AdamW,
+    "warmup": 0.1,
+    "weight_decay": 0.05,
+    "batch_size": BATCH,
+}
+
+
+def fit(module: TrainingModule, loader: Any, *, steps: int, clip: float) -> None:
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        gradient_clip_val=clip,
+        limit_val_batches=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    trainer.fit(module, loader)
+
+
+def pretrain(splits: VideoSplits, *, steps: int, lr: float, seed: int) -> tuple[mv.MViT, list[float]]:
+    """The model; on held-out videos its loss, that of one answer for all, and that of neighbours in time."""
+    pl.seed_everything(seed, verbose=False)
+    model = mv.create_pretrainer("maskfeat_mvitv2_nano_8x4", **LAYOUT)
+    spec = model.protocol
+    draw = partial(
+        MASKING.draw, window=MASKING.window(spec.clip_frames, spec.crop, model.config.patch_stride[0])
+    )
+    clips = MaskedTrainingClips(splits.train.videos, spec, AUGMENT, seed=seed, draw_mask=draw)
+    one_view = replace(spec, num_clips=1, num_crops=1)
+    views = MaskedTestViews(splits.val.videos, one_view, seed=seed, draw_mask=draw)
+    training, held_out = masked_loaders(clips, views, batch_size=BATCH, num_workers=0)
+    fit(Pretrainer(model, lr=lr, seed=seed, **RECIPE), training, steps=steps, clip=0.02)
+    model.eval()
+    with torch.no_grad():
+        loss = statistics.mean(model.loss(batch.clips, batch.masks).item() for batch in held_out)
+        side = spec.crop // 8
+        true = torch.cat(
+            [hog_targets(batch.clips, (4, side, side)).unflatten(1, (4, -1)) for batch in held_out]
+        )
+    constant = true.sub(true.mean((0, 1, 2))).square().mean()
+    copied = true[:, 1:-1].sub((true[:, :-2] + true[:, 2:]) / 2).square().mean()
+    return model, [loss, constant.item(), copied.item()]
+
+
+def learn(
+    labelled: list[LabelledVideo], test: list[Batch], weights: Any, *, steps: int, lr: float, seed: int
+) -> float:
+    """Top-1 in percent on batches of validation videos."""
+    pl.seed_everything(seed, verbose=False)
+    model = mv.create_model("mvitv2_nano_8x4", num_classes=8, mean_pooling=True, **LAYOUT)
+    if weights is not None:
+        mv.load_weights(model, weights, head="new")
+    clips = TrainingClips(labelled, model.protocol, AUGMENT, seed=seed)
+    loader = training_loader(clips, batch_size=BATCH, num_workers=0)
+    fit(Classifier(model, lr=lr, seed=seed, label_smoothing=0.0, **RECIPE), loader, steps=steps, clip=1.0)
+    model.eval()
+    with torch.no_grad():
+        hits = [(model(batch.clips).argmax(1) == batch.labels).float() for batch in test]
+    return 100 * torch.cat(hits).mean().item()
+
+
+def choose(splits: VideoSplits, per_class: int, seed: int) -> list[LabelledVideo]:
+    """So many videos of each class, at random; fewer are among more."""
+    rng = random.Random(seed)
+    chosen = []
+    for label in range(splits.num_classes):
+        videos = [video for video in splits.train.videos if video.label == label]
+        chosen += rng.sample(videos, len(videos))[:per_class]
+    return chosen
+
+
+def compare(root: str, seeds: int, steps: tuple[int, int], rates: tuple[float, float]) -> dict[str, Any]:
+    splits = folder_splits(root)
+    spec = mv.create_model("mvitv2_nano_8x4", **LAYOUT).protocol
+    views = TestViews(splits.val.videos, replace(spec, num_clips=1, num_crops=1))
+    test = list(validation_loader(views, batch_size=16, num_workers=0))
+    found: dict[str, Any] = {
+        "loss": [],
+        "scratch": {n: [] for n in PER_CLASS},
+        "pretrained": {n: [] for n in PER_CLASS},
+    }
+    for seed in range(seeds):
+        start = time.perf_counter()
+        model, losses = pretrain(splits, steps=steps[0], lr=rates[0], seed=seed)
+        found["loss"].append(losses)
+        print(f"seed {seed}: {losses} after {time.perf_counter() - start:.0f} s", flush=True)
+        for number in PER_CLASS:
+            labelled = choose(splits, number, seed)
+            for name, weights in (("scratch", None), ("pretrained", model.state_dict())):
+                top1 = learn(labelled, test, weights, steps=steps[1], lr=rates[1], seed=seed)
+                found[name][number].append(top1)
+                print(f"  {number} a class, {name}: {top1:.1f} %", flush=True)
+    return found
+
+
+def report(found: dict[str, Any], steps: tuple[int, int], rates: tuple[float, float]) -> str:
+    seeds = len(found["loss"])
+    loss, constant, copied = (statistics.mean(values) for values in zip(*found["loss"], strict=True))
+    about = (
+        f"`python benchmarks/pretraining.py --write`: the nano model ({LAYOUT['crop_size']} pixels) is "
+        "pre-trained on the 480 training videos of the motion data set without their labels "
+        f"({steps[0]} steps of {BATCH} clips, rate {rates[0]:g}, whole frames masked), then trained on few "
+        f"labelled ones ({steps[1]} steps, rate {rates[1]:g}), against the same training from scratch: "
+        "top-1 in percent on the 128 validation videos (centre clip; chance is 12.5). "
+        f"{seeds} seeds, each with other labelled videos; torch {torch.__version__}. The loss on held-out "
+        f"videos is {loss:.4f} at the end; one answer for all places costs {constant:.4f}, the mean of the "
+        f"true features of the frames before and behind {copied:.4f}."
+    )
+    rows = []
+    for number in PER_CLASS:
+        runs = [found[name][number] for name in ("scratch", "pretrained")]
+        difference = statistics.mean(runs[1]) - statistics.mean(runs[0])
+        texts = [f"{statistics.mean(run):.1f} ({', '.join(f'{v:.1f}' for v in run)})" for run in runs]
+        rows.append(f"| {number} | {texts[0]} | {texts[1]} | {difference:+.1f} |")
+    head = "| labelled videos a class | from scratch | pre-trained | mean difference |\n|---|---|---|---|"
+    picture = "![top-1 by labelled videos](pretraining.png)"
+    return "\n".join([HEADING, "", textwrap.fill(about, 110), "", head, *rows, "", picture]) + "\n"
+
+
+def plot(found: dict[str, Any]) -> None:
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for name, colour in (("scratch", "tab:orange"), ("pretrained", "tab:blue")):
+        means = [statistics.mean(found[name][number]) for number in PER_CLASS]
+        axes.plot(PER_CLASS, means, color=colour, label={"scratch": "from scratch"}.get(name, "pre-trained"))
+        for number in PER_CLASS:
+            axes.scatter(
+                [number] * len(found[name][number]), found[name][number], color=colour, s=12, alpha=0.7
+            )
+    axes.axhline(12.5, color="grey", linestyle=":", label="chance")
+    axes.set(xlabel="labelled videos a class", ylabel="top-1 on validation videos (%)", xscale="log")
+    axes.set_xticks(PER_CLASS, [str(number) for number in PER_CLASS])
+    axes.legend()
+    figure.savefig(HERE / "pretraining.png", dpi=120)
+
+
+def seconds(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def speed(rounds: int) -> str:
+    """A pass of each model in turns, least times: the section for the README."""
+    classifier = mv.create_model("mvitv2_s_16x4", drop_path=0.0, head_dropout=0.0)
+    masked = mv.create_pretrainer("maskfeat_mvitv2_s_16x4")
+    clips, labels = torch.randn(1, 3, 16, 224, 224), torch.zeros(1, dtype=torch.long)
+    masks = Masking().draw(random.Random(0), (8, 7, 7)).unsqueeze(0)
+    runs: dict[str, Callable[[], Any]] = {
+        "classifier": lambda: F.cross_entropy(classifier(clips), labels).backward(),
+        "masked": lambda: masked.loss(clips, masks).backward(),
+        "HOG": lambda: hog_targets(clips, (8, 14, 14)),
+    }
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            times[name].append(seconds(run))
+    plain, whole, features = (min(found) for found in times.values())
+    about = (
+        "`python benchmarks/pretraining.py --speed --write`: forward and backward pass of one "
+        f"clip, MViTv2-S 16x4, float32, {torch.get_num_threads()} thread(s), least of {rounds}, on a machine "
+        f"that had other work to do; torch {torch.__version__}."
+    )
+    table = (
+        "| classifier (64.5 GMACs) | MaskFeat (86.7) | ratio | HOG | share of a masked pass |\n"
+        "|---|---|---|---|---|\n"
+        f"| {plain:.2f} s | {whole:.2f} s | {whole / plain:.2f} | {1000 * features:.0f} ms | "
+        f"{100 * features / whole:.1f} % |"
+    )
+    return "\n".join([SPEED_HEADING, "", textwrap.fill(about, 110), "", table]) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--root", default="demo/motion", help="made by make demo")
+    parser.add_argument("--steps", type=int, nargs=2, default=(500, 100), help="of pre-training and training")
+    parser.add_argument("--rates", type=float, nargs=2, default=(5e-3, 2e-3), help="learning rates of both")
+    parser.add_argument("--speed", action="store_true")
+    parser.add_argument("--rounds", type=int, default=3, help="for --speed")
+    parser.add_argument(
+        "--write", action="store_true", help="update benchmarks/README.md and pretraining.png"
+    )
+    arguments = parser.parse_args()
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    if arguments.speed:
+        heading, section = SPEED_HEADING, speed(arguments.rounds)
+    else:
+        found = compare(arguments.root, arguments.seeds, arguments.steps, arguments.rates)
+        heading, section = HEADING, report(found, arguments.steps, arguments.rates)
+        if arguments.write:
+            plot(found)
+    print(section)
+    if arguments.write:
+        write(heading, section)
+
+
+if __name__ == "__main__":
+    main()
