@@ -35,7 +35,8 @@ class MaskFeat(MViT):
         features: what is predicted: histograms of oriented gradients, or normalised pixels.
 
     Raises:
-        ValueError: there is no such block, ``features`` is unknown, or tokens are too small for histograms.
+        ValueError: there is no such block, ``features`` is unknown, or tokens don't divide the crop into
+            whole cells.
     """
 
     classifier = "pred_head"
@@ -69,6 +70,8 @@ class MaskFeat(MViT):
     def _num_features(self, grid: Grid) -> int:
         """How many numbers a token of ``grid`` has to predict."""
         size = self.config.crop_size
+        if size % grid[1]:
+            raise ValueError(f"crop_size {size} doesn't divide evenly into {grid[1]} tokens; 224 and 256 do")
         height, width = size // grid[1], size // grid[2]
         if self.features == "pixels":
             return 3 * height * width

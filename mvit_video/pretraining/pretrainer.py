@@ -31,9 +31,8 @@ class Pretrainer(TrainingModule):
 
     def __init__(self, model: MaskFeat, **recipe: Any) -> None:
         super().__init__(model, **recipe)
-        self._first: tuple[Tensor, Tensor, Tensor] | None = (
-            None  # clips, masks and predictions of a validation
-        )
+        # Clips, masks and predictions of the first batch of a validation.
+        self._first: tuple[Tensor, Tensor, Tensor] | None = None
 
     def training_losses(self, batch: MaskedClips, batch_index: int) -> Losses:
         loss = self.model.loss_of(self(batch.clips, batch.masks))

@@ -216,6 +216,8 @@ def test_shapes_that_do_not_fit_are_named() -> None:
             model.loss(clips, masks)
     with pytest.raises(ValueError, match="72"):
         model.loss(torch.zeros(2, 3, 8, 72, 72), torch.ones(2, 4, 4, 4))
+    with pytest.raises(ValueError, match="312"):
+        mv.create_pretrainer("maskfeat_mvitv2_nano_8x4", stages=(1, 1, 1, 1), crop_size=312)
     for depths in ((), (4,), (3, 1), (1, 1)):
         with pytest.raises(ValueError, match="depths"):
             MaskFeat(TINY, depths=depths)
