@@ -231,7 +231,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--root", default="demo/motion", help="made by make demo")
-    parser.add_argument("--steps", type=int, nargs=2, default=(500, 100), help="of pre-training and training")
+    parser.add_argument("--steps", type=int, nargs=2, default=(2000, 300), help="of pre- and fine-tuning")
     parser.add_argument("--rates", type=float, nargs=2, default=(5e-3, 2e-3), help="learning rates of both")
     parser.add_argument("--speed", action="store_true")
     parser.add_argument("--rounds", type=int, default=3, help="for --speed")
