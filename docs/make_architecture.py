@@ -1,4 +1,4 @@
-"""Draws docs/architecture.svg from the imports in mvit_video/: a box a room, arrows to what it builds on."""
+"""Draws docs/architecture.svg from the imports in mvit_video/: a box a package, arrows to what it imports."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ _HEAD = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}
 
 
 def imports(package: Path) -> dict[str, set[str]]:
-    """The rooms (packages, and errors) and which others each imports from."""
-    rooms = {path.parent.name for path in package.glob("*/__init__.py")} | {"errors"}
-    found: dict[str, set[str]] = {room: set() for room in rooms}
+    """The packages (and the module errors) and which others each imports from."""
+    layers = {path.parent.name for path in package.glob("*/__init__.py")} | {"errors"}
+    found: dict[str, set[str]] = {layer: set() for layer in layers}
     for file in package.rglob("*.py"):
-        room = file.relative_to(package).parts[0].removesuffix(".py")
-        if room not in rooms or file.name == "__main__.py":
+        layer = file.relative_to(package).parts[0].removesuffix(".py")
+        if layer not in layers or file.name == "__main__.py":
             continue
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             parts = [name.split(".") for name in names if name.startswith(f"{package.name}.")]
-            found[room] |= {part[1] for part in parts} & rooms - {room}
+            found[layer] |= {part[1] for part in parts} & layers - {layer}
     return found
 
 
 def levels(found: dict[str, set[str]]) -> list[list[str]]:
-    """Rooms from the ground up, each above what it imports from; ValueError where imports go in a circle."""
+    """Layers from the ground up, each above what it imports from; ValueError where imports go in a circle."""
     placed: list[list[str]] = []
     below: set[str] = set()
     while len(below) < len(found):
-        level = sorted(room for room in found.keys() - below if found[room] <= below)
+        level = sorted(layer for layer in found.keys() - below if found[layer] <= below)
         if not level:
             raise ValueError(f"imports in a circle: {sorted(found.keys() - below)}")
         placed.append(level)
@@ -48,10 +48,10 @@ def levels(found: dict[str, set[str]]) -> list[list[str]]:
 
 
 def _direct(found: dict[str, set[str]]) -> list[tuple[str, str]]:
-    """Rooms and what they import from, without what is seen through another one: the arrows that say all."""
+    """Layers and what they import from, without what is seen through another one: the arrows that say all."""
     return [
-        (room, other)
-        for room, others in sorted(found.items())
+        (layer, other)
+        for layer, others in sorted(found.items())
         for other in sorted(others)
         if not any(other in found[via] for via in others)
     ]
@@ -65,38 +65,38 @@ def picture(package: Path) -> str:
     width, height = max(map(len, rows)) * (_BOX + _SPACE), len(rows) * (_HEIGHT + _GAP)
     place: dict[str, tuple[int, int]] = {}
 
-    def middle(room: str) -> float:
-        """Where what a room builds on lies (x), so that its arrows are short."""
-        below = [place[other][0] for above, other in arrows if above == room]
+    def middle(layer: str) -> float:
+        """Where what a package imports lies (x), so that its arrows are short."""
+        below = [place[other][0] for above, other in arrows if above == layer]
         return sum(below) / max(len(below), 1)
 
     for number, row in enumerate(rows, start=1):
-        for index, room in enumerate(sorted(row, key=middle)):
+        for index, layer in enumerate(sorted(row, key=middle)):
             x = width * (2 * index + 1) // (2 * len(row))
-            place[room] = (x, height - number * (_HEIGHT + _GAP) + _GAP // 2)
+            place[layer] = (x, height - number * (_HEIGHT + _GAP) + _GAP // 2)
 
-    def port(room: str, end: str, ends: list[str]) -> int:
+    def port(layer: str, end: str, ends: list[str]) -> int:
         """Where an arrow meets a box (x): side by side, in the order of their other ends."""
         order = sorted(ends, key=lambda other: place[other][0])
-        return place[room][0] + _BOX * (2 * order.index(end) + 1 - len(order)) // (2 * len(order))
+        return place[layer][0] + _BOX * (2 * order.index(end) + 1 - len(order)) // (2 * len(order))
 
     parts = [_HEAD.format(width=width, height=height)]
-    for room, other in arrows:
-        x = port(room, other, [below for above, below in arrows if above == room])
-        to_x = port(other, room, [above for above, below in arrows if below == other])
+    for layer, other in arrows:
+        x = port(layer, other, [below for above, below in arrows if above == layer])
+        to_x = port(other, layer, [above for above, below in arrows if below == other])
         parts.append(
-            f'<line x1="{x}" y1="{place[room][1] + _HEIGHT}" x2="{to_x}" y2="{place[other][1]}" '
+            f'<line x1="{x}" y1="{place[layer][1] + _HEIGHT}" x2="{to_x}" y2="{place[other][1]}" '
             'stroke="#57606a" stroke-width="1.5" marker-end="url(#tip)"/>'
         )
-    parts += [_box(package, room, x - _BOX // 2, y) for room, (x, y) in place.items()]
+    parts += [_box(package, layer, x - _BOX // 2, y) for layer, (x, y) in place.items()]
     return "\n".join([*parts, "</svg>\n"])
 
 
-def _box(package: Path, room: str, x: int, y: int) -> str:
-    file = package / f"{room}.py" if (package / f"{room}.py").is_file() else package / room / "__init__.py"
+def _box(package: Path, layer: str, x: int, y: int) -> str:
+    file = package / f"{layer}.py" if (package / f"{layer}.py").is_file() else package / layer / "__init__.py"
     about = (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").partition("\n")[0]
     box = f'<rect x="{x}" y="{y}" width="{_BOX}" height="{_HEIGHT}" rx="8" fill="#f6f8fa" stroke="#57606a"/>'
-    name = f'<text x="{x + 12}" y="{y + 24}" font-size="15" font-weight="bold" fill="#0550ae">{room}</text>'
+    name = f'<text x="{x + 12}" y="{y + 24}" font-size="15" font-weight="bold" fill="#0550ae">{layer}</text>'
     lines = [
         f'<text x="{x + 12}" y="{y + 45 + 17 * number}" font-size="12" fill="#24292f">{escape(line)}</text>'
         for number, line in enumerate(textwrap.wrap(about, 36)[:3])

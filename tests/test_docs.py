@@ -32,13 +32,13 @@ def architecture():
     return generator_of("make_architecture")
 
 
-def test_the_picture_of_the_rooms_is_that_of_the_imports(architecture) -> None:
+def test_the_picture_of_the_layers_is_that_of_the_imports(architecture) -> None:
     assert architecture.TARGET.read_text(encoding="utf-8") == architecture.picture(ROOT / "mvit_video"), (
         "run `make docs`"
     )
 
 
-def test_rooms_that_import_in_a_circle_are_refused(architecture) -> None:
+def test_layers_that_import_in_a_circle_are_refused(architecture) -> None:
     assert architecture.levels({"a": {"b"}, "b": set(), "c": {"a", "b"}}) == [["b"], ["a"], ["c"]]
     with pytest.raises(ValueError, match="circle"):
         architecture.levels({"a": {"b"}, "b": {"a"}})
