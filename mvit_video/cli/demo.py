@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import socket
 import tempfile
+import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
 from mvit_video.cli import app
 from mvit_video.errors import ConfigError, MVitVideoError
-from mvit_video.prediction.overview import NO_MAP, Demo, Overview
+from mvit_video.prediction.overview import NO_MAP, Demo, Overview, Progress
+from mvit_video.prediction.render import is_playable, playable_copy
 
 log = logging.getLogger(__name__)
 
@@ -26,18 +30,8 @@ _FOCUS = "input:focus-visible { outline: 3px solid currentColor; outline-offset:
 def build_page(demo: Demo, *, title: str) -> Any:
     """The page, a ``gradio.Blocks``."""
     gradio = _gradio()
-
-    def answer(path: str | None, num_clips: int, explain: str, progress: Any = gradio.Progress()) -> Overview:  # noqa: B008
-        try:
-            return demo.answer(path, num_clips, explain, progress)
-        except MVitVideoError as error:
-            reason = getattr(error, "reason", str(error))  # without the path of an uploaded copy
-            raise gradio.Error(reason, print_exception=False) from None
-
-    def show(explain: str) -> tuple[Any, ...]:
-        explained = gradio.update(visible=explain != NO_MAP)
-        return gradio.update(visible=True), explained, explained
-
+    work = _Work(demo)
+    answer, cancel = _with_session(work)
     with gradio.Blocks(title=title, analytics_enabled=False, delete_cache=_DELETE_CACHE) as page:
         gradio.Markdown(f"## {title}\nUpload a video; it stays on this machine.")
         with gradio.Row():
@@ -45,38 +39,139 @@ def build_page(demo: Demo, *, title: str) -> Any:
                 video = gradio.Video(
                     label="video", sources=["upload"], include_audio=True, elem_id="video", height=_HEIGHT
                 )
+                notice = gradio.Markdown(elem_id="notice")
                 num_clips = gradio.Slider(
                     1, 20, value=demo.model.protocol.num_clips, step=1, label="clips over the whole video"
                 )
                 info = "Grad-CAM: evidence for the class; attention rollout: what the attention passes on"
                 explain = gradio.Radio(_METHODS, value=NO_MAP, label="Explanation", info=info)
                 button = gradio.Button("Classify", variant="primary", elem_id="ask", interactive=False)
+                stop = gradio.Button("Cancel", variant="stop", elem_id="cancel", visible=False)
             with gradio.Column():
                 annotated = gradio.Video(label="annotated video", interactive=False, height=_HEIGHT)
                 scores = gradio.Label(label="classes of the whole video", elem_id="scores")
-        with gradio.Column(visible=False) as more:  # wide pictures, once there are some
-            picture = {
-                "interactive": False,
-                "type": "filepath",
-                "show_label": False,
-                "buttons": ["download", "fullscreen"],
-            }
-            gradio.Markdown("### Classes over time")
-            timeline = gradio.Image(**picture)
-            strip = gradio.Image(visible=False, **picture)
-            overlay = gradio.Video(label="explanation", interactive=False, visible=False, height=_HEIGHT)
-            json_file = gradio.File(label="prediction as JSON")
+        more, (timeline, strip, overlay, json_file) = _details()
         outputs = [scores, annotated, timeline, strip, overlay, json_file]
-        inputs = [video, num_clips, explain]
-        video.change(
-            lambda path: gradio.update(interactive=path is not None), video, button, api_visibility="private"
-        )
-        answered = button.click(
+        inputs, buttons = [video, num_clips, explain], [button, stop]
+        own: dict[str, Any] = {"api_visibility": "private"}  # of the page alone
+        video.upload(work.receive, video, [video, notice, button], **own)
+        video.clear(lambda: ("", _active(False)), None, [notice, button], **own)
+        begun = button.click(lambda: (_active(False), _visible(True)), None, buttons, queue=False, **own)
+        answered = begun.then(
             answer, inputs, outputs, api_name="answer", concurrency_limit=1, show_progress_on=annotated
         )
-        answered.success(show, explain, [more, strip, overlay], api_visibility="private")
+        answered.success(_show, explain, [more, strip, overlay], **own)
+        answered.then(_at_rest, None, buttons, queue=False, **own)
+        stop.click(cancel, None, buttons, queue=False, cancels=[answered], **own)
     page.preprocess_data = _without_addresses(page.preprocess_data)
     return page
+
+
+def _details() -> tuple[Any, list[Any]]:
+    """A hidden column of wide pictures, for when there are some: a timeline, a strip, an overlay, a file."""
+    gradio = _gradio()
+    picture = {
+        "interactive": False,
+        "type": "filepath",
+        "show_label": False,
+        "buttons": ["download", "fullscreen"],
+    }
+    with gradio.Column(visible=False) as column:
+        gradio.Markdown("### Classes over time")
+        timeline = gradio.Image(**picture)
+        strip = gradio.Image(visible=False, **picture)
+        overlay = gradio.Video(label="explanation", interactive=False, visible=False, height=_HEIGHT)
+        json_file = gradio.File(label="prediction as JSON")
+    return column, [timeline, strip, overlay, json_file]
+
+
+def _active(yes: bool) -> Any:
+    return _gradio().update(interactive=yes)
+
+
+def _visible(yes: bool) -> Any:
+    return _gradio().update(visible=yes)
+
+
+def _at_rest() -> tuple[Any, Any]:
+    return _active(True), _visible(False)
+
+
+def _show(explain: str) -> tuple[Any, ...]:
+    return _visible(True), _visible(explain != NO_MAP), _visible(explain != NO_MAP)
+
+
+class _Work:
+    """What the page asks for: one video at a time, until its session cancels it."""
+
+    def __init__(self, demo: Demo) -> None:
+        self._demo, self._one_by_one, self._gradio = demo, threading.Lock(), _gradio()
+        self._running: dict[str | None, object] = {}  # by session; what isn't in it any more is cancelled
+        self._originals: dict[str, str] = {}  # of copies that browsers can play, by name
+
+    def answer(
+        self, path: str | None, num_clips: int, explain: str, session: str | None, progress: Progress
+    ) -> Overview:
+        self._running[session] = run = object()
+
+        def go_on(*done: Any, **what: Any) -> None:
+            if self._running.get(session) is not run:
+                raise self._gradio.Error("Cancelled", print_exception=False)
+            progress(*done, **what)
+
+        try:
+            with self._one_by_one:
+                original = self._originals.get(Path(path).name, path) if path else None
+                return self._demo.answer(original, num_clips, explain, go_on)
+        except MVitVideoError as error:
+            raise self._gradio.Error(_reason(error), print_exception=False) from None
+        finally:
+            if self._running.get(session) is run:
+                del self._running[session]
+
+    def cancel(self, session: str | None) -> tuple[Any, Any]:
+        """The thread that answers ends with its next step."""
+        self._running.pop(session, None)
+        return _at_rest()
+
+    def receive(self, path: str) -> tuple[Any, str, Any]:
+        """What to play of an upload, what to say of it, and whether it can be classified."""
+        try:
+            self._demo.check(path)
+            if is_playable(path):
+                return self._gradio.skip(), "", _active(True)
+            copy = Path(path).with_name(f"{secrets.token_hex(8)}.mp4")
+            playable_copy(path, copy)
+        except MVitVideoError as error:
+            return self._gradio.skip(), f"**This video can't be used**: {_reason(error)}", _active(False)
+        self._originals[copy.name] = path
+        said = "Not every browser plays this format: shown is a copy without sound, classified is your file."
+        return str(copy), said, _active(True)
+
+
+def _with_session(work: _Work) -> tuple[Callable[..., Overview], Callable[..., tuple[Any, Any]]]:
+    """``answer`` and ``cancel`` as gradio calls them: it hands over what it finds in their signatures."""
+    gradio = _gradio()
+
+    def answer(
+        path: str | None,
+        num_clips: int,
+        explain: str,
+        request: Any,
+        progress: Any = gradio.Progress(),  # noqa: B008
+    ) -> Overview:
+        return work.answer(path, num_clips, explain, request.session_hash, progress)
+
+    def cancel(request: Any) -> tuple[Any, Any]:
+        return work.cancel(request.session_hash)
+
+    for function in (answer, cancel):
+        function.__annotations__["request"] = gradio.Request
+    return answer, cancel
+
+
+def _reason(error: MVitVideoError) -> str:
+    return str(getattr(error, "reason", error))  # without the path of an uploaded copy
 
 
 def _without_addresses(preprocess: Callable[..., Any]) -> Callable[..., Any]:

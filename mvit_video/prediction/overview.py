@@ -6,6 +6,7 @@ import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,12 +44,27 @@ class Demo:
         self.model, self.max_seconds, self.recognizing = model, max_seconds, {"topk": topk, **recognizing}
         self._files = tempfile.TemporaryDirectory(prefix="mvit-demo-")  # of the newest overview
 
+    def check(self, path: str) -> float:
+        """The seconds of a video. Raises DataError if it is too long, VideoError if it can't be read."""
+        with self._recognizer().open_file(path) as video:
+            duration = video.duration
+        if duration > self.max_seconds:
+            raise DataError(
+                f"the video is {duration:.0f} s long, this page takes {self.max_seconds:g} s at most; "
+                "mvit-predict with window= has no limit"
+            )
+        return duration
+
+    def _recognizer(self, num_clips: int = 1) -> Recognizer:
+        return Recognizer(self.model, num_clips=num_clips, **self.recognizing)
+
     def answer(
         self, path: str | None, num_clips: int, explain: str, progress: Progress = lambda *_, **__: None
     ) -> Overview:
         """The classes of a video, as a whole and over time, and a map for ``explain`` other than "none".
 
-        The files of an overview stay until the next one, or the end of the process.
+        The files of an overview stay until the next one, or the end of the process. What ``progress`` raises
+        ends the work.
 
         Raises:
             DataError: there is no video, it is too long, or its scores aren't finite.
@@ -57,14 +73,12 @@ class Demo:
         if path is None:
             raise DataError("Please upload a video first")
         progress(0, desc="classifying")
-        recognizer = Recognizer(self.model, num_clips=int(num_clips), **self.recognizing)
-        with recognizer.open_file(path) as video:
-            duration = video.duration
-        if duration > self.max_seconds:
-            raise DataError(
-                f"the video is {duration:.0f} s long, this page takes {self.max_seconds:g} s at most; "
-                "mvit-predict with window= has no limit"
-            )
+        duration = self.check(path)
+        recognizer = self._recognizer(int(num_clips))
+
+        def reached(second: float, start: float, share: float, desc: str) -> None:
+            progress(start + share * min(second / max(duration, 1e-6), 1), desc=desc)
+
         (prediction,) = recognizer([path])
         if prediction.error is not None:
             raise DataError(prediction.error)
@@ -74,13 +88,19 @@ class Demo:
         progress(0.2, desc="classes over time")
         spec = self.model.protocol
         length = spec.clip_frames * spec.stride / spec.target_fps
-        windows = Recognizer(self.model, num_clips=1, **self.recognizing)
-        timeline = windows.timeline(path, length=length, stride=length / 4).smoothed(length / 2)
+        timeline = self._recognizer().timeline(
+            path,
+            length=length,
+            stride=length / 4,
+            progress=partial(reached, start=0.2, share=0.4, desc="classes over time"),
+        )
+        timeline = timeline.smoothed(length / 2)
         segments = timeline.segments()
         plot_timeline(timeline, segments, plot := Path(f"{name}.timeline.png"))
         progress(0.6, desc="writing the annotated video")
         copy = Path(f"{name}.annotated.mp4")
-        copy = annotate_video(path, segments, copy, max_pixels=recognizer.max_pixels)
+        told_of = partial(reached, start=0.6, share=0.3, desc="writing the annotated video")
+        copy = annotate_video(path, segments, copy, max_pixels=recognizer.max_pixels, progress=told_of)
         files: tuple[Path, ...] = ()
         if explain != NO_MAP:
             progress(0.9, desc="explaining")

@@ -156,10 +156,24 @@ class Recognizer:
         for span, scores in self._watch(source, drop=drop, length=length, stride=stride, follow=follow):
             yield ClipPrediction(*span, *self._likeliest(scores))
 
-    def timeline(self, path: str | Path, *, length: float, stride: float) -> Timeline:
-        """Scores of all windows of a video file, in bounded memory. Arguments and errors: see ``watch``."""
-        spans, scores = zip(*self._watch(path, length=length, stride=stride), strict=True)
-        return Timeline(str(path), self.class_names, list(spans), torch.stack(scores), stride)
+    def timeline(
+        self,
+        path: str | Path,
+        *,
+        length: float,
+        stride: float,
+        progress: Callable[[float], None] = lambda _: None,
+    ) -> Timeline:
+        """Scores of all windows of a video file, in bounded memory. Arguments and errors: see ``watch``.
+
+        ``progress`` is told of the last second of each window.
+        """
+        spans, rows = [], []
+        for span, scores in self._watch(path, length=length, stride=stride):
+            progress(span[1])
+            spans.append(span)
+            rows.append(scores)
+        return Timeline(str(path), self.class_names, spans, torch.stack(rows), stride)
 
     def _watch(
         self, source: Source, *, drop: bool = False, **windows: Any

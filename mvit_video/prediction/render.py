@@ -36,6 +36,7 @@ Paint = Callable[[Picture, float], VideoFrame]
 
 MAX_CURVES, MAX_LEGEND = 8, 16
 _FORMATS = {".mp4": "mp4", ".mkv": "matroska"}
+_OF_BROWSERS = ("h264", "vp8", "vp9", "av1")
 _MP4_AUDIO = {"aac", "mp3", "mp2", "opus", "ac3", "eac3", "flac", "alac", "vorbis"}
 
 
@@ -81,11 +82,48 @@ def _set_times(axes: Axes, begin: float, end: float) -> None:
         axes.set(xlabel="h:mm:ss")
 
 
+def is_playable(source: str, *, max_pixels: int = MAX_PIXELS) -> bool:
+    """Whether every browser of today plays a file. Raises VideoError if it can't be read."""
+    if Path(source).suffix.lower() not in (".mp4", ".webm"):
+        return False
+    with open_stream(source, max_pixels=max_pixels) as (_, stream):
+        context = stream.codec_context
+        return context.codec.canonical_name in _OF_BROWSERS and context.pix_fmt in ("yuv420p", "yuvj420p")
+
+
+def playable_copy(source: str, path: Path, *, max_pixels: int = MAX_PIXELS) -> None:
+    """An MP4 of a video for browsers, without sound. Raises VideoError as ``annotate_video`` does."""
+    try:
+        with (
+            open_stream(source, max_pixels=max_pixels) as (container, stream),
+            replacing(path) as file,
+            av.open(file, "w", format="mp4") as copy,
+        ):
+            if not _copy_with_labels(container, stream, None, copy, _Painter(())):
+                raise VideoError(source, "no frame can be decoded")
+    except (FFmpegError, OSError) as error:
+        raise VideoError(source, f"no playable copy could be written ({error})") from None
+
+
 def annotate_video(
-    source: str, segments: Sequence[Segment], path: Path, *, max_pixels: int = MAX_PIXELS
+    source: str,
+    segments: Sequence[Segment],
+    path: Path,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    progress: Callable[[float], None] = lambda _: None,
 ) -> Path:
-    """A copy of a video with each segment's label and a bar of its score drawn in, see ``redraw_video``."""
-    return redraw_video(source, _Painter(segments), path, max_pixels=max_pixels)
+    """A copy of a video with each segment's label and a bar of its score drawn in, see ``redraw_video``.
+
+    ``progress`` is told of each second of the video that has been reached.
+    """
+    painter = _Painter(segments)
+
+    def paint(picture: Picture, second: float) -> VideoFrame:
+        progress(second)
+        return painter(picture, second)
+
+    return redraw_video(source, paint, path, max_pixels=max_pixels)
 
 
 def redraw_video(source: str, paint: Paint, path: Path, *, max_pixels: int = MAX_PIXELS) -> Path:

@@ -15,6 +15,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import gradio
 import httpx
 import pytest
 from conftest import Command, error_line
@@ -22,8 +23,9 @@ from gradio_client import Client, handle_file
 from videos import write_numbered_video
 
 import mvit_video as mv
-from mvit_video.cli.demo import build_page, launch
+from mvit_video.cli.demo import _Work, build_page, launch
 from mvit_video.prediction.overview import Demo
+from mvit_video.prediction.render import is_playable
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +151,56 @@ def test_bad_settings_are_said(command: Command, checkpoint: Path) -> None:
     assert "host: 127.0.0.1" in shown
 
 
+@pytest.mark.parametrize(("name", "codec", "copied"), [("a.avi", "mpeg4", True), ("a.mp4", "libx264", False)])
+def test_what_browsers_do_not_play_is_shown_as_a_copy(
+    checkpoint: Path, tmp_path: Path, name: str, codec: str, copied: bool
+) -> None:
+    path = write_numbered_video(tmp_path / name, 30, height=48, width=64, codec=codec, audio_seconds=1)
+    demo = Demo(mv.load_model(checkpoint), topk=2, max_seconds=5, num_workers=0)
+    work = _Work(demo)
+    shown, said, button = work.receive(str(path))
+    assert button["interactive"] is True
+    assert bool(said) == isinstance(shown, str) == copied
+    assert is_playable(str(path)) != copied
+    if copied:
+        assert is_playable(shown)
+        with mv.open_video(shown) as video:
+            assert (video.num_frames, video.codec) == (30, "h264")
+        told = work.answer(shown, 1, "none", "a", lambda *_, **__: None)
+        assert json.loads(Path(told.json_file).read_text())["path"] == name
+
+
+def test_what_is_wrong_with_an_upload_is_said_beside_it(checkpoint: Path, tmp_path: Path) -> None:
+    work = _Work(Demo(mv.load_model(checkpoint), topk=2, max_seconds=1, num_workers=0))
+    (tmp_path / "broken.mp4").write_bytes(b"no video" * 100)
+    long = write_numbered_video(tmp_path / "long.mp4", 60, height=48, width=64, fps=10)
+    for path, reason in ((tmp_path / "broken.mp4", "not a video file"), (long, "6 s long")):
+        _, said, button = work.receive(str(path))
+        assert reason in said
+        assert str(tmp_path) not in said
+        assert button["interactive"] is False
+
+
+def test_a_run_tells_how_far_it_is_and_can_be_cancelled(checkpoint: Path, tmp_path: Path) -> None:
+    path = str(write_numbered_video(tmp_path / "a.mp4", 75, height=48, width=64))
+    work = _Work(Demo(mv.load_model(checkpoint), topk=2, max_seconds=5, num_workers=0))
+    shares: list[float] = []
+    work.answer(path, 1, "none", "a", lambda share, desc: shares.append(share))
+    assert shares == sorted(shares)
+    assert (shares[0], len(shares) > 20) == (0, True)
+    assert 0.85 < shares[-1] <= 0.9
+
+    def cancel_half_way(share: float, desc: str) -> None:
+        if share > 0.5:
+            work.cancel("someone else")
+            assert share < 0.7
+            work.cancel("a")
+
+    with pytest.raises(gradio.Error, match="Cancelled"):
+        work.answer(path, 1, "none", "a", cancel_half_way)
+    assert work.answer(path, 1, "none", "a", lambda *_, **__: None).scores  # the next one
+
+
 @pytest.mark.browser
 def test_a_browser_shows_the_answer(browser, address: str, tmp_path: Path) -> None:
     path = write_numbered_video(tmp_path / "mine.mp4", 30, height=48, width=64)
@@ -158,6 +210,7 @@ def test_a_browser_shows_the_answer(browser, address: str, tmp_path: Path) -> No
     page.goto(address)
     page.set_input_files("#video input[type=file]", str(path))
     page.wait_for_selector("#video video")
+    page.wait_for_selector("#ask:enabled")
     assert page.is_hidden("a[download$='.json']")
     page.click("label:has-text('Grad-CAM')")
     page.click("#ask")
@@ -169,6 +222,16 @@ def test_a_browser_shows_the_answer(browser, address: str, tmp_path: Path) -> No
     (tmp_path / "broken.mp4").write_bytes(b"no video" * 100)
     page.reload()
     page.set_input_files("#video input[type=file]", str(tmp_path / "broken.mp4"))
-    page.wait_for_timeout(1000)
-    page.click("#ask")
-    page.wait_for_selector(":text('not a video file')")
+    page.wait_for_selector("#notice :text('not a video file')")
+    assert page.is_disabled("#ask")
+    avi = write_numbered_video(tmp_path / "mine.avi", 30, height=48, width=64, codec="mpeg4")
+    page.reload()
+    assert page.is_disabled("#ask")
+    page.set_input_files("#video input[type=file]", str(avi))
+    page.wait_for_selector("#notice :text('copy')")
+    page.wait_for_selector("#ask:enabled")
+    page.wait_for_function("document.querySelector('#video video')?.duration > 0")
+    page.focus("input[type=radio]:checked")
+    page.keyboard.press("ArrowDown")
+    outline = "getComputedStyle(document.activeElement).outlineStyle"
+    assert page.evaluate(f"[document.activeElement.type, {outline}]") == ["radio", "solid"]
