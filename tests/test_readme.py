@@ -42,7 +42,7 @@ def test_fine_tuning_prints_what_the_readme_shows(
     for line in output.splitlines():
         assert line in ("", "...") or comparable(line) in lines, line
     assert float(re.findall(r"video │ ([\d.]+)", printed)[0]) > 0.8
-    assert re.search(r"new\.mp4 +│ moving_left +│", printed)
+    assert re.search(r"new\.mp4 +│ all +│ moving_left +│", printed)
 
 
 def comparable(line: str) -> str:
