@@ -41,7 +41,7 @@ test: setup
 	$(BIN)/python -m pytest -q
 
 test-all: setup
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test,lint,lora]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test,lint,lora,sweep]"
 	$(BIN)/python -m pytest -q -m "not gpu and not browser"
 
 test-browser: setup

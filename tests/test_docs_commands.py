@@ -213,7 +213,8 @@ def run_line(command: Command, monkeypatch: pytest.MonkeyPatch) -> Any:
         name = words[0].removeprefix("mvit-")
         arguments = [re.sub("^follow=.*", "follow=0.5", word) for word in words[1:]]
         if any(part in argument for part in CONFIGURATION_ONLY for argument in arguments):
-            single = [word for word in arguments if word != "--multirun" and "," not in word]
+            of_sweeps = ("--multirun", "hydra/sweeper", "hydra.sweeper")
+            single = [word for word in arguments if not word.startswith(of_sweeps) and "," not in word]
             return command(name, *single, "--cfg", "job")
         if "--cfg" in arguments:
             return command(name, *arguments)

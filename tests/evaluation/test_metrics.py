@@ -144,6 +144,21 @@ def test_bootstrap_intervals_of_shares_are_as_wide_as_theory_says() -> None:
     assert found != bootstrap_intervals(labels, predicted, 2, {"clip_top1": share}, seed=1)
 
 
+def test_the_interval_of_macro_f1_holds_its_value_with_few_videos_a_class() -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels, held = torch.arange(20).repeat_interleave(5), 0
+    rights = torch.linspace(0.3, 0.9, 20)[labels]
+    many = labels.repeat(2000)
+    wrong = torch.randint(20, many.shape, generator=generator)
+    guesses = torch.where(torch.rand(many.shape, generator=generator) < rights.repeat(2000), many, wrong)
+    truth = multiclass_f1_score(guesses, many, 20, average="macro")
+    for trial in range(60):
+        predicted = guesses[100 * trial : 100 * trial + 100]
+        low, high = bootstrap_intervals(labels, predicted, 20, {}, seed=trial)["macro_f1"]
+        held += low <= truth <= high
+    assert held >= 50
+
+
 def test_a_bootstrap_says_nothing_of_perfect_scores() -> None:
     metrics = measure(score_table(torch.eye(2)[[0, 1, 1]][:, None], [0, 1, 1]))
     assert set(metrics.intervals) == {"video_top1", "video_top5"}

@@ -292,6 +292,7 @@ def test_a_sweep_runs_as_jobs_that_go_on_by_themselves(two_classes: Path, tmp_pa
 
 @pytest.mark.slow
 def test_optuna_gets_the_metric_of_each_trial(two_classes: Path, tmp_path: Path, command: Command) -> None:
+    pytest.importorskip("optuna", reason="Optuna isn't installed: pip install 'mvit-video[sweep]'")
     (tmp_path / "data").symlink_to(two_classes)
     arguments = [argument for argument in ALIKE if not argument.startswith(("optim.lr=", "hydra.run.dir"))]
     sweep = [
