@@ -33,7 +33,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from mvit_video.cli.conf import CONF_DIR
-from mvit_video.data.datasets import TestViews, TrainingClips, training_loader, validation_loader
+from mvit_video.data.datasets import ClipDataset, ViewDataset, training_loader, validation_loader
 from mvit_video.data.decode import open_video
 from mvit_video.data.index import VideoSplits
 from mvit_video.model import MViT
@@ -87,8 +87,8 @@ def train(config: DictConfig, *, twin: bool, seed: int) -> list[dict[str, float]
         )
         trainer.fit(
             classifier,
-            training_loader(TrainingClips(splits.train.videos, ours.protocol, augment, seed=seed), **loading),
-            validation_loader(TestViews(splits.val.videos, ours.protocol), **loading),
+            training_loader(ClipDataset(splits.train.videos, ours.protocol, augment, seed=seed), **loading),
+            validation_loader(ViewDataset(splits.val.videos, ours.protocol), **loading),
         )
     return history.epochs
 

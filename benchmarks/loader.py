@@ -24,7 +24,7 @@ from decode import FILES, machine, write, write_file
 from torch.utils.data import DataLoader
 
 from mvit_video.data.augment import Augment
-from mvit_video.data.datasets import Batch, TrainingClips, training_loader
+from mvit_video.data.datasets import Batch, ClipDataset, training_loader
 from mvit_video.data.index import LabelledVideo
 from mvit_video.data.loader import ClipLoader
 from mvit_video.model import ClipSpec
@@ -42,7 +42,7 @@ AUGMENTATIONS = {
 class Epochs:
     """``run`` has what runs an epoch of each kind and gives its number of clips; workers stay."""
 
-    def __init__(self, clips: TrainingClips) -> None:
+    def __init__(self, clips: ClipDataset) -> None:
         kinds: dict[str, Any] = {"threads": "thread", "processes": "process"}
         self._loaders = {
             name: training_loader(clips, batch_size=BATCH, num_workers=WORKERS, worker_type=kind)
@@ -86,7 +86,7 @@ def measure(paths: list[Path], rounds: int) -> list[str]:
     protocol = ClipSpec(clip_frames=16, stride=4, target_fps=30, short_side=256, crop=224)
     videos = [LabelledVideo(str(paths[i % len(paths)]), 0, str(i)) for i in range(VIDEOS)]
     for name, augment in AUGMENTATIONS.items():
-        clips = TrainingClips(videos, protocol, augment, seed=0)
+        clips = ClipDataset(videos, protocol, augment, seed=0)
         with closing(Epochs(clips)) as kinds:
             speeds: dict[str, list[tuple[float, float]]] = {kind: [] for kind in kinds.run}
             for turn in range(rounds + 1):

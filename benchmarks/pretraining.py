@@ -33,7 +33,7 @@ from learning import write
 
 import mvit_video as mv
 from mvit_video.data.augment import Augment
-from mvit_video.data.datasets import Batch, TestViews, TrainingClips, training_loader, validation_loader
+from mvit_video.data.datasets import Batch, ClipDataset, ViewDataset, training_loader, validation_loader
 from mvit_video.data.index import LabelledVideo, VideoSplits, folder_splits
 from mvit_video.pretraining.data import MaskedTestViews, MaskedTrainingClips, masked_loaders
 from mvit_video.pretraining.hog import hog_targets
@@ -108,7 +108,7 @@ def learn(
     model = mv.create_model("mvitv2_nano_8x4", num_classes=8, mean_pooling=True, **LAYOUT)
     if weights is not None:
         mv.load_weights(model, weights, head="new")
-    clips = TrainingClips(labelled, model.protocol, AUGMENT, seed=seed)
+    clips = ClipDataset(labelled, model.protocol, AUGMENT, seed=seed)
     loader = training_loader(clips, batch_size=BATCH, num_workers=0)
     fit(Classifier(model, lr=lr, seed=seed, label_smoothing=0.0, **RECIPE), loader, steps=steps, clip=1.0)
     model.eval()
@@ -130,7 +130,7 @@ def choose(splits: VideoSplits, per_class: int, seed: int) -> list[LabelledVideo
 def compare(root: str, seeds: int, steps: tuple[int, int], rates: tuple[float, float]) -> dict[str, Any]:
     splits = folder_splits(root)
     spec = mv.create_model("mvitv2_nano_8x4", **LAYOUT).protocol
-    views = TestViews(splits.val.videos, replace(spec, num_clips=1, num_crops=1))
+    views = ViewDataset(splits.val.videos, replace(spec, num_clips=1, num_crops=1))
     test = list(validation_loader(views, batch_size=16, num_workers=0))
     found: dict[str, Any] = {
         "loss": [],

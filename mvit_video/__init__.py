@@ -19,6 +19,8 @@ if "OMP_WAIT_POLICY" not in os.environ:
 if TYPE_CHECKING:
     from mvit_video.action_detection import ActionDetector, create_action_detector
     from mvit_video.data.augment import Augment
+    from mvit_video.data.clips import centre_views
+    from mvit_video.data.datasets import ClipDataset, ViewDataset, collate_training, collate_views
     from mvit_video.data.decode import open_video
     from mvit_video.data.index import folder_splits
     from mvit_video.data.sampling import kinetics_frame_indices, segment_frame_indices, spatial_views
@@ -38,6 +40,8 @@ _HOMES = {
     "mvit_video.action_detection": ("ActionDetector", "create_action_detector"),
     "mvit_video.data.decode": ("open_video",),
     "mvit_video.data.augment": ("Augment",),
+    "mvit_video.data.clips": ("centre_views",),
+    "mvit_video.data.datasets": ("ClipDataset", "ViewDataset", "collate_training", "collate_views"),
     "mvit_video.data.index": ("folder_splits",),
     "mvit_video.data.sampling": ("kinetics_frame_indices", "segment_frame_indices", "spatial_views"),
     "mvit_video.detection": ("ObjectRecognizer", "create_detector", "list_detectors", "load_detector"),
@@ -55,6 +59,7 @@ __all__ = [
     "ActionDetector",
     "Augment",
     "CheckpointError",
+    "ClipDataset",
     "ClipSpec",
     "ConfigError",
     "DataError",
@@ -66,6 +71,10 @@ __all__ = [
     "Protocol",
     "Recognizer",
     "VideoError",
+    "ViewDataset",
+    "centre_views",
+    "collate_training",
+    "collate_views",
     "create_action_detector",
     "create_detector",
     "create_model",

@@ -19,7 +19,7 @@ import torch
 from conftest import Command
 
 import mvit_video as mv
-from mvit_video.data.datasets import TestViews
+from mvit_video.data.datasets import ViewDataset
 from mvit_video.data.index import folder_splits
 
 OPPOSITE = {
@@ -89,7 +89,7 @@ def test_only_the_order_of_the_frames_gives_the_class_away(trained: TrainedRun) 
     """The trained model tells opposite motions apart; on shuffled frames, or on one, it has to guess."""
     model = mv.load_model(trained.checkpoint)
     splits = folder_splits(trained.data)
-    views = list(TestViews(splits.val.videos, model.protocol))
+    views = list(ViewDataset(splits.val.videos, model.protocol))
     names = splits.class_names
     generator = torch.Generator().manual_seed(0)
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from mvit_video.cli import app
 from mvit_video.data.augment import Augment
 from mvit_video.data.clips import read_test_views
-from mvit_video.data.datasets import TrainingClips, training_loader
+from mvit_video.data.datasets import ClipDataset, training_loader
 from mvit_video.data.decode import open_video
 from mvit_video.data.index import LabelledVideo
 from mvit_video.data.threads import threaded_map
@@ -230,7 +230,7 @@ def _reading(
     for workers in sorted({1, cores}):
         count = 4 * workers
         decoding[workers] = watch.per_second(count, decode_all, count, workers)
-        clips = TrainingClips([LabelledVideo(path, 0, "")] * count, spec, Augment(), seed=0)
+        clips = ClipDataset([LabelledVideo(path, 0, "")] * count, spec, Augment(), seed=0)
         with contextlib.closing(training_loader(clips, batch_size=2, num_workers=workers)) as loader:
             loading[workers] = watch.per_second(count, list, loader)
     return decoding, loading

@@ -66,7 +66,7 @@ class VideoViews:
     error: str | None = None
 
 
-class TrainingClips(Dataset[TrainingSample]):
+class ClipDataset(Dataset[TrainingSample]):
     """One random clip of each video; keys are (epoch, index), or an index alone for the epoch that was set.
 
     A third number in a key gives another clip of that video in the same epoch.
@@ -131,10 +131,8 @@ class TrainingClips(Dataset[TrainingSample]):
         raise DataError(f"{MAX_REPLACEMENTS} videos in a row can't be read, the last: {': '.join(bad[-1])}")
 
 
-class TestViews(Dataset[VideoViews]):
+class ViewDataset(Dataset[VideoViews]):
     """All test views of each video, from one decode."""
-
-    __test__ = False  # no test case, whatever pytest thinks of its name
 
     def __init__(
         self, videos: Sequence[LabelledVideo], protocol: ClipSpec, *, open_file: OpenVideo = open_video
@@ -155,12 +153,15 @@ class TestViews(Dataset[VideoViews]):
         return VideoViews(video, clips, spans)
 
 
+TrainingClips, TestViews = ClipDataset, ViewDataset  # their names until version 0.2
+
+
 def _clip_nbytes(protocol: ClipSpec) -> int:
     return 4 * 3 * protocol.clip_frames * protocol.crop**2  # float32 RGB
 
 
 def training_loader(
-    dataset: TrainingClips,
+    dataset: ClipDataset,
     *,
     batch_size: int,
     rank: int = 0,
@@ -179,7 +180,7 @@ def training_loader(
 
 
 def validation_loader(
-    dataset: TestViews,
+    dataset: ViewDataset,
     *,
     batch_size: int,
     rank: int = 0,
@@ -192,7 +193,7 @@ def validation_loader(
     return ClipLoader(dataset, batches, partial(collate_views, pin_memory=pin_memory), **loading)
 
 
-def views_loader(dataset: TestViews, *, pin_memory: bool = False, **loading: Any) -> ClipLoader[VideoViews]:
+def views_loader(dataset: ViewDataset, *, pin_memory: bool = False, **loading: Any) -> ClipLoader[VideoViews]:
     """The videos one by one; ``loading`` as of ``ClipLoader``."""
     return ClipLoader(dataset, AllVideos(len(dataset), 1), partial(_only, pin_memory=pin_memory), **loading)
 

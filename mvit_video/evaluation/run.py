@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mvit_video.data.bad_videos import BadVideos
 from mvit_video.data.batches import in_full_batches
-from mvit_video.data.datasets import BadVideo, OpenVideo, TestViews, VideoViews, views_loader
+from mvit_video.data.datasets import BadVideo, OpenVideo, VideoViews, ViewDataset, views_loader
 from mvit_video.data.decode import open_video
 from mvit_video.data.index import LabelledVideo, VideoIndex
 from mvit_video.data.loader import WORKER_TYPES
@@ -137,7 +137,7 @@ def score_videos(
         DataError: the model gives NaN or infinite scores, as soon as it does; the error names the video.
     """
     videos_views = views_loader(
-        TestViews(videos, model.protocol, open_file=open_file),
+        ViewDataset(videos, model.protocol, open_file=open_file),
         num_workers=num_workers,
         worker_type=WORKER_TYPES[loader],
         pin_memory=torch.device(device).type == "cuda" and num_workers > 0,

@@ -92,6 +92,9 @@ def _table_of(rows: pa.Table) -> ScoreTable:
     wrong = ~((scores >= 0) & (scores <= 1 + _ROUNDING))
     first_wrong = scores[np.arange(len(rows)), wrong.argmax(1)]
     _refuse(wrong.any(1), "scores", first_wrong, "no softmax: NaN, infinite, or not in 0 to 1")
+    _refuse(scores.sum(1) == 0, "scores", scores[:, 0], "no class has a score")
+    for name, times in (("start", start), ("end", end)):
+        _refuse(np.isinf(times), name, times, "no time in seconds")
     unknown = labels != labels  # a missing label has become nan
     outside = ~unknown & ~((labels >= 0) & (labels < len(class_names)))
     _refuse(outside, "label", labels, f"there are {len(class_names)} classes, counted from 0")

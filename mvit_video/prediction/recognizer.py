@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mvit_video.data.batches import in_full_batches
 from mvit_video.data.clips import centre_views, read_test_views
-from mvit_video.data.datasets import OpenVideo, TestViews, VideoViews
+from mvit_video.data.datasets import OpenVideo, VideoViews, ViewDataset
 from mvit_video.data.decode import device_of, open_video
 from mvit_video.data.decode.container import MAX_PIXELS
 from mvit_video.data.index import LabelledVideo
@@ -271,7 +271,7 @@ class Recognizer:
             name = redact_credentials(path)
             reason = "an address isn't a file; add window=SECONDS, and live=true for a stream without an end"
             return VideoViews(LabelledVideo(name, None, name), torch.empty(0), error=reason)
-        return TestViews([LabelledVideo(path, None, path)], self.protocol, open_file=self.open_file)[0]
+        return ViewDataset([LabelledVideo(path, None, path)], self.protocol, open_file=self.open_file)[0]
 
     def _prepare(self, clips: Tensor) -> Tensor:
         if clips.ndim != 5 or clips.shape[1] != 3:

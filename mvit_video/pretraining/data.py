@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mvit_video.data.datasets import BadVideo, TestViews, TrainingClips, cat_clips
+from mvit_video.data.datasets import BadVideo, ClipDataset, ViewDataset, cat_clips
 from mvit_video.data.loader import ClipLoader
 from mvit_video.data.samplers import AllVideos, EpochBatches
 
@@ -26,12 +26,12 @@ class MaskedClips(NamedTuple):
     paths: Sequence[str]  # of each clip
 
 
-class MaskedTrainingClips(TrainingClips):
+class MaskedTrainingClips(ClipDataset):
     """Random clips, each with a mask that follows from seed, epoch and index alone.
 
     Args:
         draw_mask: gives bool (T', h, w).
-        options: as of ``TrainingClips``.
+        options: as of ``ClipDataset``.
     """
 
     def __init__(self, *arguments: Any, draw_mask: DrawMask, **options: Any) -> None:
@@ -46,12 +46,12 @@ class MaskedTrainingClips(TrainingClips):
         return MaskedClips(sample.clips, masks, sample.bad, [sample.path] * len(masks))
 
 
-class MaskedTestViews(TestViews):
+class MaskedTestViews(ViewDataset):
     """The test views of each video, with masks that follow from seed and index alone.
 
     Args:
         draw_mask: gives bool (T', h, w).
-        options: as of ``TestViews``.
+        options: as of ``ViewDataset``.
     """
 
     def __init__(self, *arguments: Any, draw_mask: DrawMask, seed: int, **options: Any) -> None:

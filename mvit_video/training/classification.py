@@ -17,9 +17,9 @@ from torchmetrics.classification import MulticlassStatScores, MultilabelAverageP
 from mvit_video.data.augment import Augment
 from mvit_video.data.datasets import (
     Batch,
+    ClipDataset,
     OpenVideo,
-    TestViews,
-    TrainingClips,
+    ViewDataset,
     training_loader,
     validation_loader,
 )
@@ -189,9 +189,9 @@ def classification_training(
     if balance and splits.multi_label:
         raise ConfigError("data.balance is for videos of one class each; data.multi_label=true has none")
     model = module.model
-    clips = TrainingClips(splits.train.videos, model.protocol, augment, seed=module.seed, open_file=open_file)
+    clips = ClipDataset(splits.train.videos, model.protocol, augment, seed=module.seed, open_file=open_file)
     one_view = replace(model.protocol, num_clips=1, num_crops=1)
-    centre_clips = TestViews(splits.val.videos, one_view, open_file=open_file)
+    centre_clips = ViewDataset(splits.val.videos, one_view, open_file=open_file)
     labels = [label for video in splits.train.videos for label in video.labels]
     of_class = inverse_frequencies(labels, splits.num_classes)
     weights = [of_class[label] for label in labels] if balance == "sampler" else None

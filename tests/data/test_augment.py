@@ -23,7 +23,7 @@ from mvit_video.data.augment import (
     parse_rand_augment,
     random_erase_boxes,
 )
-from mvit_video.data.datasets import TrainingClips, training_loader
+from mvit_video.data.datasets import ClipDataset, training_loader
 from mvit_video.data.index import LabelledVideo
 from mvit_video.data.samplers import EpochBatches
 from mvit_video.model import ClipSpec
@@ -263,16 +263,16 @@ def test_values_out_of_range_are_named(name: str, value: object) -> None:
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> TrainingClips:
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> ClipDataset:
     root = tmp_path_factory.mktemp("numbered")
     files = [write_numbered_video(root / f"{i}.mp4", 20 + i, height=64, width=80) for i in range(4)]
     augment = Augment(rand_augment=RECIPE, erase_probability=0.5, colour_jitter=0.2, repeats=2)
     videos = [LabelledVideo(str(file), i, file.stem) for i, file in enumerate(files)]
     protocol = ClipSpec(clip_frames=4, stride=2, target_fps=25, short_side=32, crop=32)
-    return TrainingClips(videos, protocol, augment, seed=3)
+    return ClipDataset(videos, protocol, augment, seed=3)
 
 
-def test_everything_follows_from_the_key(dataset: TrainingClips) -> None:
+def test_everything_follows_from_the_key(dataset: ClipDataset) -> None:
     for key in [(0, 1), (0, 2), (5, 1)]:
         first = dataset[key].clips
         random.seed(9)
@@ -281,7 +281,7 @@ def test_everything_follows_from_the_key(dataset: TrainingClips) -> None:
     assert not torch.equal(dataset[0, 1].clips, dataset[1, 1].clips)
 
 
-def test_repeats_come_from_one_decode_and_lie_side_by_side(dataset: TrainingClips) -> None:
+def test_repeats_come_from_one_decode_and_lie_side_by_side(dataset: ClipDataset) -> None:
     batch = next(iter(training_loader(dataset, batch_size=2, num_workers=0)))
     order = next(iter(EpochBatches(4, 2, seed=3)))
     assert batch.clips.shape == (4, 3, 4, 32, 32)  # two videos, two clips each
@@ -290,7 +290,7 @@ def test_repeats_come_from_one_decode_and_lie_side_by_side(dataset: TrainingClip
     assert not torch.equal(batch.clips[0], batch.clips[1])
 
     opened: list[str] = []
-    spied = TrainingClips(
+    spied = ClipDataset(
         dataset.videos,
         dataset.protocol,
         dataset.augment,

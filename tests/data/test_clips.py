@@ -13,7 +13,7 @@ import torch
 from videos import read_number, write_numbered_video
 
 from mvit_video.data.clips import centre_views, read_test_views, view_frame_indices
-from mvit_video.data.datasets import Augment, TestViews, TrainingClips, training_loader
+from mvit_video.data.datasets import Augment, ClipDataset, ViewDataset, training_loader
 from mvit_video.data.decode import open_video
 from mvit_video.data.index import LabelledVideo
 from mvit_video.data.samplers import EpochBatches
@@ -43,20 +43,20 @@ def numbers(clip: torch.Tensor) -> list[int | None]:
 
 
 def test_test_views_show_the_planned_frames(videos: list[LabelledVideo]) -> None:
-    for index, views in enumerate(TestViews(videos, PROTOCOL)):
+    for index, views in enumerate(ViewDataset(videos, PROTOCOL)):
         plan = kinetics_frame_indices(20 + index, 25, clip_frames=4, stride=2, num_clips=3, target_fps=25)
         assert [numbers(clip) for clip in views.clips] == plan
         assert views.spans == [pytest.approx((clip[0] / 25, clip[-1] / 25)) for clip in plan]
 
 
 def test_segment_sampling_shows_a_frame_of_each_segment(videos: list[LabelledVideo]) -> None:
-    views = TestViews(videos, replace(PROTOCOL, sampling="segment", num_crops=3))[1]
+    views = ViewDataset(videos, replace(PROTOCOL, sampling="segment", num_crops=3))[1]
     assert [numbers(clip) for clip in views.clips] == [segment_frame_indices(21, clip_frames=4)] * 3
 
 
 def test_torchvision_sampling_shows_runs_of_thinned_frames(videos: list[LabelledVideo]) -> None:
     protocol = replace(PROTOCOL, sampling="torchvision", pixels="torchvision", num_clips=2, target_fps=20)
-    views = TestViews(videos, protocol)[3]  # 23 frames at 25 fps, thinned to 10: every 2.5th, 9 of them
+    views = ViewDataset(videos, protocol)[3]  # 23 frames at 25 fps, thinned to 10: every 2.5th, 9 of them
     assert [numbers(clip) for clip in views.clips] == [[0, 2, 5, 7], [12, 15, 17, 20]]
 
 
@@ -74,22 +74,22 @@ def test_one_decode_serves_all_views(videos: list[LabelledVideo]) -> None:
         video.get_frames = noted
         return video
 
-    views = TestViews(videos[:1], replace(PROTOCOL, num_crops=3), open_file=spy)[0]
+    views = ViewDataset(videos[:1], replace(PROTOCOL, num_crops=3), open_file=spy)[0]
     assert len(views.clips) == 9
     assert len(asked) == 1
     assert asked[0] == sorted(set(asked[0]))
 
 
 def test_training_clips_depend_on_seed_epoch_and_video_alone(videos: list[LabelledVideo]) -> None:
-    dataset = TrainingClips(videos, PROTOCOL, Augment(), seed=3)
-    again = TrainingClips(videos, PROTOCOL, Augment(), seed=3)
+    dataset = ClipDataset(videos, PROTOCOL, Augment(), seed=3)
+    again = ClipDataset(videos, PROTOCOL, Augment(), seed=3)
     random.seed(1)
     torch.manual_seed(1)
     for key in [(0, 4), (1, 4), (0, 0)]:
         assert torch.equal(dataset[key].clips[0], again[key].clips[0])
     assert not torch.equal(dataset[0, 4].clips[0], dataset[1, 4].clips[0])
     assert not torch.equal(
-        dataset[0, 4].clips[0], TrainingClips(videos, PROTOCOL, Augment(), seed=4)[0, 4].clips[0]
+        dataset[0, 4].clips[0], ClipDataset(videos, PROTOCOL, Augment(), seed=4)[0, 4].clips[0]
     )
 
 
@@ -105,7 +105,7 @@ def test_the_sampler_shows_every_video_once_in_another_order_each_epoch() -> Non
 
 
 def test_training_frames_rise_and_stay_inside(videos: list[LabelledVideo]) -> None:
-    dataset = TrainingClips(videos, PROTOCOL, WHOLE_PICTURE, seed=0)
+    dataset = ClipDataset(videos, PROTOCOL, WHOLE_PICTURE, seed=0)
     starts = set()
     for epoch in range(8):
         shown = numbers(dataset[epoch, 2].clips[0])
@@ -119,26 +119,26 @@ def test_a_bad_video_is_replaced_and_reported(videos: list[LabelledVideo], tmp_p
     broken = tmp_path / "broken.mp4"
     broken.write_text("no video")
     mixed = [LabelledVideo(str(broken), 0, "broken"), *videos]
-    dataset = TrainingClips(mixed, PROTOCOL, WHOLE_PICTURE, seed=0)
+    dataset = ClipDataset(mixed, PROTOCOL, WHOLE_PICTURE, seed=0)
     sample = dataset[0, 0]
     assert [bad.path for bad in sample.bad] == [str(broken)] * len(sample.bad)
     assert sample.bad
     assert sample.clips[0].shape == (3, 4, 96, 96)
     assert torch.equal(sample.clips, dataset[0, 0].clips)
 
-    views = TestViews(mixed, PROTOCOL)[0]
+    views = ViewDataset(mixed, PROTOCOL)[0]
     assert views.error
     assert len(views.clips) == len(views.spans) == 0
 
     with pytest.raises(DataError, match="in a row can't be read"):
-        TrainingClips(mixed[:1], PROTOCOL, WHOLE_PICTURE, seed=0)[0, 0]
+        ClipDataset(mixed[:1], PROTOCOL, WHOLE_PICTURE, seed=0)[0, 0]
 
 
 @pytest.mark.parametrize(("batch_size", "sizes"), [(2, [2, 2, 2]), (4, [4]), (6, [6]), (9, [6])])
 def test_an_incomplete_batch_is_dropped_unless_it_is_the_only_one(
     videos: list[LabelledVideo], batch_size: int, sizes: list[int]
 ) -> None:
-    dataset = TrainingClips(videos, PROTOCOL, WHOLE_PICTURE, seed=0)
+    dataset = ClipDataset(videos, PROTOCOL, WHOLE_PICTURE, seed=0)
     loader = training_loader(dataset, batch_size=batch_size, num_workers=0)
     assert [len(batch.labels) for batch in loader] == sizes
     assert len(loader) == len(sizes)

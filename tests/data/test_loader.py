@@ -25,8 +25,8 @@ from mvit_video.data import loader as loader_module
 from mvit_video.data.datasets import (
     Augment,
     Batch,
-    TestViews,
-    TrainingClips,
+    ClipDataset,
+    ViewDataset,
     collate_training,
     training_loader,
     validation_loader,
@@ -51,7 +51,7 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> list[LabelledVideo]:
 
 
 def training(videos: list[LabelledVideo], open_file=open_video, **loading) -> ClipLoader[Batch]:
-    dataset = TrainingClips(videos, PROTOCOL, Augment(), seed=0, open_file=open_file)
+    dataset = ClipDataset(videos, PROTOCOL, Augment(), seed=0, open_file=open_file)
     return training_loader(dataset, batch_size=2, **loading)
 
 
@@ -97,7 +97,7 @@ def test_a_loader_goes_on_where_another_was(
 
 @BOTH
 def test_two_loaders_work_at_once(videos: list[LabelledVideo], kind: WorkerType) -> None:
-    views = TestViews(videos, PROTOCOL)
+    views = ViewDataset(videos, PROTOCOL)
     with (
         closing(training(videos, num_workers=2, worker_type=kind)) as one,
         closing(validation_loader(views, batch_size=3, num_workers=2, worker_type=kind)) as two,
@@ -312,7 +312,7 @@ def test_what_a_loop_of_ones_own_needs(videos: list[LabelledVideo], tmp_path: Pa
     """Other crops in each epoch, also of processes that go on; bad videos are replaced and reported."""
     (tmp_path / "broken.mp4").write_text("no video")
     mixed = [LabelledVideo(str(tmp_path / "broken.mp4"), 0, "broken"), *videos[:3]]
-    dataset = TrainingClips(mixed, PROTOCOL, Augment(), seed=0)
+    dataset = ClipDataset(mixed, PROTOCOL, Augment(), seed=0)
     loader = DataLoader(
         dataset, batch_size=2, num_workers=2, persistent_workers=True, collate_fn=collate_training
     )
