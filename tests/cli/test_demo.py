@@ -117,6 +117,7 @@ def test_a_port_in_use_is_said(command: Command, checkpoint: Path) -> None:
     assert f"port={port}" in error_line(result, "demo")
 
 
+@pytest.mark.slow
 def test_nothing_is_left_of_it(checkpoint: Path, tmp_path: Path) -> None:
     """Ended from outside, as by a service manager, the page removes its uploads and answers."""
     (tmp_path / "tmp").mkdir()

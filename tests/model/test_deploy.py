@@ -78,6 +78,7 @@ def test_compiles_as_one_graph(layout):
     torch.testing.assert_close(compiled(clips), model(clips), atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_compiled_blocks_train():
     torch.compiler.reset()
     gradients = []
@@ -91,7 +92,7 @@ def test_compiled_blocks_train():
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("training", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_blocks_of_a_kind_and_batches_of_any_size_share_a_graph(training: bool) -> None:
     torch.compiler.reset()
     model = MViT(replace(TINY, stages=(1, 4), drop_path=0.3)).train(training)

@@ -18,7 +18,7 @@ from mvit_video.training.mixing import Mixing
 @pytest.mark.parametrize("mixing", [None, Mixing()], ids=["plain", "mixed"])
 def test_the_host_copies_nothing_and_waits_for_nothing(mixing: Mixing | None) -> None:
     with torch.device("meta"):  # the same operations as on a GPU, without values
-        model = mv.create_model("mvitv2_nano_8x4", 5, drop_path=0.2)
+        model = mv.create_model("mvitv2_nano_8x4", 5, drop_path=0.2, stages=(1, 1), crop_size=32)
         module = Classifier(model, optimizer=partial(torch.optim.AdamW), lr=1e-3, mixing=mixing).to("meta")
     module._trainer = pl.Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
     module.log = lambda *_, **__: None  # Lightning's own
