@@ -16,7 +16,9 @@ from mvit_video.cli.conf import CONF_DIR
 from mvit_video.model.clip_spec import IMAGENET_MEAN, IMAGENET_STD, KINETICS_MEAN, KINETICS_STD
 
 FILES = (CONF_DIR / "experiment").glob("*.yaml")
-EXPERIMENTS = sorted(path.stem for path in FILES if "\ntask:" not in path.read_text())  # classification
+EXPERIMENTS = sorted(  # classification
+    path.stem for path in FILES if "\ntask:" not in path.read_text() and not path.stem.startswith("ava_")
+)
 
 ADAMW = {
     "optimizer": "torch.optim.AdamW",
