@@ -39,7 +39,7 @@ PAGES = [
 ]
 
 NAMED = {str(page.relative_to(ROOT)): page for page in PAGES}
-FAST = ("README.md", "docs/checkpoints.md", "docs/testing.md", "benchmarks/README.md")
+FAST = ("docs/checkpoints.md", "docs/testing.md", "benchmarks/README.md")
 
 CONFIGURATION_ONLY = {  # what a command has -> why it is composed and checked, but not run
     "rtsp://": "needs a camera; streams are in test_live.py",

@@ -22,6 +22,8 @@ import mvit_video as mv
 from mvit_video.data.datasets import ViewDataset
 from mvit_video.data.index import folder_splits
 
+pytestmark = pytest.mark.slow  # the training takes a minute
+
 OPPOSITE = {
     "moving_left": "moving_right",
     "moving_up": "moving_down",

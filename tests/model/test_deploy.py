@@ -58,7 +58,7 @@ def model(request) -> MViT:
 
 # Recording a program takes seconds; these two have all that is difficult in it.
 RECORDED = [
-    pytest.param(layout, id=name, marks=[] if name in ("v2", "shifted windows") else [pytest.mark.slow])
+    pytest.param(layout, id=name, marks=[] if name == "v2" else [pytest.mark.slow])
     for name, layout in LAYOUTS.items()
 ]
 

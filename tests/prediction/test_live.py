@@ -214,6 +214,7 @@ def test_a_camera_that_breaks_off_is_reached_again(
     assert "trying to reach it again" in caplog.text
 
 
+@pytest.mark.slow
 def test_the_time_without_pictures_counts(broadcast: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream, "_PAUSE", 4.5)
     camera = RtspServer(broadcast, connections=2)

@@ -40,6 +40,7 @@ def means_of(rank: int, folder: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_means_count_each_sample_of_every_process_once(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     processes = [context.Process(target=means_of, args=(rank, tmp_path)) for rank in range(2)]
