@@ -165,8 +165,9 @@ def action_splits(
         DataError: a file is missing, a row can't be used, or too many videos are missing.
     """
     folder = existing(root, folder=True)
-    place = Path(str(videos)).expanduser() if videos else find_first(folder, "videos", "frames") or folder
-    source = _Films(existing(folder / place, folder=True), start_second, max_missing)
+    given = folder / Path(str(videos)).expanduser() if videos else None
+    place = given or find_first(folder, "videos", "frames") or folder
+    source = _Films(existing(place, folder=True), start_second, max_missing)
     lists: list[dict[str, str] | None] = [None, None]
     if frame_lists:
         lists = [_read_frame_list(folder / str(file), source.folder) for file in frame_lists]

@@ -131,6 +131,14 @@ def test_what_does_not_go_together_is_one_line(
     assert key in error_line(command(name, *arguments, *root), name)
 
 
+@pytest.mark.parametrize("videos", [None, "videos"])
+def test_a_root_may_be_relative(films: Path, monkeypatch: pytest.MonkeyPatch, videos: str | None) -> None:
+    monkeypatch.chdir(films.parent)
+    boxes = {"train_boxes": "train.csv", "val_boxes": "val.csv", "class_names": "classes.txt"}
+    relative, absolute = (action_splits(root, videos=videos, **boxes) for root in (films.name, films))
+    assert len(relative.train) == len(absolute.train) > 0
+
+
 def test_clips_do_not_depend_on_who_makes_them(films: Path) -> None:
     splits = action_splits(films, train_boxes="train.csv", val_boxes="val.csv", class_names="classes.txt")
     spec = mv.ClipSpec(clip_frames=4, stride=4, short_side=48, crop=32)
