@@ -7,13 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from mvit_video.action_detection.detector import ActionDetector
 from mvit_video.errors import CheckpointError, brief
-from mvit_video.io.writing import replacing
 from mvit_video.model import MViTConfig
 from mvit_video.weights import METADATA_KEY, LoadReport, load_weights, model_metadata
+from mvit_video.weights.checkpoint import write_checkpoint
 from mvit_video.weights.description import build_empty, parse_metadata
 from mvit_video.weights.reading import find_weights, read_checkpoint
 
@@ -83,5 +81,4 @@ def _own_metadata(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
 def save_action_detector(detector: ActionDetector, path: str | Path) -> None:
     """Save weights with what ``load_action_detector`` needs; what the path held stays if this fails."""
     weights = {name: value.detach().cpu() for name, value in detector.state_dict().items()}
-    with replacing(path) as file:
-        torch.save({"model_state": weights, METADATA_KEY: action_metadata(detector)}, file)
+    write_checkpoint({"model_state": weights, METADATA_KEY: action_metadata(detector)}, path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -95,11 +94,6 @@ def loading(config: DictConfig, trainer: Any) -> dict[str, Any]:
         "worker_type": WORKER_TYPES[config.loader],
         "pin_memory": torch.cuda.is_available() and config.num_workers > 0,
     }
-
-
-def model_identity(config: Any) -> dict[str, Any]:
-    """The fields of a model's configuration that change what it computes."""
-    return {key: value for key, value in asdict(config).items() if key != "checkpoint_blocks"}
 
 
 def override_protocol(protocol: ClipSpec, views: DictConfig) -> ClipSpec:

@@ -13,10 +13,9 @@ import torch
 
 from mvit_video.detection.detector import Detector, DetectorConfig
 from mvit_video.errors import CheckpointError, brief
-from mvit_video.io.writing import replacing
 from mvit_video.model.config import MViTConfig
 from mvit_video.model.fields import replace_fields
-from mvit_video.weights.checkpoint import fit_weights
+from mvit_video.weights.checkpoint import fit_weights, write_checkpoint
 from mvit_video.weights.description import MAX_BLOCKS
 from mvit_video.weights.reading import METADATA_KEY, find_weights, read_checkpoint, require_bounded
 
@@ -75,8 +74,7 @@ def load_detector(path: str | Path) -> Detector:
 def save_detector(detector: Detector, path: str | Path) -> None:
     """Save weights with what ``load_detector`` needs; what the path held before stays if this fails."""
     weights = {name: value.detach().cpu() for name, value in detector.state_dict().items()}
-    with replacing(path) as file:
-        torch.save({"model_state": weights, METADATA_KEY: detector_metadata(detector)}, file)
+    write_checkpoint({"model_state": weights, METADATA_KEY: detector_metadata(detector)}, path)
 
 
 def _parse(metadata: Any, name: str) -> _Description:

@@ -33,7 +33,7 @@ from mvit_video.training.mixing import Mixing, hard_targets, soft_targets
 from mvit_video.training.module import Losses, TrainingModule
 from mvit_video.training.plots import plot_batch
 from mvit_video.training.resume import videos_sha256
-from mvit_video.training.task import Training
+from mvit_video.training.task import Training, model_identity
 from mvit_video.weights import model_metadata
 
 
@@ -197,7 +197,6 @@ def classification_training(
     weights = [of_class[label] for label in labels] if balance == "sampler" else None
     if balance == "loss":
         module.class_weights = torch.tensor(of_class)
-    fields = asdict(model.config)
     identity = {
         "data": {
             "classes": splits.class_names,
@@ -206,7 +205,7 @@ def classification_training(
             **({"balance": balance} if balance else {}),
         },
         "clips": asdict(model.protocol),
-        "model": {key: value for key, value in fields.items() if key != "checkpoint_blocks"},  # same numbers
+        "model": model_identity(model.config),
     }
     return Training(
         module,

@@ -22,12 +22,12 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from mvit_video.errors import ConfigError, DataError, TrainingError
 from mvit_video.io.fingerprint import Fingerprint
-from mvit_video.io.writing import interrupts_deferred, replacing
 from mvit_video.training.metrics import Means
 from mvit_video.training.recipe import learning_rate, parameter_groups
 from mvit_video.training.resume import FINGERPRINT_KEY
 from mvit_video.training.sharding import FullySharded, shard
 from mvit_video.weights import METADATA_KEY
+from mvit_video.weights.checkpoint import write_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -242,8 +242,7 @@ class TrainingModule(pl.LightningModule):
             if unchecked.is_finite():
                 continue
             path = Path(self.trainer.default_root_dir) / f"nan_batch_rank{self.global_rank}.pt"
-            with interrupts_deferred(), replacing(path) as file:
-                torch.save(dict(unchecked.losses.to_save), file)
+            write_checkpoint(dict(unchecked.losses.to_save), path)
             raise TrainingError(
                 f"the loss isn't finite in epoch {self.current_epoch + 1}, step {unchecked.step}; the batch "
                 f"is saved in {path}. {REMEDIES} or another trainer.precision (now {self.trainer.precision})"

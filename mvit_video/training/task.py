@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from mvit_video.data.loader import ClipLoader
@@ -24,3 +24,8 @@ class Training:
     validation: ClipLoader[Any]
     num_files: int
     identity: Mapping[str, Mapping[str, Any]]
+
+
+def model_identity(config: Any) -> dict[str, Any]:
+    """The fields of a model's configuration that change what it computes."""
+    return {key: value for key, value in asdict(config).items() if key != "checkpoint_blocks"}

@@ -220,11 +220,17 @@ def save_weights(model: VideoModel, path: str | Path) -> None:
     with contextlib.suppress(CheckpointError):
         if isinstance(model, MViT):
             content["cfg"] = yaml.safe_dump(make_cfg(model.config, model.protocol))
-    with interrupts_deferred(), replacing(path) as file:
-        if Path(path).suffix == ".safetensors":
+    if Path(path).suffix == ".safetensors":
+        with replacing(path) as file:
             file.write(safetensors.torch.save(weights, {METADATA_KEY: json.dumps(metadata)}))
-        else:
-            torch.save(content, file)
+    else:
+        write_checkpoint(content, path)
+
+
+def write_checkpoint(content: Mapping[str, Any], path: str | Path) -> None:
+    """``torch.save`` in one step, and to its end where Ctrl-C comes."""
+    with interrupts_deferred(), replacing(path) as file:
+        torch.save(content, file)
 
 
 def from_slowfast(source: str | Path | Mapping[str, Any]) -> MViT:

@@ -50,7 +50,7 @@ from mvit_video.prediction.render import redraw_video
 from mvit_video.prediction.saving import output_names, write_srt, write_vtt
 from mvit_video.prediction.writer import format_of
 from mvit_video.training.recipe import freeze
-from mvit_video.training.task import Training
+from mvit_video.training.task import Training, model_identity
 from mvit_video.weights import weights_sha256
 
 log = logging.getLogger(__name__)
@@ -103,7 +103,7 @@ def train(config: DictConfig, trainer: pl.Trainer) -> Training:
             "val": _sha256(val),
         },
         "clips": asdict(detector.protocol),
-        "model": app.model_identity(detector.config) | detector.roi_options,
+        "model": model_identity(detector.config) | detector.roi_options,
     }
     files = {frame.path for index in (splits.train, val) for frame in index.key_frames}
     return Training(module, training, validation, len(files), identity)

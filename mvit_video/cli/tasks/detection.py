@@ -55,7 +55,7 @@ from mvit_video.io.writing import replacing, sole_writer
 from mvit_video.prediction.saving import output_names
 from mvit_video.prediction.writer import Format, format_of
 from mvit_video.training.recipe import freeze
-from mvit_video.training.task import Training
+from mvit_video.training.task import Training, model_identity
 from mvit_video.weights import load_weights, weights_sha256
 from mvit_video.weights.reading import EXPORTED
 
@@ -114,7 +114,7 @@ def train(config: DictConfig, trainer: pl.Trainer) -> Training:
             "train": trained.sha256(),
             "val": splits.val.sha256(),
         },
-        "model": app.model_identity(detector.config),
+        "model": model_identity(detector.config),
     }
     return Training(module, training, validation, len(trained) + len(splits.val), identity)
 

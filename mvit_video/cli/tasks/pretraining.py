@@ -21,7 +21,7 @@ from mvit_video.pretraining.masks import Masking
 from mvit_video.pretraining.pretrainer import PICTURE, Pretrainer
 from mvit_video.training.recipe import freeze
 from mvit_video.training.resume import videos_sha256
-from mvit_video.training.task import Training
+from mvit_video.training.task import Training, model_identity
 from mvit_video.weights import load_weights
 
 log = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ def train(config: DictConfig, trainer: pl.Trainer) -> Training:
         "data": {"train": videos_sha256(splits.train.videos), "val": videos_sha256(splits.val.videos)},
         "clips": asdict(model.protocol),
         "masking": asdict(masking),
-        "model": app.model_identity(model.config) | about,
+        "model": model_identity(model.config) | about,
     }
     return Training(pretrainer, *loaders, len(splits.train) + len(splits.val), identity)
 
