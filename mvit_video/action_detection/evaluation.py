@@ -24,11 +24,11 @@ from mvit_video.data.loader import ClipLoader
 from mvit_video.data.ranks import Ranks
 from mvit_video.data.samplers import AllVideos
 from mvit_video.errors import DataError
-from mvit_video.evaluation.run import UNFINISHED
+from mvit_video.evaluation.run import UNFINISHED, file_identity, read_entries, take_up
 from mvit_video.io.console import printable, track
 from mvit_video.io.figures import new_figure
-from mvit_video.io.fingerprint import Fingerprint, read_fingerprint, require_same, write_fingerprint
-from mvit_video.io.journal import journal, read_journal
+from mvit_video.io.fingerprint import Fingerprint
+from mvit_video.io.journal import Entry, journal
 from mvit_video.io.writing import replacing
 
 log = logging.getLogger(__name__)
@@ -124,14 +124,15 @@ def score_index(
         DataError: more videos are unreadable than allowed.
     """
     folder, bad_file = output / UNFINISHED, output / "bad_videos.csv"
-    done = ranks.broadcast_from_rank0(lambda: set(_take_up(folder, identity)))
+    files = ranks.broadcast_from_rank0(lambda: _files_of(index))
+    done = ranks.broadcast_from_rank0(lambda: take_up(folder, identity, files, _key))
     ranks.broadcast_from_rank0(lambda: bad_file.unlink(missing_ok=True))  # they are tried again
     if done:
         log.info("resuming: %d key frames have been scored before, see %s", len(done), folder)
     left = [frame for frame in index.key_frames if (frame.video, frame.second) not in done]
     mine = left[ranks.rank :: ranks.size]
-    files = len({frame.path for frame in index.key_frames})
-    bad = BadVideos(bad_file, allowed=allowed_bad, total=files, go_on=True)
+    total = len({frame.path for frame in index.key_frames})
+    bad = BadVideos(bad_file, allowed=allowed_bad, total=total, go_on=True)
     with journal(folder / f"{ranks.rank:04d}.jsonl") as note:
         found = score_people(detector, mine, **running)
         for sample, scores in track(found, len(mine), what="scoring"):
@@ -139,27 +140,27 @@ def score_index(
                 bad.note(sample.bad)
                 continue
             frame = sample.key_frame
-            note({"video": frame.video, "second": frame.second, "scores": scores.tolist()})
+            place = {"video": frame.video, "second": frame.second}
+            note({"file": files[_key(place)], **place, "scores": scores.tolist()})
     for others in ranks.all_gather(bad.found):
         bad.found |= others
     if ranks.rank:
         return None
     bad.check()
-    scores_of = _take_up(folder, identity)
+    scores_of = {_key(entry): entry["scores"] for entry in read_entries(folder, files, _key)}
     if not scores_of:
         raise DataError("no key frame could be read")
     keys = [(frame, (frame.video, frame.second)) for frame in index.key_frames]
     return [Scored(frame, torch.tensor(scores_of[key])) for frame, key in keys if key in scores_of]
 
 
-def _take_up(folder: Path, identity: Fingerprint) -> dict[tuple[str, float], list[list[float]]]:
-    """What has been scored. Raises ConfigError for other work."""
-    if any(folder.glob("*.jsonl")):
-        remedy = "choose another hydra.run.dir, or remove that folder"
-        require_same(read_fingerprint(folder / "run.json"), identity, what=str(folder), remedy=remedy)
-    write_fingerprint(folder / "run.json", identity)
-    entries = (entry for file in sorted(folder.glob("*.jsonl")) for entry in read_journal(file))
-    return {(entry["video"], float(entry["second"])): entry["scores"] for entry in entries}
+def _files_of(index: ActionIndex) -> dict[tuple[str, float], Fingerprint]:
+    found = {path: file_identity(path) for path in {frame.path for frame in index.key_frames}}
+    return {(frame.video, frame.second): found[frame.path] for frame in index.key_frames}
+
+
+def _key(entry: Entry) -> tuple[str, float]:
+    return entry["video"], float(entry["second"])
 
 
 def report(

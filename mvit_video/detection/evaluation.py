@@ -8,6 +8,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,11 @@ from mvit_video.detection.detector import Detector
 from mvit_video.detection.drawing import as_png, draw_objects, grid
 from mvit_video.detection.metrics import LIKELY, ImageResult, Precision, measure, to_result
 from mvit_video.errors import DataError, VideoError
-from mvit_video.evaluation.run import UNFINISHED
+from mvit_video.evaluation.run import UNFINISHED, file_identity, read_entries, take_up
 from mvit_video.io.console import printable, track
 from mvit_video.io.figures import new_figure
-from mvit_video.io.fingerprint import Fingerprint, read_fingerprint, require_same, write_fingerprint
-from mvit_video.io.journal import journal, read_journal
+from mvit_video.io.fingerprint import Fingerprint
+from mvit_video.io.journal import journal
 from mvit_video.io.writing import replacing
 
 log = logging.getLogger(__name__)
@@ -61,7 +62,8 @@ def find_in_images(
         DataError: more images are unreadable than allowed.
     """
     folder, bad_file = output / UNFINISHED, output / "bad_videos.csv"
-    done = ranks.broadcast_from_rank0(lambda: _take_up(folder, identity))
+    files = ranks.broadcast_from_rank0(lambda: {image.id: file_identity(image.path) for image in coco.images})
+    done = ranks.broadcast_from_rank0(lambda: take_up(folder, identity, files, itemgetter("image_id")))
     ranks.broadcast_from_rank0(lambda: bad_file.unlink(missing_ok=True))  # they are tried again
     if done:
         log.info("resuming: %d images have been looked at before, see %s", len(done), folder)
@@ -78,30 +80,19 @@ def find_in_images(
                 continue
             (found,) = detector([image.to(device) for image in batch.images], output_sizes=batch.sizes)
             result = to_result(batch.ids[0], batch.sizes[0], found, coco.category_ids)
-            note(result._asdict())
+            note({"file": files[result.image_id], **result._asdict()})
     for found_bad in ranks.all_gather(bad.found):
         bad.found |= found_bad
     if ranks.rank:
         return None
     bad.check()
-    results = _read(folder)
+    results = {
+        entry["image_id"]: ImageResult(*(entry[name] for name in ImageResult._fields))
+        for entry in read_entries(folder, files, itemgetter("image_id"))
+    }
     if not results:
         raise DataError("no image could be read")
     return [results[image.id] for image in coco.images if image.id in results]
-
-
-def _take_up(folder: Path, identity: Fingerprint) -> set[int]:
-    """The images that were looked at. Raises ConfigError for other work."""
-    if any(folder.glob("*.jsonl")):
-        remedy = "choose another hydra.run.dir, or remove that folder"
-        require_same(read_fingerprint(folder / "run.json"), identity, what=str(folder), remedy=remedy)
-    write_fingerprint(folder / "run.json", identity)
-    return set(_read(folder))
-
-
-def _read(folder: Path) -> dict[int, ImageResult]:
-    entries = (entry for file in sorted(folder.glob("*.jsonl")) for entry in read_journal(file))
-    return {entry["image_id"]: ImageResult(**entry) for entry in entries}
 
 
 def report(

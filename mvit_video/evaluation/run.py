@@ -6,9 +6,10 @@ import base64
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,8 @@ def score_data_set(
     """
     folder, bad_file = output / UNFINISHED, output / "bad_videos.csv"
     work = identity(provenance, index.class_names)
-    files, done = ranks.broadcast_from_rank0(lambda: _take_up(folder, index.videos, work))
+    files = ranks.broadcast_from_rank0(lambda: {video.id: _described(video) for video in index.videos})
+    done = ranks.broadcast_from_rank0(lambda: take_up(folder, work, files, itemgetter("id")))
     ranks.broadcast_from_rank0(lambda: bad_file.unlink(missing_ok=True))  # they are tried again
     log.info("%d videos; %s", len(index), model.protocol)
     if done:
@@ -169,27 +171,49 @@ def remove_journals(output: Path) -> None:
         (output / UNFINISHED).rmdir()
 
 
-def _take_up(
-    folder: Path, videos: Sequence[LabelledVideo], work: Fingerprint
-) -> tuple[dict[str, Fingerprint], set[str]]:
-    """Which file each video is, and which videos have been scored. Raises ConfigError for other work."""
+def file_identity(path: str) -> Fingerprint:
+    """Which file it is, of pictures which and how many, and as what it was read."""
+    info = stat_of(path)
+    return {"path": os.path.abspath(path), "size": info.size, "mtime_ns": info.mtime_ns}  # noqa: PTH100 (speed)
+
+
+def _described(video: LabelledVideo) -> Fingerprint:
+    label = [*video.labels] if isinstance(video.label, tuple) else video.label  # as JSON has it
+    return file_identity(video.path) | {"label": label}
+
+
+def take_up(
+    folder: Path, work: Fingerprint, files: Mapping[Any, Fingerprint], key: Callable[[Entry], Any]
+) -> set[Any]:
+    """The keys of what an unfinished evaluation has done and what still counts.
+
+    Args:
+        files: of each key, as ``file_identity`` has it.
+        key: of an entry in the journals.
+
+    Raises:
+        ConfigError: the evaluation is of other work.
+    """
     remedy = "choose another hydra.run.dir, or remove that folder"
     if any(folder.glob("*.arrows")):
         raise ConfigError(f"{folder} holds scores of an older version, which this one doesn't read; {remedy}")
     if any(folder.glob("*.jsonl")):
         require_same(read_fingerprint(folder / "run.json"), work, what=str(folder), remedy=remedy, free=_FREE)
     write_fingerprint(folder / "run.json", work)
-    files = {}
-    for video in videos:
-        label = [*video.labels] if isinstance(video.label, tuple) else video.label  # as JSON has it
-        info, path = stat_of(video.path), os.path.abspath(video.path)  # noqa: PTH100 (speed)
-        files[video.id] = {"path": path, "label": label, "size": info.size, "mtime_ns": info.mtime_ns}
-    found = [(entry["id"], entry["file"] == files.get(entry["id"])) for entry in _entries(folder)]
-    done = {video_id for video_id, is_same in found if is_same}
-    if outdated := {video_id for video_id, _ in found} - done:
-        text = "%s: scores of %d videos whose file, path or label has changed since don't count, such as %s"
+    done = set(map(key, read_entries(folder, files, key)))
+    if outdated := {key(entry) for entry in _entries(folder)} - done:
+        text = (
+            "%s: %d results don't count, as the file, its path or its label has changed since, such as of %s"
+        )
         log.warning(text, folder, len(outdated), min(outdated))
-    return files, done
+    return done
+
+
+def read_entries(
+    folder: Path, files: Mapping[Any, Fingerprint], key: Callable[[Entry], Any]
+) -> Iterator[Entry]:
+    """The entries of journals whose files are as they were; arguments as of ``take_up``."""
+    return (entry for entry in _entries(folder) if entry.get("file", "") == files.get(key(entry)))
 
 
 def _entries(folder: Path) -> Iterator[Entry]:
@@ -201,8 +225,7 @@ def _read_table(folder: Path, index: VideoIndex, files: Mapping[str, Fingerprint
     """The scores that the journals have of these files, in the order of the index."""
     found = {
         entry["id"]: (np.frombuffer(base64.b64decode(entry["scores"]), np.float32), entry["spans"])
-        for entry in _entries(folder)
-        if entry["file"] == files.get(entry["id"])
+        for entry in read_entries(folder, files, itemgetter("id"))
     }
     if not found:
         raise DataError("no video could be read")

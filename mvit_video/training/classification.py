@@ -32,7 +32,7 @@ from mvit_video.training.metrics import Means
 from mvit_video.training.mixing import Mixing, hard_targets, soft_targets
 from mvit_video.training.module import Losses, TrainingModule
 from mvit_video.training.plots import plot_batch
-from mvit_video.training.resume import videos_sha256
+from mvit_video.training.resume import files_identity, videos_sha256
 from mvit_video.training.task import Training, model_identity
 from mvit_video.weights import model_metadata
 
@@ -206,6 +206,7 @@ def classification_training(
         },
         "clips": asdict(model.protocol),
         "model": model_identity(model.config),
+        **files_identity(train=splits.train.videos, val=splits.val.videos),
     }
     return Training(
         module,

@@ -16,17 +16,18 @@ from typing import Any
 
 import torch
 
+from mvit_video.data.decode.images import image_files, is_images
 from mvit_video.data.index import LabelledVideo
 from mvit_video.data.loader import ClipLoader
-from mvit_video.errors import CheckpointError, ConfigError
-from mvit_video.io.fingerprint import Fingerprint, differences, fingerprint, require_same
+from mvit_video.errors import CheckpointError, ConfigError, VideoError
+from mvit_video.io.fingerprint import Fingerprint, differences, file_stamp, fingerprint, require_same
 from mvit_video.training.checkpoints import LAST, PREVIOUS
 from mvit_video.weights import METADATA_KEY
 
 log = logging.getLogger(__name__)
 
 FINGERPRINT_KEY = "run_fingerprint"  # of a checkpoint
-FREE = "settings"  # part of a fingerprint that may change when a run goes on
+FREE = ("settings", "file_times")  # parts of a fingerprint that may change when a run goes on
 
 
 def videos_sha256(videos: Iterable[LabelledVideo]) -> str:
@@ -35,6 +36,36 @@ def videos_sha256(videos: Iterable[LabelledVideo]) -> str:
     for video in videos:
         digest.update(f"{video.id}\0{video.label}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
+
+
+def files_identity(**splits: Iterable[Any]) -> dict[str, dict[str, str]]:
+    """The parts of a run's identity that tell files which were replaced under their names.
+
+    Sizes count, and are the same on another disk. Times, which copying may change, are told. Of a sequence of
+    pictures the first and the last are looked at.
+
+    Args:
+        splits: what has a ``path``, in an order that doesn't depend on where it lies.
+    """
+    sizes, times = {}, {}
+    for split, samples in splits.items():
+        paths = dict.fromkeys(sample.path for sample in samples)
+        stamps = [file_stamp(file) for path in paths for file in _first_and_last(path)]
+        sizes[f"{split}_sizes"] = _sha256(stamp.get("size") for stamp in stamps)
+        times[f"{split}_file_times"] = _sha256(stamp.get("mtime_ns") for stamp in stamps)
+    return {"files": sizes, "file_times": times}
+
+
+def _first_and_last(path: str) -> tuple[str, ...]:
+    try:
+        files = image_files(path) if is_images(path) else [path]
+    except VideoError:
+        files = [path]
+    return (files[0], files[-1]) if len(files) > 1 else (files[0],)
+
+
+def _sha256(values: Iterable[int | None]) -> str:
+    return hashlib.sha256(" ".join(map(str, values)).encode()).hexdigest()
 
 
 def resume(path: Path, now: Fingerprint, loader: ClipLoader[Any], *, max_epochs: int | None) -> None:
@@ -54,10 +85,13 @@ def resume(path: Path, now: Fingerprint, loader: ClipLoader[Any], *, max_epochs:
         )
         before = _described(checkpoint, now)
         now = {part: {key: now[part][key] for key in values} for part, values in before.items()}
-    free = differences(before.get(FREE, {}), now.get(FREE, {}))
+    now = {part: value for part, value in now.items() if part in before}  # older versions noted fewer
+    free: dict[str, str] = {}
+    for part in FREE:
+        free |= differences(before.pop(part, {}), now.pop(part, {}))
     require_same(
-        {part: value for part, value in before.items() if part != FREE},
-        {part: value for part, value in now.items() if part != FREE},
+        before,
+        now,
         what=str(path),
         remedy=f"give those of before, or start a new run with weights={path}",
     )

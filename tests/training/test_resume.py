@@ -26,13 +26,15 @@ from pytorch_lightning.loops.training_epoch_loop import _TrainingEpochLoop
 
 from mvit_video.cli import main
 from mvit_video.data.decode import Decoder
+from mvit_video.data.index import LabelledVideo, folder_splits
+from mvit_video.errors import ConfigError
 from mvit_video.io.writing import sole_writer
 from mvit_video.model import MViT
 from mvit_video.training import processes
 from mvit_video.training.callbacks import Interrupts
 from mvit_video.training.classification import Classifier
 from mvit_video.training.metrics import MEANS_KEY, EpochLogger
-from mvit_video.training.resume import FINGERPRINT_KEY, find_checkpoint
+from mvit_video.training.resume import FINGERPRINT_KEY, files_identity, find_checkpoint, resume
 
 SLOW = pytest.mark.slow
 SMALL = [
@@ -565,23 +567,65 @@ def test_other_data_are_another_run(
     (tmp_path / "data" / "cats" / "1.mp4").rename(tmp_path / "data" / "cats" / "one.mp4")
     line = error_line(command("train", *arguments, "hydra.run.dir=run", "data.root=data"), "train")
     assert "data: train" in line
+    (tmp_path / "data" / "cats" / "one.mp4").rename(tmp_path / "data" / "cats" / "1.mp4")
+    for split, names in drawn(two_classes).items():
+        replaced = tmp_path / "data" / names[0]
+        content = replaced.read_bytes()
+        replaced.write_bytes(content + b"\0\0\0\x08free")
+        line = error_line(command("train", *arguments, "hydra.run.dir=run", "data.root=data"), "train")
+        assert f"files: {split}_sizes" in line
+        replaced.write_bytes(content)
     (tmp_path / "data" / "cats").rename(tmp_path / "data" / "tigers")
     line = error_line(command("train", *arguments, "hydra.run.dir=run", "data.root=data"), "train")
     assert "data: classes" in line
+
+
+def drawn(root: Path) -> dict[str, list[str]]:
+    """The videos of each split, below ``root``."""
+    splits = folder_splits(root)
+    return {name: [video.id for video in getattr(splits, name).videos] for name in ("train", "val")}
+
+
+def test_files_are_known_by_size_wherever_they_are(tmp_path: Path) -> None:
+    videos = [LabelledVideo(str(tmp_path / name), 0, name) for name in ("a.mp4", "b_[1-3].jpg", "c", "d.mp4")]
+    (tmp_path / "c").mkdir()
+    for name in ("a.mp4", "b_1.jpg", "b_2.jpg", "b_3.jpg", "c/1.png", "c/2.png"):  # and there is no d.mp4
+        (tmp_path / name).write_text(name)
+    whole = files_identity(train=videos)
+    for name in ("a.mp4", "b_3.jpg", "c/1.png"):
+        os.utime(tmp_path / name, (0, 0))
+        moved = files_identity(train=videos)
+        assert moved["files"] == whole["files"]
+        assert moved["file_times"] != whole["file_times"]
+        (tmp_path / name).write_text("something else")
+        assert files_identity(train=videos)["files"] != whole["files"]
+        (tmp_path / name).write_text(name)
+    assert files_identity(train=videos)["files"] == whole["files"]
+
+
+def test_what_an_older_version_has_not_noted_is_not_compared(whole: Path, tmp_path: Path) -> None:
+    state = torch.load(whole / "checkpoints" / "last.ckpt", weights_only=True)
+    now = state[FINGERPRINT_KEY]
+    state[FINGERPRINT_KEY] = {part: now[part] for part in now if part not in ("files", "file_times")}
+    torch.save(state, tmp_path / "last.ckpt")
+    loader: Any = None  # as the next epoch is due
+    resume(tmp_path / "last.ckpt", now, loader, max_epochs=3)
+    with pytest.raises(ConfigError, match="seed 0 -> 1"):
+        resume(tmp_path / "last.ckpt", now | {"seed": 1}, loader, max_epochs=3)
 
 
 def test_what_may_change_is_taken_over_and_said(
     command: Command, arguments: list[str], two_classes: Path, whole: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(whole, tmp_path / "run")
-    shutil.copytree(two_classes, tmp_path / "moved")
+    shutil.copytree(two_classes, tmp_path / "moved", copy_function=shutil.copyfile)  # times are new
     free = ["trainer.max_epochs=4", "num_workers=1", "save_every_n_steps=2", "trainer.limit_val_batches=1"]
     free += ["data.root=moved", "decoder.frame_rate=12"]
     result = command("train", *arguments, "hydra.run.dir=run", *free)
     assert result.code == 0, result.err
     for said in (
         *("max_epochs 3 -> 4", "num_workers 0 -> 1", "save_every_n_steps 3 -> 2", "limit_val_batches"),
-        *("-> moved", "decoder.frame_rate 30 -> 12"),
+        *("-> moved", "decoder.frame_rate 30 -> 12", "train_file_times"),
     ):
         assert said in result.out
     assert sorted(losses(tmp_path / "run")) == [15, 16, 17, 18, 19]

@@ -50,6 +50,7 @@ from mvit_video.prediction.render import redraw_video
 from mvit_video.prediction.saving import output_names, write_srt, write_vtt
 from mvit_video.prediction.writer import format_of
 from mvit_video.training.recipe import freeze
+from mvit_video.training.resume import files_identity
 from mvit_video.training.task import Training, model_identity
 from mvit_video.weights import weights_sha256
 
@@ -104,6 +105,7 @@ def train(config: DictConfig, trainer: pl.Trainer) -> Training:
         },
         "clips": asdict(detector.protocol),
         "model": model_identity(detector.config) | detector.roi_options,
+        **files_identity(train=splits.train.key_frames, val=val.key_frames),
     }
     files = {frame.path for index in (splits.train, val) for frame in index.key_frames}
     return Training(module, training, validation, len(files), identity)
@@ -134,6 +136,7 @@ def evaluate(config: DictConfig) -> None:
             model=asdict(detector.config) | detector.roi_options,
             clips=asdict(detector.protocol),
             key_frames=_sha256(index),
+            decoder=OmegaConf.to_container(config.decoder, resolve=True),
             precision=config.precision,
         )
         scored = score_index(

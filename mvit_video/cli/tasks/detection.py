@@ -55,6 +55,7 @@ from mvit_video.io.writing import replacing, sole_writer
 from mvit_video.prediction.saving import output_names
 from mvit_video.prediction.writer import Format, format_of
 from mvit_video.training.recipe import freeze
+from mvit_video.training.resume import files_identity
 from mvit_video.training.task import Training, model_identity
 from mvit_video.weights import load_weights, weights_sha256
 from mvit_video.weights.reading import EXPORTED
@@ -115,6 +116,7 @@ def train(config: DictConfig, trainer: pl.Trainer) -> Training:
             "val": splits.val.sha256(),
         },
         "model": model_identity(detector.config),
+        **files_identity(train=trained.images, val=splits.val.images),
     }
     return Training(module, training, validation, len(trained) + len(splits.val), identity)
 

@@ -20,7 +20,7 @@ from mvit_video.pretraining.maskfeat import MaskFeat
 from mvit_video.pretraining.masks import Masking
 from mvit_video.pretraining.pretrainer import PICTURE, Pretrainer
 from mvit_video.training.recipe import freeze
-from mvit_video.training.resume import videos_sha256
+from mvit_video.training.resume import files_identity, videos_sha256
 from mvit_video.training.task import Training, model_identity
 from mvit_video.weights import load_weights
 
@@ -86,6 +86,7 @@ def train(config: DictConfig, trainer: pl.Trainer) -> Training:
         "clips": asdict(model.protocol),
         "masking": asdict(masking),
         "model": model_identity(model.config) | about,
+        **files_identity(train=splits.train.videos, val=splits.val.videos),
     }
     return Training(pretrainer, *loaders, len(splits.train) + len(splits.val), identity)
 
