@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from mvit_video.data.decode.container import open_picture
 from mvit_video.data.files import existing
 from mvit_video.detection.augment import Objects
 from mvit_video.errors import DataError, VideoError, brief
@@ -284,12 +285,10 @@ def load_objects(image: AnnotatedImage, open_file: Callable[[str], Image.Image] 
     return Objects(pixels, boxes, labels, masks)
 
 
-def read_image(path: str) -> Image.Image:
+def read_image(path: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """An RGB image, turned as its EXIF orientation says. Raises VideoError."""
     try:
-        with Image.open(path) as file:
-            if file.width * file.height > MAX_PIXELS:
-                raise VideoError(path, f"{file.width} x {file.height} pixels are more than {MAX_PIXELS}")
+        with open_picture(path, max_pixels, path) as file:
             return ImageOps.exif_transpose(file).convert("RGB")
     except VideoError:
         raise

@@ -17,7 +17,9 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
+from mvit_video.data.datasets import OpenVideo
 from mvit_video.data.decode import open_video
+from mvit_video.data.decode.container import MAX_PIXELS
 from mvit_video.data.files import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, FileSearch
 from mvit_video.detection.checkpoint import load_detector
 from mvit_video.detection.coco import read_image
@@ -28,7 +30,7 @@ from mvit_video.errors import VideoError
 from mvit_video.io.writing import replacing
 from mvit_video.prediction.inputs import expand
 
-FRAMES_AT_ONCE = 16  # that are decoded of a video
+FRAMES_AT_ONCE, PIXELS_AT_ONCE = 16, 1 << 25  # that are decoded of a video
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ class ObjectRecognizer:
         min_score: objects below it are left out, besides those below the detector's ``box_score_thresh``.
         stride: seconds from one frame of a video that is looked at to the next; 0: every frame.
         precision: "fp32", "bf16", or "auto": bf16 on GPUs that compute with it.
+        open_file: opens a video; its ``max_pixels``, if it has such, is the limit for pictures too.
     """
 
     def __init__(
@@ -87,10 +90,12 @@ class ObjectRecognizer:
         stride: float = 0.0,
         device: str = "cpu",
         precision: str = "fp32",
+        open_file: OpenVideo = open_video,
     ) -> None:
         loaded = detector if isinstance(detector, Detector) else load_detector(detector)
         self.detector = loaded.to(device).eval()
         self.min_score, self.stride, self.device = min_score, stride, device
+        self.open_file = open_file
         self.autocast = autocast(device, precision)
         names = self.detector.class_names
         self.class_names = names or tuple(map(str, range(self.detector.config.num_classes)))
@@ -102,7 +107,7 @@ class ObjectRecognizer:
     def iterate(self, file: str) -> Iterator[FoundObjects]:
         """What is in a picture, or in a video frame by frame; a file that can't be read is one entry."""
         try:
-            for image, frame, second in _open(file, self.stride):
+            for image, frame, second in _open(file, self.stride, self.open_file):
                 yield self._find(file, image, frame, second)
         except VideoError as error:
             empty = torch.empty(0)
@@ -155,19 +160,22 @@ def is_picture(file: str) -> bool:
     return file.lower().endswith(IMAGE_EXTENSIONS)
 
 
-def _open(file: str, stride: float) -> Iterator[tuple[Image.Image, int | None, float | None]]:
+def _open(
+    file: str, stride: float, open_file: OpenVideo
+) -> Iterator[tuple[Image.Image, int | None, float | None]]:
     """Upright pictures; of a video with the number of the frame and its second. Raises VideoError."""
     if is_picture(file):
-        yield read_image(file), None, None
+        yield read_image(file, getattr(open_file, "max_pixels", MAX_PIXELS)), None, None
         return
-    with open_video(file) as video:
+    with open_file(file) as video:
         wanted, due = [], 0.0
         for index, second in enumerate(video.times.tolist()):
             if second >= due - 1e-6:
                 wanted.append(index)
                 due += stride
-        for start in range(0, len(wanted), FRAMES_AT_ONCE):
-            part = wanted[start : start + FRAMES_AT_ONCE]
+        at_once = max(1, min(FRAMES_AT_ONCE, PIXELS_AT_ONCE // (video.height * video.width)))
+        for start in range(0, len(wanted), at_once):
+            part = wanted[start : start + at_once]
             for index, frame in zip(part, video.get_frames(part), strict=True):
                 yield to_pil_image(frame), index, video.frame_time(index)
 

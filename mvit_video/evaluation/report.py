@@ -7,13 +7,13 @@ import io
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from fractions import Fraction
+from functools import partial
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import av
 import jinja2
-import torch
 import torch.nn.functional as F
 from av.error import FFmpegError
 from av.video.frame import VideoFrame
@@ -135,15 +135,16 @@ def frames_of(path: str, span: tuple[float, float], open_file: OpenVideo) -> dic
             if final <= first:  # of a still, or where no view has a length
                 first, final = 0, last
             strip, clip = _spaced(0, last, STRIP_FRAMES), _spaced(first, final, CLIP_FRAMES)
-            numbers = sorted({*strip, *clip})
-            frames = video.get_frames(numbers).cpu().float()  # (T, 3, H, W)
+            small, larger = (
+                video.get_frames(numbers, transform=partial(_resized, height=height)).cpu()
+                for numbers, height in ((strip, STRIP_HEIGHT), (clip, CLIP_HEIGHT))
+            )
             rate = len(clip) * video.fps / (final - first + 1)
     except VideoError:
         return {}
-    chosen = dict(zip(numbers, frames, strict=True))
-    shown = {"strip": _strip(torch.stack([chosen[number] for number in strip]))}
+    shown = {"strip": _strip(small)}
     with suppress(FFmpegError, ValueError):  # H.264 can't hold such frames, or FFmpeg lacks it
-        shown["clip"] = _clip(torch.stack([chosen[number] for number in clip]), rate)
+        shown["clip"] = _clip(larger, rate)
     return shown
 
 
@@ -152,7 +153,6 @@ def _spaced(first: int, last: int, count: int) -> list[int]:
 
 
 def _strip(frames: Tensor) -> bytes:
-    frames = _resized(frames, STRIP_HEIGHT)
     picture = F.pad(frames, (0, 2), value=255).permute(2, 0, 3, 1).flatten(1, 2)  # (H, T * (W + 2), 3)
     buffer = io.BytesIO()
     Image.fromarray(picture.numpy()).save(buffer, "jpeg", quality=85)
@@ -161,7 +161,7 @@ def _strip(frames: Tensor) -> bytes:
 
 def _clip(frames: Tensor, rate: float) -> bytes:
     buffer = io.BytesIO()
-    pictures = _resized(frames, CLIP_HEIGHT).permute(0, 2, 3, 1).numpy()
+    pictures = frames.permute(0, 2, 3, 1).numpy()
     with av.open(buffer, "w", format="mp4") as file:
         stream = file.add_stream(
             "libx264", rate=Fraction(rate).limit_denominator(1000), options={"crf": "26"}
@@ -174,9 +174,9 @@ def _clip(frames: Tensor, rate: float) -> bytes:
 
 
 def _resized(frames: Tensor, height: int) -> Tensor:
-    """uint8 (T, 3, height, W) of float (T, 3, H, W), W even as yuv420p is."""
+    """uint8 (T, 3, height, W) of uint8 (T, 3, H, W), W even as yuv420p is."""
     width = max(round(frames.shape[3] * height / frames.shape[2] / 2) * 2, 2)
-    frames = F.interpolate(frames, size=(height, width), mode="bilinear", antialias=True)
+    frames = F.interpolate(frames.float(), size=(height, width), mode="bilinear", antialias=True)
     return frames.round().clamp(0, 255).byte()
 
 

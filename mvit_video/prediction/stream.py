@@ -31,7 +31,9 @@ from mvit_video.data.decode.container import (
     Origin,
     best_video_stream,
     check_file,
+    decoder_limit,
     open_container,
+    or_too_large,
     why_not_opened,
 )
 from mvit_video.data.decode.frames import FrameFormat, Transform, convert
@@ -48,6 +50,7 @@ _SILENCE = f"there was no answer for {_TIMEOUT:g} seconds"
 _PAUSE = 1.0  # seconds between two attempts to reach a stream again
 _RECONNECTED = ("rtsp://", "rtsps://", "rtmp://", "tcp://", "udp://", "srt://", "http://", "https://")
 _SLACK = 1e-6  # seconds: a frame that is this early belongs to the next window
+_WHOLE_BYTES = 1 << 28  # of a window's frames as they were decoded: 2.9 s of 1080p at 30 a second
 
 
 class RgbConverter:
@@ -130,11 +133,12 @@ def iter_windows(
             it is. The time that passes without frames counts. None: the first end is the end.
         device: where the frames end up; None: the CPU.
         max_pixels: of a frame; a source with larger ones is refused.
-        transform: what ``get_frames`` of the windows will be called with. Then frames are transformed as they
-            come where whole ones would fill an eighth of the memory.
+        transform: what ``get_frames`` of the windows will be called with. Then no more than 256 MB of whole
+            frames are held: where a window has more, its frames are transformed as they come.
 
     Raises:
-        VideoError: nothing can be read, or the frames of a window would fill half of the memory.
+        VideoError: nothing can be read, or the frames of a window would fill half of the memory, transformed
+            if there is a transform.
         ConfigError: a number isn't positive.
     """
     for name, value in (("length", length), ("stride", stride), ("follow", follow)):
@@ -154,7 +158,7 @@ def iter_windows(
             to_rgb.fmt = FrameFormat.of(shown[0].picture)
         yield Window(name, shown, span, to_rgb)
     if to_rgb.fmt is None:
-        raise VideoError(name, "no frame can be decoded")
+        raise VideoError(name, f"no frame can be decoded{or_too_large(max_pixels)}")
 
 
 def _slide(
@@ -184,7 +188,7 @@ def _slide(
         if frame.second >= number * stride - _SLACK:
             held.append(shrink(frame) if is_tight else frame)
             num_bytes += held[-1].nbytes
-            if not is_tight and num_bytes > memory // 8:
+            if not is_tight and num_bytes > min(_WHOLE_BYTES, memory // 8):
                 is_tight, held = True, deque(map(shrink, held))
                 num_bytes = sum(frame.nbytes for frame in held)
             if num_bytes > memory // 2:
@@ -262,7 +266,7 @@ def open_stream(
     source: Source, *, follow: float | None = None, max_pixels: int = MAX_PIXELS
 ) -> Iterator[tuple[InputContainer, VideoStream]]:
     """A container to be read from front to back, and its video stream."""
-    name, options = _name_of(source), dict[str, Any]()
+    name, how, options = _name_of(source), decoder_limit(max_pixels), dict[str, Any]()
     place: Any = source
     origin: Origin = "pipe"
     file: IO[bytes] | None = None
@@ -273,10 +277,10 @@ def open_stream(
     elif "://" in name:
         origin, options["timeout"] = "address", _TIMEOUT
         if name.startswith("rtsp"):
-            options["options"] = {"rtsp_transport": "tcp"}  # UDP loses packets
+            how["rtsp_transport"] = "tcp"  # UDP loses packets
         elif name.startswith("http") and follow is not None:
             # A file goes on where it broke off; what has no end is opened again, see ``_iter_frames``.
-            options["options"] = {"reconnect": "1", "reconnect_delay_max": str(math.ceil(follow))}
+            how |= {"reconnect": "1", "reconnect_delay_max": str(math.ceil(follow))}
     elif name.startswith("/dev/video"):
         origin, options["format"] = "camera", "v4l2"
     else:
@@ -288,7 +292,7 @@ def open_stream(
     asked = time.monotonic()
     with file or nullcontext():
         try:
-            container = open_container(place, origin, **options)
+            container = open_container(place, origin, options=how, **options)
         except (FFmpegError, OSError, ValueError) as error:
             if isinstance(source, str | Path) and Path(name).is_file():
                 raise VideoError(name, why_not_opened(name, error)) from None

@@ -168,6 +168,69 @@ def test_larger_pictures_than_allowed_are_refused(tmp_path: Path, suffix: str) -
         open_video(tmp_path / f"a{suffix}", max_pixels=120 * 160 - 1)
 
 
+BOMBS: dict[str, dict[str, Any]] = {
+    "a.png": {},
+    "a.webp": {},
+    "a.tif": {"compression": "tiff_deflate"},
+    "a.bmp": {},
+    "a.gif": {},
+    "a.jp2": {},
+    "a.j2k": {},
+    "a.pcx": {},
+    "a.sgi": {},
+    "a.ppm": {},
+    "moves.gif": {"save_all": True},
+    "moves.webp": {"save_all": True},
+    "moves.png": {"save_all": True},
+    "a.mkv": {"codec": "ffv1"},
+    "a.mjpeg": {"codec": "mjpeg", "pix_fmt": "yuvj420p"},
+    "a.mp4": {"codec": "jpeg2000", "pix_fmt": "rgb24"},
+    "a.apng": {"codec": "apng", "pix_fmt": "rgb24"},
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_pictures_far_larger_than_allowed_are_no_damage(tmp_path: Path, name: str) -> None:
+    """Decoders that were told the limit don't even tell the size."""
+    how, path = BOMBS[name], tmp_path / name
+    pictures = [np.full((600, 900, 3), level, np.uint8) for level in (60, 200)]
+    if "codec" in how:
+        write_video(path, pictures, **how)
+    else:
+        more = {"append_images": [Image.fromarray(pictures[1])]} if "save_all" in how else {}
+        Image.fromarray(pictures[0]).save(path, **how, **more)
+    with open_video(path) as video:
+        assert video.get_frames([video.num_frames - 1]).shape == (1, 3, 600, 900)
+    message = r"900x600 have more than decoder\.max_pixels=100 pixels"
+    with pytest.raises(VideoError, match=message):
+        open_video(path, max_pixels=100)
+    with pytest.raises(VideoError, match=message):
+        next(iter_windows(path, length=1, stride=1, max_pixels=100))
+
+
+def test_pictures_beyond_pillow_s_own_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.png"
+    Image.new("L", (300, 200)).save(path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with open_video(path) as video:  # as many as are allowed here
+        assert video.get_frames([0]).shape == (1, 3, 200, 300)
+    for limit in (100, 40_000):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+        with pytest.raises(VideoError, match=f"more than decoder.max_pixels={limit} pixels"):
+            open_video(path, max_pixels=limit)
+
+
+def test_a_size_that_no_header_tells_is_named_as_a_reason(tmp_path: Path) -> None:
+    path = write_video(
+        tmp_path / "a.mjpeg", [np.zeros((600, 900, 3), np.uint8)], codec="mjpeg", pix_fmt="yuvj420p"
+    )
+    path.write_bytes(b"\0" * 64 + path.read_bytes())  # so Pillow doesn't know it
+    with pytest.raises(VideoError, match=r"damaged, or its pictures have more than decoder\.max_pixels=100"):
+        open_video(path, max_pixels=100).get_frames([0])
+    with pytest.raises(VideoError, match=r"or its pictures have more than decoder\.max_pixels=100"):
+        next(iter_windows(path, length=1, stride=1, max_pixels=100))
+
+
 @pytest.mark.parametrize(
     "run", ["a_[1-99999999].jpg", "a_[000001-99999999999].jpg", "a_[9-1].jpg", f"a_[1-{'9' * 5000}].jpg"]
 )

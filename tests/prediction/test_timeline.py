@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections import deque
+from functools import partial
 from pathlib import Path
 
 import av
@@ -19,6 +20,7 @@ from conftest import Command
 from videos import numbered_frame, read_number, write_numbered_video, write_video
 
 import mvit_video as mv
+from mvit_video.data.pixels import resize_for_test
 from mvit_video.prediction.prediction import Segment
 from mvit_video.prediction.render import annotate_video
 from mvit_video.prediction.saving import write_srt, write_vtt
@@ -84,6 +86,32 @@ def test_frames_are_shrunk_before_they_fill_the_memory(
     shrunk = recognizer.timeline(path, length=1.5, stride=0.5)
     assert shrunk.spans == whole.spans
     torch.testing.assert_close(shrunk.scores, whole.scores, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("size", [(480, 640), (960, 1280)])
+def test_a_window_holds_its_frames_at_the_model_s_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: tuple[int, int]
+) -> None:
+    height, width = size
+    path = write_numbered_video(tmp_path / "large.mp4", 30, fps=10, height=height, width=width)
+    whole = bytes_of(next(iter_windows(path, length=3, stride=3))._pictures[0])
+    assert whole >= height * width * 3 // 2  # yuv420p
+    monkeypatch.setattr("mvit_video.prediction.stream._WHOLE_BYTES", 4 * whole)
+    shrink = partial(resize_for_test, spec=mv.ClipSpec(clip_frames=4, stride=1, short_side=48, crop=32))
+    largest = 0
+    for window in iter_windows(path, length=2.0, stride=0.5, transform=shrink):
+        held = [bytes_of(picture) for picture in window._pictures]
+        assert held.count(whole) <= 4
+        largest = max(largest, sum(held))
+        assert window.get_frames([0, window.num_frames - 1], transform=shrink).shape == (2, 3, 48, 64)
+    shrunk = 4 * 3 * 48 * 64  # floats
+    assert largest == 20 * shrunk
+
+
+def bytes_of(picture: torch.Tensor | av.VideoFrame) -> int:
+    if isinstance(picture, torch.Tensor):
+        return picture.untyped_storage().nbytes()
+    return sum(plane.buffer_size for plane in picture.planes)
 
 
 def test_windows_of_short_files_gaps_and_odd_strides(tmp_path: Path) -> None:

@@ -239,6 +239,7 @@ def predict(config: DictConfig, files: list[str]) -> None:
         model=asdict(detector.config),
         class_names=detector.class_names,
         **{key: config[key] for key in ("min_score", "stride", "precision")},
+        decoder={key: config.decoder[key] for key in ("backend", "device")},
         save=list(config.save),
     )
     recognizer = ObjectRecognizer(
@@ -247,6 +248,7 @@ def predict(config: DictConfig, files: list[str]) -> None:
         stride=config.stride or 0.0,
         device=device,
         precision=config.precision,
+        open_file=app.build_decoder(config),
     )
     paths = expand_files(arguments)
     names = output_names(paths)

@@ -6,10 +6,14 @@ lists of formats and protocols hold for what is opened and for all that is opene
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import stat
-from typing import IO, Any, Literal, TypeAlias, cast
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import IO, TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import av
 from av.container import InputContainer
@@ -18,6 +22,9 @@ from av.stream import Disposition
 from av.video.stream import VideoStream
 
 from mvit_video.errors import VideoError
+
+if TYPE_CHECKING:  # at run time where a picture is opened: videos need no Pillow
+    from PIL import Image
 
 # Two frames of 8K (7680 x 4320) fit; converted to RGB, a frame of this size takes 192 MB.
 MAX_PIXELS = 8192 * 8192
@@ -89,8 +96,32 @@ def best_video_stream(container: InputContainer, name: str, max_pixels: int = MA
     if codec is None:
         raise VideoError(name, "FFmpeg has no decoder for its video stream")
     require_pixels(codec.width, codec.height, max_pixels, name)
+    if not codec.width:  # so a decoder that has refused the size leaves it
+        _require_declared_pixels(name, max_pixels)
     codec.options = decoder_limit(max_pixels)
     return stream
+
+
+def _require_declared_pixels(path: str, max_pixels: int) -> None:
+    """Raises `VideoError` where a file's header tells of pictures that are too large; nothing is decoded."""
+    if not os.path.isfile(path):  # noqa: PTH113 (a stream's name may be no path)
+        return
+    width = height = 0
+    no_decoder = {"codec_whitelist": "none"}
+    with (
+        suppress(VideoError, FFmpegError, OSError, AttributeError),
+        open_file(path, container_options=no_decoder) as container,
+    ):
+        codec = cast("Any", container.streams.best("video")).codec_context
+        width, height = codec.width, codec.height
+    require_pixels(width, height, max_pixels, path)
+    try:
+        with open_picture(path, max_pixels, path):
+            pass
+    except VideoError:
+        raise
+    except Exception:  # no picture that Pillow knows
+        return
 
 
 def decoder_limit(max_pixels: int) -> dict[str, str]:
@@ -104,9 +135,42 @@ def decoder_limit(max_pixels: int) -> dict[str, str]:
 def require_pixels(width: int, height: int, max_pixels: int, name: str) -> None:
     """Raises `VideoError` for pictures that are too large."""
     if width * height > max_pixels:
-        raise VideoError(
-            name, f"its pictures of {width}x{height} have more than decoder.max_pixels={max_pixels} pixels"
-        )
+        raise VideoError(name, _too_large(f" of {width}x{height}", max_pixels))
+
+
+def or_too_large(max_pixels: int) -> str:
+    """The other reason why nothing can be decoded, where the size of the pictures isn't known."""
+    return f", or {_too_large('', max_pixels)}"
+
+
+def _too_large(size: str, max_pixels: int) -> str:
+    return f"its pictures{size} have more than decoder.max_pixels={max_pixels} pixels"
+
+
+@contextmanager
+def open_picture(file: str, max_pixels: int, name: str) -> Iterator[Image.Image]:
+    """A picture of a format that Pillow knows, which is decoded when its pixels are asked for.
+
+    Raises `VideoError` with `name` for one that is too large, and whatever Pillow raises.
+    """
+    pillow = _pillow()
+    if pillow.MAX_IMAGE_PIXELS is not None and max_pixels > pillow.MAX_IMAGE_PIXELS:
+        pillow.MAX_IMAGE_PIXELS = max_pixels  # its own limit gives way to a higher one that is asked for
+    try:
+        with pillow.open(file) as image:
+            width, height = image.size
+            require_pixels(width, height, max_pixels, name)
+            yield image
+    except pillow.DecompressionBombError as error:
+        raise VideoError(name, _too_large("", max_pixels)) from error
+
+
+@functools.cache
+def _pillow() -> Any:
+    from PIL import Image
+
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # an error of ours, or allowed
+    return Image
 
 
 def check_file(path: str) -> None:

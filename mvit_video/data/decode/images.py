@@ -20,7 +20,7 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 from torch import Tensor
 
-from mvit_video.data.decode.container import MAX_PIXELS, require_pixels
+from mvit_video.data.decode.container import MAX_PIXELS, open_picture
 from mvit_video.data.decode.frames import FrameBuffer, FrameFormat, Transform, convert
 from mvit_video.data.decode.video import Video
 from mvit_video.data.files import IMAGE_EXTENSIONS
@@ -161,14 +161,13 @@ class ImageSequence(Video):
     @contextmanager
     def _open(self, file: str) -> Iterator[Image.Image]:
         """Whatever is done with the picture, an error that it causes becomes a `VideoError`."""
-        from PIL import Image, UnidentifiedImageError
+        from PIL import UnidentifiedImageError
 
         name = self._named(file)
         try:
             if not os.path.getsize(file):  # noqa: PTH202 (thousands a second)
                 raise VideoError(self.path, f"{name} is empty")
-            with Image.open(file) as image:
-                require_pixels(*image.size, self._max_pixels, self.path)
+            with open_picture(file, self._max_pixels, self.path) as image:
                 yield image
         except VideoError:
             raise

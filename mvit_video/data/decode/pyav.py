@@ -24,7 +24,13 @@ from av.video.reformatter import VideoReformatter
 from torch import Tensor
 
 from mvit_video.data.decode import cuda
-from mvit_video.data.decode.container import MAX_PIXELS, check_file, is_encrypted, require_pixels
+from mvit_video.data.decode.container import (
+    MAX_PIXELS,
+    check_file,
+    is_encrypted,
+    or_too_large,
+    require_pixels,
+)
 from mvit_video.data.decode.frames import FrameBuffer, FrameFormat, NotOnHardware, Transform, convert
 from mvit_video.data.decode.index_cache import IndexCache
 from mvit_video.data.decode.packets import NO_TIME, DecodeRange, FileIndex, VideoPacket
@@ -281,6 +287,8 @@ class PyAVVideo(Video):
         reader = self.reader
         if reader.codec.width and reader.codec.height:
             require_pixels(reader.codec.width, reader.codec.height, self._max_pixels, self.path)
+        else:  # as of a file whose header doesn't tell the size, where the decoder has refused it
+            reason += or_too_large(self._max_pixels)
         if reader.format in ("mp4", "matroska") and is_encrypted(self.path):
             reason = "the video is encrypted (DRM), and can't be decoded without its key"
         return VideoError(self.path, reason)
