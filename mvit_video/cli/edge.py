@@ -10,7 +10,6 @@ import os
 import select
 import signal
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -28,12 +27,6 @@ from mvit_video.cli.schema import check
 from mvit_video.cli.sweep import leave_result
 from mvit_video.data.ranks import rank_and_size
 from mvit_video.io.console import accept_all_text, printable, protect_terminal
-
-_QUIET = (  # warnings of libraries that a user can do nothing about
-    "does not have many workers|Checkpoint directory .* exists|isinstance.treespec, LeafSpec."
-    "|module.s. in eval mode at the start of training"
-    "|number of training batches .* is smaller than the logging interval"
-)
 
 
 def run(command: str, load: Callable[[], Callable[..., Any]], arguments: list[str]) -> None:
@@ -76,7 +69,6 @@ def run(command: str, load: Callable[[], Callable[..., Any]], arguments: list[st
         if {"-h", "--help"} & set(arguments):
             print(help_page(command, compose(command, sys.argv[1:])))
         else:
-            warnings.filterwarnings("ignore", f".*({_QUIET})")
             hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=command)(job)()
         if failed:
             raise failed[0]

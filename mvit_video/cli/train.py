@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-import warnings
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, cast
@@ -26,7 +25,7 @@ from mvit_video.io.writing import sole_writer
 from mvit_video.training import processes
 from mvit_video.training.checkpoints import AtomicCheckpoints
 from mvit_video.training.classification import MultiLabelClassifier
-from mvit_video.training.fit import lightning_errors
+from mvit_video.training.fit import tame_lightning
 from mvit_video.training.profiler import StageProfiler
 from mvit_video.training.resume import find_checkpoint
 from mvit_video.training.run import CHECKPOINTS, make_callbacks, run
@@ -127,10 +126,7 @@ def _build_trainer(config: DictConfig, output: Path, monitor: str) -> pl.Trainer
     )
     loggers = list(app.build(config.logger).values())
     profiler: Any = trainer.profiler and PROFILERS[trainer.profiler](dirpath=output, filename="profile")
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", ".*AMP with fp16 is not supported on CPU.*")  # an error of our own
-    warnings.filterwarnings("ignore", ".*could not find the monitored key.*")  # where no validation was due
-    with lightning_errors():
+    with tame_lightning():
         built: pl.Trainer = app.build(
             trainer,
             **({"strategy": FullySharded()} if sharded else {}),

@@ -12,6 +12,7 @@ import os
 import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from rich.console import Console
@@ -95,6 +96,26 @@ def protect_terminal() -> None:
             is_hydras = getattr(inner, "_fmt", None) in _HYDRA_FORMATS
             is_terminal = stream is not None and stream.isatty()
             handler.setFormatter(SafeFormatter(None if is_hydras and is_terminal else inner))
+
+
+@contextmanager
+def show_log() -> Iterator[None]:
+    """Show this package's messages for as long as a call from Python takes, as its commands do.
+
+    They go to standard output, or where the root logger's handlers lead. A level of their own is kept:
+    ``logging.getLogger("mvit_video").setLevel("WARNING")`` leaves all but warnings out.
+    """
+    root, own = logging.getLogger(), logging.getLogger("mvit_video")
+    handler, level = logging.StreamHandler(sys.stdout), own.level
+    handler.setFormatter(SafeFormatter())
+    if not own.hasHandlers():
+        root.addHandler(handler)
+    own.setLevel(level or logging.INFO)
+    try:
+        yield
+    finally:
+        own.setLevel(level)
+        root.removeHandler(handler)
 
 
 def accept_all_text() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +16,14 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import LambdaCallback
 
 from mvit_video.errors import ConfigError, MVitVideoError, TrainingError
+
+# Warnings that a user can do nothing about, or that are errors of our own.
+_REMARKS = (
+    "does not have many workers|Checkpoint directory .* exists|isinstance.treespec, LeafSpec."
+    "|module.s. in eval mode at the start of training|AMP with fp16 is not supported on CPU"
+    "|number of training batches .* is smaller than the logging interval"
+    "|could not find the monitored key"  # where no validation was due
+)
 
 
 def fit(
@@ -30,7 +40,7 @@ def fit(
     done: set[bool] = set()  # whether a step was made
     trainer.callbacks.append(LambdaCallback(on_train_batch_end=lambda *_: done.add(True)))  # type: ignore[attr-defined]
     try:
-        with lightning_errors():
+        with tame_lightning():
             trainer.fit(module, training, validation, ckpt_path=ckpt_path, weights_only=True)
     except SystemExit as end:
         if trainer.interrupted and end.code == 1:
@@ -51,16 +61,25 @@ def fit(
 
 
 @contextmanager
-def lightning_errors() -> Iterator[None]:
-    """Raise Lightning's own complaints about settings as ConfigError."""
+def tame_lightning() -> Iterator[None]:
+    """Raise Lightning's own complaints about settings as ConfigError, and leave out its remarks."""
+    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric")]
+    levels = [logger.level for logger in loggers]
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", f".*({_REMARKS})")
+            for logger in loggers:
+                logger.setLevel(logging.WARNING)
+            yield
     except (MisconfigurationException, ValueError, ZeroDivisionError) as error:
         origin = traceback.extract_tb(error.__traceback__)[-1].filename
         of_lightning = {"pytorch_lightning", "lightning_fabric"} & set(Path(origin).parts)
         if not isinstance(error, MisconfigurationException) and not of_lightning:
             raise
         raise ConfigError(f"trainer: {_first_line(error)}") from None
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

@@ -15,12 +15,13 @@ from mvit_video.data.augment import Augment
 from mvit_video.data.class_names import check_same_classes
 from mvit_video.data.index import VideoSplits
 from mvit_video.data.ranks import rank_and_size
+from mvit_video.io.console import show_log
 from mvit_video.io.fingerprint import fingerprint
 from mvit_video.io.writing import sole_writer
 from mvit_video.model import VideoModel
 from mvit_video.training.checkpoints import AtomicCheckpoints
 from mvit_video.training.classification import Classifier, MultiLabelClassifier, classification_training
-from mvit_video.training.fit import lightning_errors
+from mvit_video.training.fit import tame_lightning
 from mvit_video.training.mixing import Mixing
 from mvit_video.training.resume import find_checkpoint
 from mvit_video.training.run import CHECKPOINTS, make_callbacks, run
@@ -46,6 +47,8 @@ def train(
     trainer: Mapping[str, Any] | None = None,
 ) -> Path:
     """Train a model on labelled videos, as ``mvit-train experiment=finetune`` does with its default rates.
+
+    A line for each epoch goes where ``show_log`` says.
 
     Args:
         model: for as many classes as ``splits`` has; it takes over their names, and ends in eval mode with
@@ -81,6 +84,7 @@ def train(
     monitor = monitor or kind.monitor
     with ExitStack() as stack:
         if rank_and_size()[0] == 0:
+            stack.enter_context(show_log())
             stack.enter_context(sole_writer(output / CHECKPOINTS))
         pl.seed_everything(seed, workers=True, verbose=False)
         built = _build_trainer(output, monitor, {"max_epochs": max_epochs, **(trainer or {})})
@@ -120,7 +124,7 @@ def train(
 
 
 def _build_trainer(output: Path, monitor: str, arguments: Mapping[str, Any]) -> pl.Trainer:
-    with lightning_errors():
+    with tame_lightning():
         return pl.Trainer(
             callbacks=make_callbacks(output, monitor),
             plugins=[AtomicCheckpoints()],

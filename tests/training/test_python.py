@@ -1,6 +1,7 @@
 """Training from Python: the same run as by command."""
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -19,12 +20,17 @@ def tiny(num_classes: int = 2) -> mv.MViT:
     )
 
 
-def test_a_folder_is_trained_on_and_its_best_weights_predict(two_classes: Path, tmp_path: Path) -> None:
+def test_a_folder_is_trained_on_and_its_best_weights_predict(
+    two_classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # as in a script
     splits = mv.folder_splits(two_classes)
     model, modes = tiny().eval(), set()
     model.register_forward_pre_hook(lambda module, _: modes.add((module.training, torch.is_grad_enabled())))
     settings = {"batch_size": 2, "num_workers": 0, "trainer": QUIET}
     best = mv.train(model, splits, tmp_path / "run", max_epochs=1, **settings)
+    out, err = capfd.readouterr()
+    assert (out.count("\nepoch 1/1: train/loss "), err) == (1, "")
     assert model.class_names == splits.class_names
     assert modes == {(True, True), (False, False)}  # with dropout in training, without in validation
     assert not model.training
@@ -40,7 +46,10 @@ def test_a_folder_is_trained_on_and_its_best_weights_predict(two_classes: Path, 
     assert model.protocol.num_clips != 2
 
     mv.train(tiny(), splits, tmp_path / "run", max_epochs=2, resume=True, **settings)
+    capfd.readouterr()
+    monkeypatch.setattr(logging.getLogger("mvit_video"), "level", logging.WARNING)
     twice = mv.train(tiny(), splits, tmp_path / "other", max_epochs=2, **settings)
+    assert capfd.readouterr() == ("", "")
     on, whole = (torch.load(file.with_name("last.ckpt"), weights_only=True) for file in (best, twice))
     assert on["epoch"] == whole["epoch"] == 1
     assert on[FINGERPRINT_KEY]["data"] == whole[FINGERPRINT_KEY]["data"]
