@@ -10,7 +10,8 @@ import math
 import random
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +19,14 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
-from mvit_video.data.pixels import RGB, cut, cut_and_resize, normalise, resize_bytes
+from mvit_video.data.pixels import (
+    RGB,
+    PendingClips,
+    cut,
+    cut_and_resize,
+    normalise,
+    resize_bytes,
+)
 from mvit_video.data.sampling import CropBox, SpatialView, random_resized_crop, random_short_side_crop
 
 
@@ -110,7 +118,9 @@ class ClipAugmentation:
     """Makes ``augment.repeats`` training clips of the same frames, each with its own random choices.
 
     All is chosen when the size of the frames is known; after that each frame is by itself, so a decoder may
-    hand over a few at a time (``Video.get_frames``) and need not hold the whole pictures of a clip.
+    hand over a few at a time (``Video.get_frames``) and need not hold the whole pictures of a clip. What
+    comes after RandAugment (resizing a box, normalisation, erasing) is pending, unless the boxes' bytes are
+    more than the floats that they are resized to.
 
     Args:
         size: pixels of the square that the model sees.
@@ -119,9 +129,10 @@ class ClipAugmentation:
     def __init__(self, augment: Augment, size: int, *, mean: RGB, std: RGB, rng: random.Random) -> None:
         self._augment, self._size, self._mean, self._std, self._rng = augment, size, mean, std, rng
         self._plans: list[_Plan] = []
+        self._pending: list[tuple[CropBox | SpatialView, torch.Size]] = []  # of each version: view, picture
 
     def __call__(self, frames: Tensor) -> Tensor:
-        """uint8 (n, 3, H, W) -> float (n, repeats, 3, size, size)."""
+        """uint8 (n, 3, H, W) -> what ``to_clips`` takes, (n, ...)."""
         if self._augment.short_side is not None:
             height, width = frames.shape[-2:]
             height, width = (
@@ -131,13 +142,29 @@ class ClipAugmentation:
         if not self._plans:
             height, width = frames.shape[-2:]
             self._plans = [self._draw_plan(height, width) for _ in range(self._augment.repeats)]
-        return torch.stack([self._apply(plan, frames) for plan in self._plans], 1)
+        changed = [self._change(plan, frames) for plan in self._plans]
+        floats = 4 * 3 * self._size**2 * len(self._plans)  # bytes
+        if sum(frames[0].numel() for frames, _ in changed) > floats:
+            return torch.stack(
+                [normalise(cut_and_resize(*each, self._size), self._mean, self._std) for each in changed], 1
+            )
+        self._pending = [(view, frames.shape[1:]) for frames, view in changed]
+        # With the channels last, as they come.
+        return torch.cat([frames.permute(0, 2, 3, 1).flatten(1) for frames, _ in changed], 1)
 
-    def to_clips(self, frames: Tensor) -> Tensor:
-        """Frames (T, repeats, 3, size, size) -> clips (repeats, 3, T, size, size), boxes of them erased."""
-        clips = frames.permute(1, 2, 0, 3, 4).contiguous()
-        for clip, plan in zip(clips, self._plans, strict=True):
-            _erase(clip, plan.erased, plan.noise_seed)
+    def to_clips(self, frames: Tensor) -> list[PendingClips | Tensor]:
+        """All frames of the clip, in order -> each version, (1, 3, T, size, size)."""
+        if not self._pending:
+            return [
+                _to_clip(floats, plan.erased, plan.noise_seed)
+                for floats, plan in zip(frames.unbind(1), self._plans, strict=True)
+            ]
+        clips: list[PendingClips | Tensor] = []
+        parts = frames.split([shape.numel() for _, shape in self._pending], 1)
+        for part, (view, (_, *sizes)), plan in zip(parts, self._pending, self._plans, strict=True):
+            finish = partial(_finish, view=view, size=self._size, mean=self._mean, std=self._std)
+            finish = partial(finish, boxes=plan.erased, seed=plan.noise_seed)
+            clips.append(PendingClips(part.unflatten(1, (*sizes, 3)).permute(0, 3, 1, 2), finish))
         return clips
 
     def _draw_plan(self, height: int, width: int) -> _Plan:
@@ -150,7 +177,8 @@ class ClipAugmentation:
         )
         return _Plan(view, operations, colours, boxes, rng.getrandbits(63) if boxes else 0)
 
-    def _apply(self, plan: _Plan, frames: Tensor) -> Tensor:
+    def _change(self, plan: _Plan, frames: Tensor) -> tuple[Tensor, CropBox | SpatialView]:
+        """What is done to bytes, and the view that is left to take."""
         augment, view = self._augment, plan.view
         if augment.crop_first and isinstance(view, CropBox):
             frames = resize_bytes(cut(frames, view), self._size, self._size, "bicubic")
@@ -161,7 +189,9 @@ class ClipAugmentation:
             frames = frames.flip(1) if augment.bgr else frames
         for change, factor in plan.colours:
             frames = change(frames, factor)
-        return normalise(cut_and_resize(frames, view, self._size), self._mean, self._std)
+        if isinstance(view, CropBox):
+            return cut(frames, view), replace(view, top=0, left=0)
+        return frames, view
 
 
 def _spatial_view(
@@ -302,9 +332,25 @@ def random_erase_boxes(
     return boxes
 
 
-def _erase(clip: Tensor, boxes: Sequence[CropBox], seed: int) -> None:
-    """Put independent N(0, 1) noise into the boxes of every frame of a normalised clip (3, T, H, W)."""
-    generator = torch.Generator(clip.device).manual_seed(seed)
-    for box in boxes:
-        area = cut(clip, box)
-        area.copy_(torch.randn(area.shape, generator=generator, device=clip.device))
+def _finish(
+    frames: Tensor,
+    *,
+    view: CropBox | SpatialView,
+    size: int,
+    mean: RGB,
+    std: RGB,
+    boxes: Sequence[CropBox],
+    seed: int,
+) -> Tensor:
+    return _to_clip(normalise(cut_and_resize(frames, view, size), mean, std), boxes, seed)
+
+
+def _to_clip(frames: Tensor, boxes: Sequence[CropBox], seed: int) -> Tensor:
+    """Frames (T, 3, H, W) -> a clip (1, 3, T, H, W), with independent N(0, 1) noise in the boxes."""
+    clip = frames.transpose(0, 1)[None].contiguous()
+    if boxes:
+        generator = torch.Generator(clip.device).manual_seed(seed)
+        for box in boxes:
+            area = cut(clip, box)
+            area.copy_(torch.randn(area.shape[1:], generator=generator, device=clip.device))
+    return clip

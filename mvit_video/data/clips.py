@@ -10,8 +10,9 @@ from torch import Tensor
 
 from mvit_video.data.augment import Augment, ClipAugmentation
 from mvit_video.data.decode import Video
-from mvit_video.data.pixels import cut_views, resize_for_test, view_crops
+from mvit_video.data.pixels import PendingClips, cut_views, finish_clips, resize_for_test, view_crops
 from mvit_video.data.sampling import (
+    SpatialView,
     kinetics_frame_indices,
     random_frame_indices,
     random_segment_frame_indices,
@@ -21,8 +22,10 @@ from mvit_video.data.sampling import (
 from mvit_video.model.clip_spec import ClipSpec
 
 
-def read_training_clips(video: Video, spec: ClipSpec, augment: Augment, rng: random.Random) -> Tensor:
-    """One random clip of a video, augmented ``augment.repeats`` times, float (repeats, 3, T, H, W).
+def read_training_clips(
+    video: Video, spec: ClipSpec, augment: Augment, rng: random.Random
+) -> list[PendingClips | Tensor]:
+    """One random clip of a video, augmented ``augment.repeats`` times, each (1, 3, T, H, W).
 
     Raises VideoError for a bad file.
     """
@@ -46,13 +49,36 @@ def read_test_views(video: Video, spec: ClipSpec) -> tuple[Tensor, list[tuple[fl
 
     Raises VideoError for a bad file.
     """
+    clips, spans = read_pending_views(video, spec)
+    return finish_clips(clips), spans
+
+
+def read_pending_views(
+    video: Video, spec: ClipSpec
+) -> tuple[list[PendingClips | Tensor], list[tuple[float, float]]]:
+    """The same, pending where the pictures' bytes aren't more than the floats of the views."""
     clips = view_frame_indices(video.num_frames, video.fps, spec)
     needed = sorted({index for clip in clips for index in clip})
     rows = {index: row for row, index in enumerate(needed)}
-    frames = video.get_frames(needed, transform=partial(resize_for_test, spec=spec))  # one decode for all
+    shrink = partial(_resize_large, spec=spec, frames_a_clip=len(needed) / len(clips))
+    frames = video.get_frames(needed, transform=shrink)  # one decode for all
     crops = view_crops(video.height, video.width, spec)
+    finish = partial(_finish_views, rows=[[rows[i] for i in clip] for clip in clips], crops=crops, spec=spec)
     spans = [(video.frame_time(clip[0]), video.frame_time(clip[-1])) for clip in clips for _ in crops]
-    return cut_views(frames, [[rows[index] for index in clip] for clip in clips], crops), spans
+    return [PendingClips(frames, finish) if frames.dtype == torch.uint8 else finish(frames)], spans
+
+
+def _resize_large(frames: Tensor, *, spec: ClipSpec, frames_a_clip: float) -> Tensor:
+    height, width = frames.shape[-2:]
+    floats = 4 * spec.clip_frames * spec.crop**2 * len(view_crops(height, width, spec))  # bytes a clip
+    return resize_for_test(frames, spec) if frames_a_clip * height * width > floats else frames
+
+
+def _finish_views(
+    frames: Tensor, *, rows: list[list[int]], crops: list[SpatialView], spec: ClipSpec
+) -> Tensor:
+    resized = resize_for_test(frames, spec) if frames.dtype == torch.uint8 else frames
+    return cut_views(resized, rows, crops)
 
 
 def centre_views(clips: Tensor, spec: ClipSpec) -> Tensor:

@@ -8,19 +8,21 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from mvit_video.data.augment import Augment
-from mvit_video.data.clips import read_test_views, read_training_clips
+from mvit_video.data.clips import read_pending_views, read_training_clips
 from mvit_video.data.decode import Video, open_video
 from mvit_video.data.index import Label, LabelledVideo
 from mvit_video.data.loader import ClipLoader
+from mvit_video.data.pixels import Clips, PendingClips, finish_clips
 from mvit_video.data.samplers import AllVideos, EpochBatches
 from mvit_video.errors import ConfigError, DataError, VideoError
 from mvit_video.model.clip_spec import ClipSpec
@@ -36,7 +38,7 @@ class BadVideo(NamedTuple):
 
 
 class TrainingSample(NamedTuple):
-    clips: Tensor  # float (R, 3, T, H, W), R augmented versions of one clip
+    clips: Clips  # float (R, 3, T, H, W), R augmented versions of one clip
     label: Label
     bad: list[BadVideo]  # videos that this one stands in for
     path: str = ""
@@ -45,7 +47,7 @@ class TrainingSample(NamedTuple):
 class Batch(NamedTuple):
     """Labelled clips of several videos, and the videos that gave none."""
 
-    clips: Tensor  # float (B, 3, T, H, W)
+    clips: Any  # float (B, 3, T, H, W); ``Clips`` until they are where the model is
     labels: Tensor  # int64 (B,); of videos of several classes (B, K), filled up with -1
     bad: list[BadVideo]
     paths: Sequence[str] = ()  # of each clip, in training
@@ -56,14 +58,19 @@ class VideoViews:
     """All test views of one video, or why there are none.
 
     Attributes:
-        clips: float (V, 3, T, H, W), crops of a clip next to each other; V = 0 for a bad video.
+        clips: float (V, 3, T, H, W), crops of a clip next to each other; V = 0 for a bad video. Pending
+            ones where they were asked for.
         spans: for each view, its first and last frame in seconds from the start of the video.
     """
 
     video: LabelledVideo
-    clips: Tensor
+    clips: Any
     spans: list[tuple[float, float]] = field(default_factory=list)
     error: str | None = None
+
+    def pin_memory(self) -> VideoViews:
+        """A copy with its clips where a GPU fetches them fast; ``DataLoader`` asks for it by this name."""
+        return replace(self, clips=pin_memory(self.clips))
 
 
 class ClipDataset(Dataset[TrainingSample]):
@@ -81,6 +88,7 @@ class ClipDataset(Dataset[TrainingSample]):
     Args:
         seed: random choices depend on it, the epoch and the video alone.
         open_file: opens the file of a video.
+        pending: leave resizing, normalisation and erasing to ``finish_clips``, on the model's device.
 
     Raises:
         ConfigError: sizes of ``augment`` are too small for the crops.
@@ -95,13 +103,14 @@ class ClipDataset(Dataset[TrainingSample]):
         *,
         seed: int,
         open_file: OpenVideo = open_video,
+        pending: bool = False,
     ) -> None:
         if augment.short_side_range is not None and augment.short_side_range[0] < protocol.crop:
             raise ConfigError(
                 f"short_side_range {augment.short_side_range} is too small for crops of {protocol.crop}"
             )
         self.videos, self.protocol, self.augment, self.seed = videos, protocol, augment, seed
-        self.open_file = open_file
+        self.open_file, self.pending = open_file, pending
         self.sample_nbytes = augment.repeats * _clip_nbytes(protocol)
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # reaches workers that go on
 
@@ -121,23 +130,29 @@ class ClipDataset(Dataset[TrainingSample]):
             video = self.videos[index]
             try:
                 with self.open_file(video.path) as file:
-                    clips = read_training_clips(file, self.protocol, self.augment, rng)
+                    clips: Clips = read_training_clips(file, self.protocol, self.augment, rng)
             except VideoError as error:
                 bad.append(BadVideo(error.path, error.reason))
                 index = rng.randrange(len(self.videos))
                 continue
+            clips = clips if self.pending else finish_clips(clips)
             assert video.label is not None  # the index has checked it
             return TrainingSample(clips, video.label, bad, video.path)
         raise DataError(f"{MAX_REPLACEMENTS} videos in a row can't be read, the last: {': '.join(bad[-1])}")
 
 
 class ViewDataset(Dataset[VideoViews]):
-    """All test views of each video, from one decode."""
+    """All test views of each video, from one decode; ``pending`` as of ``ClipDataset``."""
 
     def __init__(
-        self, videos: Sequence[LabelledVideo], protocol: ClipSpec, *, open_file: OpenVideo = open_video
+        self,
+        videos: Sequence[LabelledVideo],
+        protocol: ClipSpec,
+        *,
+        open_file: OpenVideo = open_video,
+        pending: bool = False,
     ) -> None:
-        self.videos, self.protocol, self.open_file = videos, protocol, open_file
+        self.videos, self.protocol, self.open_file, self.pending = videos, protocol, open_file, pending
         self.sample_nbytes = protocol.num_clips * protocol.num_crops * _clip_nbytes(protocol)
 
     def __len__(self) -> int:
@@ -147,10 +162,10 @@ class ViewDataset(Dataset[VideoViews]):
         video = self.videos[index]
         try:
             with self.open_file(video.path) as file:
-                clips, spans = read_test_views(file, self.protocol)
+                clips, spans = read_pending_views(file, self.protocol)
         except VideoError as error:
             return VideoViews(video, torch.empty(0), error=error.reason)
-        return VideoViews(video, clips, spans)
+        return VideoViews(video, clips if self.pending else finish_clips(clips), spans)
 
 
 TrainingClips, TestViews = ClipDataset, ViewDataset  # their names until version 0.2
@@ -168,7 +183,6 @@ def training_loader(
     num_replicas: int = 1,
     shuffle: bool = True,
     weights: Sequence[float] | None = None,
-    pin_memory: bool = False,
     **loading: Any,
 ) -> ClipLoader[Batch]:
     """Batches of random clips in the order of ``EpochBatches``; ``loading`` as of ``ClipLoader``."""
@@ -176,7 +190,7 @@ def training_loader(
     batches = EpochBatches(
         len(dataset), batch_size, seed=dataset.seed, rank=rank, num_replicas=num_replicas, **order
     )
-    return ClipLoader(dataset, batches, partial(collate_training, pin_memory=pin_memory), **loading)
+    return ClipLoader(dataset, batches, collate_training, **loading)
 
 
 def validation_loader(
@@ -185,35 +199,34 @@ def validation_loader(
     batch_size: int,
     rank: int = 0,
     num_replicas: int = 1,
-    pin_memory: bool = False,
     **loading: Any,
 ) -> ClipLoader[Batch]:
     """Batches of all views of ``batch_size`` labelled videos; ``loading`` as of ``ClipLoader``."""
     batches = AllVideos(len(dataset), batch_size, rank=rank, num_replicas=num_replicas)
-    return ClipLoader(dataset, batches, partial(collate_views, pin_memory=pin_memory), **loading)
+    return ClipLoader(dataset, batches, collate_views, **loading)
 
 
-def views_loader(dataset: ViewDataset, *, pin_memory: bool = False, **loading: Any) -> ClipLoader[VideoViews]:
+def views_loader(dataset: ViewDataset, **loading: Any) -> ClipLoader[VideoViews]:
     """The videos one by one; ``loading`` as of ``ClipLoader``."""
-    return ClipLoader(dataset, AllVideos(len(dataset), 1), partial(_only, pin_memory=pin_memory), **loading)
+    return ClipLoader(dataset, AllVideos(len(dataset), 1), itemgetter(0), **loading)
 
 
-def collate_training(samples: list[TrainingSample], *, pin_memory: bool = False) -> Batch:
+def collate_training(samples: list[TrainingSample]) -> Batch:
     """Versions of one clip stay next to each other, as the official mixing expects them."""
     return Batch(
-        cat_clips([sample.clips for sample in samples], pin_memory),
+        cat_clips([sample.clips for sample in samples]),
         _labels([sample.label for sample in samples for _ in sample.clips]),
         [bad for sample in samples for bad in sample.bad],
         [sample.path for sample in samples for _ in sample.clips],
     )
 
 
-def collate_views(videos: list[VideoViews], *, pin_memory: bool = False) -> Batch:
+def collate_views(videos: list[VideoViews]) -> Batch:
     """The views of several videos, without the bad ones; a batch of bad ones alone has no clips."""
     good = [views for views in videos if views.error is None]
     labels = [views.video.label for views in good for _ in views.spans if views.video.label is not None]
     return Batch(
-        cat_clips([views.clips for views in good], pin_memory) if good else torch.empty(0),
+        cat_clips([views.clips for views in good]),
         _labels(labels),
         [BadVideo(views.video.path, views.error) for views in videos if views.error is not None],
     )
@@ -226,14 +239,12 @@ def _labels(labels: list[Label]) -> Tensor:
     return torch.tensor(labels, dtype=torch.int64)
 
 
-def _only(videos: list[VideoViews], *, pin_memory: bool) -> VideoViews:
-    (video,) = videos
-    return replace(video, clips=cat_clips([video.clips], pin_memory)) if pin_memory else video
-
-
-def cat_clips(parts: list[Tensor], pin_memory: bool) -> Tensor:
-    """``torch.cat``, straight into memory from where a GPU fetches fast."""
-    if not pin_memory or parts[0].device.type != "cpu":
-        return torch.cat(parts)
-    size = (sum(map(len, parts)), *parts[0].shape[1:])
-    return torch.cat(parts, out=torch.empty(size, dtype=parts[0].dtype, pin_memory=True))
+def cat_clips(parts: Sequence[Clips]) -> Clips:
+    """The clips of several samples; of none an empty tensor."""
+    pending: list[PendingClips | Tensor] = []
+    for part in parts:
+        pending += part if isinstance(part, list) else [part]
+    tensors = [part for part in pending if isinstance(part, Tensor)]
+    if len(tensors) < len(pending):
+        return pending
+    return torch.cat(tensors) if tensors else torch.empty(0)

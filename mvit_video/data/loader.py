@@ -1,7 +1,7 @@
 """Batches made ahead by threads or by processes; which samples, in which order, depends on neither.
 
-Samples are made one by one from their keys, handed over in the order of the keys, and put together by the
-process that trains. A bounded number of them is under way.
+Samples are made one by one from their keys, handed over in the order of the keys, and put together, and
+pinned for a GPU, by a thread beside the one that trains. A bounded number of them is under way.
 
 Threads share memory and so make more clips a second than processes, which send theirs
 (benchmarks/README.md). But they also share one interpreter, whose lock each holds for a fifth to two fifths
@@ -17,8 +17,9 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, wait
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
@@ -31,6 +32,7 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 import torch
 import torch.multiprocessing  # tensors go from process to process without being copied
 from torch import Tensor
+from torch.utils.data._utils.pin_memory import pin_memory as pinned  # of whole batches
 
 from mvit_video.data import timing
 from mvit_video.data.decode import device_of
@@ -90,15 +92,18 @@ class ClipLoader(Generic[Collated]):
         worker_type: "thread" of this process, "process", or "auto": threads if there are at most two, else
             processes; and always threads, each with a stream of its own, where files are decoded on a GPU.
         prefetch: how many samples are under way at most; None: two batches and one more for each worker,
-            but fewer where they would fill more than an eighth of the memory (of the GPU, where they lie
-            there), unless every worker is to have one.
+            but fewer where they would fill more than an eighth of the memory (of a GPU's free one, where they
+            lie there), unless every worker is to have one.
         device: where samples lie; None: where the dataset's ``open_file`` decodes.
+        pin_memory: batches of CPU memory are put where a GPU fetches them fast.
 
     Raises, when iterated over:
         DataError: a process was killed; it names the video that it was reading.
         ConfigError: processes were asked for, but files are decoded on a GPU.
         Whatever the dataset raises.
     """
+
+    _collating: ThreadPoolExecutor  # where there are workers
 
     def __init__(
         self,
@@ -110,12 +115,13 @@ class ClipLoader(Generic[Collated]):
         worker_type: WorkerType = "auto",
         prefetch: int | None = None,
         device: torch.device | None = None,
+        pin_memory: bool = False,
     ) -> None:
         self.batches = batches
         self.batch_sampler = SimpleNamespace(sampler=batches)  # where Lightning looks for ``set_epoch``
         self._dataset, self._collate = dataset, collate
         self._num_workers, self._worker_type, self._prefetch = num_workers, worker_type, prefetch
-        self._samples_on = device
+        self._samples_on, self._pin_memory = device, pin_memory
         self._workers: _Threads | _Processes | None = None
         self._futures: Generator[Future[Any], None, None] | None = None  # of the newest iteration
         self._first = 0  # batches that the next epoch leaves out: a former run has had them
@@ -135,9 +141,7 @@ class ClipLoader(Generic[Collated]):
     def __iter__(self) -> Iterator[Collated]:
         batches = list(self.batches)[self._first :]
         self._delivered, self._first = self._first, 0
-        samples = self._iterate([key for keys in batches for key in keys])
-        for keys in batches:
-            batch = self._collate([next(samples) for _ in keys])
+        for batch in self._made_ahead(batches) if self._num_workers else map(self._make, batches):
             self._delivered += 1
             yield batch
 
@@ -147,43 +151,68 @@ class ClipLoader(Generic[Collated]):
             self._futures.close()
         if self._workers is not None:
             self._workers.close()
+            self._collating.shutdown(cancel_futures=True)
         self._workers = None
 
-    def _iterate(self, keys: Sequence[Any]) -> Iterator[Any]:
-        if not self._num_workers:
-            for key in keys:
-                with timing.stage("transform"):
-                    sample = self._dataset[key]
-                yield sample
-            return
+    def _make(self, keys: list[Any]) -> Collated:
+        with timing.stage("transform"):
+            return self._put_together([self._dataset[key] for key in keys])
+
+    def _put_together(self, samples: list[Any]) -> Collated:
+        batch = self._collate(samples)
+        return pinned(batch) if self._pin_memory and self._device.type == "cpu" else batch
+
+    def _made_ahead(self, batches: list[list[Any]]) -> Iterator[Collated]:
         if self._futures is not None:
             self._futures.close()
         if self._workers is None:
             with interrupts_deferred():  # so that what has started is closed
-                self._workers = self._start()
-        workers, clock = self._workers, timing.clock()
-        self._futures = futures = submit_ahead(workers.pool, workers.make, keys, self._most_ahead())
-        try:
-            for _ in keys:
-                with timing.stage("wait for data"):
-                    sample, seconds = self._next_sample(futures)
-                if clock is not None:
-                    clock.add_sample(seconds)
-                yield sample
-        finally:
-            futures.close()
+                self._workers, self._collating = self._start(), thread_pool(1)
+        workers, largest = self._workers, max(map(len, batches), default=1)
+        most = self._most_ahead(largest)
+        on_gpu = self._device.type != "cpu"  # then streams meet in the thread that takes the samples
+        is_ahead = not on_gpu and most >= largest + self._num_workers  # so is a whole batch
+        keys = [key for keys in batches for key in keys]
+        self._futures = futures = submit_ahead(
+            workers.pool, workers.make, keys, most - largest if is_ahead else most
+        )
+        taken: deque[list[Future[Any]]] = deque()  # of each batch
 
-    def _next_sample(self, futures: Iterator[Future[Any]]) -> tuple[Any, dict[str, float]]:
+        def groups() -> Iterator[list[Future[Any]]]:
+            for keys in batches:
+                taken.append([next(futures) for _ in keys])
+                yield taken[-1]
+
+        def collate(group: list[Future[Any]]) -> Collated | None:
+            return None if on_gpu else self._put_together([future.result()[0] for future in group])
+
+        jobs = submit_ahead(self._collating, collate, groups(), 2 if is_ahead else 1)
+        try:
+            for job in jobs:
+                samples = [self._wait(future) for future in taken[0]]
+                with timing.stage("wait for data"):
+                    batch = job.result()
+                taken.popleft()
+                yield self._put_together(samples) if batch is None else batch
+                del samples, batch
+        finally:
+            jobs.close()
+            futures.close()
+            for future in (future for group in taken for future in group):
+                future.cancel()
+
+    def _wait(self, future: Future[Any]) -> Any:
+        """Its sample, for this thread's stream of the GPU."""
         workers = self._workers
         assert workers is not None
         try:
-            future = next(futures)
-            while not wait([future], WARN_AFTER_S).done:
-                files = ", ".join(workers.current_files())
-                log.warning("no sample for %g s; being read: %s", WARN_AFTER_S, files)
-                if workers.what_died():
-                    raise BrokenProcessPool  # Python 3.11's forgets to say so where futures were cancelled
-            sample, seconds, event = future.result()
+            with timing.stage("wait for data"):
+                while not wait([future], WARN_AFTER_S).done:
+                    files = ", ".join(workers.current_files())
+                    log.warning("no sample for %g s; being read: %s", WARN_AFTER_S, files)
+                    if workers.what_died():
+                        raise BrokenProcessPool  # Python 3.11 forgets to say so of cancelled futures
+                sample, seconds, event = future.result()
         except BrokenProcessPool as error:
             died = workers.what_died()
             self.close()
@@ -191,17 +220,18 @@ class ClipLoader(Generic[Collated]):
         except KeyboardInterrupt:  # a process that hangs would keep the interpreter from ending
             self.close()
             raise
+        if (clock := timing.clock()) is not None:
+            clock.add_sample(seconds)
         if event is not None:
             _hand_over(sample, event)
-        return sample, seconds
+        return sample
 
     @cached_property
     def _device(self) -> torch.device:
         """Where samples lie."""
         return self._samples_on or device_of(self._dataset.open_file)
 
-    def _most_ahead(self) -> int:
-        largest = max((len(keys) for keys in self.batches), default=1)
+    def _most_ahead(self, largest: int) -> int:
         most = self._prefetch or 2 * largest + self._num_workers
         size = self._dataset.sample_nbytes
         fitting = int(memory_of(self._device) * PREFETCH_MEMORY_FRACTION / size) if size else most
@@ -220,9 +250,10 @@ class ClipLoader(Generic[Collated]):
 
 
 def memory_of(device: torch.device) -> int:
-    """Bytes of the memory that samples lie in: of the GPU, or this process's share of the machine's."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[1]
+    """Bytes that samples may fill: free ones of the GPU, or this process's share of the machine's."""
+    if device.type == "cuda":  # what torch has set aside and doesn't use is free, too
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
     return memory_limit() // processes_per_node()
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,30 @@ from mvit_video.model.clip_spec import ClipSpec
 RGB = tuple[float, float, float]
 
 _PIXELS_AT_ONCE = 1 << 25  # resized together: as floats the frames of a 4K video would fill the memory
+
+
+class PendingClips(NamedTuple):
+    """Clips as bytes, where these are fewer than their floats: they are finished where the model is.
+
+    Attributes:
+        frames: uint8 (N, 3, h, w), what is needed of them.
+        finish: makes of these, on any device, float clips (V, 3, T, H, W).
+    """
+
+    frames: Tensor
+    finish: Callable[[Tensor], Tensor]
+
+
+Clips = Tensor | list[PendingClips | Tensor]  # float, or some that are pending
+
+
+def finish_clips(clips: Clips, device: str | torch.device | None = None) -> Tensor:
+    """Float clips (B, 3, T, H, W) on a device, where they are taken first; None: where they lie."""
+    if isinstance(clips, Tensor):
+        return clips.to(device, non_blocking=True)
+    parts = [(part, None) if isinstance(part, Tensor) else part for part in clips]
+    there = [(part.to(device, non_blocking=True), finish) for part, finish in parts]
+    return torch.cat([part if finish is None else finish(part) for part, finish in there])
 
 
 def view_crops(height: int, width: int, spec: ClipSpec) -> list[SpatialView]:

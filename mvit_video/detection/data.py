@@ -175,7 +175,6 @@ def training_loader(
     rank: int = 0,
     num_replicas: int = 1,
     shuffle: bool = True,
-    pin_memory: bool = False,
     **loading: Any,
 ) -> ClipLoader[ImageBatch]:
     """Batches in the order of ``AspectBatches``; ``loading`` as of ``ClipLoader``."""
@@ -192,7 +191,6 @@ def whole_image_loader(
     batch_size: int,
     rank: int = 0,
     num_replicas: int = 1,
-    pin_memory: bool = False,
     **loading: Any,
 ) -> ClipLoader[ImageBatch]:
     """Every image once, in order; ``loading`` as of ``ClipLoader``."""

@@ -23,6 +23,7 @@ from mvit_video.data.datasets import BadVideo, OpenVideo, VideoViews, ViewDatase
 from mvit_video.data.decode import open_video
 from mvit_video.data.index import LabelledVideo, VideoIndex
 from mvit_video.data.loader import WORKER_TYPES
+from mvit_video.data.pixels import finish_clips
 from mvit_video.data.probe import stat_of
 from mvit_video.data.ranks import Ranks
 from mvit_video.data.timing import stage
@@ -139,22 +140,26 @@ def score_videos(
         DataError: the model gives NaN or infinite scores, as soon as it does; the error names the video.
     """
     videos_views = views_loader(
-        ViewDataset(videos, model.protocol, open_file=open_file),
+        ViewDataset(videos, model.protocol, open_file=open_file, pending=True),
         num_workers=num_workers,
         worker_type=WORKER_TYPES[loader],
         pin_memory=torch.device(device).type == "cuda" and num_workers > 0,
     )
     model = model.to(device).eval()
 
+    def arriving() -> Iterator[VideoViews]:
+        for views in videos_views:
+            with stage("transfer"):
+                views = replace(views, clips=finish_clips(views.clips, device))
+            yield views
+
     @torch.inference_mode()
     def probabilities(clips: Tensor) -> Tensor:
-        with stage("transfer"):
-            clips = clips.to(device, non_blocking=True)
         scores = model.probabilities(model(clips).float()).cpu()
         return scores if matrix is None else map_classes(scores, matrix)
 
     with closing(videos_views):
-        for views, scores in in_full_batches(videos_views, probabilities, batch_size):
+        for views, scores in in_full_batches(arriving(), probabilities, batch_size):
             if not bool(torch.isfinite(scores).all()):
                 raise DataError(
                     f"{views.video.path}: the model gives NaN or infinite scores; its weights are damaged, "

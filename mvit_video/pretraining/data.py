@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +19,7 @@ DrawMask = Callable[[random.Random], Tensor]
 class MaskedClips(NamedTuple):
     """Clips of one video or of a batch of them, and the videos that gave none."""
 
-    clips: Tensor  # float (B, 3, T, H, W)
+    clips: Any  # float (B, 3, T, H, W); ``Clips`` until they are where the model is
     masks: Tensor  # bool (B, T', h, w), True where masked
     bad: list[BadVideo]
     paths: Sequence[str]  # of each clip
@@ -64,7 +63,7 @@ class MaskedTestViews(ViewDataset):
         if views.error is not None:
             return MaskedClips(torch.empty(0), torch.empty(0), [BadVideo(path, views.error)], [])
         rng = random.Random(f"mask {self.seed} {index}")
-        masks = torch.stack([self.draw_mask(rng) for _ in views.clips])
+        masks = torch.stack([self.draw_mask(rng) for _ in views.spans])
         return MaskedClips(views.clips, masks, [], [path] * len(masks))
 
 
@@ -76,24 +75,22 @@ def masked_loaders(
     rank: int = 0,
     num_replicas: int = 1,
     shuffle: bool = True,
-    pin_memory: bool = False,
     **loading: Any,
 ) -> tuple[ClipLoader[MaskedClips], ClipLoader[MaskedClips]]:
     """Batches of random clips, and of all views of the held-out videos; ``loading`` as of ``ClipLoader``."""
     share: dict[str, Any] = {"rank": rank, "num_replicas": num_replicas}
     epochs = EpochBatches(len(training), batch_size, seed=training.seed, shuffle=shuffle, **share)
     all_videos = AllVideos(len(validation), batch_size, **share)
-    collate = partial(collate_masked, pin_memory=pin_memory)
-    return ClipLoader(training, epochs, collate, **loading), ClipLoader(
-        validation, all_videos, collate, **loading
+    return ClipLoader(training, epochs, collate_masked, **loading), ClipLoader(
+        validation, all_videos, collate_masked, **loading
     )
 
 
-def collate_masked(samples: list[MaskedClips], *, pin_memory: bool = False) -> MaskedClips:
+def collate_masked(samples: list[MaskedClips]) -> MaskedClips:
     """A batch of the clips of several videos; of bad ones alone, one without clips."""
     good = [sample for sample in samples if len(sample.clips)]
     return MaskedClips(
-        cat_clips([sample.clips for sample in good], pin_memory) if good else torch.empty(0),
+        cat_clips([sample.clips for sample in good]),
         torch.cat([sample.masks for sample in good]) if good else torch.empty(0),
         [bad for sample in samples for bad in sample.bad],
         [path for sample in samples for path in sample.paths],

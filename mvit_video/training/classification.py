@@ -189,9 +189,10 @@ def classification_training(
     if balance and splits.multi_label:
         raise ConfigError("data.balance is for videos of one class each; data.multi_label=true has none")
     model = module.model
-    clips = ClipDataset(splits.train.videos, model.protocol, augment, seed=module.seed, open_file=open_file)
+    reading: dict[str, Any] = {"open_file": open_file, "pending": True}
+    clips = ClipDataset(splits.train.videos, model.protocol, augment, seed=module.seed, **reading)
     one_view = replace(model.protocol, num_clips=1, num_crops=1)
-    centre_clips = ViewDataset(splits.val.videos, one_view, open_file=open_file)
+    centre_clips = ViewDataset(splits.val.videos, one_view, **reading)
     labels = [label for video in splits.train.videos for label in video.labels]
     of_class = inverse_frequencies(labels, splits.num_classes)
     weights = [of_class[label] for label in labels] if balance == "sampler" else None

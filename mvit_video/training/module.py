@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from mvit_video.data.pixels import finish_clips
 from mvit_video.errors import ConfigError, DataError, TrainingError
 from mvit_video.io.fingerprint import Fingerprint
 from mvit_video.training.metrics import Means
@@ -150,6 +151,13 @@ class TrainingModule(pl.LightningModule):
         """Seed all generators, so that nothing about them needs to be kept for a run that is resumed."""
         key = f"{self.seed} {self.current_epoch} {batch_index} {self.global_rank}"
         pl.seed_everything(random.Random(key).getrandbits(32), verbose=False)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Clips arrive as bytes, and become what the model sees where it is."""
+        if not isinstance(getattr(batch, "clips", None), list):
+            return batch
+        clips = finish_clips(batch.clips)
+        return batch._replace(clips=self.trainer.precision_plugin.convert_input(clips))
 
     def training_step(self, batch: Any, batch_index: int) -> Tensor:
         """The loss of a batch, which is logged with the other metrics and clips/s.

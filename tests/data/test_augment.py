@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +27,8 @@ from mvit_video.data.augment import (
 )
 from mvit_video.data.datasets import ClipDataset, training_loader
 from mvit_video.data.index import LabelledVideo
+from mvit_video.data.loader import WorkerType
+from mvit_video.data.pixels import PendingClips, finish_clips
 from mvit_video.data.samplers import EpochBatches
 from mvit_video.model import ClipSpec
 
@@ -53,7 +57,7 @@ def augmented_clips(
     std: tuple[float, float, float] = STD,
 ) -> torch.Tensor:
     augmentation = ClipAugmentation(augment, size, mean=mean, std=std, rng=rng)
-    return augmentation.to_clips(augmentation(frames))
+    return finish_clips(augmentation.to_clips(augmentation(frames)))
 
 
 def rand_augment(frames: torch.Tensor, rng: random.Random) -> torch.Tensor:
@@ -191,7 +195,7 @@ def test_clips_are_the_same_however_many_frames_come_at_a_time() -> None:
         whole = augmented_clips(frames, augment, 32, rng=random.Random(seed))
         augmentation = ClipAugmentation(augment, 32, mean=MEAN, std=STD, rng=random.Random(seed))
         parts = torch.cat([augmentation(part) for part in frames.split(2)])
-        assert torch.equal(augmentation.to_clips(parts), whole)
+        assert torch.equal(finish_clips(augmentation.to_clips(parts)), whole)
 
 
 def test_scale_jitter_cuts_squares_and_does_not_mirror() -> None:
@@ -270,6 +274,29 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> ClipDataset:
     videos = [LabelledVideo(str(file), i, file.stem) for i, file in enumerate(files)]
     protocol = ClipSpec(clip_frames=4, stride=2, target_fps=25, short_side=32, crop=32)
     return ClipDataset(videos, protocol, augment, seed=3)
+
+
+@pytest.mark.parametrize("kind", ["thread", "process"])
+def test_pending_clips_end_as_the_others(dataset: ClipDataset, kind: WorkerType) -> None:
+    """To the bit, wherever they are finished; those whose bytes would be more are floats at once."""
+    augment = replace(dataset.augment, area=(0.5, 1.0))
+    ways = [
+        ClipDataset(dataset.videos, dataset.protocol, augment, seed=3, pending=pending)
+        for pending in (False, True)
+    ]
+    plain = training_loader(ways[0], batch_size=2, num_workers=0)
+    with closing(training_loader(ways[1], batch_size=2, num_workers=1, worker_type=kind)) as loader:
+        kinds = set()
+        for epoch in range(4):
+            plain.batches.set_epoch(epoch)
+            loader.batches.set_epoch(epoch)
+            for batch, expected in zip(loader, plain, strict=True):
+                parts = batch.clips if isinstance(batch.clips, list) else []
+                kinds |= {part.frames.dtype for part in parts if isinstance(part, PendingClips)}
+                kinds |= {part.dtype for part in parts if isinstance(part, torch.Tensor)}
+                assert torch.equal(finish_clips(batch.clips), expected.clips)
+                assert torch.equal(batch.labels, expected.labels)
+    assert kinds == {torch.uint8, torch.float32}
 
 
 def test_everything_follows_from_the_key(dataset: ClipDataset) -> None:

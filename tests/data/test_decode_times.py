@@ -13,8 +13,7 @@ import pytest
 from videos import read_number, write_numbered_video
 
 from mvit_video.data.decode import open_video, times
-from mvit_video.data.decode.packets import NO_TIME
-from mvit_video.data.decode.times import measure_times
+from mvit_video.data.decode.times import NO_TIME, measure_times
 from mvit_video.errors import VideoError
 
 X264 = {"preset": "veryfast", "bf": "2", "g": "30"}

@@ -206,7 +206,6 @@ def _build_loaders(
     config: DictConfig, detector: ActionDetector, train: ActionIndex, val: ActionIndex, trainer: pl.Trainer
 ) -> tuple[ClipLoader[Any], ClipLoader[Any]]:
     loading = app.loading(config, trainer)
-    loading.pop("pin_memory")
     batch_size = loading.pop("batch_size")
     shares = {"rank": loading.pop("rank"), "num_replicas": loading.pop("num_replicas")}
     reading = {"seed": config.seed, "open_file": app.build_decoder(config)}

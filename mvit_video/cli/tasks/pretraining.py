@@ -64,6 +64,7 @@ def train(config: DictConfig, trainer: pl.Trainer) -> Training:
         "draw_mask": partial(masking.draw, window=window),
         "seed": config.seed,
         "open_file": app.build_decoder(config),
+        "pending": True,
     }
     clips = MaskedTrainingClips(splits.train.videos, model.protocol, app.build(config.augment), **drawing)
     one_view = replace(model.protocol, num_clips=1, num_crops=1)

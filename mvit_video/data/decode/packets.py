@@ -20,11 +20,10 @@ from av.video.stream import VideoStream
 
 from mvit_video.data.decode.frames import FrameFormat
 from mvit_video.data.decode.mpeg4 import may_show_nothing
+from mvit_video.data.decode.times import NO_TIME, FrameTimes, Integers
 
 VideoPacket: TypeAlias = "Packet[VideoStream]"
-Integers: TypeAlias = npt.NDArray[np.int64]
 
-NO_TIME = -(1 << 63)  # as FFmpeg has it
 PTS, DTS, _KEY_SIZE, _FLAGS = range(4)  # columns of the table of packets
 _KEY, _DISCARD, _NOT_SHOWN, _CORRUPT = 1, 2, 4, 8
 
@@ -94,6 +93,7 @@ class FileIndex:
         guesses_times: the file tells the times of storage alone, `packets` has those worked out from them.
         size: bytes of the file up to the space that a camera allocated ahead; None: all count.
         fmt: of the frames, once one was decoded.
+        times: of all frames, once the file was opened.
     """
 
     packets: Integers
@@ -102,6 +102,7 @@ class FileIndex:
     guesses_times: bool = False
     size: int | None = None
     fmt: FrameFormat | None = None
+    times: FrameTimes | None = None
 
     @property
     def pts(self) -> Integers:
@@ -111,8 +112,9 @@ class FileIndex:
     @cached_property
     def shown_at(self) -> dict[int, int] | None:
         """When pictures are shown by the time stored, where the file doesn't tell."""
-        pts, dts = self.packets[:, PTS].tolist(), self.packets[:, DTS].tolist()
-        return dict(zip(dts, pts, strict=True)) if self.guesses_times else None
+        if not self.guesses_times:
+            return None
+        return dict(zip(self.packets[:, DTS].tolist(), self.packets[:, PTS].tolist(), strict=True))
 
     # All below is for packets that tell which frames there are.
 

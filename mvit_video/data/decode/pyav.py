@@ -33,9 +33,9 @@ from mvit_video.data.decode.container import (
 )
 from mvit_video.data.decode.frames import FrameBuffer, FrameFormat, NotOnHardware, Transform, convert
 from mvit_video.data.decode.index_cache import IndexCache
-from mvit_video.data.decode.packets import NO_TIME, DecodeRange, FileIndex, VideoPacket
+from mvit_video.data.decode.packets import DecodeRange, FileIndex, VideoPacket
 from mvit_video.data.decode.reader import PacketReader
-from mvit_video.data.decode.times import measure_times, warn_of_jumps
+from mvit_video.data.decode.times import NO_TIME, FrameTimes, measure_times, warn_of_jumps
 from mvit_video.data.decode.video import Video
 from mvit_video.data.timing import stage
 from mvit_video.errors import VideoError
@@ -99,17 +99,23 @@ class PyAVVideo(Video):
     def _use(self, index: FileIndex) -> None:
         self._index, reader = index, self.reader
         reader.shown_at = index.shown_at
+        if index.times is None:
+            index.times = self._measure_times(index)
+        self.times, self.fps, self.start, num_jumps = index.times
+        if num_jumps:
+            warn_of_jumps(self.path, num_jumps, self.fps)
+        self.num_frames = len(index.pts)
+
+    def _measure_times(self, index: FileIndex) -> FrameTimes:
+        reader = self.reader
         declared = float(reader.stream.average_rate or reader.stream.guessed_rate or 25)
         one_rate = reader.guesses_times and index.counted is not None  # as an AVI file has throughout
-        self.times, self.fps, self.start, num_jumps = measure_times(
+        return measure_times(
             np.full(len(index.pts), NO_TIME) if one_rate else index.pts,
             reader.stream.time_base or Fraction(1),
             declared,
             clock_may_jump=reader.clock_may_jump,
         )
-        if num_jumps:
-            warn_of_jumps(self.path, num_jumps, self.fps)
-        self.num_frames = len(index.pts)
 
     @functools.cached_property
     def size(self) -> tuple[int, int]:  # type: ignore[override]  # nobody sets it
@@ -266,7 +272,9 @@ class PyAVVideo(Video):
                 pts.append(NO_TIME if frame.pts is None else frame.pts)
         num_intact = len(pts) if num_intact is None else num_intact
         counted = np.array(pts, np.int64)
-        return replace(index, counted=counted, num_intact=num_intact, guesses_times=False, fmt=fmt)
+        return replace(
+            index, counted=counted, num_intact=num_intact, guesses_times=False, fmt=fmt, times=None
+        )
 
     def _decode_from_front(self, wanted: list[int], write: _Write) -> None:
         beyond = next((index for index in wanted if index >= self._index.num_intact), None)

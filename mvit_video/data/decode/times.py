@@ -5,15 +5,16 @@ from __future__ import annotations
 import functools
 import logging
 from fractions import Fraction
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from mvit_video.data.decode.packets import NO_TIME, Integers
-
 log = logging.getLogger(__name__)
 
+Integers: TypeAlias = npt.NDArray[np.int64]
+
+NO_TIME = -(1 << 63)  # as FFmpeg has it
 _GAP_SECONDS, _GAP_RATIO = 1.0, 10.0  # a gap is as long and as many usual distances
 _MAX_GAPS = 0.05  # of all distances; where there are more, the rate just varies
 _MAX_DISCONTINUITY = (
@@ -52,10 +53,12 @@ def measure_times(pts: Integers, tick: Fraction, declared_fps: float, *, clock_m
     declared = FrameTimes(np.arange(len(pts)) / declared_fps, declared_fps, float(start * tick), 0)
     if len(pts) < 2 or len(told) < len(pts):
         return declared
-    ticks, ordered = pts, np.sort(pts)
-    if (np.diff(ordered) > 0).all() and (np.diff(ticks) > -_GAP_SECONDS / tick).all():
-        ticks, start = ordered, int(ordered[0])  # frames that were told each other's times
-    steps = np.diff(ticks)
+    ticks, steps = pts, np.diff(pts)
+    if not (steps > 0).all():
+        ordered = np.sort(pts)
+        if (np.diff(ordered) > 0).all() and (steps > -_GAP_SECONDS / tick).all():
+            ticks, start = ordered, int(ordered[0])  # frames that were told each other's times
+            steps = np.diff(ticks)
     rising = steps[steps > 0]
     if not len(rising):
         return declared
