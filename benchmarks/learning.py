@@ -97,7 +97,11 @@ def cut(video: Path, root: Path) -> dict[str, int]:
     """Write overlapping segments of a video as h264 below ``root/train`` and ``root/val``: how many."""
     with open_video(video) as source:
         frames = source.get_frames(list(range(source.num_frames)))  # uint8 (T, 3, H, W)
-        rate = round(source.fps)
+        return write_segments(frames, round(source.fps), root, video.stem)
+
+
+def write_segments(frames: Tensor, rate: int, root: Path, name: str) -> dict[str, int]:
+    """As ``cut``, of frames uint8 (T, 3, H, W) and below folders of this name."""
     scale = min(SHORT_SIDE / min(frames.shape[2:]), 1)
     height, width = (round(side * scale / 2) * 2 for side in frames.shape[2:])
     counts = {}
@@ -106,7 +110,7 @@ def cut(video: Path, root: Path) -> dict[str, int]:
         length = min(SEGMENT, last - first)
         hop = max(2, (last - first - length) // SEGMENTS)
         starts = range(first, last - length + 1, hop)
-        folder = root / part / video.stem
+        folder = root / part / name
         folder.mkdir(parents=True)
         for number, begin in enumerate(starts):
             with av.open(str(folder / f"{number:03d}.mp4"), "w") as target:

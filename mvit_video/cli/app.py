@@ -96,6 +96,11 @@ def loading(config: DictConfig, trainer: Any) -> dict[str, Any]:
     }
 
 
+def texts(value: Any) -> list[str]:
+    """A key's texts, of which one may stand alone."""
+    return [str(text) for text in value] if OmegaConf.is_list(value) else [str(value)] if value else []
+
+
 def override_protocol(protocol: ClipSpec, views: DictConfig) -> ClipSpec:
     """A copy of a protocol with the values of the ``views`` group that aren't null."""
     values = OmegaConf.to_container(views, resolve=True, throw_on_missing=True)

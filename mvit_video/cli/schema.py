@@ -173,7 +173,7 @@ _LIMITS: dict[str, Kind | tuple[Kind, ...]] = {
     "betas": ListOf(SHARE_BELOW_1, 2),
     # text
     "weights data.videos": (TEXT, NULL),
-    "freeze scores class_names": (TEXT, ListOf(TEXT)),
+    "fresh freeze scores class_names": (TEXT, ListOf(TEXT)),
     # choices
     "qkv_bias patch_2d pool_first pool_q_every_block separate_qkv window_padding class_token": FLAG,
     "mean_pooling residual_pooling rel_pos_temporal rel_pos_spatial rel_pos_zero_init norm_stem": FLAG,

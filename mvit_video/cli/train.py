@@ -58,6 +58,8 @@ def train(config: DictConfig) -> float | None:
         with open_dict(config.data):
             if config.data.pop("balance", None):
                 raise ConfigError(f"data.balance is for task=classification, not {config.task}")
+    if config.fresh and (config.task != "classification" or not config.weights):
+        raise ConfigError("fresh is for a classifier that starts from weights=FILE")
     output = Path(HydraConfig.get().runtime.output_dir)
     with ExitStack() as stack:
         if rank_and_size()[0] == 0:

@@ -64,14 +64,16 @@ class MaskFeat(MViT):
         nn.init.trunc_normal_(self.mask_token, std=0.02)
         plans = list(plan_blocks(config))
         grids = [floor_divide(plans[depth].grid, plans[depth].q_stride) for depth in depths]
-        lengths = [self._num_features(grid) for grid in grids]
+        lengths = [self.target_length(grid, config.crop_size) for grid in grids]
         self.pred_head = PredictionHeads([plans[depth].dim_out for depth in depths], lengths)
 
-    def _num_features(self, grid: Grid) -> int:
-        """How many numbers a token of ``grid`` has to predict."""
-        size = self.config.crop_size
+    def target_length(self, grid: Grid, size: int) -> int:
+        """How many numbers a token of ``grid`` has to predict of clips of ``size`` pixels.
+
+        Raises ValueError where tokens don't hold whole cells.
+        """
         if size % grid[1]:
-            raise ValueError(f"crop_size {size} doesn't divide evenly into {grid[1]} tokens; 224 and 256 do")
+            raise ValueError(f"crop {size} doesn't divide evenly into {grid[1]} tokens; 224 and 256 do")
         height, width = size // grid[1], size // grid[2]
         if self.features == "pixels":
             return 3 * height * width

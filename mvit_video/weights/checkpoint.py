@@ -8,7 +8,7 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -103,6 +103,7 @@ def load_weights(
     source: str | Path | Mapping[str, Any],
     *,
     head: Literal["strict", "new"] = "strict",
+    fresh: Sequence[str] = (),
 ) -> LoadReport:
     """Load weights into ``model``, strictly; the format is found out from the file.
 
@@ -117,18 +118,23 @@ def load_weights(
             image code, a state dict with their names, torchvision's or timm's, or a safetensors file. Names
             may have the prefixes of DistributedDataParallel, ``torch.compile`` or a class around the model.
         head: "new" keeps the model's own head, as for other classes.
+        fresh: further parts that stay as initialised, such as ``("blocks.14", "blocks.15")``: the last blocks
+            may know too much of what they were trained for (arXiv 2006.05987).
 
     Raises:
         CheckpointError: the file can't be read, or names or shapes differ; the text lists which, and names
             the model that the file describes.
+        ConfigError: the model has no such part.
     """
     if head not in ("strict", "new"):
         raise ConfigError(f"head must be 'strict' or 'new', got {head!r}")
     if isinstance(model, LoadsWeights):
+        if fresh:
+            raise ConfigError("fresh: only a classifier can leave parts out")
         return model.load_weights(source, head=head)
     if isinstance(source, Mapping):
-        return _load(model, source, "state dict", head)
-    return _load(model, read_checkpoint(source), str(source), head)
+        return _load(model, source, "state dict", head, fresh)
+    return _load(model, read_checkpoint(source), str(source), head, fresh)
 
 
 def build_for_weights(
@@ -137,6 +143,7 @@ def build_for_weights(
     num_classes: int | None = None,
     *,
     head: Literal["strict", "new"] = "strict",
+    fresh: Sequence[str] = (),
 ) -> tuple[VideoModel, LoadReport]:
     """The model that ``build(num_classes=...)`` gives, with the weights of a file.
 
@@ -144,7 +151,7 @@ def build_for_weights(
 
     Args:
         num_classes: of the model; None: as many as the weights have.
-        head: as of ``load_weights``.
+        head, fresh: as of ``load_weights``.
 
     Raises:
         CheckpointError: as ``load_weights``.
@@ -163,11 +170,15 @@ def build_for_weights(
         if num_classes is None and found is not None and found.ndim and is_plain(found):
             num_classes = len(found)
     model = build(num_classes=num_classes, **layout)
-    return model, _load(model, checkpoint, name, head)
+    return model, _load(model, checkpoint, name, head, fresh)
 
 
 def _load(
-    model: VideoModel, checkpoint: Mapping[str, Any], name: str, head: Literal["strict", "new"]
+    model: VideoModel,
+    checkpoint: Mapping[str, Any],
+    name: str,
+    head: Literal["strict", "new"],
+    fresh: Sequence[str] = (),
 ) -> LoadReport:
     described = parse_metadata(checkpoint[METADATA_KEY], name) if METADATA_KEY in checkpoint else None
     weights, prefix = _named_weights(model, checkpoint, name)
@@ -189,7 +200,12 @@ def _load(
         return ""
 
     grid = model.grid if isinstance(model, MViT) else None
-    kept = [f"{model.classifier}."] * (head == "new") + ["norm."] * pretraining
+    for part in fresh:
+        if part not in dict(model.named_modules()):
+            modules = ", ".join(name for name, _ in model.named_children())
+            raise ConfigError(f"fresh: the model has no {part!r}; it has: {modules}")
+    parts = [model.classifier] * (head == "new") + ["norm"] * pretraining + list(fresh)
+    kept = [f"{part}." for part in parts]
     fitted, report = _fit(model, weights, name, grid=grid, own=tuple(kept), hint=hint)
     model.load_state_dict(fitted, strict=False)
     if described:

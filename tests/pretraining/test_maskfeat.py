@@ -301,6 +301,20 @@ def test_the_whole_official_s_goes_into_its_classifier(tmp_path: Path) -> None:
     assert set(report.fresh) == {name for name, _ in expected["left_at_initialisation"]}
 
 
+def test_blocks_can_stay_fresh() -> None:
+    pretrained = mv.create_pretrainer("maskfeat_mvitv2_nano_8x4", embed_dim=8).state_dict()
+    classifier = mv.create_model("mvitv2_nano_8x4", num_classes=3, mean_pooling=True, embed_dim=8)
+    before = {key: value.clone() for key, value in classifier.state_dict().items()}
+    parts = ("blocks.1", "blocks.2")
+    report = mv.load_weights(classifier, pretrained, head="new", fresh=parts)
+    for key, value in classifier.state_dict().items():
+        fresh = key.startswith(("blocks.1.", "blocks.2.", "norm.", "head."))
+        assert torch.equal(value, before[key] if fresh else pretrained[key]), key
+        assert (key in report.fresh) == fresh
+    with pytest.raises(ConfigError, match=r"fresh: .*'blocks\.3'"):
+        mv.load_weights(classifier, pretrained, head="new", fresh=("blocks.3",))
+
+
 def test_a_pretrained_model_is_no_classifier(tmp_path: Path) -> None:
     torch.save(official_file(mv.create_pretrainer("maskfeat_mvitv2_nano_8x4")), tmp_path / "pt.pyth")
     classifier = mv.create_model("mvitv2_nano_8x4")

@@ -154,6 +154,8 @@ def test_its_weights_are_fine_tuned(
             "masking=cube",
         ),
         (["masking.ratio=1"], "masking.ratio"),
+        (["fresh=[blocks.0]"], "fresh"),
+        (["views.crop=28", "masking.cell=14"], "views"),
         (["mixing=mixup_cutmix"], "mixing=none"),
         (["data.root=nowhere"], "nowhere"),
         (["task=classification", "experiment=motion", "data=videos"], "one class"),

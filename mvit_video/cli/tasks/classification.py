@@ -7,7 +7,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from mvit_video.cli import app
 from mvit_video.data.class_names import check_same_classes
@@ -75,7 +75,9 @@ def _build_model(config: DictConfig, splits: VideoSplits) -> VideoModel:
         return built
 
     if config.weights:
-        model, report = build_for_weights(build, config.weights, splits.num_classes, head=config.head)
+        model, report = build_for_weights(
+            build, config.weights, splits.num_classes, head=config.head, fresh=app.texts(config.fresh)
+        )
         log.info("weights of %s\n%s", config.weights, report)
     else:
         model = build(num_classes=splits.num_classes)
@@ -83,7 +85,7 @@ def _build_model(config: DictConfig, splits: VideoSplits) -> VideoModel:
     model.class_names, model.multi_label = splits.class_names, splits.multi_label
     model.train()  # published weights come in eval mode, and Lightning leaves modes as they are
     if config.freeze:
-        freeze(model, list(config.freeze) if OmegaConf.is_list(config.freeze) else [str(config.freeze)])
+        freeze(model, app.texts(config.freeze))
     return model
 
 

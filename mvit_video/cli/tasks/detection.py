@@ -87,7 +87,7 @@ def train(config: DictConfig, trainer: pl.Trainer) -> Training:
         log.info("weights of %s\n%s", config.weights, report)
     detector.class_names, detector.category_ids = splits.train.class_names, splits.train.category_ids
     if config.freeze:
-        parts = list(config.freeze) if OmegaConf.is_list(config.freeze) else [str(config.freeze)]
+        parts = app.texts(config.freeze)
         scales = "backbone.bottom_up"  # what a classifier's weights are for
         freeze(cast(Any, detector), [scales if part == "backbone" else part for part in parts])
     module: DetectorTraining = app.build(config.optim, _partial_=True)(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from mvit_video.cli import app
 from mvit_video.data.index import VideoSplits
@@ -42,7 +42,14 @@ def check(config: DictConfig) -> None:
             f"task=pretraining needs a model such as maskfeat_mvitv2_s_16x4, not {config.model.name}"
         )
     sketch.protocol = app.override_protocol(sketch.protocol, config.views)
-    _masking(config, sketch)
+    _, window = _masking(config, sketch)
+    spec = sketch.protocol
+    clips = torch.empty(1, 3, spec.clip_frames, spec.crop, spec.crop, device="meta")
+    try:
+        for _, grid in sketch.predict(clips, torch.empty(1, *window, device="meta")):
+            sketch.target_length(grid, spec.crop)
+    except ValueError as error:
+        raise ConfigError(f"views: {error}") from None
     app.build(config.optim, model=sketch)
 
 
@@ -55,7 +62,7 @@ def train(config: DictConfig, trainer: pl.Trainer) -> Training:
         report = load_weights(model, config.weights, head=config.head)
         log.info("weights of %s\n%s", config.weights, report)
     if config.freeze:
-        freeze(model, list(config.freeze) if OmegaConf.is_list(config.freeze) else [str(config.freeze)])
+        freeze(model, app.texts(config.freeze))
     pretrainer: Pretrainer = app.build(config.optim, _partial_=True)(
         model, batch_size=config.batch_size, seed=config.seed
     )
