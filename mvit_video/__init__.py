@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mvit_video.data.datasets import ClipDataset, ViewDataset, collate_training, collate_views
     from mvit_video.data.decode import open_video
     from mvit_video.data.index import folder_splits
+    from mvit_video.data.lists import csv_splits, json_splits
     from mvit_video.data.sampling import kinetics_frame_indices, segment_frame_indices, spatial_views
     from mvit_video.detection import ObjectRecognizer, create_detector, list_detectors, load_detector
     from mvit_video.errors import CheckpointError, ConfigError, DataError, MVitVideoError, VideoError
@@ -43,6 +44,7 @@ _HOMES = {
     "mvit_video.data.clips": ("centre_views",),
     "mvit_video.data.datasets": ("ClipDataset", "ViewDataset", "collate_training", "collate_views"),
     "mvit_video.data.index": ("folder_splits",),
+    "mvit_video.data.lists": ("csv_splits", "json_splits"),
     "mvit_video.data.sampling": ("kinetics_frame_indices", "segment_frame_indices", "spatial_views"),
     "mvit_video.detection": ("ObjectRecognizer", "create_detector", "list_detectors", "load_detector"),
     "mvit_video.errors": ("CheckpointError", "ConfigError", "DataError", "MVitVideoError", "VideoError"),
@@ -79,9 +81,11 @@ __all__ = [
     "create_detector",
     "create_model",
     "create_pretrainer",
+    "csv_splits",
     "evaluate",
     "folder_splits",
     "from_slowfast",
+    "json_splits",
     "kinetics_frame_indices",
     "list_detectors",
     "list_models",

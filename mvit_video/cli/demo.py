@@ -16,12 +16,13 @@ from omegaconf import DictConfig
 
 from mvit_video.cli import app
 from mvit_video.errors import ConfigError, MVitVideoError
+from mvit_video.prediction.explain import METHODS
 from mvit_video.prediction.overview import NO_MAP, Demo, Overview, Progress
 from mvit_video.prediction.render import is_playable, playable_copy
 
 log = logging.getLogger(__name__)
 
-_METHODS = [("none", NO_MAP), ("Grad-CAM", "gradcam"), ("attention rollout", "rollout")]
+_METHODS = [("none", NO_MAP), *((title, name) for name, title in METHODS.items())]
 _HEIGHT = 360  # pixels of a video on the page
 _DELETE_CACHE = (600, 3600)  # seconds: how often gradio looks, and how old its copies of files get
 _FOCUS = "input:focus-visible { outline: 3px solid currentColor; outline-offset: 2px }"
@@ -116,7 +117,7 @@ class _Work:
 
         def go_on(*done: Any, **what: Any) -> None:
             if self._running.get(session) is not run:
-                raise self._gradio.Error("Cancelled", print_exception=False)
+                raise self._gradio.Error("Cancelled", visible=False, print_exception=False)
             progress(*done, **what)
 
         try:

@@ -11,8 +11,8 @@ from mvit_video.data.class_names import check_same_classes
 from mvit_video.data.decode import open_video
 from mvit_video.data.index import VideoIndex
 from mvit_video.data.ranks import Ranks
-from mvit_video.errors import ConfigError
 from mvit_video.evaluation.metrics import Metrics, measure
+from mvit_video.evaluation.multi_label import MultiLabelMetrics, report_multi_label, require_same_kind
 from mvit_video.evaluation.provenance import provenance_of
 from mvit_video.evaluation.results import report_table
 from mvit_video.evaluation.run import remove_journals, score_data_set
@@ -35,7 +35,7 @@ def evaluate(
     num_workers: int = 2,
     device: str | torch.device = "cpu",
     max_bad_videos: float = 0.0,
-) -> Metrics:
+) -> Metrics | MultiLabelMetrics:
     """Measure a model on labelled videos with several views of each, as ``mvit-eval`` does.
 
     What an interrupted call has scored in ``output`` counts. In the end it holds ``scores.parquet``,
@@ -48,15 +48,16 @@ def evaluate(
         batch_size: clips at once.
         max_bad_videos: how many may be unreadable, below 1 a share of all.
 
+    Returns:
+        The metrics; MultiLabelMetrics, average precisions, where a video may be of several classes.
+
     Raises:
-        ConfigError: ``output`` holds an unfinished evaluation of something else.
+        ConfigError: ``output`` holds an unfinished evaluation of something else, or ``model`` is of one class
+            a video and ``videos`` of several, or vice versa.
         DataError: classes differ, too many videos are unreadable, or the model gives NaN.
     """
     output = Path(output).expanduser().resolve()
-    if model.multi_label or videos.multi_label:
-        raise ConfigError(
-            "evaluate measures one class a video; mvit-eval knows several: data.multi_label=true"
-        )
+    require_same_kind(model, videos.multi_label, class_map=False)
     check_same_classes(model.class_names, model.config.num_classes, videos.class_names)
     given = {"num_clips": num_clips, "num_crops": num_crops}
     own = model.protocol
@@ -70,7 +71,7 @@ def evaluate(
                 videos,
                 output,
                 ranks=Ranks(),
-                provenance=provenance_of(model, None, precision=precision, **settings),
+                provenance=provenance_of(model, "given in Python", precision=precision, **settings),
                 matrix=None,
                 allowed_bad_videos=allowed_bad_videos(max_bad_videos, len(videos)),
                 combination=combine,
@@ -80,8 +81,13 @@ def evaluate(
             )
             assert table is not None  # of one process
             write_scores(table, output / "scores.parquet")
-            report_table(table, output, how=combine, seed=0, num_mistakes=12, open_file=open_video)
+            metrics: Metrics | MultiLabelMetrics
+            if table.multi_label:
+                metrics = report_multi_label({"": table}, output, combine)
+            else:
+                report_table(table, output, how=combine, seed=0, num_mistakes=12, open_file=open_video)
+                metrics = measure(table, combine)
             remove_journals(output)
     finally:
         model.protocol = own
-    return measure(table, combine)
+    return metrics

@@ -6,6 +6,7 @@ import json
 import logging
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from torchmetrics.functional.classification import multilabel_average_precision
 
 from mvit_video.errors import ConfigError, DataError
 from mvit_video.evaluation.scores import Combination, ScoreTable, combine
+from mvit_video.evaluation.tables import write_multi_label_tables
 from mvit_video.io.console import print_table
 from mvit_video.io.writing import replacing
 from mvit_video.model import VideoModel
@@ -47,31 +49,62 @@ def average_precisions(scores: Tensor, targets: Tensor) -> Tensor:
     return found.where(targets.any(0), torch.nan)
 
 
-def report_multi_label(tables: Mapping[str, ScoreTable], output: Path, how: Combination) -> None:
-    """Write results.json with the mean average precision and that of each class, and print them.
+@dataclass(frozen=True)
+class MultiLabelMetrics:
+    """What a table of scores comes to where a video may be of several classes.
 
-    Raises ConfigError for more than one table, DataError where no video has a class.
+    Attributes:
+        scores: float (N, C), the combined scores of each video.
+        targets: bool (N, C), the classes that a video is of.
+        per_class: float (C,), the average precision of each class; nan where no video is of it.
     """
-    from mvit_video.evaluation.results import describe  # which imports matplotlib
 
-    if len(tables) > 1:
-        raise ConfigError("of several classes a video there is no comparison; ensemble=true averages scores")
-    (table,) = tables.values()
-    scores, names = combine(table.views, how, multi_label=True), table.class_names
-    targets = torch.zeros(len(table), len(names), dtype=torch.bool)
+    scores: Tensor
+    targets: Tensor
+    per_class: Tensor
+
+    @property
+    def accuracy(self) -> dict[str, float]:
+        """ "map": the mean average precision, over the classes that have videos."""
+        return {"map": float(self.per_class.nanmean())}
+
+
+def measure_multi_label(table: ScoreTable, how: Combination) -> MultiLabelMetrics:
+    """The average precisions of a table. Raises DataError where no video has a class."""
+    scores = combine(table.views, how, multi_label=True)
+    targets = torch.zeros(scores.shape, dtype=torch.bool)
     for row, video in zip(targets, table.videos, strict=True):
         row[list(video.labels)] = True
     if not targets.any():
         raise DataError("no video has a class")
-    found, counts = average_precisions(scores, targets), targets.sum(0).tolist()
+    return MultiLabelMetrics(scores, targets, average_precisions(scores, targets))
+
+
+def report_multi_label(tables: Mapping[str, ScoreTable], output: Path, how: Combination) -> MultiLabelMetrics:
+    """Write results.json, report.html and tables of the average precisions, and print them.
+
+    Raises ConfigError for more than one table, DataError where no video has a class.
+    """
+    from mvit_video.evaluation.report import write_multi_label_report  # which imports matplotlib
+    from mvit_video.evaluation.results import describe
+
+    if len(tables) > 1:
+        raise ConfigError("of several classes a video there is no comparison; ensemble=true averages scores")
+    (table,) = tables.values()
+    metrics = measure_multi_label(table, how)
+    counts, found = metrics.targets.sum(0).tolist(), metrics.per_class.tolist()
     per_class = {
         name: {"videos": count, "average_precision": value}
-        for name, count, value in zip(names, counts, found.tolist(), strict=True)
+        for name, count, value in zip(table.class_names, counts, found, strict=True)
         if count
     }
-    results = {**describe(table, how), "map": float(found.nanmean()), "per_class": per_class}
+    results = {**describe(table, how), **metrics.accuracy, "per_class": per_class}
     with replacing(output / "results.json", "w") as file:
         json.dump(results, file, indent=2, allow_nan=False)
+    write_multi_label_tables(output, results)
+    write_multi_label_report(output, results=results)
     rows = [(name, row["videos"], f"{row['average_precision']:.4f}") for name, row in per_class.items()]
     print_table(f"{len(table)} videos; {results['protocol']}", ("class", "videos", "AP"), rows)
-    log.info("mAP %.4f over %d classes; results.json is in %s", results["map"], len(rows), output)
+    text = "mAP %.4f over %d classes; results.json and report.html are in %s"
+    log.info(text, results["map"], len(rows), output)
+    return metrics

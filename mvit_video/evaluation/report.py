@@ -65,7 +65,9 @@ def write_report(
         "views": "Accuracy against the number of views",
     }
     plot_confusion(folder / "confusion.png", metrics.confusion, names, pairs)
-    plot_per_class(folder / "per_class.png", per_class, metrics.mean_class_accuracy)
+    accuracies = [(name, row["top1"]) for name, row in per_class]
+    mean = metrics.mean_class_accuracy
+    plot_per_class(folder / "per_class.png", accuracies, mean, "top-1 accuracy", "mean class accuracy")
     plot_calibration(folder / "calibration.png", metrics)
     plot_views(folder / "views.png", metrics.by_views, len(metrics.labels))
     confused = list(dict.fromkeys(name for pair in pairs for name in (pair.true, pair.predicted)))
@@ -95,6 +97,14 @@ def write_report(
         for what, kind in (("strip", "image/jpeg"), ("clip", "video/mp4")):
             mistake[what] = mistake[what] and _data_uri(mistake[what], kind)
     _render(folder, titles, results=results, pairs=pairs, classes=per_class, mistakes=mistakes)
+
+
+def write_multi_label_report(folder: Path, *, results: Mapping[str, Any]) -> None:
+    """Write report.html of average precisions, and per_class.png."""
+    per_class = sorted(results["per_class"].items(), key=lambda row: row[1]["average_precision"])
+    precisions = [(name, row["average_precision"]) for name, row in per_class]
+    plot_per_class(folder / "per_class.png", precisions, results["map"], "average precision", "mean")
+    _render(folder, {"per_class": "Average precision of each class"}, results=results, classes=per_class)
 
 
 def write_comparison(
@@ -228,21 +238,23 @@ def plot_confusion(
         text_axes.text(0, 1, "\n".join(lines), va="top", fontsize=9, linespacing=1.6)
 
 
-def plot_per_class(path: Path, per_class: Sequence[tuple[str, Mapping[str, Any]]], mean: float) -> None:
-    """Bars of top-1 by class, worst first; of many classes the worst and the best."""
-    half, rows = MAX_NAMED_CLASSES // 2, list(per_class)
+def plot_per_class(
+    path: Path, values: Sequence[tuple[str, float]], mean: float, what: str, mean_is: str
+) -> None:
+    """Bars by class, worst first; of many classes the worst and the best."""
+    half, rows = MAX_NAMED_CLASSES // 2, list(values)
     cut = len(rows) > MAX_NAMED_CLASSES
     if cut:
         rows = rows[:half] + rows[-half:]
     with new_figure(path, (9, 1.5 + 0.2 * len(rows))) as figure:
         axes = figure.subplots()
         colours = [_RED] * half + [_BLUE] * half if cut else _BLUE
-        axes.barh(range(len(rows)), [row["top1"] for _, row in rows], color=colours, height=0.7)
+        axes.barh(range(len(rows)), [value for _, value in rows], color=colours, height=0.7)
         axes.set_yticks(range(len(rows)), [_short(name, 40) for name, _ in rows], fontsize=8)
-        axes.axvline(mean, color=_GRAY, linestyle="--", linewidth=1, label="mean class accuracy")
-        axes.set(xlim=(0, 1), ylim=(len(rows) - 0.4, -0.6), xlabel="top-1 accuracy")
+        axes.axvline(mean, color=_GRAY, linestyle="--", linewidth=1, label=mean_is)
+        axes.set(xlim=(0, 1), ylim=(len(rows) - 0.4, -0.6), xlabel=what)
         if cut:
-            axes.set_title(f"the {half} worst and the {half} best of {len(per_class)} classes")
+            axes.set_title(f"the {half} worst and the {half} best of {len(values)} classes")
         figure.legend(loc="outside lower right")
 
 
@@ -254,7 +266,7 @@ def plot_calibration(path: Path, metrics: Metrics) -> None:
         axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
         _draw_diagonal(axes)
         axes.plot(confidences, [b.accuracy for b in bins], marker="o", color=_BLUE)
-        axes.set(xlim=(0, 1), ylim=(0, 1), ylabel="top-1 accuracy")
+        axes.set(xlim=(0, 1), ylim=(-0.02, 1.02), ylabel="top-1 accuracy")
         axes.set_title(f"expected calibration error {metrics.calibration_error:.4f}")
         below.bar(confidences, [b.videos for b in bins], width=0.04, color=_BLUE)
         below.set(xlabel="confidence", ylabel="videos")

@@ -48,10 +48,7 @@ def write_tables(folder: Path, results: Mapping[str, Any]) -> None:
         (name, row["support"], row["precision"], row["recall"], *row["recall_interval"], row["f1"])
         for name, row in results["per_class"].items()
     ]
-    with replacing(folder / "per_class.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(_CLASS_COLUMNS)
-        writer.writerows([csv_cell(cell) for cell in row] for row in classes)
+    _write_csv(folder / "per_class.csv", _CLASS_COLUMNS, classes)
     headline = [
         (label, _percent(results[key]), _interval(results[f"{key}_interval"]))
         for key, label in METRICS.items()
@@ -66,6 +63,19 @@ def write_tables(folder: Path, results: Mapping[str, Any]) -> None:
         folder,
         Table(title, ("metric", "%", "95 % interval"), headline),
         Table("Classes, in %", columns, per_class),
+    )
+
+
+def write_multi_label_tables(folder: Path, results: Mapping[str, Any]) -> None:
+    """The same of average precisions, where a video may be of several classes."""
+    classes = [(name, row["videos"], row["average_precision"]) for name, row in results["per_class"].items()]
+    _write_csv(folder / "per_class.csv", ("class", "support", "average_precision"), classes)
+    title = f"{results['videos']} videos; {results['protocol']}"
+    rows = [(name, str(support), _percent(value)) for name, support, value in classes]
+    _write(
+        folder,
+        Table(title, ("metric", "%"), [("mAP", _percent(results["map"]))]),
+        Table("Classes, in %", ("class", "support", "AP"), rows),
     )
 
 
@@ -93,6 +103,13 @@ def write_comparison_tables(folder: Path, results: Mapping[str, Any]) -> None:
         Table(f"{results['videos']} videos, in %", columns, models),
         Table("Differences of top-1, in percentage points", changes, differences),
     )
+
+
+def _write_csv(path: Path, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    with replacing(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows([csv_cell(cell) for cell in row] for row in rows)
 
 
 def _percent(value: float | None) -> str:

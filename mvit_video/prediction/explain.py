@@ -27,7 +27,7 @@ from mvit_video.model.config import Grid
 from mvit_video.prediction.prediction import NOT_FINITE
 
 Method = Literal["gradcam", "rollout"]
-
+METHODS: dict[Method, str] = {"gradcam": "Grad-CAM", "rollout": "attention rollout"}
 MAX_PICTURES = 8  # of a strip
 
 
@@ -224,7 +224,7 @@ def write_strip(explanation: Explanation, path: Path) -> None:
         axes.set(xlabel="seconds", ylabel="frame importance", ylim=(0, 1.05))
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-        figure.suptitle(f"{explanation.method}: {printable(explanation.class_names[0])}")
+        figure.suptitle(f"{METHODS[explanation.method]}; predicted: {printable(explanation.class_names[0])}")
 
 
 def write_overlay_video(explanation: Explanation, path: Path) -> None:

@@ -173,7 +173,8 @@ class Recognizer:
             progress(span[1])
             spans.append(span)
             rows.append(scores)
-        return Timeline(str(path), self.class_names, spans, torch.stack(rows), stride)
+        several = self._model.multi_label
+        return Timeline(str(path), self.class_names, spans, torch.stack(rows), stride, several)
 
     def _watch(
         self, source: Source, *, drop: bool = False, **windows: Any

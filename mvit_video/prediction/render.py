@@ -41,7 +41,10 @@ _MP4_AUDIO = {"aac", "mp3", "mp2", "opus", "ac3", "eac3", "flac", "alac", "vorbi
 
 
 def plot_timeline(timeline: Timeline, segments: Sequence[Segment], path: Path) -> None:
-    """The likeliest classes' scores against time, and the segments as bars below."""
+    """The likeliest classes' scores against time, and the segments as bars below.
+
+    Where windows may be of several classes, each class has a row of bars.
+    """
     from matplotlib import colormaps
 
     names, in_segments = timeline.class_names, {segment.class_name for segment in segments}
@@ -52,8 +55,10 @@ def plot_timeline(timeline: Timeline, segments: Sequence[Segment], path: Path) -
         palette = list(colormaps["turbo"](np.linspace(0.02, 0.98, len(shown))))
     colours = {names[index]: colour for index, colour in zip(shown, palette, strict=False)}
     centres = [(start + end) / 2 for start, end in timeline.spans]
-    with new_figure(path, (12, 5), 120, keep=True) as figure:
-        curves, bars = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+    rows = sorted(in_segments, key=list(colours).index, reverse=True) if timeline.multi_label else []
+    tall = max(1.0, 0.3 * len(rows))
+    with new_figure(path, (12, 4 + tall), 120, keep=True) as figure:
+        curves, bars = figure.subplots(2, 1, sharex=True, height_ratios=(4, tall))
         for index in shown:
             label = textwrap.shorten(printable(names[index]), 40, placeholder=" ...")
             marker = "." if len(centres) < 50 else ""
@@ -64,11 +69,12 @@ def plot_timeline(timeline: Timeline, segments: Sequence[Segment], path: Path) -
         handles, labels = curves.get_legend_handles_labels()
         more = len(labels) - MAX_LEGEND
         title = f"and {more} more classes" if more > 0 else None
-        figure.legend(handles[:MAX_LEGEND], labels[:MAX_LEGEND], loc="outside right upper", title=title)
+        figure.legend(handles[:MAX_LEGEND], labels[:MAX_LEGEND], loc="outside right center", title=title)
         for segment in segments:
             extent, alpha = (segment.start, segment.end - segment.start), 0.3 + 0.7 * segment.score
-            bars.broken_barh([extent], (0, 1), color=colours[segment.class_name], alpha=alpha)
-        bars.set(yticks=[], xlabel="seconds", ylim=(0, 1))
+            row = rows.index(segment.class_name) if rows else 0
+            bars.broken_barh([extent], (row, 1), color=colours[segment.class_name], alpha=alpha)
+        bars.set(yticks=[], xlabel="seconds", ylim=(0, len(rows) or 1))
         _set_times(bars, timeline.spans[0][0], timeline.spans[-1][1])
 
 
@@ -200,35 +206,42 @@ def _copy_with_labels(container: Any, stream: Any, audio: Any, copy: Any, paint:
 
 
 class _Painter:
-    """Draws labels into pictures: a strip with a class name, its score and a bar, over the lower edge."""
+    """Draws labels into pictures: strips with a class name, its score and a bar, over the lower edge."""
+
+    MOST = 4  # strips; the likeliest are drawn
 
     def __init__(self, segments: Sequence[Segment]) -> None:
-        self._segments, self._starts = segments, [segment.start for segment in segments]
-        self._strip: tuple[int, Picture] = (-1, np.empty((0, 0, 3), np.uint8))  # of which segment
+        self._segments = sorted(segments, key=lambda segment: segment.score)
+        self._changes = sorted({second for segment in segments for second in (segment.start, segment.end)})
+        self._drawn: tuple[int, Picture] = (-1, np.empty((0, 0, 3), np.uint8))  # after which change
 
     def __call__(self, picture: Picture, second: float) -> VideoFrame:
         """A copy of even height and width, as yuv420p is."""
         height, width = picture.shape[0] // 2 * 2, picture.shape[1] // 2 * 2
         picture = np.array(picture[:height, :width], order="C")
-        index = bisect.bisect_right(self._starts, second + 1e-6) - 1
-        if index >= 0 and second < self._segments[index].end:
-            if index != self._strip[0]:
-                self._strip = index, _strip(self._segments[index], height, width)
-            lower = picture[-len(self._strip[1]) :]
-            lower[:] = lower // 4 + self._strip[1] // 4 * 3  # the picture shines through
+        second += 1e-6
+        change = bisect.bisect_right(self._changes, second)
+        if change != self._drawn[0]:
+            now = [segment for segment in self._segments if segment.start <= second < segment.end]
+            strips = [_strip(segment, height, width) for segment in now[-self.MOST :]]
+            self._drawn = change, np.concatenate([picture[:0], *strips])[-height:]
+        strip = self._drawn[1]
+        lower = picture[height - len(strip) :]
+        lower[:] = lower // 4 + strip // 4 * 3  # the picture shines through
         return VideoFrame.from_ndarray(picture, format="rgb24")
 
 
 def _strip(segment: Segment, height: int, width: int) -> Picture:
-    size = max(10, height // 16)
-    text = f"{printable(segment.class_name)}  {segment.score:.0%}"
+    size, name, score = max(10, height // 16), printable(segment.class_name), f"  {segment.score:.0%}"
     font = ImageFont.load_default(size)
-    while size > 8 and font.getlength(text) > 0.96 * width:  # long names become small
+    while size > 8 and font.getlength(name + score) > 0.96 * width:  # long names become small
         size -= 1
         font = ImageFont.load_default(size)
+    while len(name) > 1 and font.getlength(name + score) > 0.96 * width:  # and then short
+        name = f"{name.removesuffix('…')[:-1]}…"
     tall, bar = round(1.5 * size), max(2, size // 5)
     image = Image.new("RGB", (width, min(tall + bar, height)), "black")
     draw = ImageDraw.Draw(image)
-    draw.text((0.02 * width, tall / 2), text, fill="white", font=font, anchor="lm")
+    draw.text((0.02 * width, tall / 2), name + score, fill="white", font=font, anchor="lm")
     draw.rectangle((0, tall, max(segment.score * width - 1, 0), tall + bar), fill=(255, 190, 0))
     return np.asarray(image)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mvit_video.errors import ConfigError
@@ -19,8 +20,9 @@ class Timeline:
 
     Attributes:
         spans: first and last second of each window, in order.
-        scores: (windows, num_classes), softmax.
+        scores: (windows, num_classes), softmax; sigmoid where windows may be of several classes.
         stride: seconds from one window to the next.
+        multi_label: whether they may.
     """
 
     path: str
@@ -28,6 +30,7 @@ class Timeline:
     spans: list[tuple[float, float]]
     scores: Tensor
     stride: float
+    multi_label: bool = False
 
     def smoothed(self, seconds: float) -> Timeline:
         """Each window's scores averaged with those of windows that start within half of ``seconds``.
@@ -49,20 +52,21 @@ class Timeline:
     def segments(self, min_score: float = 0.0) -> tuple[Segment, ...]:
         """Neighbouring windows with the same best class, merged; those below ``min_score`` are left out.
 
-        A window speaks for the time up to the middle between it and its neighbours.
+        A window speaks for the time up to the middle between it and its neighbours. Where it may be of
+        several classes, it is of all from ``min_score`` on (0.5 where that is 0): segments may overlap.
 
         Raises ConfigError for what is no score.
         """
         if not 0 <= min_score <= 1:
             raise ConfigError(f"min_score={min_score} isn't possible; expected a score from 0 to 1")
-        best, classes = self.scores.max(1)
+        shown = self.scores >= (min_score or 0.5 * self.multi_label)
+        if not self.multi_label:
+            shown &= F.one_hot(self.scores.argmax(1), len(self.class_names)).bool()
         # Whether each window follows the one before, without a gap in the recording.
         follows = [False, *(b[0] - a[0] < 1.5 * self.stride for a, b in pairwise(self.spans)), False]
         centres = [(start + end) / 2 for start, end in self.spans]
         found: list[tuple[int, list[int]]] = []  # class and windows
-        for index, (score, label) in enumerate(zip(best.tolist(), classes.tolist(), strict=True)):
-            if score < min_score:
-                continue
+        for label, index in shown.T.nonzero().tolist():
             if found and follows[index] and found[-1][0] == label and found[-1][1][-1] == index - 1:
                 found[-1][1].append(index)
             else:
@@ -75,5 +79,6 @@ class Timeline:
                 start = (centres[first - 1] + centres[first]) / 2
             if follows[last + 1]:
                 end = (centres[last] + centres[last + 1]) / 2
-            segments.append(Segment(start, end, self.class_names[label], best[windows].mean().item()))
-        return tuple(segments)
+            score = self.scores[windows, label].mean().item()
+            segments.append(Segment(start, end, self.class_names[label], score))
+        return tuple(sorted(segments, key=lambda segment: (segment.start, -segment.score)))

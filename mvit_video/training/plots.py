@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from mvit_video.data.pixels import RGB, denormalise
+from mvit_video.io.console import printable
 
 
 def plot_history(epochs: Sequence[dict[str, float]], path: Path, *, monitor: str) -> None:
@@ -27,6 +30,7 @@ def plot_history(epochs: Sequence[dict[str, float]], path: Path, *, monitor: str
             if points:
                 axes.plot(*zip(*points, strict=True), style, marker=".", label=split)
         axes.set(xlabel="epoch", ylabel=label)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend()
@@ -53,22 +57,25 @@ def plot_batch(
     times = torch.linspace(0, clips.shape[2] - 1, min(8, clips.shape[2])).round().int().tolist()
     shown = clips[:6, :, times].detach().float().cpu()
     figure = Figure(figsize=(1.6 * len(times), 1.9 * len(shown)), layout="constrained")
-    grid = figure.subplots(len(shown), len(times), squeeze=False)
+    rows = figure.subfigures(len(shown), squeeze=False)[:, 0]
     pairs = zip(shown, labels.tolist(), labels.flip(0).tolist(), strict=False)
-    for row, (clip, label, partner) in enumerate(pairs):
+    for row, (clip, label, partner) in zip(rows, pairs, strict=True):
         frames = denormalise(clip.movedim(1, 0), mean, std).movedim(1, -1)  # (T, H, W, 3)
-        for axes, frame in zip(grid[row], frames, strict=True):
+        for axes, frame in zip(row.subplots(1, len(times), squeeze=False)[0], frames, strict=True):
             axes.imshow(frame.numpy())
             axes.set_axis_off()
         name, other = (_names(found, class_names) for found in (label, partner))
         title = name if lam == 1 else f"{lam:.2f} {name} + {1 - lam:.2f} {other}"
-        grid[row][0].set_title(title, loc="left", fontsize=8)
+        row.suptitle(title, x=0.01, ha="left", fontsize=8)
+    mixed = "" if lam == 1 else ", each clip mixed with another: its shares of both"
+    figure.suptitle(f"The first batch as the model sees it{mixed}", fontsize=10)
     figure.savefig(path, dpi=100)
 
 
 def _names(label: int | list[int], class_names: Sequence[str] | None) -> str:
     labels = [label] if isinstance(label, int) else [index for index in label if index >= 0]
-    return ", ".join(class_names[index] if class_names else str(index) for index in labels)
+    names = ", ".join(class_names[index] if class_names else str(index) for index in labels)
+    return textwrap.shorten(printable(names), 60, placeholder=" ...") or "no class"
 
 
 def describe_labels(labels: Sequence[int], class_names: Sequence[str]) -> str:

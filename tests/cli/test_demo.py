@@ -220,6 +220,11 @@ def test_a_browser_shows_the_answer(browser, address: str, tmp_path: Path) -> No
     videos = "[...document.querySelectorAll('video')].map(v => v.error === null && v.duration > 0)"
     page.wait_for_function(f"{videos}.filter(Boolean).length == 3")
     assert not [url for url in requests if not url.startswith((address, "blob:", "data:"))]
+    page.click("#ask")
+    page.click("#cancel")
+    page.wait_for_selector("#ask:enabled")
+    assert page.is_hidden("#cancel")
+    assert page.locator("[data-testid=toast-body]").count() == 0  # who cancels needs no message
     (tmp_path / "broken.mp4").write_bytes(b"no video" * 100)
     page.reload()
     page.set_input_files("#video input[type=file]", str(tmp_path / "broken.mp4"))

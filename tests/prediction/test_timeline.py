@@ -22,7 +22,7 @@ from videos import numbered_frame, read_number, write_numbered_video, write_vide
 import mvit_video as mv
 from mvit_video.data.pixels import resize_for_test
 from mvit_video.prediction.prediction import Segment
-from mvit_video.prediction.render import annotate_video
+from mvit_video.prediction.render import annotate_video, plot_timeline
 from mvit_video.prediction.saving import write_srt, write_vtt
 from mvit_video.prediction.stream import iter_windows
 from mvit_video.prediction.timeline import Timeline
@@ -171,6 +171,24 @@ def test_smoothing_and_segments() -> None:
         (3.5, "a"),
     ]
     assert line.smoothed(0.5) is line
+
+
+def test_windows_of_several_classes_have_segments_that_overlap(tmp_path: Path) -> None:
+    scores = torch.tensor([[0.9, 0.1], [0.8, 0.7], [0.2, 0.6], [0.1, 0.2]])
+    spans = [(float(i), i + 1.0) for i in range(4)]
+    line = Timeline("v.mp4", ("a", "b"), spans, scores, 1.0, multi_label=True)
+    found = [(s.start, s.end, s.class_name, round(s.score, 3)) for s in line.segments()]
+    assert found == [(0, 2, "a", 0.85), (1, 3, "b", 0.65)]
+    assert [s.class_name for s in line.segments(0.65)] == ["a", "b"]
+    assert line.segments(0.75) == line.segments(0.65)[:1]
+    plot_timeline(line, line.segments(), tmp_path / "timeline.png")
+    assert (tmp_path / "timeline.png").stat().st_size > 5000
+    source = write_numbered_video(tmp_path / "a.mp4", 30, fps=10, height=96, width=128)
+    with mv.open_video(annotate_video(str(source), line.segments(), tmp_path / "b.mp4")) as video:
+        frames = video.get_frames([5, 15, 25]).float()  # of one class, of two, of one
+    one, two, other = (frames[:, 0] - frames[:, 2] > 60).any(2).sum(1).tolist()  # rows with a yellow bar
+    assert two > 1.5 * one > 0
+    assert other == one
 
 
 def test_subtitles(tmp_path: Path) -> None:

@@ -173,6 +173,12 @@ def test_several_classes_a_video(command: Command, several: Path, kind: str) -> 
         "sit": 4,
         "stand": 3,
     }
+    splits = mv.csv_splits("all.csv", "all.csv", multi_label=True)
+    metrics = mv.evaluate(model, splits.val, "from_python", num_clips=1, num_workers=0)
+    assert metrics.accuracy["map"] == pytest.approx(results["map"], abs=1e-5)
+    for folder in ("eval", "from_python"):
+        assert f">{100 * results['map']:.2f} %<" in (several / folder / "report.html").read_text()
+        assert (several / folder / "per_class.csv").read_text().count("\n") == 4
     again = command("eval", "scores=eval/scores.parquet", "hydra.run.dir=again", "combine=max")
     assert again.code == 0, again.err
     assert json.loads((several / "again" / "results.json").read_text())["map"] == results["map"]
