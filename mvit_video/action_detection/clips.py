@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 import random
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -16,12 +17,67 @@ from mvit_video.action_detection.annotations import KeyFrame
 from mvit_video.action_detection.boxes import PixelSplit, clip_view, key_frame_indices, move_boxes
 from mvit_video.data.datasets import MAX_REPLACEMENTS, BadVideo, OpenVideo
 from mvit_video.data.decode import Video, open_video
-from mvit_video.data.pixels import cut_and_resize, normalise, resize_for_test
+from mvit_video.data.pixels import cut_and_resize, normalise
 from mvit_video.data.sampling import SpatialView
 from mvit_video.errors import DataError, VideoError
 from mvit_video.model.clip_spec import ClipSpec
 
 _SLACK = 1e-6  # frames: of a time that lies in the middle between two
+_GREY = (0.299, 0.587, 0.114)  # shares of red, green and blue
+# Principal components of ImageNet's colours (rows: red, green, blue) and their strengths, as in PySlowFast.
+_COMPONENTS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
+_STRENGTHS = (0.225, 0.224, 0.229)
+
+
+@dataclass(frozen=True)
+class ActionAugment:
+    """How training clips with people are varied, as PySlowFast varies AVA's.
+
+    Attributes:
+        short_side_range, flip_probability: see ``clip_view``.
+        colour_jitter: brightness, contrast and saturation change by factors of at most 1 +- this, in random
+            order; PySlowFast has 0.4, turned off.
+        lighting: standard deviation of what is added along the colours' principal components; PySlowFast has
+            0.1, turned off.
+    """
+
+    short_side_range: tuple[int, int] | None = None
+    flip_probability: float = 0.5
+    colour_jitter: float = 0.0
+    lighting: float = 0.0
+
+
+class Colours(NamedTuple):
+    """A change of all colours of a clip."""
+
+    factors: tuple[tuple[str, float], ...] = ()  # of brightness, contrast and saturation, in their order
+    shift: tuple[float, ...] = (0.0, 0.0, 0.0)  # of red, green and blue, in 255ths
+
+    @classmethod
+    def draw(cls, augment: ActionAugment, rng: random.Random) -> Colours:
+        """A random one."""
+        strength, colours = augment.colour_jitter, cls()
+        if strength:
+            kinds = rng.sample(("brightness", "contrast", "saturation"), 3)
+            factors = tuple((kind, 1 + rng.uniform(-strength, strength)) for kind in kinds)
+            colours = colours._replace(factors=factors)
+        if augment.lighting:
+            along = [rng.gauss(0, augment.lighting) * own for own in _STRENGTHS]
+            shift = tuple(255 * sum(map(operator.mul, row, along)) for row in _COMPONENTS)
+            colours = colours._replace(shift=shift)
+        return colours
+
+    def __call__(self, frames: Tensor) -> Tensor:
+        """Frames (N, 3, H, W) from 0 to 255 and, as in PySlowFast, beyond."""
+        for kind, factor in self.factors:
+            grey = torch.einsum("nchw,c->nhw", frames, frames.new_tensor(_GREY))[:, None]
+            against = {
+                "brightness": 0 * grey,
+                "contrast": grey.mean((2, 3), keepdim=True),
+                "saturation": grey,
+            }
+            frames = torch.lerp(against[kind], frames, factor)
+        return frames + frames.new_tensor(self.shift)[:, None, None] if any(self.shift) else frames
 
 
 class ActionSample(NamedTuple):
@@ -60,8 +116,9 @@ class ActionClips(Dataset[ActionSample]):
 
     Args:
         split: which pixels are seen, see ``clip_view``. In "train" a bad video is replaced by another.
+        augment: of "train".
+        flip: "val" and "test" look at mirrored pictures.
         seed: random choices depend on it, the epoch and the index alone.
-        short_side_range, flip_probability: see ``clip_view``.
 
     Raises, when a sample is made:
         ConfigError: ``short_side_range`` are smaller than the crop.
@@ -75,14 +132,13 @@ class ActionClips(Dataset[ActionSample]):
         num_classes: int,
         split: PixelSplit,
         *,
+        augment: ActionAugment = ActionAugment(),
+        flip: bool = False,
         seed: int = 0,
-        short_side_range: tuple[int, int] | None = None,
-        flip_probability: float = 0.5,
         open_file: OpenVideo = open_video,
     ) -> None:
         self.key_frames, self.spec, self.num_classes, self.split = key_frames, spec, num_classes, split
-        self.seed, self.short_side_range, self.flip_probability = seed, short_side_range, flip_probability
-        self.open_file = open_file
+        self.augment, self.flip, self.seed, self.open_file = augment, flip, seed, open_file
         side = spec.short_side if split == "test" else spec.crop
         self.sample_nbytes = 4 * 3 * spec.clip_frames * side * side * (2 if split == "test" else 1)
 
@@ -119,24 +175,34 @@ class ActionClips(Dataset[ActionSample]):
             width,
             self.spec,
             self.split,
-            short_side_range=self.short_side_range,
-            flip_probability=self.flip_probability,
+            short_side_range=self.augment.short_side_range,
+            flip_probability=self.augment.flip_probability,
+            flip=self.flip,
             rng=rng,
         )
         boxes = move_boxes(torch.tensor(frame.boxes).reshape(-1, 4), height, width, view, size)
-        return read_clip(video, frame, self.spec, None if self.split == "test" else view), boxes
+        colours = Colours.draw(self.augment, rng) if self.split == "train" else Colours()
+        return read_clip(video, frame, self.spec, view, size, colours), boxes
 
 
-def read_clip(video: Video, frame: KeyFrame, spec: ClipSpec, view: SpatialView | None) -> Tensor:
-    """The clip around a key frame, float (3, T, H, W): a view of the picture, or None: all of it.
+def read_clip(
+    video: Video,
+    frame: KeyFrame,
+    spec: ClipSpec,
+    view: SpatialView,
+    size: tuple[int, int],
+    colours: Colours = Colours(),  # noqa: B008 (immutable)
+) -> Tensor:
+    """The clip around a key frame: what is seen by a view of (height, width) ``size``, float (3, T, H, W).
 
     Raises:
         VideoError: the file can't give it.
     """
-    numbers = frame_numbers(frame, video.times, spec)
-    if view is None:
-        return video.get_frames(numbers, transform=partial(resize_for_test, spec=spec)).transpose(0, 1)
-    return video.get_frames(numbers, transform=partial(_cut, view=view, spec=spec)).transpose(0, 1)
+
+    def look(frames: Tensor) -> Tensor:
+        return normalise(colours(cut_and_resize(frames, view, size)), spec.mean, spec.std)
+
+    return video.get_frames(frame_numbers(frame, video.times, spec), transform=look).transpose(0, 1)
 
 
 def frame_numbers(frame: KeyFrame, times: Sequence[float] | np.ndarray, spec: ClipSpec) -> list[int]:
@@ -182,7 +248,3 @@ def collate(samples: Sequence[ActionSample]) -> ActionBatch:
         [sample.key_frame for sample in good],
         [bad for sample in samples for bad in sample.bad],
     )
-
-
-def _cut(frames: Tensor, *, view: SpatialView, spec: ClipSpec) -> Tensor:
-    return normalise(cut_and_resize(frames, view, spec.crop), spec.mean, spec.std)

@@ -6,7 +6,8 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ from mvit_video.action_detection.drawing import draw_people
 from mvit_video.data.decode import Video
 from mvit_video.errors import DataError
 from mvit_video.prediction.prediction import Segment
+from mvit_video.prediction.recognizer import prefetch
 from mvit_video.prediction.render import Picture
+from mvit_video.prediction.stream import Source, iter_windows
 
 SHOWN = 3  # actions of a person in a picture
 SAME_PERSON = 0.3  # IoU of boxes of one person at two key frames, at least
@@ -52,6 +55,10 @@ class PersonActions:
     person_score: float | None
     scores: dict[str, float]
 
+    def likely(self, min_score: float) -> PersonActions:
+        """The same without what is less likely."""
+        return replace(self, scores={name: s for name, s in self.scores.items() if s >= min_score})
+
 
 class Follower:
     """Gives people numbers, and the same number to who stays nearly where they were."""
@@ -70,70 +77,94 @@ class Follower:
         return self._numbers
 
 
-@torch.inference_mode()
-def watch_people(
-    detector: ActionDetector,
-    video: Video,
-    persons: FindPeople | Sequence[BoxRow],
-    *,
-    every: float = 1.0,
-    min_person_score: float = 0.8,
-    device: str = "cpu",
-    autocast: Any,
-) -> Iterator[list[PersonActions]]:
-    """What people do at each key frame of a video, in order; no more than a clip is held.
+@dataclass(frozen=True)
+class PeopleWatcher:
+    """Says what the people in a film do at key frames, and follows them from one to the next.
 
-    Args:
-        persons: finds people in a picture, at key frames ``every`` so many seconds; or rows of this video,
-            whose seconds are the key frames.
+    Attributes:
+        find: finds people in a picture; None: their boxes are given.
+        every: seconds from one key frame to the next where people are found.
+        min_person_score: who is found less certainly is left out.
         autocast: the context that the detector runs in.
-
-    Raises:
-        VideoError: the video can't give a clip.
-        DataError: the model's output isn't finite.
     """
-    names, follow = _names(detector), Follower()
-    height, width = video.size
-    view, size = clip_view(height, width, detector.protocol, "test")
-    for second, shares, found in _key_frames(video, persons, every, min_person_score):
-        if not len(shares):
-            follow(shares)
-            continue
-        frame = KeyFrame(Path(video.path).stem, video.path, second, 0.0, (), ())
-        clip = read_clip(video, frame, detector.protocol, None)[None].to(device)
-        boxes = move_boxes(shares, height, width, view, size)
-        with autocast:
-            logits = detector(clip, torch.nn.functional.pad(boxes, (1, 0)).to(device)).float().cpu()
+
+    detector: ActionDetector
+    find: FindPeople | None = None
+    every: float = 1.0
+    min_person_score: float = 0.8
+    device: str = "cpu"
+    autocast: Any = field(default_factory=nullcontext)
+
+    def key_seconds(self, video: Video, rows: Iterable[BoxRow] = ()) -> list[float]:
+        """When a video is looked at: at the seconds of ``rows``, or every ``every`` seconds."""
+        if self.find is None:
+            return sorted({row.second for row in rows})
+        return [number * self.every for number in range(int(video.times[-1] / self.every + 1e-6) + 1)]
+
+    def watch(self, video: Video, rows: Sequence[BoxRow] = ()) -> Iterator[list[PersonActions]]:
+        """What people do at each key frame of a video, in order; no more than a clip is held.
+
+        Args:
+            rows: of this video, where people aren't found.
+
+        Raises:
+            VideoError: the video can't give a clip.
+            DataError: the model's output isn't finite.
+        """
+        given: dict[float, dict[tuple[str, ...], Box]] = {}
+        for row in rows:  # one for each action: a person comes once
+            given.setdefault(row.second, {})[row.text] = (row.x1, row.y1, row.x2, row.y2)
+        follow = Follower()
+        for second in self.key_seconds(video, rows):
+            people = None if self.find else torch.tensor(list(given[second].values()))
+            yield self._look(video, second, second, follow, people)
+
+    def watch_stream(
+        self, source: Source, *, follow: float | None = None, drop: bool = False, **opening: Any
+    ) -> Iterator[list[PersonActions]]:
+        """The same of a stream, a camera, a pipe or a file that is read once, as soon as each clip was seen.
+
+        Key frames are the middles of clips that start every ``every`` seconds. Arguments and errors: see
+        ``Recognizer.watch``; ``opening`` as of ``iter_windows``.
+        """
+        spec, follower = self.detector.protocol, Follower()
+        length = spec.clip_frames * spec.stride / spec.target_fps
+        clips: Any = iter_windows(source, length=length, stride=self.every, follow=follow, **opening)
+        for clip in prefetch(clips, 1, drop=drop):
+            middle = min(length / 2, float(clip.times[-1]))
+            yield self._look(clip, middle, clip.start + middle, follower)
+
+    @torch.inference_mode()
+    def _look(
+        self, video: Video, at: float, second: float, follow: Follower, people: Tensor | None = None
+    ) -> list[PersonActions]:
+        """What people (N, 4), else those who are found, do ``at`` a second of a video, called ``second``."""
+        height, width = video.size
+        certain: list[float | None] = [None] * (0 if people is None else len(people))
+        if people is None:
+            assert self.find is not None
+            index = int(np.searchsorted(video.times, at + 0.5 / video.fps)) - 1
+            found, scores = self.find(video.get_frames([max(index, 0)])[0])
+            sure = scores >= self.min_person_score
+            people, certain = found[sure] / torch.tensor([width, height] * 2), scores[sure].tolist()
+        numbers, names = follow(people), self.detector.class_names
+        if not numbers:
+            return []
+        spec = self.detector.protocol
+        view, size = clip_view(height, width, spec, "test")
+        frame = KeyFrame(Path(video.path).stem, video.path, at, 0.0, (), ())
+        clip = read_clip(video, frame, spec, view, size)[None].to(self.device)
+        boxes = torch.nn.functional.pad(move_boxes(people, height, width, view, size), (1, 0))
+        with self.autocast:
+            logits = self.detector(clip, boxes.to(self.device)).float().cpu()
         if not logits.isfinite().all():
             raise DataError(f"{video.path}: the model's output isn't finite; its weights are damaged")
-        people = zip(follow(shares), shares.tolist(), found, logits.sigmoid().tolist(), strict=True)
-        yield [
+        names = names or tuple(str(number) for number in range(1, logits.shape[1] + 1))
+        rows = zip(numbers, people.tolist(), certain, logits.sigmoid().tolist(), strict=True)
+        return [
             PersonActions(video.path, second, number, tuple(box), score, dict(zip(names, row, strict=True)))
-            for number, box, score, row in people
+            for number, box, score, row in rows
         ]
-
-
-def _names(detector: ActionDetector) -> Sequence[str]:
-    return detector.class_names or [str(number) for number in range(1, detector.config.num_classes + 1)]
-
-
-def _key_frames(
-    video: Video, persons: FindPeople | Sequence[BoxRow], every: float, min_score: float
-) -> Iterator[tuple[float, Tensor, list[float | None]]]:
-    """Seconds, boxes (N, 4) as shares of the picture, and how sure each of them is a person."""
-    if not callable(persons):
-        for second in sorted({row.second for row in persons}):
-            # A row for each action: a person comes once.
-            boxes = {row.text: (row.x1, row.y1, row.x2, row.y2) for row in persons if row.second == second}
-            yield second, torch.tensor(list(boxes.values())), [None] * len(boxes)
-        return
-    scale = torch.tensor([video.width, video.height] * 2)
-    for number in range(int(video.duration / every) + 1):
-        second = number * every
-        index = int(np.searchsorted(video.times, second + 0.5 / video.fps)) - 1
-        found, scores = persons(video.get_frames([max(index, 0)])[0])
-        sure = scores >= min_score
-        yield second, found[sure].cpu() / scale, scores[sure].tolist()
 
 
 def to_segments(people: Iterable[PersonActions], every: float, min_score: float) -> list[Segment]:
@@ -193,12 +224,13 @@ def people_painter(
         height, width = (side // 2 * 2 for side in picture.shape[:2])
         boxes = torch.tensor([one.box for one in shown]).reshape(-1, 4) * torch.tensor([width, height] * 2)
         even = torch.from_numpy(picture[:height, :width].copy()).permute(2, 0, 1)
-        drawn = draw_people(even, boxes, [_label(one, min_score) for one in shown])
+        drawn = draw_people(even, boxes, [to_text(one, min_score) for one in shown])
         return VideoFrame.from_ndarray(drawn.permute(1, 2, 0).contiguous().numpy(), format="rgb24")
 
     return paint
 
 
-def _label(one: PersonActions, min_score: float) -> str:
-    likely = sorted(one.scores.items(), key=lambda pair: -pair[1])[:SHOWN]
+def to_text(one: PersonActions, min_score: float, most: int = SHOWN) -> str:
+    """A person's number and likeliest actions."""
+    likely = sorted(one.scores.items(), key=lambda pair: -pair[1])[:most]
     return f"{one.person}: " + ", ".join(f"{n} {score:.0%}" for n, score in likely if score >= min_score)

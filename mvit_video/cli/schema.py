@@ -138,7 +138,7 @@ _LIMITS: dict[str, Kind | tuple[Kind, ...]] = {
     "mlp_ratio": Number(0, 1000, open_low=True),
     "head_init_scale follow start_second": NOT_NEGATIVE,
     "gradient_clip_val": (NOT_NEGATIVE, NULL),
-    "min_score min_person_score max_missing colour_jitter flip_probability erase_probability": SHARE,
+    "min_score min_person_score max_missing colour_jitter flip_probability erase_probability lighting": SHARE,
     "probability switch_probability crop_probability box_score_thresh box_nms_thresh": SHARE,
     "dropout drop_path head_dropout val_fraction momentum warmup label_smoothing": SHARE_BELOW_1,
     "layer_decay": SHARE_ABOVE_0,

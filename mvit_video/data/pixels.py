@@ -85,21 +85,22 @@ def cut(frames: Tensor, box: CropBox) -> Tensor:
     return frames[..., box.top : box.top + box.height, box.left : box.left + box.width]
 
 
-def cut_and_resize(frames: Tensor, view: CropBox | SpatialView, size: int) -> Tensor:
-    """Cut one square out of uint8 frames (N, 3, H, W), mirrored where the view says so.
+def cut_and_resize(frames: Tensor, view: CropBox | SpatialView, size: int | tuple[int, int]) -> Tensor:
+    """Cut one rectangle out of uint8 frames (N, 3, H, W), mirrored where the view says so.
 
     Args:
-        view: a box of the frames, which is resized to a square, or a square of the resized frames.
-        size: pixels of the square.
+        view: a box of the frames, which is resized, or a part of the resized frames.
+        size: pixels of the square that it gives, or its height and width.
 
     Returns:
-        float (N, 3, size, size), from 0 to 255.
+        float (N, 3, *size), from 0 to 255.
     """
+    height, width = (size, size) if isinstance(size, int) else size
     if isinstance(view, CropBox):
-        frames = _resize(cut(frames, view), size, size)
+        frames = _resize(cut(frames, view), height, width)
     else:
         frames = _resize(frames, view.resized_height, view.resized_width)
-        frames = frames[:, :, view.top : view.top + size, view.left : view.left + size]
+        frames = frames[:, :, view.top : view.top + height, view.left : view.left + width]
     return frames.flip(-1) if view.flip else frames
 
 

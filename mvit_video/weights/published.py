@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 import urllib.request
@@ -39,9 +40,9 @@ class PublishedWeights:
     name: str
     num_classes: int
     url: str
-    views: str
-    top1: float
-    top5: float
+    views: str = ""
+    top1: float = math.nan
+    top5: float = math.nan
     saved_as: str | None = None
 
     @property

@@ -7,11 +7,13 @@ import random
 from pathlib import Path
 from typing import Any
 
+import golden_weights
 import numpy as np
 import pytest
 import torch
 
 from mvit_video.action_detection import key_frame_indices
+from mvit_video.action_detection.annotations import KeyFrame
 from mvit_video.action_detection.boxes import (
     clip_boxes,
     clip_view,
@@ -20,6 +22,7 @@ from mvit_video.action_detection.boxes import (
     resize_boxes,
     to_pixels,
 )
+from mvit_video.action_detection.clips import ActionAugment, Colours, read_clip
 from mvit_video.errors import ConfigError
 from mvit_video.model import ClipSpec
 
@@ -73,21 +76,57 @@ class NumpyRandom(random.Random):
     def random(self) -> float:
         return self.draws.uniform()
 
+    def sample(self, population: Any, k: int, *_: Any) -> list[Any]:  # type: ignore[override]
+        return [population[index] for index in self.draws.permutation(k)]
 
-@pytest.mark.parametrize(
-    "case",
-    [case for case in BOXES["pipeline"] if "force" not in case["options"]],
-    ids=lambda case: case["tag"],
-)
-def test_boxes_go_where_the_pixels_go(case: dict[str, Any]) -> None:
-    height, width, crop = case["height"], case["width"], case["crop_size"]
-    spec = ClipSpec(short_side=crop, crop=crop)
-    view, size = clip_view(height, width, spec, case["split"], rng=NumpyRandom(case["numpy_seed"]))
+    def gauss(self, mu: float = 0.0, sigma: float = 1.0) -> float:
+        return self.draws.normal(mu, sigma)
+
+
+class Film:
+    """Two frames: cells of 8 x 8 pixels, each of one colour."""
+
+    path, times = "film", np.arange(2) / 30
+
+    def __init__(self, height: int, width: int, tag: str) -> None:
+        self.size = height, width
+        cells = golden_weights.frames_u8(2, -(-height // 8), -(-width // 8), tag)
+        bgr = cells.repeat(8, 1).repeat(8, 2)[:, :height, :width]
+        self.frames = torch.from_numpy(bgr[..., ::-1].copy()).permute(0, 3, 1, 2)  # RGB
+
+    def get_frames(self, indices: list[int], *, transform: Any) -> torch.Tensor:
+        return transform(self.frames[indices])
+
+
+@pytest.mark.parametrize("case", BOXES["pipeline"], ids=lambda case: case["tag"])
+def test_boxes_and_pixels_are_the_official_ones(case: dict[str, Any]) -> None:
+    height, width, crop, options = case["height"], case["width"], case["crop_size"], case["options"]
+    spec = ClipSpec(short_side=crop, crop=crop, clip_frames=2, stride=1)
+    augment = ActionAugment(
+        short_side_range=options.get("jitter"),
+        colour_jitter=0.4 * (not options.get("pca", True)),
+        lighting=0.1 * options.get("color", False),
+    )
+    rng = NumpyRandom(case["numpy_seed"])
+    sides, flip = augment.short_side_range, options.get("force", False)
+    view, size = clip_view(height, width, spec, case["split"], short_side_range=sides, flip=flip, rng=rng)
     boxes = torch.tensor(case["boxes_in_0_1"], dtype=torch.float64)
     expected = case["backends"]["cv2"]
     assert [3, case["frames"], *size] == expected["image_shape_CTHW"]
     found = move_boxes(boxes, height, width, view, size)
     torch.testing.assert_close(found, torch.tensor(expected["boxes"], dtype=torch.float64), atol=1e-5, rtol=0)
+
+    film: Any = Film(height, width, case["tag"])
+    frame = KeyFrame("film", "film", 1 / 30, 0.0, (), ())
+    clip = read_clip(film, frame, spec, view, size, Colours.draw(augment, rng))
+    clip = clip.flip(0) if options.get("bgr") else clip  # as it can be turned on there
+    # There resized pixels are rounded, which the change of colours enlarges.
+    near = 1.4 * 0.5 / 255 / 0.225 + 1e-3
+    picked = clip.flatten()[expected["sample_index"]]
+    torch.testing.assert_close(picked, torch.tensor(expected["sample"]), atol=near, rtol=0)
+    assert clip.mean().item() == pytest.approx(expected["mean"], abs=1e-3)
+    assert clip.std().item() == pytest.approx(expected["std"], abs=2e-3)
+    assert clip.mean((1, 2, 3)).tolist() == pytest.approx(expected["channel_means"], abs=2e-3)
 
 
 def test_short_side_range_below_the_crop_are_refused() -> None:

@@ -19,22 +19,24 @@ from omegaconf import DictConfig, OmegaConf
 
 from mvit_video.action_detection.annotations import ActionIndex, ActionSplits, box_lines, read_boxes
 from mvit_video.action_detection.checkpoint import load_action_detector, load_action_weights
-from mvit_video.action_detection.clips import ActionClips, collate
+from mvit_video.action_detection.clips import ActionAugment, ActionClips, collate
 from mvit_video.action_detection.detector import ActionDetector
 from mvit_video.action_detection.evaluation import report, score_index
 from mvit_video.action_detection.prediction import (
+    PeopleWatcher,
     PersonActions,
     people_painter,
     to_json,
     to_rows,
     to_segments,
-    watch_people,
+    to_text,
 )
 from mvit_video.action_detection.training import ActionDetectorTraining
 from mvit_video.cli import app
 from mvit_video.cli.tasks.persons import find_people
 from mvit_video.data.bad_videos import allowed_bad_videos
 from mvit_video.data.class_names import check_same_classes
+from mvit_video.data.decode.container import MAX_PIXELS
 from mvit_video.data.loader import WORKER_TYPES, ClipLoader
 from mvit_video.data.ranks import process_group, use_own_gpu
 from mvit_video.data.samplers import AllVideos, EpochBatches
@@ -48,7 +50,7 @@ from mvit_video.model.inference import multiplies_bf16
 from mvit_video.prediction.inputs import expand
 from mvit_video.prediction.render import redraw_video
 from mvit_video.prediction.saving import output_names, write_srt, write_vtt
-from mvit_video.prediction.writer import format_of
+from mvit_video.prediction.writer import format_of, open_live_output
 from mvit_video.training.recipe import freeze
 from mvit_video.training.resume import files_identity
 from mvit_video.training.task import Training, model_identity
@@ -66,7 +68,7 @@ def check(config: DictConfig) -> None:
     """ConfigError for what can be refused before data are read."""
     if OmegaConf.select(config, "mixing.probability"):
         raise ConfigError("mixing is for classification; action detection takes mixing=none")
-    if OmegaConf.select(config, "augment._target_") is not None:
+    if not isinstance(app.build(config.augment), ActionAugment):
         raise ConfigError("augment= is for classification; action detection takes augment=action")
     app.build_decoder(config)
     with torch.device("meta"):
@@ -217,8 +219,8 @@ def _build_loaders(
         shuffle=not config.trainer.overfit_batches,
         **shares,
     )
-    augment = {str(key): value for key, value in config.augment.items()}
-    clips = ActionClips(train.key_frames, spec, count, "train", **augment, **reading)
+    augment = app.build(config.augment)
+    clips = ActionClips(train.key_frames, spec, count, "train", augment=augment, **reading)
     middle = ActionClips(val.key_frames, spec, count, "val", **reading)
     return (
         ClipLoader(clips, batches, collate, **loading),
@@ -255,61 +257,93 @@ def predict(config: DictConfig, files: list[str]) -> None:
     """Say what the people in films do: a table, or files of rows, subtitles and an annotated copy."""
     arguments = files + list(config.videos)
     _check_prediction(config, arguments)
-    device = app.choose_device(config.device)
-    detector = trained_detector(config).to(device)
-    rows = None if config.persons == "auto" else read_boxes(config.persons)
-    find = find_people(config.persons_weights, device) if rows is None else None
-    every, open_file, videos = config.stride or 1.0, app.build_decoder(config), expand(arguments)
-    watch = partial(
-        watch_people,
-        detector,
-        every=every,
-        min_person_score=config.min_person_score,
-        device=device,
-        autocast=autocast(device, config.precision),
-    )
+    rows = read_boxes(config.persons) if str(config.persons).lower().endswith(".csv") else None
+    watcher, open_file = build_watcher(config, find=rows is None), app.build_decoder(config)
+    if config.live:
+        _watch_live(config, watcher, arguments[0], getattr(open_file, "max_pixels", MAX_PIXELS))
+        return
+    videos = expand(arguments)
     names = output_names(videos)
+    shown: list[PersonActions] = []
     failed: list[VideoError] = []
-    with _people_writer(config) if config.output else nullcontext(lambda _: None) as add:
+    with _people_writer(config) if config.output else nullcontext(shown.extend) as add:
         for path in videos:
-            people: list[PersonActions] = []
+            kept: list[PersonActions] = []  # what subtitles and copies tell
             mine = [row for row in rows or () if row.video in (Path(path).stem, Path(path).name)]
+            count = 0
             try:
                 with open_file(path) as video:
-                    total = (
-                        len({row.second for row in mine}) if find is None else int(video.duration / every) + 1
-                    )
-                    for found in track(watch(video, find or mine), total, what="watching"):
-                        people += found
-                        add(found)
+                    total = len(watcher.key_seconds(video, mine))
+                    for found in track(watcher.watch(video, mine), total, what="watching"):
+                        count += len(found)
+                        add(found if config.output else found[: max(MAX_TABLE - len(shown), 0)])
+                        kept += [one.likely(_least(config)) for one in found if config.save]
             except VideoError as error:
                 log.warning("%s", printable(str(error)))
                 failed.append(error)
                 continue
-            if not people:
+            if not count:
                 log.warning("%s: nobody was found, or %s has no rows of it", printable(path), config.persons)
-            _save(config, path, people, Path(config.save_dir) / names[path], every)
-            if not config.output:
-                _show(people, config)
+            if config.save:
+                _save(config, path, kept, Path(config.save_dir) / names[path], watcher.every)
+    if shown:
+        texts = [to_text(one, config.min_score, config.topk) for one in shown]
+        rows_shown = [(p.path, f"{p.second:g}", text) for p, text in zip(shown, texts, strict=True)]
+        print_table("", ("video", "second", "person: actions"), rows_shown)
     if failed and len(failed) == len(videos):
         raise DataError(f"no video could be predicted, the first: {failed[0]}")
+
+
+def build_watcher(config: DictConfig, *, find: bool) -> PeopleWatcher:
+    """An action detector that is asked about the people whom ``config.persons`` finds, or who are given."""
+    device = app.choose_device(config.device)
+    detector = trained_detector(config).to(device)
+    weights = config.persons_weights if config.persons == "auto" else config.persons
+    return PeopleWatcher(
+        detector,
+        find_people(weights, device) if find else None,
+        every=config.stride or 1.0,
+        min_person_score=config.min_person_score,
+        device=device,
+        autocast=autocast(device, config.precision),
+    )
+
+
+def _watch_live(config: DictConfig, watcher: PeopleWatcher, source: str, max_pixels: int) -> None:
+    """Tell what people do as soon as it was seen, a line for each of them."""
+    drop = source.startswith(("rtsp://", "rtsps://", "/dev/video"))
+    with ExitStack() as stack:
+        write: Callable[[str], None] = partial(print, end="", flush=True)
+        if config.output:
+            chosen = {key: config[key] for key in ("stride", "min_score", "min_person_score", "precision")}
+            settings = fingerprint(weights=weights_sha256(watcher.detector), persons=config.persons, **chosen)
+            write = stack.enter_context(open_live_output(config.output, settings, resume=config.resume))
+        for people in watcher.watch_stream(source, follow=config.follow, drop=drop, max_pixels=max_pixels):
+            for one in people:
+                if config.output or config.format == "jsonl":
+                    write(to_json(one, config.min_score) + "\n")
+                else:
+                    said = to_text(one, config.min_score, config.topk)
+                    write(f"{one.second:.2f}  person {printable(said)}\n")
 
 
 def _check_prediction(config: DictConfig, arguments: list[str]) -> None:
     """ConfigError for values that don't go together."""
     if not arguments:
         raise ConfigError("no videos given; type their files or folders after the command")
-    if config.explain or config.live or config.window or config.engine != "local":
-        raise ConfigError("explain=, live=, window= and engine= are for classification; key frames: stride=1")
+    if config.explain or config.window or config.engine != "local":
+        raise ConfigError("explain=, window= and engine= are for classification; key frames: stride=1")
     if "png" in config.save:
         raise ConfigError("save=[png] is for classification; action detection has srt, vtt and video")
-    if config.persons == "auto" and not config.persons_weights:
-        raise ConfigError(
-            "who is in the picture? Give persons=FILE.csv, rows of video,second,x1,y1,x2,y2,,score, or "
-            "persons_weights=FILE, a detector of mvit-train or torchvision's fasterrcnn_resnet50_fpn_v2"
-        )
-    if config.output and format_of(config.output, config.format) == "parquet":
+    if config.live and (len(arguments) != 1 or config.save or str(config.persons).lower().endswith(".csv")):
+        raise ConfigError("live=true finds people in one stream, camera, file or pipe (-); no save=, no rows")
+    if config.output and not config.live and format_of(config.output, config.format) == "parquet":
         raise ConfigError("action detection writes .csv, .json and .jsonl")
+
+
+def _least(config: DictConfig) -> float:
+    """The score from which subtitles and copies tell of an action."""
+    return max(config.min_score, SHOWN_SCORE)
 
 
 @contextmanager
@@ -338,26 +372,15 @@ def _people_writer(config: DictConfig) -> Iterator[Callable[[list[PersonActions]
 
 def _save(config: DictConfig, path: str, people: list[PersonActions], name: Path, every: float) -> None:
     """Subtitles and an annotated copy, where ``save`` asks for them."""
-    minimum = max(config.min_score, SHOWN_SCORE)
-    segments = to_segments(people, every, minimum)
-    if config.save:
-        name.parent.mkdir(parents=True, exist_ok=True)
+    segments = to_segments(people, every, _least(config))
+    name.parent.mkdir(parents=True, exist_ok=True)
     if "srt" in config.save:
         write_srt(segments, Path(f"{name}.srt"))
     if "vtt" in config.save:
         write_vtt(segments, Path(f"{name}.vtt"))
     if "video" in config.save:
         try:
-            painter = people_painter(people, every=every, min_score=minimum)
+            painter = people_painter(people, every=every, min_score=_least(config))
             redraw_video(path, painter, Path(f"{name}.annotated.mp4"))
         except VideoError as error:
             log.warning("%s", error)
-
-
-def _show(people: list[PersonActions], config: DictConfig) -> None:
-    rows = []
-    for one in people[:MAX_TABLE]:
-        likely = sorted(one.scores.items(), key=lambda pair: -pair[1])[: config.topk]
-        shown = ", ".join(f"{name} {score:.3f}" for name, score in likely if score >= config.min_score)
-        rows.append((one.path, f"{one.second:g}", one.person, shown))
-    print_table("", ("video", "second", "person", "actions"), rows)
