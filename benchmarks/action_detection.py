@@ -17,7 +17,7 @@ import tempfile
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import matplotlib
 import numpy as np
@@ -79,7 +79,7 @@ def measure(weights: Path, splits: ActionSplits) -> tuple[dict[str, Measured], l
 def plot(found: dict[str, Measured], true: list[Scored], names: dict[int, str]) -> None:
     """What is said of things in a few films, and the precision of each class."""
     figure = plt.figure(figsize=(11, 4.2), layout="constrained")
-    left, right = np.ravel(figure.subfigures(1, 2, width_ratios=(1.3, 1)))
+    left, right = cast(Any, figure.subfigures(1, 2, width_ratios=(1.3, 1)))
     for axes, (frame, scores) in zip(left.subplots(2, 3).flat, true[:SHOWN], strict=True):
         with open_video(frame.path) as video:
             (picture,) = video.get_frames([int(np.searchsorted(video.times, KEY_SECOND - 1e-6))])
@@ -98,7 +98,7 @@ def plot(found: dict[str, Measured], true: list[Scored], names: dict[int, str]) 
         axes.barh(places + offset, [precisions[k] or 0 for k in names], 0.4, color=colour, label=asked)
     axes.axvline(found["scores dealt out at random"][0], color="0.3", linestyle=":", label="chance (mean)")
     axes.set(yticks=places, yticklabels=names.values(), xlabel="average precision at IoU 0.5", xlim=(0, 1))
-    axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.4, 1.2), ncols=3)
+    figure.legend(fontsize=7, loc="outside lower right", ncols=3)
     figure.savefig(HERE / "action_detection.png", dpi=90)
 
 
@@ -136,9 +136,9 @@ def main() -> None:
         HEADING,
         "",
         "`python benchmarks/action_detection.py --write`: the nano model learns what each of three things in",
-        f"a film does (`experiment=motion_actions`, {arguments.epochs} epochs, seed 0) from {count} generated",
-        f"films, and is asked about {len(splits.val.key_frames)} others: {spent / 60:.1f} minutes of a",
-        f"processor, films and all ({minutes:.1f} by the clock, where others work too), {processor()},",
+        f"a film does (`experiment=motion_actions`, {arguments.epochs} epochs, seed 0) from {count}",
+        f"generated films, and is asked about {len(splits.val.key_frames)} others: {spent / 60:.1f} minutes",
+        f"of a processor, films and all ({minutes:.1f} by the clock, where others work too), {processor()},",
         f"torch {torch.__version__}. Chance is what the same scores give, dealt out among all boxes.",
         "",
         "| asked about | mAP at IoU 0.5 |",

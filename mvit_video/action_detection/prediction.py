@@ -31,6 +31,7 @@ from mvit_video.prediction.render import Picture
 from mvit_video.prediction.stream import Source, iter_windows
 
 SHOWN = 3  # actions of a person in a picture
+SHOWN_SCORE = 0.5  # of what subtitles and copies tell, at least
 SAME_PERSON = 0.3  # IoU of boxes of one person at two key frames, at least
 
 # Boxes (N, 4) in pixels and scores (N,) of the people in a picture, uint8 RGB (3, H, W).

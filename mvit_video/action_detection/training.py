@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
-import torch.distributed
 import torch.nn.functional as F
 
 from mvit_video.action_detection.annotations import ActionIndex
@@ -18,6 +16,7 @@ from mvit_video.action_detection.drawing import draw_people, save_pictures
 from mvit_video.action_detection.evaluation import Scored, detections_of
 from mvit_video.action_detection.metrics import mean_average_precision
 from mvit_video.data.pixels import denormalise
+from mvit_video.data.ranks import Ranks
 from mvit_video.training.metrics import Means
 from mvit_video.training.module import Losses, TrainingModule
 
@@ -69,14 +68,15 @@ class ActionDetectorTraining(TrainingModule):
 
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()
-        scored, self._scored = self._scored, []
-        if self.trainer.world_size > 1:
-            parts: list[list[Scored]] = [[] for _ in range(self.trainer.world_size)]
-            torch.distributed.all_gather_object(parts, scored)
-            scored = sorted((one for part in parts for one in part), key=lambda one: one.key)
+        mine, self._scored = {one.key: one for one in self._scored}, []
+        scored: dict[tuple[str, float], Scored] = {}
+        for part in Ranks(self.trainer.global_rank, self.trainer.world_size).all_gather(mine):
+            scored |= part
+        # In the order of the index, whoever scored them: it decides between equal scores.
+        order = [(frame.video, frame.second) for frame in self.validation.key_frames]
         mean, _ = mean_average_precision(
             self.validation.ground_truth,
-            detections_of(scored, self.names),
+            detections_of((scored[key] for key in order if key in scored), self.names),
             class_ids=self.names,
             excluded=self.validation.excluded,
             order="file",

@@ -19,6 +19,7 @@ from mvit_video.errors import ConfigError, MVitVideoError
 from mvit_video.prediction.explain import METHODS
 from mvit_video.prediction.overview import NO_MAP, Demo, Overview, Progress
 from mvit_video.prediction.render import is_playable, playable_copy
+from mvit_video.weights.reading import read_task
 
 log = logging.getLogger(__name__)
 
@@ -41,11 +42,12 @@ def build_page(demo: Demo, *, title: str) -> Any:
                     label="video", sources=["upload"], include_audio=True, elem_id="video", height=_HEIGHT
                 )
                 notice = gradio.Markdown(elem_id="notice")
-                num_clips = gradio.Slider(
-                    1, 20, value=demo.model.protocol.num_clips, step=1, label="clips over the whole video"
-                )
+                clips = {"value": demo.model.protocol.num_clips, "visible": demo.has_choices}
+                num_clips = gradio.Slider(1, 20, step=1, label="clips over the whole video", **clips)
                 info = "Grad-CAM: evidence for the class; attention rollout: what the attention passes on"
-                explain = gradio.Radio(_METHODS, value=NO_MAP, label="Explanation", info=info)
+                explain = gradio.Radio(
+                    _METHODS, value=NO_MAP, label="Explanation", info=info, visible=demo.has_choices
+                )
                 button = gradio.Button("Classify", variant="primary", elem_id="ask", interactive=False)
                 stop = gradio.Button("Cancel", variant="stop", elem_id="cancel", visible=False)
             with gradio.Column():
@@ -234,19 +236,26 @@ def serve(config: DictConfig) -> None:
         before = tempfile.tempdir
         tempfile.tempdir = os.environ["GRADIO_TEMP_DIR"] = folder
         try:
-            demo = Demo(
-                app.build_model(config),
-                topk=config.topk,
-                max_seconds=config.max_seconds,
-                batch_size=config.batch_size,
-                num_workers=config.num_workers,
-                device=app.choose_device(config.device),
-                open_file=app.build_decoder(config),
-            )
-            page = build_page(
-                demo, title="Video classification" + ("" if config.weights else " (random weights)")
-            )
+            demo = _build_demo(config)
+            title = "Video classification" if demo.has_choices else "What people do"
+            page = build_page(demo, title=title + ("" if config.weights else " (random weights)"))
             log.info("http://%s:%s", config.host, config.port)
             launch(page, host=config.host, port=config.port, max_megabytes=config.max_megabytes)
         finally:
             tempfile.tempdir = before
+
+
+def _build_demo(config: DictConfig) -> Demo:
+    shared = {"topk": config.topk, "max_seconds": config.max_seconds, "open_file": app.build_decoder(config)}
+    if read_task(config.weights) == "action_detection":
+        from mvit_video.action_detection.overview import ActionDemo
+        from mvit_video.cli.tasks.action_detection import build_watcher
+
+        return ActionDemo(build_watcher(config, find=True), **shared)
+    return Demo(
+        app.build_model(config),
+        batch_size=config.batch_size,
+        num_workers=config.num_workers,
+        device=app.choose_device(config.device),
+        **shared,
+    )

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-import torch.distributed
 from torch import nn
 
+from mvit_video.data.ranks import Ranks
 from mvit_video.detection.checkpoint import detector_metadata
 from mvit_video.detection.coco import CocoImages
 from mvit_video.detection.data import ImageBatch
@@ -90,10 +90,8 @@ class DetectorTraining(TrainingModule):
     def on_validation_epoch_end(self) -> None:
         self.on_train_epoch_start()  # the time of validation doesn't count
         results, self._results = self._results, []
-        if self.trainer.world_size > 1:
-            parts: list[list[ImageResult]] = [[] for _ in range(self.trainer.world_size)]
-            torch.distributed.all_gather_object(parts, results)
-            results = [result for part in parts for result in part]
+        ranks = Ranks(self.trainer.global_rank, self.trainer.world_size)
+        results = [result for part in ranks.all_gather(results) for result in part]
         if not results:
             if not self.trainer.sanity_checking:
                 raise DataError("no validation image can be read")

@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mvit_video.data.datasets import OpenVideo
+from mvit_video.data.decode import open_video
 from mvit_video.errors import DataError
 from mvit_video.model import VideoModel
 from mvit_video.prediction.recognizer import Recognizer
@@ -40,13 +42,16 @@ class Demo:
         recognizing: as of ``Recognizer``.
     """
 
+    has_choices = True  # of clips and of explanations
+
     def __init__(self, model: VideoModel, *, topk: int, max_seconds: float, **recognizing: Any) -> None:
         self.model, self.max_seconds, self.recognizing = model, max_seconds, {"topk": topk, **recognizing}
+        self.open_file: OpenVideo = recognizing.get("open_file", open_video)
         self._files = tempfile.TemporaryDirectory(prefix="mvit-demo-")  # of the newest overview
 
     def check(self, path: str) -> float:
         """The seconds of a video. Raises DataError if it is too long, VideoError if it can't be read."""
-        with self._recognizer().open_file(path) as video:
+        with self.open_file(path) as video:
             duration = video.duration
         if duration > self.max_seconds:
             raise DataError(
@@ -54,6 +59,12 @@ class Demo:
                 "mvit-predict with window= has no limit"
             )
         return duration
+
+    def _new_files(self, path: str) -> Path:
+        """Where an overview's files go, without suffix; those of the last one are gone then."""
+        self._files.cleanup()
+        self._files = tempfile.TemporaryDirectory(prefix="mvit-demo-")
+        return Path(self._files.name) / Path(path).stem
 
     def _recognizer(self, num_clips: int = 1) -> Recognizer:
         return Recognizer(self.model, num_clips=num_clips, **self.recognizing)
@@ -82,9 +93,7 @@ class Demo:
         (prediction,) = recognizer([path])
         if prediction.error is not None:
             raise DataError(prediction.error)
-        self._files.cleanup()
-        self._files = tempfile.TemporaryDirectory(prefix="mvit-demo-")
-        name = Path(self._files.name) / Path(path).stem
+        name = self._new_files(path)
         progress(0.2, desc="classes over time")
         spec = self.model.protocol
         length = spec.clip_frames * spec.stride / spec.target_fps

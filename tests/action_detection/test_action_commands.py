@@ -24,6 +24,7 @@ from mvit_video.action_detection.checkpoint import (
 from mvit_video.action_detection.clips import ActionClips, collate, frame_numbers
 from mvit_video.action_detection.prediction import Follower
 from mvit_video.data.decode import open_video
+from mvit_video.detection import save_detector
 from mvit_video.errors import CheckpointError
 from mvit_video.weights import METADATA_KEY
 
@@ -118,9 +119,13 @@ def test_an_evaluation_is_resumed(films: Path, command: Command, tmp_path: Path)
         ("train", ("experiment=motion_actions", "augment=light"), "augment"),
         ("train", ("experiment=motion_actions", "mixing=mixup_cutmix"), "mixing"),
         ("train", ("experiment=motion_actions", "data.val_boxes=other.csv"), "other.csv"),
-        ("predict", ("film.mp4", "task=action_detection", "weights=none.ckpt"), "persons_weights"),
+        ("predict", ("film.mp4", "task=action_detection", "weights=none.ckpt", "save=[png]"), "save"),
         ("export", ("task=action_detection", "weights=none.ckpt"), "exported"),
-        ("predict", ("film.mp4", "task=action_detection", "weights=none.ckpt", "live=true"), "live"),
+        (
+            "predict",
+            ("film.mp4", "task=action_detection", "weights=none.ckpt", "live=true", "save=[srt]"),
+            "live",
+        ),
     ],
     ids=str,
 )
@@ -129,6 +134,58 @@ def test_what_does_not_go_together_is_one_line(
 ) -> None:
     root = (f"data.root={films}",) if name == "train" else ()
     assert key in error_line(command(name, *arguments, *root), name)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """Arguments: an action detector, and a detector of people; both know nothing."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("weights")
+    save_action_detector(small_detector(num_classes=3), folder / "actions.pyth")
+    small: dict[str, Any] = {"stages": (1, 1, 1, 1), "kv_strides": (), "embed_dim": 8, "channels": 8}
+    small |= {"box_channels": 16, "min_size": 48, "max_size": 64, "box_score_thresh": 0.0}
+    people = mv.create_detector("mask_rcnn_mvitv2_nano", num_classes=2, box_detections_per_img=4, **small)
+    people.class_names, people.category_ids = ("person", "dog"), (1, 18)
+    save_detector(people, folder / "people.pyth")
+    return f"weights={folder / 'actions.pyth'}", str(folder / "people.pyth")
+
+
+def test_people_are_found_and_followed(command: Command, tmp_path: Path, weights: tuple[str, str]) -> None:
+    film = write_numbered_video(tmp_path / "film.mp4", 45, fps=15, height=48, width=64)
+    arguments = (str(film), weights[0], f"persons={weights[1]}", "min_person_score=0", "stride=0.5")
+    result = command("predict", *arguments, "output=p.json", "save=[video,vtt]", "decoder.index_cache=null")
+    assert result.code == 0, result.err
+    people = json.loads((tmp_path / "p.json").read_text())
+    assert sorted({one["second"] for one in people}) == [0, 0.5, 1, 1.5, 2, 2.5]
+    assert all(0 < one["person_score"] < 1 and len(one["scores"]) == 3 for one in people)
+    assert len({(one["second"], one["person"]) for one in people}) == len(people)
+    with av.open(str(tmp_path / "saved" / "film.annotated.mp4")) as copy:
+        assert sum(1 for _ in copy.decode(video=0)) == 45
+
+    again = command("predict", *arguments, "live=true", "format=jsonl")
+    assert again.code == 0, again.err
+    lines = [json.loads(line) for line in again.out.splitlines()]
+    spec = load_action_detector(weights[0].removeprefix("weights=")).protocol
+    middle = spec.clip_frames * spec.stride / spec.target_fps / 2
+    for line in lines:
+        assert (line["second"] - middle) / 0.5 == pytest.approx(round((line["second"] - middle) / 0.5))
+        assert 0 < line["person_score"] < 1
+    assert len({line["second"] for line in lines}) == 6
+
+
+def test_without_a_detector_of_people_it_is_said_how_to_get_one(
+    command: Command, tmp_path: Path, weights: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(*_: Any, **__: Any) -> Any:
+        raise OSError("no network")
+
+    monkeypatch.setattr("urllib.request.urlopen", unreachable)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    line = error_line(command("predict", "film.mp4", weights[0]), "predict")
+    assert "fasterrcnn_resnet50_fpn_v2_coco-dd69338a.pth" in line
+    assert str(tmp_path) in line
+    own = f"persons={weights[0].removeprefix('weights=')}"
+    assert "fasterrcnn_resnet50_fpn" in error_line(command("predict", "film.mp4", weights[0], own), "predict")
 
 
 @pytest.mark.parametrize("videos", [None, "videos"])

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from from_cvat import read_tracks, rows_of
+from videos import write_numbered_video
 
 from mvit_video.action_detection.annotations import (
     ActionSplits,
@@ -144,3 +146,49 @@ def test_both_kinds_of_lists_of_actions(tmp_path: Path) -> None:
     (tmp_path / "list.pbtxt").write_text("stand\n")
     with pytest.raises(DataError, match=r"list\.pbtxt"):
         read_actions(tmp_path / "list.pbtxt")
+
+
+CVAT = """<?xml version="1.0" encoding="utf-8"?>
+<annotations><version>1.1</version><meta><task><name>film</name></task></meta>
+<track id="0" label="person" source="manual">
+  <box frame="0" outside="0" keyframe="1" xtl="8" ytl="12" xbr="16" ybr="24" z_order="0">
+    <attribute name="action">walk, talk</attribute><attribute name="sits">false</attribute></box>
+  <box frame="20" outside="1" keyframe="1" xtl="28" ytl="12" xbr="36" ybr="24" z_order="0">
+    <attribute name="action">__undefined__</attribute><attribute name="sits">true</attribute></box>
+</track>
+<track id="1" label="wave" source="manual">
+  <box frame="20" outside="0" keyframe="1" xtl="-4" ytl="0" xbr="64" ybr="48" z_order="0"></box></track>
+</annotations>"""
+
+
+def test_exports_of_cvat_become_rows(tmp_path: Path) -> None:
+    film = write_numbered_video(tmp_path / "film.mp4", 30, fps=10, height=48, width=64)
+    (tmp_path / "annotations.xml").write_text(CVAT)
+    names = ["sits", "walk"]
+    rows = list(rows_of(read_tracks(tmp_path / "annotations.xml"), film, names))
+    assert names == ["sits", "walk", "talk", "wave"]
+    first, between = ["0.1250", "0.2500", "0.2500", "0.5000"], ["0.2812", "0.2500", "0.4062", "0.5000"]
+    assert rows == [
+        ["film", "0", *first, 2, "0"],
+        ["film", "0", *first, 3, "0"],
+        ["film", "1", *between, 2, "0"],
+        ["film", "1", *between, 3, "0"],
+        ["film", "2", "0.0000", "0.0000", "1.0000", "1.0000", 4, "1"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('<!DOCTYPE x [<!ENTITY a "aaaa">]><annotations>&a;</annotations>', "document type"),
+        (CVAT.replace('xtl="8"', 'xtl="left"'), "no export"),
+        (CVAT[:300], "no export"),
+        (CVAT.replace('id="1"', 'id="1" task_id="7"'), "several videos"),
+        ("<annotations></annotations>", "no tracks"),
+    ],
+    ids=["entities", "text", "cut", "project", "empty"],
+)
+def test_other_files_are_not_taken_for_exports(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "annotations.xml").write_text(text)
+    with pytest.raises(DataError, match=message):
+        read_tracks(tmp_path / "annotations.xml")

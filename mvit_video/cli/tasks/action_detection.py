@@ -23,6 +23,7 @@ from mvit_video.action_detection.clips import ActionAugment, ActionClips, collat
 from mvit_video.action_detection.detector import ActionDetector
 from mvit_video.action_detection.evaluation import report, score_index
 from mvit_video.action_detection.prediction import (
+    SHOWN_SCORE,
     PeopleWatcher,
     PersonActions,
     people_painter,
@@ -59,7 +60,6 @@ from mvit_video.weights import weights_sha256
 log = logging.getLogger(__name__)
 
 MAX_TABLE = 100  # rows; the others are in the output
-SHOWN_SCORE = 0.5  # of what subtitles and copies tell, at least
 
 MONITOR = ActionDetectorTraining.monitor
 
@@ -283,7 +283,9 @@ def predict(config: DictConfig, files: list[str]) -> None:
                 failed.append(error)
                 continue
             if not count:
-                log.warning("%s: nobody was found, or %s has no rows of it", printable(path), config.persons)
+                sought = f"nobody was found, at min_person_score={config.min_person_score:g}"
+                why = sought if rows is None else f"{config.persons} has no row of it"
+                log.warning("%s: %s", printable(path), why)
             if config.save:
                 _save(config, path, kept, Path(config.save_dir) / names[path], watcher.every)
     if shown:
