@@ -126,9 +126,10 @@ def rows_of(
                 for value, side in zip(shape.box, (width, height, width, height), strict=True)
             )
             names += [action for action in shape.actions if action not in names]
-            for number_of_action in [names.index(a) + 1 for a in shape.actions] or [""]:
-                box = [f"{value:.4f}" for value in (x1, y1, x2, y2)]
-                yield [Path(video).stem, f"{number * every:g}", *box, number_of_action, track]
+            box = [f"{value:.4f}" for value in (x1, y1, x2, y2)]
+            for action in shape.actions or (None,):
+                class_id = "" if action is None else names.index(action) + 1
+                yield [Path(video).stem, f"{number * every:g}", *box, class_id, track]
 
 
 def main() -> None:

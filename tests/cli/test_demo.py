@@ -13,17 +13,23 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import gradio
 import httpx
 import pytest
+import torch
 from conftest import Command, error_line
 from gradio_client import Client, handle_file
 from videos import write_numbered_video
 
 import mvit_video as mv
+from mvit_video.action_detection.overview import ActionDemo
+from mvit_video.action_detection.prediction import PeopleWatcher
 from mvit_video.cli.demo import _Work, build_page, launch
+from mvit_video.errors import DataError
 from mvit_video.prediction.overview import Demo
 from mvit_video.prediction.render import is_playable
 
@@ -241,3 +247,28 @@ def test_a_browser_shows_the_answer(browser, address: str, tmp_path: Path) -> No
     page.keyboard.press("ArrowDown")
     outline = "getComputedStyle(document.activeElement).outlineStyle"
     assert page.evaluate(f"[document.activeElement.type, {outline}]") == ["radio", "solid"]
+
+
+def test_what_people_do_is_shown(tmp_path: Path) -> None:
+    film = write_numbered_video(tmp_path / "film.mp4", 45, fps=15, height=48, width=64)
+    small: dict[str, Any] = {"embed_dim": 8, "stages": (1, 1), "crop_size": 32, "num_frames": 4}
+    actions = mv.create_action_detector("mvitv2_nano_8x4", num_classes=3, **small)
+    corner = torch.tensor([[0.0, 0.0, 20.0, 30.0]]), torch.tensor([0.9])
+    watcher = PeopleWatcher(actions.eval(), lambda _: corner)
+    demo = ActionDemo(watcher, topk=2, max_seconds=5, open_file=mv.open_video)
+    page = build_page(demo, title="test")
+    _, address, _ = launch(page, host="127.0.0.1", port=None, max_megabytes=0.5, block=False)
+    try:
+        scores, annotated, timeline, _, _, json_file = ask(address, film)
+    finally:
+        page.close()
+    told = json.loads(Path(json_file).read_text())
+    assert [(one["second"], one["person"]) for one in told["people"]] == [(0, 0), (1, 0), (2, 0)]
+    best = max(told["people"], key=lambda one: max(one["scores"].values()))
+    assert scores["label"] == next(iter(best["scores"]))
+    with mv.open_video(annotated["video"] if isinstance(annotated, dict) else annotated) as video:
+        assert video.num_frames == 45
+    assert Path(timeline).stat().st_size > 1000
+    demo.watcher = replace(watcher, find=lambda _: (torch.empty(0, 4), torch.empty(0)))
+    with pytest.raises(DataError, match="nobody"):
+        demo.answer(str(film))
