@@ -185,7 +185,8 @@ def build_recognizer(config: DictConfig) -> tuple[Recognizer, Fingerprint]:
     precision = "exported"
     if not isinstance(model, ExportedModel):
         wanted = "fp32" if config.explain else config.precision  # gradients want the digits
-        model = prepare(model, device, precision=wanted, compiled=config.compile)
+        options = {"compiled": config.compile, "batch_size": config.batch_size}
+        model = prepare(model, device, precision=wanted, **options)
         precision = str(next(model.parameters()).dtype)
     weights = str(config.weights or OmegaConf.select(config, "model.weights") or "random")
     if weights == "random":

@@ -179,6 +179,7 @@ _LIMITS: dict[str, Kind | tuple[Kind, ...]] = {
     "mean_pooling residual_pooling rel_pos_temporal rel_pos_spatial rel_pos_zero_init norm_stem": FLAG,
     "dim_mul_in_attention checkpoint_blocks benchmark fpn aligned": FLAG,
     "deterministic": (FLAG, Choice("warn")),
+    "compile": (FLAG, Choice("auto")),
     "fast_dev_run": (FLAG, WHOLE),
     "task": Choice("classification", "detection", "action_detection", "pretraining"),
     "balance": Choice("sampler", "loss"),

@@ -23,6 +23,7 @@ from mvit_video.errors import ConfigError
 from mvit_video.io.fingerprint import Fingerprint, fingerprint
 from mvit_video.io.writing import sole_writer
 from mvit_video.training import processes
+from mvit_video.training.callbacks import CompileIfFaster
 from mvit_video.training.checkpoints import AtomicCheckpoints
 from mvit_video.training.classification import MultiLabelClassifier
 from mvit_video.training.fit import tame_lightning
@@ -74,7 +75,9 @@ def train(config: DictConfig) -> float | None:
         training: Training = task.train(config, trainer)
         for loader in (training.training, training.validation):
             stack.enter_context(closing(loader))
-        if config.compile:
+        if config.compile == "auto":
+            trainer.callbacks.append(CompileIfFaster())  # type: ignore[attr-defined]
+        elif config.compile:
             training.module.model.compile()
         return run(
             trainer,

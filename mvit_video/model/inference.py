@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+import copy
+import logging
+import statistics
+import time
+from typing import Any, Literal, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mvit_video.errors import ConfigError
 from mvit_video.model import MViT
+
+log = logging.getLogger(__name__)
 
 PRECISIONS = ("auto", "bf16", "fp32")
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def prepare(model: Model, device: str, *, precision: str = "auto", compiled: bool = False) -> Model:
+def prepare(
+    model: Model,
+    device: str,
+    *,
+    precision: str = "auto",
+    compiled: bool | Literal["auto"] = False,
+    batch_size: int = 1,
+) -> Model:
     """Move a model to a device and make it fast there; it is changed in place.
 
     Args:
         precision: of weights and activations: "bf16", "fp32", or "auto": bf16 for MViT where the hardware
             multiplies in it. Scores then differ in the third digit, answers as good as never.
         compiled: compile on the first call, an MViT block by block; other models on GPUs with CUDA graphs.
+            "auto": an MViT on a GPU, where that is found to be faster.
+        batch_size: clips at once, for "auto".
 
     Raises:
         ConfigError: for another precision.
@@ -34,10 +49,50 @@ def prepare(model: Model, device: str, *, precision: str = "auto", compiled: boo
         model.to(device, torch.bfloat16).register_forward_pre_hook(_clips_in_bf16)
     else:
         model.to(device)
+    if compiled == "auto":
+        compiled = is_faster_compiled(model, batch_size)
     if compiled:
         graphs = torch.device(device).type == "cuda" and not isinstance(model, MViT)
         model.compile(mode="reduce-overhead" if graphs else None)
     return model
+
+
+def is_faster_compiled(model: nn.Module, batch_size: int) -> bool:
+    """Whether a copy of an MViT on a GPU takes less time once it is compiled, which takes about a minute.
+
+    In training mode forward and backward passes count. On CPUs, whose kernels are compiled already, and for
+    other models the answer is no without a try; so it is where compiling fails.
+    """
+    if type(model) is not MViT or next(model.parameters()).device.type == "cpu":
+        return False
+    copied = copy.deepcopy(model)
+    like = next(copied.parameters())
+    clips = like.new_zeros(batch_size, 3, model.protocol.clip_frames, *[model.protocol.crop] * 2)
+    try:
+        eager = _seconds(copied, clips)
+        copied.compile()
+        compiled = _seconds(copied, clips)
+    except Exception as error:  # of many kinds: no compiler, no memory
+        log.info("not compiled: %s", str(error).strip().partition("\n")[0])
+        return False
+    log.info("%.4f s a step of %d clips, compiled %.4f s", eager, batch_size, compiled)
+    return compiled < eager
+
+
+def _seconds(model: nn.Module, clips: Tensor) -> float:
+    """The median of some steps."""
+    seconds = []
+    for _ in range(8):
+        start = time.perf_counter()
+        with torch.set_grad_enabled(model.training):
+            out = model(clips)
+        if model.training:
+            out.float().sum().backward()
+            model.zero_grad()
+        if clips.is_cuda:
+            torch.cuda.synchronize(clips.device)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[3:])
 
 
 def _clips_in_bf16(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -16,6 +16,8 @@ import pytorch_lightning as pl
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mvit_video.data.bad_videos import BadVideos
+from mvit_video.model.inference import is_faster_compiled
+from mvit_video.training.sharding import FullySharded
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +36,18 @@ class BadVideoPolicy(pl.Callback):
 
     def on_validation_batch_start(self, *arguments: Any) -> None:
         self.on_train_batch_start(*arguments)
+
+
+class CompileIfFaster(pl.Callback):
+    """Compiles the model where steps on the device are faster for it; sharded ones aren't tried."""
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if isinstance(trainer.strategy, FullySharded):
+            return
+        with trainer.precision_plugin.forward_context():
+            is_faster = is_faster_compiled(pl_module.model, pl_module.batch_size)
+        if trainer.strategy.broadcast(is_faster):
+            pl_module.model.compile()
 
 
 class EstimatedTime(pl.Callback):

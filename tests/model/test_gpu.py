@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mvit_video.model import MViT
+from mvit_video.model import MViT, positions
 from mvit_video.weights import create_model
 
 NOTHING_TO_RUN = ("empty", "detach", "view", "lift_fresh", "sym_", "prim")
@@ -162,3 +162,35 @@ def test_what_fake_tensors_left_behind_is_not_used_by_real_ones() -> None:
     logits = model(clips)  # and what inference mode made is fit for training
     torch.testing.assert_close(logits, expected)
     logits.sum().backward()
+
+
+def with_coordinates(x: Tensor) -> Tensor:
+    """What is kept by sizes, of sizes that no model here has."""
+    return x.sum() + positions.constant(positions.one_hot_keys, ("h", "w"), (1, 5, 11), 0, 16, like=x)
+
+
+RECORDED: dict[str, Callable[[Tensor], object]] = {
+    "vmap": lambda x: torch.func.vmap(with_coordinates)(x[None]),
+    "grad": lambda x: torch.func.grad(lambda x: with_coordinates(x).sum())(x),
+    "jvp": lambda x: torch.func.jvp(with_coordinates, (x,), (x,)),
+    "compile": lambda x: torch.compile(with_coordinates, fullgraph=True, backend="eager")(x),
+    "trace": lambda x: torch.jit.trace(with_coordinates, x, check_trace=False),
+    "export": lambda x: torch.export.export(WithCoordinates(), (x,)),
+}
+
+
+class WithCoordinates(torch.nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return with_coordinates(x)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("way", RECORDED)
+def test_what_a_recorded_program_makes_is_not_kept(way: str) -> None:
+    torch.compiler.reset()
+    positions._kept.cache_clear()
+    RECORDED[way](torch.ones(3))
+    assert positions._kept.cache_info().currsize == 0
+    kept = [with_coordinates(torch.ones(3)) for _ in range(2)]
+    assert torch.equal(*kept)
+    assert positions._kept.cache_info()[:2] == (1, 1)  # found again, made once

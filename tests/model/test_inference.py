@@ -10,6 +10,7 @@ import torch
 from conftest import Command
 
 from mvit_video.errors import ConfigError
+from mvit_video.model import MViT, inference
 from mvit_video.model.inference import multiplies_bf16, prepare
 from mvit_video.weights import create_model
 
@@ -92,3 +93,32 @@ def test_compiled_models_give_the_same(precision: str) -> None:
     exact = prepare(model, "cpu", precision=precision)(clips).float()
     found = prepare(model, "cpu", precision=precision, compiled=True)(clips).float()
     torch.testing.assert_close(found, exact, atol=1e-5 if precision == "fp32" else 0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize(("eager", "compiled"), [(2.0, 1.0), (1.0, 2.0), (1.0, None)])
+@pytest.mark.parametrize("training", [False, True])
+def test_auto_compiles_where_it_is_faster(
+    monkeypatch: pytest.MonkeyPatch, eager: float, compiled: float | None, training: bool
+) -> None:
+    """Tried on a copy; where a compiler fails, nothing is compiled."""
+    with torch.device("meta"):  # stands for a GPU
+        model = create_model("mvitv2_nano_8x4", 3, stages=(1, 1), crop_size=32).train(training)
+    found = iter([eager, compiled])
+    seconds = inference._seconds
+
+    def timed(module: MViT, clips: torch.Tensor) -> float:
+        assert seconds(module, clips) > 0
+        assert module is not model
+        assert module.training == training
+        assert clips.shape == (4, 3, 8, 32, 32)
+        if (took := next(found)) is None:
+            raise RuntimeError("no compiler")
+        return took
+
+    monkeypatch.setattr(inference, "_seconds", timed)
+    monkeypatch.setattr(MViT, "compile", lambda self: None)
+    assert inference.is_faster_compiled(model, 4) == (compiled is not None and compiled < eager)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    on_cpu = create_model("mvitv2_nano_8x4", 3)
+    assert not inference.is_faster_compiled(on_cpu, 4)
+    assert not prepare(on_cpu, "cpu", compiled="auto").is_compiled
