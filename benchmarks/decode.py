@@ -6,7 +6,7 @@ All contenders decode the same clips (pytorchvideo: clips of the same length) in
 bound to one core and then to two. A video's time is the least over the rounds, as other programs can only add
 to it, and the mean over several places in the video; with one core it is the processor's time. Peak memory
 is measured in a process of its own. Frames are left at their size: uint8 from all, float from pytorchvideo,
-which converts whatever it decodes.
+which converts whatever it decodes. --long compares random clips of an hour with those of ten seconds.
 """
 
 from __future__ import annotations
@@ -32,12 +32,13 @@ import av
 import numpy as np
 import torch
 
-from mvit_video.data.decode import open_video
+from mvit_video.data.decode import Decoder, index_cache, open_video
 
 FRAMES, STRIDE, VIEWS = 16, 4, 5
 PLACES = 4  # where training clips start
 ENOUGH = 10  # seconds after which one round has to do
 SPAN = (FRAMES - 1) * STRIDE + 1
+REPEATS = 360  # of ten seconds in an hour
 HEADING = "## Decoding"
 HERE = Path(__file__).parent
 
@@ -303,6 +304,53 @@ def table(title: str, path: Path, rounds: int) -> list[str]:
     return lines
 
 
+def long_files() -> str:
+    """Processor time of random clips of an hour, over that of clips of ten seconds of the same packets."""
+    lines = ["| | index in memory | kept in a folder | first reading of the hour |", "|---|---|---|---|"]
+    with tempfile.TemporaryDirectory() as folder:
+        short = write_file(Path(folder) / "short.mp4", next(iter(FILES.values())))
+        for suffix in (".mp4", ".mkv", ".ts"):
+            paths = [repeated(short, Path(folder) / f"{n}{suffix}", n) for n in (1, REPEATS)]
+            decoder = Decoder(index_cache=Path(folder) / f"kept{suffix}")
+            begin = time.process_time()
+            decoder(paths[1]).close()
+            first = time.process_time() - begin
+            ratios = [random_clips(paths, decoder, forget) for forget in (False, True)]
+            lines.append(f"| {suffix} | {ratios[0]:.2f} | {ratios[1]:.2f} | {first:.2f} s |")
+    return "\n".join(lines)
+
+
+def repeated(short: Path, path: Path, times: int) -> Path:
+    """The packets of ten seconds, again and again."""
+    with av.open(str(short)) as source, av.open(str(path), "w") as target:
+        stream = source.streams.video[0]
+        copy: Any = target.add_stream_from_template(stream)
+        packets = [packet for packet in source.demux(stream) if packet.size]
+        ticks = len(packets) * int(packets[0].duration or 0)
+        for repeat in range(times):
+            for packet in packets:
+                again = av.Packet(bytes(packet))
+                again.pts, again.dts = (int(time or 0) + repeat * ticks for time in (packet.pts, packet.dts))
+                again.time_base, again.stream, again.is_keyframe = packet.time_base, copy, packet.is_keyframe
+                target.mux(again)
+    os.utime(path, (1e9, 1e9))  # indices of files that have just changed aren't kept
+    return path
+
+
+def random_clips(paths: list[Path], decoder: Decoder, forget: bool, clips: int = 24) -> float:
+    """The time of the second file's clips over that of the first's, which are read in turns."""
+    rng, seconds = random.Random(0), [0.0, 0.0]
+    for turn in range(2 * clips + 2):
+        if forget:
+            index_cache._memory = index_cache._Memory()  # as another process would
+        begin = time.process_time()
+        with decoder(paths[turn % 2]) as video:
+            start = rng.randrange(video.num_frames - SPAN)
+            video.get_frames(range(start, start + SPAN, STRIDE))
+        seconds[turn % 2] += (time.process_time() - begin) * (turn > 1)
+    return seconds[1] / seconds[0]
+
+
 def machine() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
@@ -326,8 +374,11 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--write", action="store_true", help="put the tables into benchmarks/README.md")
     parser.add_argument("--memory", nargs=2, metavar=("CONTENDER", "FILE"), help=argparse.SUPPRESS)
+    parser.add_argument("--long", action="store_true", help="only a file of an hour against ten seconds")
     arguments = parser.parse_args()
-    if arguments.memory:
+    if arguments.long:
+        print(long_files())
+    elif arguments.memory:
         print_growth(arguments.memory[0], Path(arguments.memory[1]))
     else:
         section = report(arguments.videos, arguments.rounds)
