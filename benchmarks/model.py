@@ -14,7 +14,8 @@ same time. The headline is the share of what the machine's matrix units give: th
 over the speed of a product of 2048 x 2048 matrices by oneDNN, which takes turns with the models, as median of
 the rounds. (MKL's fp32 products, torch's default, are a fifth slower on AMD's cores: they are no limit.)
 --write records the parts in model.json, by kind of machine, and in model.png and README.md. --check measures
-the eager part anew and fails where a share or a ratio is more than a tenth below the one recorded for this kind of machine.
+the eager part anew and fails where a share or a ratio is more than a tenth below the one recorded for this
+kind of machine.
 """
 
 from __future__ import annotations
