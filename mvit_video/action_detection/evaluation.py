@@ -25,10 +25,10 @@ from mvit_video.data.ranks import Ranks
 from mvit_video.data.samplers import AllVideos
 from mvit_video.errors import DataError
 from mvit_video.evaluation.run import UNFINISHED, file_identity, read_entries, take_up
-from mvit_video.io.console import printable, track
-from mvit_video.io.figures import new_figure
+from mvit_video.io.console import track
 from mvit_video.io.fingerprint import Fingerprint
 from mvit_video.io.journal import Entry, journal
+from mvit_video.io.pages import data_uri, write_page
 from mvit_video.io.writing import replacing
 
 log = logging.getLogger(__name__)
@@ -176,6 +176,8 @@ def report(
     Returns:
         What results.json holds, or None.
     """
+    from mvit_video.evaluation.report import plot_per_class  # which imports matplotlib
+
     write_boxes(output / "detections.csv", detections_of(scored, names))
     if not index.ground_truth:
         return None
@@ -194,8 +196,11 @@ def report(
         json.dump(_plain(results), file, indent=2, ensure_ascii=False)
     per_class = found["PySlowFast"]["per_class"]
     rows = sorted(((n, v) for n, v in per_class.items() if v is not None), key=lambda row: row[1])
-    _plot_per_class(output / "per_class.png", rows)
-    _write_page(output, results, rows[::-1])
+    mean = found["PySlowFast"]["mAP"]
+    plot_per_class(output / "per_class.png", rows, mean, "average precision at IoU 0.5", "mean")
+    picture = data_uri((output / "per_class.png").read_bytes())
+    template, page = Path(__file__).with_name("report.html"), output / "report.html"
+    write_page(template, page, results=results, classes=rows[::-1], picture=picture)
     return results
 
 
@@ -204,24 +209,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _plain(entry) for key, entry in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _plot_per_class(path: Path, rows: Sequence[tuple[str, float]]) -> None:
-    with new_figure(path, (8, 1 + 0.22 * len(rows))) as figure:
-        axes = figure.subplots()
-        axes.barh([printable(name) for name, _ in rows], [value for _, value in rows], color="#2f6db5")
-        axes.set(xlabel="average precision at IoU 0.5", xlim=(0, 1))
-        axes.grid(axis="x", alpha=0.3)
-
-
-def _write_page(output: Path, results: Mapping[str, Any], rows: Sequence[tuple[str, float]]) -> None:
-    import base64
-
-    import jinja2
-
-    page = jinja2.Environment(
-        loader=jinja2.PackageLoader("mvit_video", "action_detection"), autoescape=True
-    ).get_template("report.html")
-    picture = base64.b64encode((output / "per_class.png").read_bytes()).decode()
-    with replacing(output / "report.html", "w") as file:
-        file.write(page.render(results=results, classes=rows, picture=picture))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import logging
 import math
@@ -12,7 +11,6 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import torch
 
 from mvit_video.data.bad_videos import BadVideos
@@ -28,6 +26,7 @@ from mvit_video.io.console import printable, track
 from mvit_video.io.figures import new_figure
 from mvit_video.io.fingerprint import Fingerprint
 from mvit_video.io.journal import journal
+from mvit_video.io.pages import data_uri, write_page
 from mvit_video.io.writing import replacing
 
 log = logging.getLogger(__name__)
@@ -161,11 +160,11 @@ def _write_page(
     for kind, precision in measured.items():
         curves = output / f"{kind}_curves.png"
         _plot_curves(precision, curves)
-        figures.append({"title": f"Precision of each {kind}", "uri": _uri(curves.read_bytes())})
+        figures.append({"title": f"Precision of each {kind}", "uri": data_uri(curves.read_bytes())})
     mistakes = measured["box"].mistakes
     worst = sorted(results, key=lambda result: -mistakes.get(result.image_id, 0))[:num_worst]
     pictures = [
-        {"name": name, "mistakes": mistakes[result.image_id], "uri": _uri(picture)}
+        {"name": name, "mistakes": mistakes[result.image_id], "uri": data_uri(picture)}
         for result in worst
         if mistakes.get(result.image_id)
         for name, picture in _drawn(coco, result)
@@ -174,19 +173,16 @@ def _write_page(
         (printable(name), *(float(measured[kind].per_class[label]) for kind in measured))
         for label, name in enumerate(coco.class_names)
     ]
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    page = environment.from_string(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
-    with replacing(output / "report.html", "w", errors="replace") as file:
-        file.write(
-            page.render(
-                settings={key: str(value) for key, value in settings.items()},
-                images=len(results),
-                measured={kind: precision.summary for kind, precision in measured.items()},
-                figures=figures,
-                classes=sorted(classes, key=lambda row: (math.isnan(row[1]), row[1])),
-                pictures=pictures,
-            )
-        )
+    write_page(
+        Path(__file__).with_name("report.html"),
+        output / "report.html",
+        settings={key: str(value) for key, value in settings.items()},
+        images=len(results),
+        measured={kind: precision.summary for kind, precision in measured.items()},
+        figures=figures,
+        classes=sorted(classes, key=lambda row: (math.isnan(row[1]), row[1])),
+        pictures=pictures,
+    )
 
 
 def _plot_curves(precision: Precision, path: Path) -> None:
@@ -197,10 +193,6 @@ def _plot_curves(precision: Precision, path: Path) -> None:
         axes.set(xlabel="recall", ylabel="precision (mean of the classes)", xlim=(0, 1), ylim=(0, 1.02))
         axes.legend(loc="lower left")
         axes.grid(alpha=0.3)
-
-
-def _uri(png: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
 def _drawn(coco: CocoImages, result: ImageResult) -> Iterator[tuple[str, bytes]]:

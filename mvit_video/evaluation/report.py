@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import av
-import jinja2
 import torch.nn.functional as F
 from av.error import FFmpegError
 from av.video.frame import VideoFrame
@@ -29,7 +27,7 @@ from mvit_video.evaluation.metrics import Confusion, Metrics, most_confused, rel
 from mvit_video.evaluation.scores import ScoreTable
 from mvit_video.io.console import printable
 from mvit_video.io.figures import new_figure
-from mvit_video.io.writing import replacing
+from mvit_video.io.pages import data_uri, write_page
 
 MAX_NAMED_CLASSES = 60  # more names than this don't fit beside a matrix or below bars
 MAX_COUNTED_CLASSES = 20  # more numbers than this don't fit into a matrix
@@ -95,7 +93,7 @@ def write_report(
         plot_mistakes(folder / "worst_mistakes.png", mistakes)
     for mistake in mistakes:
         for what, kind in (("strip", "image/jpeg"), ("clip", "video/mp4")):
-            mistake[what] = mistake[what] and _data_uri(mistake[what], kind)
+            mistake[what] = mistake[what] and data_uri(mistake[what], kind)
     _render(folder, titles, results=results, pairs=pairs, classes=per_class, mistakes=mistakes)
 
 
@@ -347,16 +345,9 @@ def _draw_diagonal(axes: Axes) -> None:
 # The page
 
 
-def _data_uri(content: bytes, kind: str) -> str:
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
-
-
 def _render(folder: Path, titles: Mapping[str, str], **values: Any) -> None:
     figures = {
-        name: {"title": title, "uri": _data_uri((folder / f"{name}.png").read_bytes(), "image/png")}
+        name: {"title": title, "uri": data_uri((folder / f"{name}.png").read_bytes())}
         for name, title in titles.items()
     }
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    template = environment.from_string(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
-    with replacing(folder / "report.html", "w", errors="replace") as file:
-        file.write(template.render(figures=figures, **values))
+    write_page(Path(__file__).with_name("report.html"), folder / "report.html", figures=figures, **values)
