@@ -4,10 +4,11 @@
 
 Each case is an inference of backbone and pyramid on one image in fp32, in a process of its own, so that its
 peak memory can be told; cases take turns, and the medians of processor seconds go to the table, since others
-may use the machine. "plain" is the attention of our own model as detectron2 computes it: every head pooled by
-a convolution of its own layout, and logits and bias of all pairs as tensors. Its features are compared with
-ours first. --quick takes a small image and one round; attention over the whole map without pooling ("full")
-is left out unless it is named, for it takes minutes at the paper's size.
+may use the machine. "plain" is our own model as detectron2 computes it: by torch's own operations, every head
+pooled in a layout of its own, and logits and positions of all pairs as tensors; "plain attention" computes
+attention alone so. Their features are compared with ours first. --quick takes a small image and one round;
+attention over the whole map without pooling ("full") is left out unless it is named, for it takes minutes at
+the paper's size.
 
     python benchmarks/detection.py --draw demo/detector/checkpoints/best.ckpt demo/shapes/val
 
@@ -17,6 +18,7 @@ Draws what a detector finds in the first pictures of a folder: benchmarks/detect
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import platform
 import statistics
@@ -33,6 +35,7 @@ from torchvision.models.detection import maskrcnn_resnet50_fpn_v2
 
 import mvit_video as mv
 from mvit_video.detection.drawing import as_png, grid
+from mvit_video.model import kernels
 from mvit_video.model.ablations import PaddedWindowAttention
 from mvit_video.model.attention import PoolingAttention
 from mvit_video.model.config import Grid, floor_divide
@@ -45,6 +48,7 @@ DRAWN = 8  # pictures
 WHOLE: dict[str, Any] = {"attention": "pooling", "window_padding": False}
 CASES: dict[str, dict[str, Any]] = {
     "pooling + Hwin": {},
+    "plain attention": {},
     "plain": {},
     "pooling + Hwin, no FPN": {"fpn": False},
     "pooling": WHOLE,
@@ -84,14 +88,16 @@ def plain_forward(self: PoolingAttention, x: Tensor, grid: Grid) -> tuple[Tensor
         q, k, v = pad_and_cut(q, q_grid, q_window), *(pad_and_cut(y, k_grid, k_window) for y in (k, v))
     q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (B, n, N, c)
     logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-    logits = logits + _bias(self, q, q_window[1:], k_window[1:])
+    logits = _with_positions(self, logits, q, q_window[1:], k_window[1:])
     out = (logits.softmax(-1) @ v).transpose(1, 2)
     if q_window != q_grid:
         out = join_and_crop(out, q_grid, q_window)
     return self.proj((out + residual).flatten(2)), q_grid
 
 
-def _bias(attention: PoolingAttention, q: Tensor, q_grid: Any, k_grid: Any) -> Tensor:
+def _with_positions(
+    attention: PoolingAttention, logits: Tensor, q: Tensor, q_grid: Any, k_grid: Any
+) -> Tensor:
     cells = q.unflatten(2, tuple(q_grid))  # (B, n, H, W, c)
     both = []
     for name, queries, keys, of in (
@@ -103,7 +109,8 @@ def _bias(attention: PoolingAttention, q: Tensor, q_grid: Any, k_grid: Any) -> T
         if len(table) != length:
             table = torch.nn.functional.interpolate(table.T[None], length, mode="linear")[0].T
         both.append(torch.einsum(of, cells, table[relative_index(queries, keys)]))
-    return (both[0][..., :, None] + both[1][..., None, :]).flatten(4).flatten(2, 3)
+    pairs = logits.unflatten(3, tuple(k_grid)).unflatten(2, tuple(q_grid))
+    return (pairs + both[0][..., :, None] + both[1][..., None, :]).flatten(4).flatten(2, 3)
 
 
 def backbone_of(case: str, model: str) -> torch.nn.Module:
@@ -121,9 +128,9 @@ def measure(case: str, model: str, size: tuple[int, int]) -> dict[str, float]:
     """Processor seconds of an inference and peak memory above the bare process (MB), in this process."""
     backbone = backbone_of(case, model)
     image = torch.randn(1, 3, *size)
-    if case == "plain":
+    if case.startswith("plain"):
         PoolingAttention.forward = plain_forward  # type: ignore[method-assign]
-    with torch.inference_mode():
+    with torch.inference_mode(), kernels.plain() if case == "plain" else contextlib.nullcontext():
         small = torch.randn(1, 3, 64, 96)
         backbone(small)
         bare = resident("VmRSS")

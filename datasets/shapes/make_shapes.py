@@ -1,4 +1,4 @@
-"""Make a small data set of objects to detect: textured polygons over noisy backgrounds, in COCO's form.
+"""Make a small data set of objects to detect: textured polygons over cloudy backgrounds, in COCO's form.
 
 Objects overlap, have several sizes and are cut by the border; the outline alone tells the class. The same
 seed gives the same files.
@@ -19,13 +19,14 @@ from PIL import Image, ImageDraw
 
 CLASSES = ("triangle", "square", "star", "disc")
 HEIGHT, WIDTH = 96, 128  # pixels
-VISIBLE = 0.4  # share of an object that others must leave
+VISIBLE = 0.5  # share of an object that others leave
+CONTRAST = 50.0  # of an object's mean colour to what is behind it, grey levels of one channel at least
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--root", type=Path, required=True)
-    parser.add_argument("--train", type=int, default=600, help="images")
+    parser.add_argument("--train", type=int, default=2000, help="images")
     parser.add_argument("--val", type=int, default=100, help="images")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -60,33 +61,33 @@ def generate(root: Path, split: str, count: int, *, seed: int = 0) -> None:
 
 
 def draw(rng: random.Random) -> tuple[Image.Image, list[tuple[int, NDArray[np.float64]]]]:
-    """An image, and the class and outline (points, 2) of each object that is mostly visible."""
+    """An image, and the class and outline (points, 2) of each object."""
     noise = np.random.default_rng(rng.getrandbits(32))
-    canvas = _texture(noise, coarse=rng.randint(6, 16), contrast=30.0)
+    # As in photos, the coarser the structure, the stronger it is.
+    canvas = sum(_texture(noise, coarse, contrast) for coarse, contrast in ((40, 35.0), (14, 18.0), (5, 8.0)))
+    canvas = canvas + noise.uniform(70, 185, 3)
     owner = np.full((HEIGHT, WIDTH), -1)  # the object on top
-    drawn: list[tuple[int, NDArray[np.float64], int]] = []
-    for number in range(rng.randint(1, 4)):
+    drawn: list[tuple[int, NDArray[np.float64]]] = []
+    sizes: list[int] = []  # pixels of each object, seen or hidden
+    for _ in range(rng.randint(2, 6)):
         label = rng.randrange(len(CLASSES))
-        radius = 2 ** rng.uniform(3.2, 4.9)
+        radius = 2 ** rng.uniform(3.3, 5.0)
         outline = _outline(CLASSES[label], rng.uniform(0, 2 * math.pi)) * radius
         outline += [rng.uniform(radius / 2, WIDTH - radius / 2), rng.uniform(radius / 2, HEIGHT - radius / 2)]
         mask = _filled(outline)
-        if not mask.any():
-            continue
-        texture = _texture(noise, coarse=rng.randint(2, 6), contrast=25.0)
-        texture = texture + (noise.uniform(40, 215, 3) - texture.mean((0, 1)))
-        canvas = np.where(mask[..., None], texture, canvas)
-        owner[mask] = number
-        drawn.append((label, outline, number))
-    image = Image.fromarray(
-        np.clip(np.rint(canvas + noise.normal(0, 4, canvas.shape)), 0, 255).astype(np.uint8)
-    )
-    visible = [
-        (label, outline)
-        for label, outline, number in drawn
-        if (owner == number).sum() >= VISIBLE * _filled(outline).sum()
-    ]
-    return image, visible
+        covered = np.where(mask, len(drawn), owner)
+        if any((covered == number).sum() < VISIBLE * size for number, size in enumerate(sizes)):
+            continue  # it would hide another
+        owner = covered
+        texture = _texture(noise, coarse=rng.randint(2, 6), contrast=20.0)
+        behind, colour = canvas[mask].mean(0), noise.uniform(40, 215, 3)
+        while np.abs(colour - behind).max() < CONTRAST:
+            colour = noise.uniform(40, 215, 3)
+        canvas = np.where(mask[..., None], texture + colour, canvas)
+        drawn.append((label, outline))
+        sizes.append(int(mask.sum()))
+    pixels = np.rint(canvas + noise.normal(0, 4, canvas.shape))
+    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)), drawn
 
 
 def _outline(name: str, turn: float) -> NDArray[np.float64]:
@@ -97,11 +98,13 @@ def _outline(name: str, turn: float) -> NDArray[np.float64]:
     return np.stack([np.cos(angles), np.sin(angles)], 1) * radii[:, None]
 
 
-def _texture(noise: np.random.Generator, *, coarse: int, contrast: float) -> NDArray[np.float64]:
-    """Smooth spots of colour, (HEIGHT, WIDTH, 3)."""
-    small = noise.normal(128, contrast, (max(HEIGHT // coarse, 2), max(WIDTH // coarse, 2), 3))
-    picture = Image.fromarray(np.clip(small, 0, 255).astype(np.uint8))
-    return np.asarray(picture.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC), dtype=np.float64)
+def _texture(noise: np.random.Generator, coarse: int, contrast: float) -> NDArray[np.float64]:
+    """Spots of about ``coarse`` pixels, mostly in brightness, (HEIGHT, WIDTH, 3) of mean 0."""
+    shape = max(HEIGHT // coarse, 2), max(WIDTH // coarse, 2)
+    small = noise.normal(0, contrast, (*shape, 1)) + noise.normal(0, contrast / 2, (*shape, 3))
+    channels = [Image.fromarray(channel) for channel in small.astype(np.float32).transpose(2, 0, 1)]
+    resized = [channel.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC) for channel in channels]
+    return np.stack([np.asarray(channel, dtype=np.float64) for channel in resized], 2)
 
 
 def _filled(outline: NDArray[np.float64]) -> NDArray[np.bool_]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,9 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from av.video.frame import VideoFrame
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
-from torchvision.ops import box_iou
 
 from mvit_video.action_detection.annotations import Box, BoxRow, KeyFrame
 from mvit_video.action_detection.boxes import clip_view, move_boxes
@@ -25,6 +22,7 @@ from mvit_video.action_detection.detector import ActionDetector
 from mvit_video.action_detection.drawing import draw_people
 from mvit_video.data.decode import Video
 from mvit_video.errors import DataError
+from mvit_video.prediction.follower import Follower
 from mvit_video.prediction.prediction import Segment
 from mvit_video.prediction.recognizer import prefetch
 from mvit_video.prediction.render import Picture
@@ -32,7 +30,6 @@ from mvit_video.prediction.stream import Source, iter_windows
 
 SHOWN = 3  # actions of a person in a picture
 SHOWN_SCORE = 0.5  # of what subtitles and copies tell, at least
-SAME_PERSON = 0.3  # IoU of boxes of one person at two key frames, at least
 
 # Boxes (N, 4) in pixels and scores (N,) of the people in a picture, uint8 RGB (3, H, W).
 FindPeople = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -59,23 +56,6 @@ class PersonActions:
     def likely(self, min_score: float) -> PersonActions:
         """The same without what is less likely."""
         return replace(self, scores={name: s for name, s in self.scores.items() if s >= min_score})
-
-
-class Follower:
-    """Gives people numbers, and the same number to who stays nearly where they were."""
-
-    def __init__(self) -> None:
-        self._boxes, self._numbers, self._next = torch.empty(0, 4), list[int](), 0
-
-    def __call__(self, boxes: Tensor) -> list[int]:
-        """The number of each box (N, 4) of the next key frame."""
-        overlaps = box_iou(boxes, self._boxes)
-        pairs = zip(*(found.tolist() for found in linear_sum_assignment(-overlaps.numpy())), strict=True)
-        before = {new: self._numbers[old] for new, old in pairs if overlaps[new, old] >= SAME_PERSON}
-        fresh = itertools.count(self._next)
-        self._numbers = [before[new] if new in before else next(fresh) for new in range(len(boxes))]
-        self._boxes, self._next = boxes, next(fresh)
-        return self._numbers
 
 
 @dataclass(frozen=True)

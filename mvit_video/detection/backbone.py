@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
+from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork
 
-from mvit_video.model import MViT, MViTConfig
+from mvit_video.model import MViT, MViTConfig, kernels
 from mvit_video.model.attention import NORM_EPS
 from mvit_video.model.config import plan_blocks
 
 CHANNELS = 256  # of every map of the pyramid, in all published models
+STRIP = 32  # rows of the finest map that are computed at once
 DIVISOR = 32  # of heights and widths: the coarsest map of the backbone has this stride
 
 
@@ -36,6 +37,37 @@ class MultiscaleViT(MViT):
             norm(level.squeeze(2).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
             for norm, level in zip(norms, maps, strict=True)
         ]
+
+
+class Pyramid(FeaturePyramidNetwork):  # type: ignore[misc]
+    """torchvision's, which holds less at once; on CPUs in inference no two maps of the finest size."""
+
+    def forward(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Maps, the finest first, which are taken out of ``x``, and the coarsest one halved as "pool"."""
+        names, coarser = list(x), None
+        found: dict[str, Tensor] = {}
+        for name, inner, layer in reversed([*zip(names, self.inner_blocks, self.layer_blocks, strict=True)]):
+            if name == names[0] and coarser is not None and kernels.saves_memory(coarser):
+                found[name] = _in_strips(inner, layer, x.pop(name), coarser)
+                continue
+            merged = inner(x.pop(name))
+            if coarser is not None:
+                merged += F.interpolate(coarser, size=merged.shape[-2:])
+            found[name], coarser = layer(merged), merged
+        return {name: found[name] for name in names} | {"pool": F.max_pool2d(found[names[-1]], 1, 2)}
+
+
+def _in_strips(inner: nn.Module, layer: nn.Module, x: Tensor, coarser: Tensor) -> Tensor:
+    """``layer(inner(x) + coarser)``, 3 x 3 and 1 x 1 convolutions, of rows and their neighbours at a time."""
+    height = x.shape[2]
+    found = coarser.new_empty(len(x), height, x.shape[3], coarser.shape[1]).permute(0, 3, 1, 2)
+    for top in range(0, height, STRIP):
+        low, high = max(top - 1, 0), min(top + STRIP + 1, height)
+        merged = inner(x[:, :, low:high])
+        above = F.interpolate(coarser[:, :, low // 2 : (high + 1) // 2], scale_factor=2)
+        merged += above[:, :, low % 2 :][:, :, : high - low]
+        found[:, :, top : top + STRIP] = layer(merged)[:, :, top - low :][:, :, :STRIP]
+    return found
 
 
 class Projections(nn.ModuleDict):
@@ -67,7 +99,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.bottom_up = MultiscaleViT(config)
         self.fpn: nn.Module = (
-            FeaturePyramidNetwork(self.bottom_up.channels, channels, LastLevelMaxPool())
+            Pyramid(self.bottom_up.channels, channels)
             if top_down
             else Projections(self.bottom_up.channels, channels)
         )

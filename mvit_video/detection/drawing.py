@@ -14,6 +14,7 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make
 
 from mvit_video.detection.masks import Polygons, polygons_to_mask
 from mvit_video.io.console import printable
+from mvit_video.prediction.follower import LOST
 
 OPACITY = 0.45  # of masks
 GRID_SIZE = 400  # pixels, of a picture in a grid
@@ -26,8 +27,9 @@ def draw_objects(
     masks: Tensor | Polygons,
     class_names: Sequence[str],
     scores: Tensor | None = None,
+    tracks: Sequence[int] | None = None,
 ) -> Tensor:
-    """A copy of an image, uint8 (3, H, W), with boxes, masks and names; a class has one colour."""
+    """A copy of an image, uint8 (3, H, W), with boxes, masks and names; a class or track has one colour."""
     if not len(boxes):
         return image.clone()
     height, width = image.shape[1:]
@@ -36,15 +38,21 @@ def draw_objects(
     names = [
         printable(class_names[label]) if label < len(class_names) else str(label) for label in labels.tolist()
     ]
+    if tracks is not None:
+        names = [name_of_track(name, track) for name, track in zip(names, tracks, strict=True)]
     if scores is not None:
         names = [f"{name} {score:.2f}" for name, score in zip(names, scores.tolist(), strict=True)]
-    colours = [class_colour(label) for label in labels.tolist()]
+    colours = [class_colour(label) for label in (labels.tolist() if tracks is None else tracks)]
     drawn = draw_segmentation_masks(image, masks.cpu(), alpha=OPACITY, colors=colours)
     limits = torch.tensor([width, height] * 2)
     line = max(1, round(min(height, width) / 300))
     return draw_bounding_boxes(
         drawn, torch.minimum(boxes.cpu().clamp(min=0), limits), names, colours, width=line
     )
+
+
+def name_of_track(class_name: str, track: int) -> str:
+    return class_name if track == LOST else f"{class_name} #{track}"
 
 
 def class_colour(label: int) -> tuple[int, int, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,14 @@ from mvit_video.detection.coco import read_image
 from mvit_video.detection.data import resized
 from mvit_video.detection.detector import Detector
 from mvit_video.detection.drawing import draw_objects
+from mvit_video.detection.metrics import LIKELY
 from mvit_video.errors import VideoError
 from mvit_video.io.writing import replacing
+from mvit_video.prediction.follower import Follower
 from mvit_video.prediction.inputs import expand
 
 FRAMES_AT_ONCE, PIXELS_AT_ONCE = 16, 1 << 25  # that are decoded of a video
+PATIENCE = 5  # frames that an object may be missing from until it is another
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class FoundObjects:
         masks: bool (N, H, W).
         class_names: of all labels.
         frame, second: of a video: which frame, and when it is shown.
+        tracks: of a video: numbers that follow objects from frame to frame; ``LOST`` for unlikely ones.
     """
 
     path: str
@@ -57,8 +61,9 @@ class FoundObjects:
     frame: int | None = None
     second: float | None = None
     error: str | None = None
+    tracks: tuple[int, ...] | None = None
 
-    def draw(self, min_score: float = 0.5) -> Tensor:
+    def draw(self, min_score: float = LIKELY) -> Tensor:
         """The picture with boxes, masks, names and scores, uint8 (3, H, W)."""
         kept = self.scores >= min_score
         return draw_objects(
@@ -68,6 +73,7 @@ class FoundObjects:
             self.masks[kept],
             self.class_names,
             self.scores[kept],
+            None if self.tracks is None else torch.tensor(self.tracks)[kept].tolist(),
         )
 
 
@@ -106,9 +112,14 @@ class ObjectRecognizer:
 
     def iterate(self, file: str) -> Iterator[FoundObjects]:
         """What is in a picture, or in a video frame by frame; a file that can't be read is one entry."""
+        follow = Follower(PATIENCE)
         try:
             for image, frame, second in _open(file, self.stride, self.open_file):
-                yield self._find(file, image, frame, second)
+                found = self._find(file, image, frame, second)
+                if frame is not None:
+                    numbers = follow(found.boxes, found.labels, found.scores >= LIKELY)
+                    found = replace(found, tracks=tuple(numbers))
+                yield found
         except VideoError as error:
             empty = torch.empty(0)
             yield FoundObjects(

@@ -74,9 +74,9 @@ DETECTORS["mask_rcnn_mvitv2_nano"] = DetectorConfig(
     rpn_post_nms_top_n_train=150,
     rpn_post_nms_top_n_test=100,
     rpn_batch_size_per_image=64,
-    box_batch_size_per_image=64,
-    min_size=112,
-    max_size=224,
+    box_batch_size_per_image=32,
+    min_size=96,
+    max_size=192,
     channels=32,
     box_channels=128,
 )

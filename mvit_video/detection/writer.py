@@ -28,25 +28,29 @@ from mvit_video.io.fingerprint import (
 )
 from mvit_video.io.journal import journal, read_journal
 from mvit_video.io.writing import replacing, sole_writer
+from mvit_video.prediction.follower import LOST
 from mvit_video.prediction.writer import Format
 
 COLUMNS = (
     *("path", "frame", "second", "class", "category_id", "score"),
-    *("x0", "y0", "x1", "y1", "mask", "error"),
+    *("x0", "y0", "x1", "y1", "mask", "error", "track"),
 )
 
 
 def rows_of(found: FoundObjects, category_ids: Sequence[int]) -> list[dict[str, Any]]:
-    """Each object as in COCO's results, with the file, frame, second and class; an error is one row."""
+    """Each object as in COCO's results, with file, frame, second, class and track; an error is one row."""
     place = {"file_name": valid_text(found.path), "frame": found.frame, "second": found.second}
     if found.error is not None:
         return [place | {"error": valid_text(found.error)}]
     tensors = {name: getattr(found, name) for name in ("boxes", "scores", "labels", "masks")}
     height, width = found.image.shape[1:]
     names = dict(zip(category_ids, found.class_names, strict=True))
+    tracks = [None if track == LOST else track for track in found.tracks or [LOST] * len(found.boxes)]
     return [
-        row | place | {"class": valid_text(names[row["category_id"]])}
-        for row in to_result(0, (height, width), tensors, category_ids).detections
+        row | place | {"class": valid_text(names[row["category_id"]]), "track": track}
+        for row, track in zip(
+            to_result(0, (height, width), tensors, category_ids).detections, tracks, strict=True
+        )
     ]
 
 
@@ -128,7 +132,7 @@ class ObjectWriter:
             import pyarrow as pa
             import pyarrow.parquet as pq
 
-            kinds = {"frame": pa.int64(), "category_id": pa.int64()}
+            kinds: dict[str, Any] = dict.fromkeys(("frame", "category_id", "track"), pa.int64())
             kinds |= dict.fromkeys(("second", "score", "x0", "y0", "x1", "y1"), pa.float64())
             schema = pa.schema([(name, kinds.get(name, pa.string())) for name in COLUMNS])
             with replacing(self.path) as file:
@@ -152,6 +156,6 @@ def _flat(row: dict[str, Any]) -> dict[str, Any]:
     flat["path"] = row["file_name"]
     if "error" not in row:
         x, y, width, height = row["bbox"]
-        flat |= {name: row[name] for name in ("class", "category_id", "score")}
+        flat |= {name: row[name] for name in ("class", "category_id", "score", "track")}
         flat |= {"x0": x, "y0": y, "x1": x + width, "y1": y + height, "mask": json.dumps(row["segmentation"])}
     return flat

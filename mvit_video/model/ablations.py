@@ -79,14 +79,27 @@ class PaddedWindowAttention(PoolingAttention):
         raise NotImplementedError("attention inside windows has no weights over all keys")
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, q_grid: Grid, k_grid: Grid) -> Tensor:
-        assert self.plan.window is not None
-        q_window, k_window = (
-            floor_divide(self.plan.window, stride) for stride in (self.plan.q_stride, self.plan.kv_stride)
-        )
-        q = pad_and_cut(q, q_grid, q_window)
-        k, v = pad_and_cut(k, k_grid, k_window), pad_and_cut(v, k_grid, k_window)
-        x = super()._attend(q, k, v, self.plan.window, q_window, k_window)
-        return join_and_crop(x, q_grid, q_window)
+        window = self.plan.window
+        assert window is not None
+        q_window, k_window = (floor_divide(window, s) for s in (self.plan.q_stride, self.plan.kv_stride))
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, q_grid: Grid, k_grid: Grid) -> Tensor:
+            q = pad_and_cut(q, q_grid, q_window)
+            k, v = pad_and_cut(k, k_grid, k_window), pad_and_cut(v, k_grid, k_window)
+            x = PoolingAttention._attend(self, q, k, v, window, q_window, k_window)
+            return join_and_crop(x, q_grid, q_window)
+
+        if not kernels.saves_memory(q):
+            return attend(q, k, v, q_grid, k_grid)
+        # One row of windows at a time: copies of all of them would be most of what a large image takes.
+        q_rows = q.unflatten(1, q_grid).split(q_window[1], 2)
+        k_rows, v_rows = (x.unflatten(1, k_grid).split(k_window[1], 2) for x in (k, v))
+        rows = []
+        for q_row, k_row, v_row in zip(q_rows, k_rows, v_rows, strict=True):
+            q_part, k_part = (q_grid[0], q_row.shape[2], q_grid[2]), (k_grid[0], k_row.shape[2], k_grid[2])
+            x = attend(q_row.flatten(1, 3), k_row.flatten(1, 3), v_row.flatten(1, 3), q_part, k_part)
+            rows.append(x.unflatten(1, q_part))
+        return torch.cat(rows, 2).flatten(1, 3)
 
 
 class JointSpaceTimeAttention(PoolingAttention):

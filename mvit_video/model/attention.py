@@ -7,6 +7,7 @@ Tokens are (B, N, C), the class token (if any) first, the grid behind it in t-ma
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -98,16 +99,15 @@ class PoolingAttention(nn.Module):
 
     def _queries_keys_values(self, x: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor, Grid, Grid]:
         """Pooled q (B, N', n, c), k and v (B, M, n, c), and the grids of queries and keys."""
-        q, k, v = (x, x, x) if self.pool_first else self._project(x, x, x)
-        q, q_grid = self._pool(q, grid, "q")
-        k, k_grid = self._pool(k, grid, "k")
-        v, _ = self._pool(v, grid, "v")
+        parts = (x, x, x) if self.pool_first else self._project(x, x, x)
+        # One by one: what was pooled is free before the next part is computed.
+        (q, q_grid), (k, k_grid), (v, _) = map(self._pool, parts, (grid, grid, grid), "qkv")
         if self.pool_first:
             q, k, v = self._project(q, k, v)
         heads = (self.num_heads, -1)
         return q.unflatten(-1, heads), k.unflatten(-1, heads), v.unflatten(-1, heads), q_grid, k_grid
 
-    def _project(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    def _project(self, q: Tensor, k: Tensor, v: Tensor) -> Iterable[Tensor]:
         if self.qkv is not None:
             return kernels.qkv(self.qkv, q)  # q, k and v are the same here
         return self.q(q), self.k(k), self.v(v)

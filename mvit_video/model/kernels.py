@@ -9,7 +9,7 @@ Modules that somebody replaced, or hung hooks on, are called as they are.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeGuard, TypeVar, cast
 
@@ -53,12 +53,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, gelu_input: bool =
     return cpu_kernels.linear(*_autocast(x, weight, bias), gelu_input)
 
 
-def qkv(layer: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
-    """``layer(x).chunk(3, dim=-1)``, each part contiguous where it is faster."""
+def qkv(layer: nn.Module, x: Tensor) -> Iterable[Tensor]:
+    """``layer(x).chunk(3, dim=-1)``, where it is faster each part by itself, once it is asked for."""
     if not (_is_unmodified(layer, Linear) and _has_cpu_kernels(x, layer.weight, layer.bias)):
         return cast(Tensor, layer(x)).chunk(3, dim=-1)
     biases = [None] * 3 if layer.bias is None else layer.bias.chunk(3)
-    return tuple(linear(x, *part) for part in zip(layer.weight.chunk(3), biases, strict=True))
+    return (linear(x, *part) for part in zip(layer.weight.chunk(3), biases, strict=True))
 
 
 def mlp(fc1: nn.Module, fc2: nn.Module, x: Tensor) -> Tensor:
@@ -142,6 +142,11 @@ def augment_qk(
     q_aug = torch.cat([q.transpose(1, 2), q_positions.transpose(1, 2)], -1)
     k_aug = torch.cat([k.transpose(1, 2) * scale, k_positions.transpose(1, 2)], -1)
     return q_aug.transpose(1, 2), k_aug.transpose(1, 2)
+
+
+def saves_memory(x: Tensor) -> bool:
+    """Whether less memory is worth more calls: in inference on a CPU, where calls cost nothing."""
+    return not torch.is_grad_enabled() and _has_cpu_kernels(x)
 
 
 def is_tracing() -> bool:

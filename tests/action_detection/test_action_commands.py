@@ -22,7 +22,6 @@ from mvit_video.action_detection.checkpoint import (
     save_action_detector,
 )
 from mvit_video.action_detection.clips import ActionClips, collate, frame_numbers
-from mvit_video.action_detection.prediction import Follower
 from mvit_video.data.decode import open_video
 from mvit_video.detection import save_detector
 from mvit_video.errors import CheckpointError
@@ -227,15 +226,6 @@ def test_a_second_that_is_not_shown_is_told(tmp_path: Path) -> None:
     frame = KeyFrame("film", str(path), 902, 0, ((0, 0, 1, 1),), ((1,),))
     (sample,) = [ActionClips([frame], mv.ClipSpec(), 2, "test")[0]]
     assert "start_second" in sample.bad[0].reason
-
-
-def test_people_keep_their_numbers() -> None:
-    follow = Follower()
-    left, right, new = [0.1, 0.1, 0.3, 0.5], [0.6, 0.1, 0.9, 0.5], [0.4, 0.6, 0.5, 0.9]
-    assert follow(torch.tensor([left, right])) == [0, 1]
-    assert follow(torch.tensor([right, new, left])) == [1, 2, 0]
-    assert follow(torch.empty(0, 4)) == []
-    assert follow(torch.tensor([left])) == [3]
 
 
 def test_a_checkpoint_is_believed_only_if_it_fits(tmp_path: Path) -> None:

@@ -189,8 +189,13 @@ def test_an_unreadable_image_counts(command: Command, shapes: Path, detector_fil
 
 
 def test_pictures_and_videos_are_looked_at(
-    command: Command, shapes: Path, detector_file: Path, tmp_path: Path
+    command: Command,
+    shapes: Path,
+    detector_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("mvit_video.detection.recognizer.LIKELY", 0.0)  # an untrained detector is never sure
     folder = tmp_path / "in"
     folder.mkdir()
     picture = Image.open(shapes / "val" / "00000.png")
@@ -210,12 +215,14 @@ def test_pictures_and_videos_are_looked_at(
     assert {Path(row["file_name"]).name for row in rows} == {"turned.jpg", "video.mp4"}
     assert {row["frame"] for row in rows} == {None, 0, 3}
     assert {row["category_id"] for row in rows} <= {1, 2, 3, 4}
+    assert all((row["track"] is None) == (row["frame"] is None) for row in rows)
     sizes = {Path(row["file_name"]).name: tuple(row["segmentation"]["size"]) for row in rows}
     assert sizes == {"turned.jpg": (128, 96), "video.mp4": (48, 64)}
     table = pq.read_table(files["parquet"]).to_pylist()
     with files["csv"].open() as file:
         lines = list(csv.DictReader(file))
     assert len(table) == len(lines) == len(files["jsonl"].read_text().splitlines()) == len(rows) + 1
+    assert [row["track"] for row in table if not row["error"]] == [row["track"] for row in rows]
     assert [row["score"] for row in table if row["score"]] == pytest.approx([row["score"] for row in rows])
     assert Image.open(tmp_path / "saved" / "turned.png").size == (96, 128)
     with av.open(tmp_path / "saved" / "video.mp4") as video:
@@ -318,33 +325,71 @@ def test_data_are_checked(command: Command, shapes: Path, tmp_path: Path) -> Non
     assert len(problems.read_text().splitlines()) == 2
 
 
+def two_processes(folder: Path, *program: str) -> list[int]:
+    """What the ranks of one job return."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, *program],
+            cwd=folder,
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in (0, 1)
+    ]
+    return [process.wait(timeout=600) for process in ranks]
+
+
 @pytest.mark.slow
 def test_processes_share_an_evaluation(
     command: Command, shapes: Path, detector_file: Path, tmp_path: Path
 ) -> None:
     """Two processes find and measure what one does."""
-
-    def as_ranks(module: str, *arguments: str) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-        ranks = [
-            subprocess.Popen(
-                [sys.executable, "-m", f"mvit_video.{module}", *arguments],
-                cwd=tmp_path,
-                env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in (0, 1)
-        ]
-        for process in ranks:
-            _, said = process.communicate(timeout=300)
-            assert process.returncode == 0, said
-
     data = ["data=shapes", f"data.root={shapes}", "num_workers=0"]
     assert evaluate(command, shapes, detector_file, "hydra.run.dir=one").code == 0
-    as_ranks("eval", f"weights={detector_file}", *data, "hydra.run.dir=two")
-    one, two = (json.loads((tmp_path / run / "results.json").read_text()) for run in ("one", "two"))
-    assert one == two
+    two = ["-m", "mvit_video.eval", f"weights={detector_file}", *data, "hydra.run.dir=two"]
+    assert two_processes(tmp_path, *two) == [0, 0]
+    one, both = (json.loads((tmp_path / run / "results.json").read_text()) for run in ("one", "two"))
+    assert one == both
+
+
+KILLED = """
+from mvit_video.cli.main import train
+from mvit_video.detection.training import DetectorTraining
+
+learn = DetectorTraining.training_losses
+
+
+def killed(self, batch, index):
+    if self.global_step == 2:
+        raise MemoryError("killed")
+    return learn(self, batch, index)
+
+
+DetectorTraining.training_losses = killed
+train()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_processes_share_a_training(command: Command, shapes: Path, tmp_path: Path, strategy: str) -> None:
+    """Killed and resumed, two processes end with the same weights; their validation is that of one."""
+    job = ["experiment=shapes", *SMALL, f"data.root={shapes}", "max_bad_videos=1", "save_every_n_steps=1"]
+    job += ["trainer.accelerator=cpu", "trainer.devices=2", f"trainer.strategy={strategy}", "batch_size=1"]
+    assert two_processes(tmp_path, "-m", "mvit_video.train", *job, "hydra.run.dir=whole") == [0, 0]
+    assert 0 not in two_processes(tmp_path, "-c", KILLED, *job, "hydra.run.dir=parts")
+    again = ["hydra.run.dir=parts", "ckpt_path=last"]
+    assert two_processes(tmp_path, "-m", "mvit_video.train", *job, *again) == [0, 0]
+    ours, theirs = (tmp_path / run / "checkpoints" / "last.ckpt" for run in ("whole", "parts"))
+    resumed = weights_of(theirs)
+    assert all(value.equal(resumed[name]) for name, value in weights_of(ours).items())
+
+    assert evaluate(command, shapes, ours, "hydra.run.dir=one").code == 0
+    (metrics,) = (tmp_path / "whole").glob("**/metrics.csv")
+    with metrics.open() as file:
+        validated = [row["val/box_AP"] for row in csv.DictReader(file) if row["val/box_AP"]]
+    results = json.loads((tmp_path / "one" / "results.json").read_text())
+    assert float(validated[-1]) == pytest.approx(results["box"]["AP"], abs=1e-6)

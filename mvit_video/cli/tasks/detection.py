@@ -33,7 +33,7 @@ from mvit_video.detection.coco import (
 )
 from mvit_video.detection.data import TestImages, TrainingImages, training_loader, whole_image_loader
 from mvit_video.detection.detector import Detector
-from mvit_video.detection.drawing import as_png
+from mvit_video.detection.drawing import as_png, name_of_track
 from mvit_video.detection.evaluation import find_in_images, report
 from mvit_video.detection.export import export_backbone, load_maps
 from mvit_video.detection.metrics import LIKELY, SUMMARY
@@ -341,10 +341,13 @@ def _table(found: FoundObjects, threshold: float) -> list[tuple[Any, ...]]:
     second = "" if found.second is None else f"{found.second:.2f}"
     if found.error is not None:
         return [(found.path, second, f"error: {found.error}", "", "")]
-    objects = zip(found.labels.tolist(), found.scores.tolist(), found.boxes.tolist(), strict=True)
+    names = [found.class_names[label] for label in found.labels.tolist()]
+    if found.tracks is not None:
+        names = list(map(name_of_track, names, found.tracks))
+    objects = zip(names, found.scores.tolist(), found.boxes.tolist(), strict=True)
     return [
-        (found.path, second, found.class_names[label], f"{score:.3f}", " ".join(f"{x:.0f}" for x in box))
-        for label, score, box in objects
+        (found.path, second, name, f"{score:.3f}", " ".join(f"{x:.0f}" for x in box))
+        for name, score, box in objects
         if score >= threshold
     ] or [(found.path, second, "", "", "")]
 
