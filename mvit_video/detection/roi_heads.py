@@ -270,6 +270,8 @@ def pool_regions(maps: list[Tensor], boxes: list[Tensor], size: int) -> Tensor:
     pooled = maps[0].new_zeros(len(rois), maps[0].shape[1], size, size)
     for number, (features, stride) in enumerate(zip(maps[:4], STRIDES, strict=False)):
         index = (level == number).nonzero()[:, 0]
+        if not len(index):
+            continue
         regions = roi_align(features.to(exact), rois[index], size, 1 / stride, sampling_ratio=0, aligned=True)
         pooled = pooled.index_copy(0, index, regions.to(pooled.dtype))
     return pooled
