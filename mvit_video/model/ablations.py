@@ -92,14 +92,14 @@ class PaddedWindowAttention(PoolingAttention):
         if not kernels.saves_memory(q):
             return attend(q, k, v, q_grid, k_grid)
         # One row of windows at a time: copies of all of them would be most of what a large image takes.
-        q_rows = q.unflatten(1, q_grid).split(q_window[1], 2)
+        found = torch.empty_like(q)
+        q_rows, found_rows = (x.unflatten(1, q_grid).split(q_window[1], 2) for x in (q, found))
         k_rows, v_rows = (x.unflatten(1, k_grid).split(k_window[1], 2) for x in (k, v))
-        rows = []
-        for q_row, k_row, v_row in zip(q_rows, k_rows, v_rows, strict=True):
+        for q_row, k_row, v_row, row in zip(q_rows, k_rows, v_rows, found_rows, strict=True):
             q_part, k_part = (q_grid[0], q_row.shape[2], q_grid[2]), (k_grid[0], k_row.shape[2], k_grid[2])
             x = attend(q_row.flatten(1, 3), k_row.flatten(1, 3), v_row.flatten(1, 3), q_part, k_part)
-            rows.append(x.unflatten(1, q_part))
-        return torch.cat(rows, 2).flatten(1, 3)
+            row.copy_(x.unflatten(1, q_part))
+        return found
 
 
 class JointSpaceTimeAttention(PoolingAttention):

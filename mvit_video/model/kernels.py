@@ -89,6 +89,15 @@ def pool_heads(pool: nn.Module, x: Tensor) -> Tensor:
     return volume.unflatten(0, (batch, heads)).permute(0, 3, 4, 5, 1, 2)
 
 
+def norm_pooled(norm: nn.Module, x: Tensor) -> Tensor:
+    """``norm(x)``, which may take the place of x, (B, N, n, c)."""
+    if not (saves_memory(x) and _is_unmodified(norm, nn.LayerNorm) and x.is_contiguous()):
+        return norm(x)
+    for part in x.flatten(0, 1).split(4096):
+        part.copy_(norm(part))
+    return x
+
+
 def attend(
     q: Tensor,
     k: Tensor,

@@ -243,6 +243,7 @@ class Block(nn.Module):
         if self.proj is not None and self.widens_in_attention:
             x = self.proj(normed)
         x = self._pool_skip(x, grid) + self._drop(attended)
+        del attended  # the MLP is what needs most
         normed = self.norm2(x)
         if self.proj is not None and not self.widens_in_attention:
             x = self.proj(normed)
