@@ -326,7 +326,7 @@ def write_objects(root: Path) -> None:
         coco = root / "data" / "coco"
         (coco / "annotations" / f"{split}.json").rename(coco / "annotations" / f"instances_{split}2017.json")
         (coco / split).rename(coco / f"{split}2017")
-    detector = mv.create_detector("mask_rcnn_mvitv2_nano", num_classes=4, **SMALL_DETECTOR)
+    detector = mv.create_detector("mask_rcnn_mvitv2_nano", num_classes=3, **SMALL_DETECTOR)
     save_detector(detector, root / "detector.ckpt")
     Image.open(root / "photos" / "val" / "00000.png").save(root / "street.jpg")
     shutil.copy(root / "a.mp4", root / "video.mp4")

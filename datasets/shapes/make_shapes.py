@@ -17,16 +17,16 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-CLASSES = ("triangle", "square", "star", "disc")
+CLASSES = ("triangle", "star", "disc")
 HEIGHT, WIDTH = 96, 128  # pixels
 VISIBLE = 0.5  # share of an object that others leave
-CONTRAST = 50.0  # of an object's mean colour to what is behind it, grey levels of one channel at least
+CONTRAST = 60.0  # of an object's mean colour to what is behind it, grey levels of one channel at least
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--root", type=Path, required=True)
-    parser.add_argument("--train", type=int, default=2000, help="images")
+    parser.add_argument("--train", type=int, default=1500, help="images")
     parser.add_argument("--val", type=int, default=100, help="images")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -71,7 +71,7 @@ def draw(rng: random.Random) -> tuple[Image.Image, list[tuple[int, NDArray[np.fl
     sizes: list[int] = []  # pixels of each object, seen or hidden
     for _ in range(rng.randint(2, 6)):
         label = rng.randrange(len(CLASSES))
-        radius = 2 ** rng.uniform(3.3, 5.0)
+        radius = 2 ** rng.uniform(3.7, 5.0)
         outline = _outline(CLASSES[label], rng.uniform(0, 2 * math.pi)) * radius
         outline += [rng.uniform(radius / 2, WIDTH - radius / 2), rng.uniform(radius / 2, HEIGHT - radius / 2)]
         mask = _filled(outline)
@@ -92,7 +92,7 @@ def draw(rng: random.Random) -> tuple[Image.Image, list[tuple[int, NDArray[np.fl
 
 def _outline(name: str, turn: float) -> NDArray[np.float64]:
     """Corners (points, 2) of a shape in a circle of radius 1."""
-    corners = {"triangle": 3, "square": 4, "star": 10, "disc": 24}[name]
+    corners = {"triangle": 3, "star": 10, "disc": 24}[name]
     angles = turn + np.arange(corners) * 2 * math.pi / corners
     radii = np.where(np.arange(corners) % 2, 0.45, 1.0) if name == "star" else np.ones(corners)
     return np.stack([np.cos(angles), np.sin(angles)], 1) * radii[:, None]
