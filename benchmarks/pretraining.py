@@ -56,6 +56,8 @@ MASKING = Masking("frame", cell=8)  # learnt within fewer steps than cuboids
 LAYOUT: dict[str, Any] = {"crop_size": 32, "kv_stride": (1, 2, 2)}  # of the nano model: small and quick
 BATCH = 8
 PER_CLASS = (1, 5, 20)
+MOTION, REAL = "Motion", "Real clips"
+STEPS = {MOTION: (3000, 300), REAL: (1500, 100)}  # of pre- and fine-tuning
 ARMS = {  # what of the pre-training's weights stays fresh; None: all
     "from scratch": None,
     "all blocks pre-trained": (),
@@ -164,6 +166,7 @@ def compare(
     test = list(validation_loader(views, batch_size=16, num_workers=0))
     found: dict[str, Any] = {
         "loss": [],
+        "steps": steps,
         "train": len(splits.train),
         "val": len(splits.val),
         "largest": 100
@@ -193,23 +196,24 @@ def compare(
     return found
 
 
-def report(results: dict[str, dict[str, Any]], steps: tuple[int, int], rates: tuple[float, float]) -> str:
+def report(results: dict[str, dict[str, Any]], rates: tuple[float, float]) -> str:
     about = (
         "`python benchmarks/pretraining.py --clips VIDEO ... --write`: the nano model at "
-        f"{LAYOUT['crop_size']} pixels is pre-trained on training videos without their labels ({steps[0]} "
-        f"steps of {BATCH} clips, rate {rates[0]:g}, whole frames masked), then trained on few labelled ones "
-        f"({steps[1]} steps, rate {rates[1]:g}), against the same training from scratch: top-1 in percent on "
-        "the validation videos (centre clip), the mean of the seeds and each of them. Seeds have other "
-        f"labelled videos; torch {torch.__version__}."
+        f"{LAYOUT['crop_size']} pixels is pre-trained on training videos without their labels (batches of "
+        f"{BATCH} clips, rate {rates[0]:g}, whole frames masked), then trained on few labelled ones (rate "
+        f"{rates[1]:g}), against the same training from scratch: top-1 in percent on the validation videos "
+        "(centre clip), the mean of the seeds and each of them. Seeds have other labelled videos; torch "
+        f"{torch.__version__}."
     )
     lines = [HEADING, "", textwrap.fill(about, 110), ""]
     for name, found in results.items():
         loss, constant, copied = (statistics.mean(values) for values in zip(*found["loss"], strict=True))
         data = (
-            f"**{name}**: {found['train']} training and {found['val']} validation videos, of which the "
-            f"largest class is {found['largest']:.1f} %. Loss on held-out videos after the pre-training: "
-            f"{loss:.4f}; one answer for all places costs {constant:.4f}, the mean of the true features of "
-            f"the frames before and behind {copied:.4f}."
+            f"**{name}**: {found['steps'][0]} steps of pre-training on {found['train']} videos, then "
+            f"{found['steps'][1]} steps; {found['val']} validation videos, of which the largest class is "
+            f"{found['largest']:.1f} %. Loss on held-out videos after pre-training {loss:.4f}; one answer "
+            f"for all places costs {constant:.4f}, the mean of the true features of the frames before and "
+            f"behind {copied:.4f}."
         )
         rows = []
         for number in PER_CLASS:
@@ -281,7 +285,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--root", default="demo/motion", help="made by make demo")
     parser.add_argument("--clips", type=Path, nargs="+", default=[], metavar="VIDEO", help="real ones")
-    parser.add_argument("--steps", type=int, nargs=2, default=(3000, 300), help="of pre- and fine-tuning")
+    parser.add_argument("--steps", type=int, nargs=2, help="of pre- and fine-tuning")
     parser.add_argument("--rates", type=float, nargs=2, default=(3e-3, 2e-3), help="learning rates of both")
     parser.add_argument("--speed", action="store_true")
     parser.add_argument("--rounds", type=int, default=3, help="for --speed")
@@ -293,14 +297,15 @@ def main() -> None:
     if arguments.speed:
         heading, section = SPEED_HEADING, speed(arguments.rounds)
     else:
-        settings = (arguments.seeds, arguments.steps, arguments.rates)
-        results = {"Motion": compare(arguments.root, *settings)}
+        steps = {name: arguments.steps or default for name, default in STEPS.items()}
+        seeds, rates = arguments.seeds, arguments.rates
+        results = {MOTION: compare(arguments.root, seeds, steps[MOTION], rates)}
         if arguments.clips:
             with tempfile.TemporaryDirectory() as folder:
                 for video in arguments.clips:
                     cut_quarters(video, Path(folder))
-                results["Real clips"] = compare(folder, *settings)
-        heading, section = HEADING, report(results, *settings[1:])
+                results[REAL] = compare(folder, seeds, steps[REAL], rates)
+        heading, section = HEADING, report(results, rates)
         if arguments.write:
             plot(results)
     print(section)
