@@ -42,13 +42,15 @@ class BadVideos:
     def note(self, videos: Iterable[BadVideo]) -> None:
         """List those that are new. Raises DataError as soon as they are more than the job bears."""
         new = {csv_cell(video.path): video for video in videos}
-        new = {path: video for path, video in new.items() if path not in self.found}
-        for video in new.values():
-            log.warning("unreadable file %s: %s", printable(video.path), printable(video.reason))
-            self._append(video)
-        if new:
-            self.found = self._listed()
-            self.check()
+        if not new.keys() - self.found.keys():
+            return
+        listed = self._listed()  # others have found some of them, perhaps
+        for path, video in new.items():
+            if path not in listed:
+                log.warning("unreadable file %s: %s", printable(video.path), printable(video.reason))
+                self._append(video)
+        self.found = self._listed()
+        self.check()
 
     def check(self) -> None:
         """Raise DataError when there are more than the job bears, such as of several processes together."""
@@ -60,6 +62,8 @@ class BadVideos:
             )
 
     def _listed(self) -> dict[str, BadVideo]:
+        if not self.file.is_file():
+            return {}
         with self.file.open(newline="", encoding="utf-8") as rows:
             found = [BadVideo(*row) for row in csv.reader(rows) if len(row) == 2]
         return {video.path: video for video in found if video != BadVideo._fields}

@@ -36,6 +36,7 @@ def fit(
         SIGTERMException: a signal asked to end.
         TrainingError: memory isn't enough.
         ConfigError: Lightning refuses a setting, or the checkpoint doesn't fit.
+        MVitVideoError: another process has ended.
     """
     done: set[bool] = set()  # whether a step was made
     trainer.callbacks.append(LambdaCallback(on_train_batch_end=lambda *_: done.add(True)))  # type: ignore[attr-defined]
@@ -52,6 +53,9 @@ def fit(
                 "out of memory: lower batch_size (trainer.accumulate_grad_batches makes up for that), or set "
                 "model.checkpoint_blocks=true or trainer.precision=bf16-mixed"
             ) from None
+        if trainer.world_size > 1 and "gloo" in str(error):  # whose text is about sockets
+            failed = f"rank {trainer.global_rank} of {trainer.world_size}: another rank failed"
+            raise MVitVideoError(f"{failed}; see its error above") from None
         if ckpt_path is None or done or isinstance(error, MVitVideoError):
             raise
         raise ConfigError(

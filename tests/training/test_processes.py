@@ -248,6 +248,27 @@ def test_processes_that_are_stopped_while_they_validate_save_and_validate_again(
     assert_close(state_of(run)["state_dict"], state_of(whole)["state_dict"], 0)
 
 
+@pytest.mark.slow
+def test_bad_videos_of_all_processes_count_together(two_classes: Path, tmp_path: Path) -> None:
+    for folder, name in (("cats", "cats"), ("dogs", "dogs and birds")):
+        for number, video in enumerate(sorted((two_classes / name).iterdir()) * 2):
+            copy = tmp_path / "data" / "train" / folder / f"{number}.mp4"
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(b"broken" if number in (1, 4) else video.read_bytes())
+        shutil.copytree(two_classes / name, tmp_path / "data" / "val" / folder)
+    arguments = [*ALIKE, "hydra.run.dir=run", "trainer.max_epochs=2", "ckpt_path=last"]
+    stopped = torchrun(*arguments, "max_bad_videos=3", cwd=tmp_path)
+    assert stopped.returncode == 1
+    assert "videos can't be read, and max_bad_videos allows 3" in stopped.stderr
+    assert "[rank" not in stopped.stderr  # stack traces
+    assert "epoch 1" not in (tmp_path / "run" / "train.log").read_text()  # every video comes once in an epoch
+    done = torchrun(*arguments, "max_bad_videos=4", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert "4 unreadable videos" in log
+    assert log.count("epoch 2/2") == 1
+
+
 def test_one_process_may_shard_too(command: Command, two_classes: Path, tmp_path: Path) -> None:
     (tmp_path / "data").symlink_to(two_classes)
     for run, added in (("plain", []), ("fsdp", ["trainer.strategy=fsdp", "ema=0.9"])):
