@@ -17,7 +17,13 @@ from mvit_video.model.config import MViTConfig
 from mvit_video.model.fields import replace_fields
 from mvit_video.weights.checkpoint import fit_weights, write_checkpoint
 from mvit_video.weights.description import MAX_BLOCKS
-from mvit_video.weights.reading import METADATA_KEY, find_weights, read_checkpoint, require_bounded
+from mvit_video.weights.reading import (
+    METADATA_KEY,
+    distinct_names,
+    find_weights,
+    read_checkpoint,
+    require_bounded,
+)
 
 TASK = "detection"  # as checkpoints say it
 _MOST = 2**16  # of any number that shapes a detector
@@ -96,7 +102,7 @@ def _parse(metadata: Any, name: str) -> _Description:
                 len(listed) != config.num_classes or not all(type(entry) is kind for entry in listed)
             ):
                 raise ValueError("class_names and category_ids must be one of each class")
-        return _Description(config, tuple(names) if names else None, tuple(ids) if ids else None)
+        return _Description(config, distinct_names(names) if names else None, tuple(ids) if ids else None)
     except CheckpointError:
         raise
     except Exception as error:  # a file can hold anything in the place of anything

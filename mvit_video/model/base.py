@@ -29,3 +29,10 @@ class VideoModel(nn.Module):
     def probabilities(self, logits: Tensor) -> Tensor:
         """What logits (..., num_classes) mean: their softmax; of a multi-label model each one's sigmoid."""
         return logits.sigmoid() if self.multi_label else logits.softmax(-1)
+
+
+def require_clips(clips: Tensor) -> None:
+    """Raises ValueError for what isn't (B, 3, T, H, W), and for an empty batch."""
+    if clips.ndim != 5 or clips.shape[1] != 3 or clips.shape[0] == 0:
+        empty = ", an empty batch" if clips.ndim and clips.shape[0] == 0 else ""
+        raise ValueError(f"expected clips of shape (B, 3, T, H, W), got {tuple(clips.shape)}{empty}")

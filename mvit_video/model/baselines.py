@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mvit_video.errors import ConfigError, did_you_mean
-from mvit_video.model.base import VideoModel
+from mvit_video.model.base import VideoModel, require_clips
 from mvit_video.model.clip_spec import MAX_SIZE, ClipSpec
 from mvit_video.model.fields import check_types
 
@@ -83,6 +83,7 @@ class Baseline(VideoModel):
         self.classifier = linear[-1]
 
     def forward(self, clips: Tensor) -> Tensor:
+        require_clips(clips)
         if self.config.name != "slowfast_r50":
             return self.net(clips)
         frames = clips.shape[2]

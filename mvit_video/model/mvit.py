@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from mvit_video.model import kernels
 from mvit_video.model.ablations import make_attention
 from mvit_video.model.attention import NORM_EPS
-from mvit_video.model.base import VideoModel
+from mvit_video.model.base import VideoModel, require_clips
 from mvit_video.model.clip_spec import ClipSpec
 from mvit_video.model.config import (
     BlockPlan,
@@ -126,8 +126,7 @@ class MViT(TimmInterface, VideoModel):
 
     def embed_patches(self, clips: Tensor) -> tuple[Tensor, Grid]:
         """Float clips (B, 3, T, H, W) -> tokens of their patches (B, N, C) and their grid (T', H', W')."""
-        if clips.ndim != 5 or clips.shape[1] != 3:
-            raise ValueError(f"expected clips of shape (B, 3, T, H, W), got {tuple(clips.shape)}")
+        require_clips(clips)
         return self.patch_embed(clips)
 
     def add_positions(self, x: Tensor, grid: Grid) -> Tensor:

@@ -25,6 +25,7 @@ from mvit_video.data.pixels import resize_for_test
 from mvit_video.data.threads import threaded_map
 from mvit_video.errors import ConfigError, VideoError
 from mvit_video.model import ClipSpec, MViT, VideoModel
+from mvit_video.model.base import require_clips
 from mvit_video.model.variants import change_views
 from mvit_video.prediction.inputs import expand, is_address
 from mvit_video.prediction.prediction import NOT_FINITE, ClipPrediction, Prediction, Segment
@@ -275,8 +276,7 @@ class Recognizer:
         return ViewDataset([LabelledVideo(path, None, path)], self.protocol, open_file=self.open_file)[0]
 
     def _prepare(self, clips: Tensor) -> Tensor:
-        if clips.ndim != 5 or clips.shape[1] != 3:
-            raise ValueError(f"expected clips of shape (B, 3, T, H, W), got {tuple(clips.shape)}")
+        require_clips(clips)
         return clips if clips.is_floating_point() else centre_views(clips, self.protocol)
 
     def _probabilities(self, clips: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
@@ -17,6 +18,7 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 from mvit_video.data.ranks import in_slurm
 from mvit_video.io.writing import interrupts_deferred, replacing
 from mvit_video.training import processes
+from mvit_video.training.metrics import is_cut
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 _ASK_EVERY = 10  # steps, where several processes have to agree
@@ -56,7 +58,7 @@ class LastCheckpoint(Checkpoint):
         self._step = 0  # of the optimizer, after the batch before
         self._gathering = False  # gradients of several batches, which aren't saved
         self._terminated = self._requeues = False  # asked to end by SIGTERM, by SIGUSR1
-        self._leads_to_validation = False
+        self._leads_to_validation = self._ends_cut_epoch = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._step = trainer.global_step
@@ -109,6 +111,7 @@ class LastCheckpoint(Checkpoint):
             self._end(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._ends_cut_epoch = is_cut(trainer)
         self._save(trainer)
         if self._ends(trainer):
             self._end(trainer)
@@ -116,6 +119,8 @@ class LastCheckpoint(Checkpoint):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
+        if self._ends_cut_epoch:
+            _uncount_epoch(trainer, checkpoint["loops"]["fit_loop"])
         if self._leads_to_validation:
             # What Lightning takes for a validation that was left in its first batch.
             begun = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
@@ -144,3 +149,13 @@ class LastCheckpoint(Checkpoint):
     def _save(self, trainer: pl.Trainer) -> None:
         if not cast(Any, trainer).fast_dev_run:
             trainer.save_checkpoint(self.path)
+
+
+def _uncount_epoch(trainer: pl.Trainer, loops: dict[str, Any]) -> None:
+    """Make of the state that ends a cut epoch, which Lightning counts as done, that of one which goes on."""
+    for progress in ("total", "current"):
+        loops["epoch_progress"][progress]["processed"] = loops["epoch_progress"][progress]["completed"]
+    loop = trainer.fit_loop
+    validates = (loop.batch_idx + 1) % (trainer.val_check_batch or math.inf) == 0
+    if validates and loop.epoch_loop._should_check_val_epoch():
+        loops["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1  # it steps again past this validation

@@ -43,10 +43,17 @@ class ResumableMetrics(pl.Callback):
     It comes before callbacks that read them.
     """
 
+    def __init__(self) -> None:
+        self._of_cut_epoch: dict[str, dict[str, Tensor]] | None = None  # sums
+
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        checkpoint[MEANS_KEY] = {
+        checkpoint[MEANS_KEY] = self._of_cut_epoch or self._sums(trainer, pl_module)
+
+    def _sums(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, dict[str, Tensor]]:
+        """Of all processes."""
+        return {
             name: {
                 state: trainer.strategy.reduce(value.clone(), reduce_op="sum")
                 for state, value in metric.metric_state.items()
@@ -66,12 +73,21 @@ class ResumableMetrics(pl.Callback):
                 setattr(metric, state, value.to(metric.device))
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._of_cut_epoch = self._sums(trainer, pl_module) if is_cut(trainer) else None
         for name, mean in _train_means(pl_module).take().items():
             pl_module.log(f"{name}_epoch", mean)
 
 
 def _train_means(module: pl.LightningModule) -> Any:
     return module.train_means
+
+
+def is_cut(trainer: pl.Trainer) -> bool:
+    """Whether an epoch that ends has batches left, by max_steps, early stopping or max_time.
+
+    A run that is resumed goes on with them.
+    """
+    return trainer.fit_loop.batch_idx + 1 < trainer.num_training_batches
 
 
 class EpochLogger(pl.Callback):
@@ -81,7 +97,7 @@ class EpochLogger(pl.Callback):
 
     def __init__(self) -> None:
         self.epochs: list[dict[str, float]] = []
-        self._has_validated = False
+        self._has_validated = self._is_last_cut = False
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._has_validated = not trainer.sanity_checking
@@ -94,6 +110,7 @@ class EpochLogger(pl.Callback):
         names += ["clips/s_epoch"] if "clips/s_epoch" in found else []
         row = {name.removesuffix("_epoch"): float(found[name]) for name in names}
         self.epochs.append({"epoch": trainer.current_epoch + 1, **row})
+        self._is_last_cut = is_cut(trainer)
         self._has_validated = False
         line = ", ".join(f"{name} {value:.3f}" for name, value in row.items())
         log.info("epoch %d/%s: %s", trainer.current_epoch + 1, trainer.max_epochs, line)
@@ -111,7 +128,7 @@ class EpochLogger(pl.Callback):
         return f"epoch {row['epoch']:.0f}, {monitor} {row[monitor]:.3f}"
 
     def state_dict(self) -> dict[str, Any]:
-        return {"epochs": self.epochs}
+        return {"epochs": self.epochs[:-1] if self._is_last_cut else self.epochs}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.epochs = list(state_dict["epochs"])

@@ -22,7 +22,7 @@ from mvit_video.model.config import MViTConfig, floor_divide
 from mvit_video.model.fields import check_types, replace_fields
 from mvit_video.model.mvit import MViT
 from mvit_video.model.variants import VARIANTS
-from mvit_video.weights.reading import is_plain, require_bounded
+from mvit_video.weights.reading import distinct_names, is_plain, require_bounded
 
 # Far above any model's, far below what would fill a machine's memory.
 MAX_BLOCKS = 1000
@@ -85,7 +85,7 @@ def parse_metadata(metadata: Any, name: str) -> Description:
         values, names = dict(metadata["config"]), metadata["class_names"]
         config = BaselineConfig(**values) if "name" in values else replace_fields(MViTConfig(), values)
         spec = replace_fields(ClipSpec(), dict(metadata["protocol"]))
-        names = (tuple(names) or None) if isinstance(names, list) else names
+        names = (distinct_names(names) or None) if isinstance(names, list) else names
         return Description(config, spec, names, metadata.get("multi_label", False))
     except CheckpointError:
         raise

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ METADATA_KEY = "mvit_video"  # in our checkpoints: config, protocol and class na
 EXPORTED = (".onnx", ".pt2")
 _MAX_VALUES = 10**5  # of a description, class names included
 
+# Averages over the last steps, as timm and others name them; the weights themselves count where both are.
+_AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "model_ema_state_dict", "ema")
 # Where weights lie: PySlowFast; Lightning and most others; what people write themselves.
-_CONTAINERS = ("model_state", "state_dict", "model_state_dict", "model", "net")
+_CONTAINERS = ("model_state", "state_dict", "model_state_dict", "model", "net", *_AVERAGED)
 # What DistributedDataParallel, a training module or a class of one's own puts in front of all names.
 _PREFIXES = ("module.", "model.", "net.")
 # What torch.compile, FSDP and activation checkpointing put anywhere in a name.
@@ -145,6 +148,26 @@ def is_plain(value: Tensor) -> bool:
     if value.layout is not torch.strided or value.is_meta or value.is_nested:
         return False
     return value.untyped_storage().nbytes() >= value.numel() * value.element_size()
+
+
+def distinct_names(names: Iterable[str]) -> tuple[str, ...]:
+    """Class names, with its number behind each one that is blank or that other classes have too.
+
+    So no answer is ambiguous. (Of ImageNet's 1000 names, two are those of two classes each.)
+
+    Raises ValueError where that doesn't help.
+    """
+    names = tuple(names)
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError("class_names must be text")
+    counts = Counter(map(str.strip, names))
+    found = tuple(
+        name if name.strip() and counts[name.strip()] == 1 else f"{name.strip() or 'class'} ({label})"
+        for label, name in enumerate(names)
+    )
+    if len(set(found)) < len(found):
+        raise ValueError("class_names come twice")
+    return found
 
 
 def require_bounded(values: Any) -> None:

@@ -119,10 +119,10 @@ def test_measured_rate_is_exact(fps: Fraction | int, num_frames: int) -> None:
 
 
 @pytest.mark.parametrize("padding", [bytes(188), bytes(10_000), bytes(3_000_000), b"\xff" * 3_000_000])
-@pytest.mark.parametrize("name", ["a.ts", "a.mpg", "a.mp4"])
+@pytest.mark.parametrize("name", ["a.ts", "a.mpg", "a.mp4", "a.nut"])
 def test_what_fills_the_end_is_no_damage(tmp_path: Path, name: str, padding: bytes) -> None:
     """Dashcams allocate ahead; flash memory that was erased reads as ones."""
-    codec = {"codec": "mpeg2video"} if name == "a.mpg" else {"options": X264}
+    codec = {"a.mpg": {"codec": "mpeg2video"}, "a.nut": {"codec": "mpeg4"}}.get(name, {"options": X264})
     path = write_numbered_video(tmp_path / name, 40, **codec)
     path.write_bytes(path.read_bytes() + padding)
     for indices in ([39], [0, 20, 39], list(range(40))):

@@ -223,7 +223,9 @@ def test_other_sizes_than_the_config_names_work(size, class_token):
     assert small_model(class_token=class_token).eval()(torch.randn(1, 3, *size)).shape == (1, 5)
 
 
-@pytest.mark.parametrize("shape", [(3, 8, 32, 32), (2, 8, 3, 32, 32), (2, 1, 8, 32, 32), (2, 3, 32, 32)])
+@pytest.mark.parametrize(
+    "shape", [(3, 8, 32, 32), (2, 8, 3, 32, 32), (2, 1, 8, 32, 32), (2, 3, 32, 32), (0, 3, 8, 32, 32)]
+)
 def test_other_shapes_are_refused_by_name(model, shape):
     with pytest.raises(ValueError, match=r"expected clips of shape \(B, 3, T, H, W\), got") as caught:
         model(torch.zeros(shape))

@@ -195,6 +195,40 @@ def test_a_shortened_epoch_is_an_epoch(command: Command, arguments: list[str], t
     assert_equal_weights(tmp_path / "run", tmp_path / "whole")
 
 
+@pytest.mark.parametrize(
+    "ended",
+    [
+        ["trainer.max_steps=8"],
+        pytest.param(["trainer.max_steps=10"], marks=SLOW),  # after a whole epoch
+        pytest.param(["trainer.max_steps=7", "trainer.val_check_interval=2"], marks=SLOW),
+        pytest.param(["early_stopping=1", "trainer.val_check_interval=2"], marks=SLOW),
+    ],
+    ids=str,
+)
+def test_a_run_that_ended_in_an_epoch_goes_on_with_the_rest_of_it(
+    command: Command, arguments: list[str], tmp_path: Path, ended: list[str]
+) -> None:
+    constant = ["optim.end_lr=1e-2", "optim.warmup_start_lr=1e-2"]  # whatever the last step is
+    arguments = [*arguments, *constant, "num_workers=0", *ended[1:]]
+    assert command("train", *arguments, "hydra.run.dir=whole").code == 0
+    assert command("train", *arguments, "hydra.run.dir=run", ended[0]).code == 0
+    first = sorted(losses(tmp_path / "run"))
+    assert len(first) < 15
+    result = command("train", *arguments, "hydra.run.dir=run")
+    assert result.code == 0, result.err
+    rest = {step: loss for step, loss in losses(tmp_path / "whole").items() if step > first[-1]}
+    assert losses(tmp_path / "run") == rest
+    assert averages(tmp_path / "run") == averages(tmp_path / "whole")[len(first) // 5 :]
+    assert_equal_weights(tmp_path / "run", tmp_path / "whole")
+    assert epochs(tmp_path / "run") == epochs(tmp_path / "whole") == [1, 2, 3]
+
+
+def epochs(run: Path) -> list[float]:
+    """Those of the learning curve."""
+    state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    return [row["epoch"] for row in state["callbacks"][EpochLogger.state_key]["epochs"]]
+
+
 @pytest.mark.slow
 def test_the_published_recipe_goes_on_exactly(command: Command, arguments: list[str], tmp_path: Path) -> None:
     """Averaged weights, mixing, random augmentations and several clips of a video are part of it."""

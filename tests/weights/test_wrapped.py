@@ -51,6 +51,11 @@ CONTAINERS: dict[str, Any] = {
     "model": lambda weights: {"model": weights, "epoch": 3},
     "net": lambda weights: {"net": weights},
     "model_state_dict": lambda weights: {"model_state_dict": weights, "optimizer_state_dict": {}},
+    "averages": lambda weights: {"state_dict_ema": weights, "epoch": 3},
+    "averages beside them": lambda weights: {
+        "model": weights,
+        "model_ema": {"norm.bias": torch.zeros(16)},
+    },
     "nested": lambda weights: {"model": {"state_dict": weights}},
 }
 
@@ -193,3 +198,25 @@ def test_another_normalisation_is_said(caplog: pytest.LogCaptureFixture) -> None
     with caplog.at_level(logging.WARNING):
         mv.load_weights(model, content)
     assert "(0.1, 0.2, 0.3)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["crane", "a", "crane", "b"], ("crane (0)", "a", "crane (2)", "b")),
+        (["a", " ", "", "a "], ("a (0)", "class (1)", "class (2)", "a (3)")),
+        (["a", "b", "c", "A"], ("a", "b", "c", "A")),
+        (["a", "a", "a (0)", "c"], None),
+    ],
+)
+def test_class_names_of_a_file_are_told_apart(
+    tmp_path: Path, names: list[str], expected: tuple[str, ...] | None
+) -> None:
+    model = mv.create_model("mvitv2_nano_8x4", num_classes=4, embed_dim=8, stages=(1,))
+    model.class_names = tuple(names)
+    save_weights(model, tmp_path / "model.pth")
+    if expected is None:
+        with pytest.raises(mv.CheckpointError, match="class_names"):
+            mv.load_model(tmp_path / "model.pth")
+    else:
+        assert mv.load_model(tmp_path / "model.pth").class_names == expected

@@ -232,12 +232,12 @@ def is_encrypted(path: str) -> bool:
         return False
 
 
-def size_without_padding(path: str) -> int | None:
+def size_without_padding(path: str, *, packet: int = 256) -> int | None:
     """Bytes of a file before the zeros or ones that fill its end; None where it ends otherwise.
 
-    So cameras leave what they allocated ahead. Up to a packet of it stays, which may be content.
+    So cameras leave what they allocated ahead. Up to ``packet`` bytes of it stay, which may be content.
     """
-    block, packet = 1 << 20, 256
+    block = 1 << 20
     with open(path, "rb") as file:  # noqa: PTH123
         size = end = file.seek(0, os.SEEK_END)
         content = b""

@@ -129,7 +129,12 @@ class PacketReader:
         try:
             table = table_of(packets, codec, self.format)
         except FFmpegError as error:
-            raise VideoError(self._path, "the file can't be read to its end, it is damaged") from error
+            padded = None if self._size else size_without_padding(self._path, packet=0)
+            if padded is None:
+                raise VideoError(self._path, "the file can't be read to its end, it is damaged") from error
+            self._size = padded
+            self.open()
+            return self.read_all()
         self.position = len(table)
         listed = sum(entry.size > 0 for entry in self.listed) if len(self.listed) > len(table) else 0
         if listed > len(table):
