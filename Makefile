@@ -59,6 +59,7 @@ bench: setup
 	$(BIN)/python benchmarks/model.py --write
 	$(BIN)/python benchmarks/learning.py --write
 	$(BIN)/python benchmarks/detection.py --write
+	$(BIN)/python benchmarks/action_detection.py --write
 
 docs: setup
 	$(BIN)/python docs/make_configuration.py

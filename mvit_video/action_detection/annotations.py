@@ -292,9 +292,11 @@ class _Films(NamedTuple):
     ) -> tuple[KeyFrame, ...]:
         """The key frames in the order of a list of pictures, else of the box files; a video's by time."""
         found = self._find(people) if pictures is None else {k: (v, self.start) for k, v in pictures.items()}
+        if not people:
+            raise DataError(f"{source}: has no rows that can be used")
         order = list(found) if pictures is not None else list(people)
         missing = [name for name in people if name not in found or not _exists(found[name][0])]
-        if people and (len(missing) == len(people) or len(missing) > self.max_missing * len(people)):
+        if len(missing) == len(people) or len(missing) > self.max_missing * len(people):
             raise DataError(
                 f"{source}: {len(missing)} of its {len(people)} videos are missing in {self.folder}, such as "
                 f"{quoted(missing[0])}; set data.videos, or allow it: max_missing is the share allowed"
@@ -392,9 +394,11 @@ def _require(cells: list[str], count: int, where: str) -> None:
 
 
 def _rows(file: Path) -> Iterator[BoxRow]:
-    for where, line in lines_of(file):
+    for number, (where, line) in enumerate(lines_of(file)):
         cells = cells_of(where, line)
         if len(cells) == 2:  # a frame without people
+            continue
+        if number == 0 and not any(_is_number(cell) for cell in cells[1:6]):  # names of columns
             continue
         _require(cells, 7, where)
         numbers = [_number(cell, where) for cell in cells[1:6]]
@@ -410,11 +414,14 @@ def _rows(file: Path) -> Iterator[BoxRow]:
         yield BoxRow(cells[0], second, x1, y1, x2, y2, known, score, tuple(cells[2:6]))
 
 
-def _number(cell: str, where: str) -> float:
+def _is_number(cell: str) -> bool:
     try:
-        value = float(cell)
+        return math.isfinite(float(cell))
     except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
+        return False
+
+
+def _number(cell: str, where: str) -> float:
+    if not _is_number(cell):
         raise DataError(f"{where}: {quoted(cell)} is no number")
-    return value
+    return float(cell)

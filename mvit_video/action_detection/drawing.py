@@ -34,7 +34,8 @@ def draw_people(picture: Tensor, boxes: Tensor, texts: Sequence[str]) -> Tensor:
         shown,
         colours,
         width=max(1, min(height, width) // 160),
-        label_colors=["white"] * len(shown),
+        label_colors=["black"] * len(shown),
+        fill_labels=True,
     )
     return drawn
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -118,12 +119,31 @@ def test_videos_are_found_by_name(tmp_path: Path, name: str, start: float) -> No
         ("film,2,0.1,0.1,0.5,0.9,run,0\n", "'run'"),
         ("film,2,0.1,0.1,0.5,0.9,9,0\n", "action 9"),
         ("other,2,0.1,0.1,0.5,0.9,1,0\n", "'other'"),
+        ("video,second,x1,y1,x2,y2,action\n", "no rows"),
+        ("", "no rows"),
     ],
 )
 def test_rows_that_can_not_be_used_are_named(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "film.mp4").write_bytes(b"")
     with pytest.raises(DataError, match=message):
         own_videos(tmp_path, text, class_names=["a", "b"])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: "video,second,x1,y1,x2,y2,action,person\n" + text,
+        lambda text: "\ufeff" + text.replace("\n", "\r\n"),
+        lambda text: text.replace(",", ", ").replace("film", '"film"') + "\n\n",
+    ],
+    ids=["columns", "Windows", "spaces"],
+)
+def test_files_of_spreadsheets_are_read(tmp_path: Path, change: Callable[[str], str]) -> None:
+    (tmp_path / "film.mp4").write_bytes(b"")
+    plain = own_videos(tmp_path)
+    (tmp_path / "boxes.csv").write_bytes(change(OWN).encode())
+    own = action_splits(tmp_path, train_boxes="boxes.csv", val_boxes="boxes.csv")
+    assert own.train == plain.train
 
 
 def test_boxes_are_written_as_officially(tmp_path: Path) -> None:
