@@ -64,6 +64,7 @@ NOT_RUN = {  # other programs: what a line starts with -> why it isn't run
     "make ": "sets up an environment of its own; the target must exist",
     "pip install ": "needs the network; the extra must exist",
     "python benchmarks/": "takes minutes; the file must exist",
+    "python datasets/cvat/": "needs an export; such files are in test_annotations.py",
     "docker ": "needs Docker; the Dockerfile is read by test_docker.py",
 }
 SMALL_MODEL = {"embed_dim": 32, "stages": [1, 1], "crop_size": 32, "kv_stride": [1, 4, 4]}

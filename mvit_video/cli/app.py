@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import hydra
 import torch
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from mvit_video.data import timing
 from mvit_video.data.datasets import OpenVideo
 from mvit_video.data.decode import device_of
 from mvit_video.data.loader import WORKER_TYPES
+from mvit_video.data.ranks import Ranks, process_group, use_own_gpu
 from mvit_video.errors import ConfigError
+from mvit_video.evaluation.run import output_folder
+from mvit_video.io.writing import sole_writer
 from mvit_video.model import ClipSpec, VideoModel
 from mvit_video.model.variants import change_views
 from mvit_video.weights import build_for_weights, load_model
@@ -82,6 +89,19 @@ def build_decoder(config: DictConfig) -> OpenVideo:
     if device.type != "cpu" and config.num_workers and config.get("loader") == "workers":
         raise ConfigError(f"decoding on {device} happens in threads of this process: loader=threads")
     return open_file
+
+
+@contextmanager
+def evaluation(config: DictConfig) -> Iterator[tuple[Ranks, Path]]:
+    """The processes of an evaluation, and the folder that they alone write to."""
+    with process_group() as ranks, ExitStack() as locks:
+        if ranks.rank:
+            logging.getLogger().setLevel(logging.WARNING)
+        own = Path(HydraConfig.get().runtime.output_dir)
+        output = ranks.broadcast_from_rank0(lambda: output_folder(config.resume, own))
+        ranks.broadcast_from_rank0(lambda: locks.enter_context(sole_writer(output)))
+        use_own_gpu()
+        yield ranks, output
 
 
 def loading(config: DictConfig, trainer: Any) -> dict[str, Any]:

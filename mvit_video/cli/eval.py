@@ -6,7 +6,7 @@ import importlib
 import logging
 import shlex
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,13 @@ from mvit_video.data.class_names import read_class_names
 from mvit_video.data.datasets import OpenVideo
 from mvit_video.data.files import existing
 from mvit_video.data.index import VideoIndex, VideoSplits
-from mvit_video.data.ranks import Ranks, process_group, use_own_gpu
+from mvit_video.data.ranks import Ranks
 from mvit_video.errors import ConfigError, DataError
 from mvit_video.evaluation.classes import matching_classes, read_class_map
 from mvit_video.evaluation.importers import as_in_data_set, read_table
 from mvit_video.evaluation.multi_label import report_multi_label, require_same_kind
 from mvit_video.evaluation.provenance import provenance_of
-from mvit_video.evaluation.run import output_folder, remove_journals, score_data_set
+from mvit_video.evaluation.run import remove_journals, score_data_set
 from mvit_video.evaluation.score_files import write_scores
 from mvit_video.evaluation.scores import ScoreTable, aligned, ensemble
 from mvit_video.io.writing import sole_writer
@@ -40,17 +40,12 @@ def evaluate(config: DictConfig) -> None:
     if not config.scores and (task := app.task_of(config)) != "classification":
         importlib.import_module(f"mvit_video.cli.tasks.{task}").evaluate(config)
         return
-    output = Path(HydraConfig.get().runtime.output_dir)
     if config.scores:
+        output = Path(HydraConfig.get().runtime.output_dir)
         with sole_writer(output):
             _report_files(config, output)
         return
-    with process_group() as ranks, ExitStack() as locks:
-        if ranks.rank:
-            logging.getLogger().setLevel(logging.WARNING)
-        output = ranks.broadcast_from_rank0(lambda: output_folder(config.resume, output))
-        ranks.broadcast_from_rank0(lambda: locks.enter_context(sole_writer(output)))
-        use_own_gpu()
+    with app.evaluation(config) as (ranks, output):
         open_file = app.build_decoder(config)
         table = _score_data_set(config, output, ranks, open_file)
         if table is None:  # rank 0 reports

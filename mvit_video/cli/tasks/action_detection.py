@@ -14,7 +14,6 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from mvit_video.action_detection.annotations import ActionIndex, ActionSplits, box_lines, read_boxes
@@ -39,11 +38,10 @@ from mvit_video.data.bad_videos import allowed_bad_videos
 from mvit_video.data.class_names import check_same_classes
 from mvit_video.data.decode.container import MAX_PIXELS
 from mvit_video.data.loader import WORKER_TYPES, ClipLoader
-from mvit_video.data.ranks import process_group, use_own_gpu
 from mvit_video.data.samplers import AllVideos, EpochBatches
 from mvit_video.errors import ConfigError, DataError, VideoError
 from mvit_video.evaluation.provenance import versions
-from mvit_video.evaluation.run import output_folder, remove_journals
+from mvit_video.evaluation.run import remove_journals
 from mvit_video.io.console import print_table, printable, track
 from mvit_video.io.fingerprint import fingerprint
 from mvit_video.io.writing import replacing, sole_writer
@@ -118,14 +116,7 @@ def evaluate(config: DictConfig) -> None:
     if config.class_map or config.class_names:
         raise ConfigError("class_map= and class_names= are for classification")
     allowed_bad_videos(config.max_bad_videos, 0)  # a wrong value is told before anything is read
-    with process_group() as ranks, ExitStack() as locks:
-        if ranks.rank:
-            logging.getLogger().setLevel(logging.WARNING)
-        output = ranks.broadcast_from_rank0(
-            lambda: output_folder(config.resume, Path(HydraConfig.get().runtime.output_dir))
-        )
-        ranks.broadcast_from_rank0(lambda: locks.enter_context(sole_writer(output)))
-        use_own_gpu()
+    with app.evaluation(config) as (ranks, output):
         device = app.choose_device(config.device)
         detector = trained_detector(config)
         splits = _build_splits(config)

@@ -21,7 +21,6 @@ from mvit_video.cli import app
 from mvit_video.data.bad_videos import allowed_bad_videos
 from mvit_video.data.class_names import check_same_classes
 from mvit_video.data.loader import WORKER_TYPES
-from mvit_video.data.ranks import process_group, use_own_gpu
 from mvit_video.detection.checkpoint import load_detector
 from mvit_video.detection.coco import (
     AnnotatedImage,
@@ -48,10 +47,10 @@ from mvit_video.detection.training import DetectorTraining
 from mvit_video.detection.writer import COLUMNS, ObjectWriter, as_text, rows_of
 from mvit_video.errors import ConfigError, DataError, VideoError
 from mvit_video.evaluation.provenance import versions
-from mvit_video.evaluation.run import output_folder, remove_journals
+from mvit_video.evaluation.run import remove_journals
 from mvit_video.io.console import csv_cell, print_table, printable, track
 from mvit_video.io.fingerprint import fingerprint
-from mvit_video.io.writing import replacing, sole_writer
+from mvit_video.io.writing import replacing
 from mvit_video.prediction.saving import output_names
 from mvit_video.prediction.writer import Format, format_of
 from mvit_video.training.recipe import freeze
@@ -178,14 +177,7 @@ def evaluate(config: DictConfig) -> None:
     if config.scores or config.class_map:
         raise ConfigError("scores= and class_map= are for classification")
     allowed_bad_videos(config.max_bad_videos, 0)  # a wrong value is told before anything is read
-    with process_group() as ranks, ExitStack() as locks:
-        if ranks.rank:
-            logging.getLogger().setLevel(logging.WARNING)
-        output = ranks.broadcast_from_rank0(
-            lambda: output_folder(config.resume, Path(HydraConfig.get().runtime.output_dir))
-        )
-        ranks.broadcast_from_rank0(lambda: locks.enter_context(sole_writer(output)))
-        use_own_gpu()
+    with app.evaluation(config) as (ranks, output):
         device = app.choose_device(config.device)
         splits = _build_splits(config, only=config.split)
         detector = _trained_detector(config, len(splits.train.class_names))
