@@ -228,7 +228,9 @@ def _build_model(config: DictConfig, device: str) -> VideoModel | ExportedModel:
 def _summarize(config: DictConfig, count: int, failed: Sequence[Prediction]) -> None:
     more = f"; the table shows the first {MAX_TABLE}" if config.output and count > MAX_TABLE else ""
     where = f": {config.output}" if config.output else ""
-    log.info("%d predictions, %d errors%s%s", count, len(failed), where, more)
+    counts = ((count, "prediction"), (len(failed), "error"))
+    told = ", ".join(f"{number} {what}{'' if number == 1 else 's'}" for number, what in counts)
+    log.info("%s%s%s", told, where, more)
     kinds = [*config.save, *([f"{config.explain} picture and video"] if config.explain else [])]
     if kinds and len(failed) < count:
         log.info("%s of each video: %s", ", ".join(kinds), Path(config.save_dir).absolute())

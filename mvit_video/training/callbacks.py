@@ -141,7 +141,7 @@ class EpochProgress(pl.Callback):
 
     def __init__(self) -> None:
         text, metrics = TextColumn("{task.description}"), TextColumn("{task.fields[metrics]}")
-        bar = (text, BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn(), metrics)
+        bar = (text, BarColumn(10), MofNCompleteColumn(), TimeRemainingColumn(), metrics)
         self._progress = Progress(*bar, transient=True)
         self._task = self._progress.add_task("", metrics="", visible=False)
         self._open = ExitStack()
@@ -173,7 +173,6 @@ class EpochProgress(pl.Callback):
         if self._progress.live.is_started and trainer.global_step % every == 0:
             found = trainer.callback_metrics  # reading them waits for the GPU
             names = {f"train/{name}_step": name for name in pl_module.train_metrics[:2]}
-            names |= {pl_module.monitor: pl_module.monitor}
             shown = [f"{text} {found[name].item():.3f}" for name, text in names.items() if name in found]
             if "clips/s_step" in found:
                 shown.append(f"{found['clips/s_step'].item():.1f} clips/s")

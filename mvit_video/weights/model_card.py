@@ -65,10 +65,12 @@ def model_card(
     name = repo.split("/")[-1]
     evaluations = []
     if results:
-        data = Path(str((results.get("data") or {}).get("root") or "videos")).name
+        folder = (results.get("data") or {}).get("root") or results.get("data_path") or "videos"
+        data = Path(str(folder)).name
         evaluations = [
-            EvalResult("video-classification", data, data, "accuracy", results[key], metric_name=key)
-            for key in ("video_top1", "video_top5")
+            EvalResult("video-classification", data, data, kind, results[key], metric_name=key)
+            for key, kind in (("video_top1", "accuracy"), ("video_top5", "accuracy"), ("map", "mAP"))
+            if key in results
         ]
     header = ModelCardData(
         license=licence,
@@ -82,8 +84,8 @@ def model_card(
     lines = [
         f"---\n{header.to_yaml()}\n---",
         f"# {name}",
-        f"A {type(model).__name__} with {parameters:.1f} M parameters and {model.config.num_classes} "
-        "classes, made with mvit-video.",
+        f"Model: {type(model).__name__}, {parameters:.1f} M parameters, {model.config.num_classes} classes; "
+        "made with mvit-video.",
         f'```python\nimport mvit_video as mv\n\nmodel = mv.load_model("hf://{repo}")\n'
         'print(mv.predict(["video.mp4"], model))\n```',
         f"```sh\nmvit-predict video.mp4 weights=hf://{repo}\n```",
@@ -101,7 +103,7 @@ def _evaluation(results: Mapping[str, Any] | None) -> list[str]:
     if not results:
         return ["It hasn't been evaluated yet."]
     rows = ["| metric | value | 95 % interval |", "|---|---|---|"]
-    for key in ("video_top1", "video_top5", "clip_top1", "mean_class_accuracy"):
+    for key in ("video_top1", "video_top5", "clip_top1", "mean_class_accuracy", "map"):
         if isinstance(value := results.get(key), int | float):
             interval = results.get(f"{key}_interval")
             rows.append(f"| {key} | {value:.4f} | {_range(interval)} |")

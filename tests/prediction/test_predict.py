@@ -270,7 +270,7 @@ def test_errors_are_counted_and_shown(
     (tmp_path / "broken.mp4").write_text("no video")
     result = command("predict", two_classes / "cats", "broken.mp4", f"weights={checkpoint}")
     assert result.code == 0
-    assert "7 predictions, 1 errors" in result.err
+    assert "7 predictions, 1 error" in result.err
     assert "1 of 7 videos failed, the first: broken.mp4" in result.err
 
 

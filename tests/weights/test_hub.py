@@ -93,6 +93,10 @@ def test_the_card_is_read_by_the_hub(snapshot: Path) -> None:
     assert "\x1b" not in card.text
     assert json.loads((snapshot / "config.json").read_text())["mvit_video"]["class_names"] == list(NAMES)
     assert "hasn't been evaluated" in model_card(tiny(), "me/x")
+    several = model_card(tiny(), "me/x", {"map": 0.625, "data_path": "/home/me/charades", "videos": 12})
+    (entry,) = ModelCard(several).data.eval_results
+    assert (entry.dataset_name, entry.metric_type, entry.metric_value) == ("charades", "mAP", 0.625)
+    assert "| map | 0.6250 |" in several
 
 
 def test_export_uploads_what_can_be_loaded(
