@@ -299,6 +299,23 @@ def test_pending_clips_end_as_the_others(dataset: ClipDataset, kind: WorkerType)
     assert kinds == {torch.uint8, torch.float32}
 
 
+@pytest.mark.gpu
+def test_clips_are_finished_on_the_gpu(dataset: ClipDataset) -> None:
+    """As on the CPU, but for the order of sums; what is erased is other noise, the same each time."""
+    for erased in (0.0, 1.0):
+        augment = replace(dataset.augment, erase_probability=erased, area=(0.1, 0.3))
+        pending = ClipDataset(dataset.videos, dataset.protocol, augment, seed=3, pending=True)
+        loader = training_loader(pending, batch_size=4, num_workers=3, pin_memory=True)
+        with closing(loader):
+            (batch,) = loader
+        assert all(part.frames.is_pinned() for part in batch.clips)
+        found = finish_clips(batch.clips, "cuda")
+        assert found.is_cuda
+        assert torch.equal(found, finish_clips(batch.clips, "cuda"))
+        if not erased:
+            torch.testing.assert_close(found.cpu(), finish_clips(batch.clips), atol=1e-4, rtol=1e-4)
+
+
 def test_everything_follows_from_the_key(dataset: ClipDataset) -> None:
     for key in [(0, 1), (0, 2), (5, 1)]:
         first = dataset[key].clips

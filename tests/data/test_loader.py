@@ -197,6 +197,43 @@ def test_large_samples_are_made_ahead_by_their_bytes(
         batches.close()
 
 
+def test_of_a_gpu_free_memory_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what torch has set aside there and doesn't use."""
+    found = {"mem_get_info": (50, 800), "memory_reserved": 10, "memory_allocated": 4}
+    for name, value in found.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert loader_module.memory_of(torch.device("cuda")) == 50 + 10 - 4
+
+
+def test_batches_are_put_together_and_pinned_beside_the_training_thread(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One is ready while another is trained with; errors come with their own batch."""
+    made: list[tuple[list[int], threading.Thread]] = []
+
+    def collate(samples: list[torch.Tensor]) -> torch.Tensor:
+        made.append((torch.stack(samples).tolist(), threading.current_thread()))
+        if made[-1][0][0] == 8:
+            raise ZeroDivisionError
+        return torch.stack(samples)
+
+    def pin(batch: torch.Tensor) -> torch.Tensor:
+        assert threading.current_thread() is made[-1][1]
+        return batch + 100
+
+    monkeypatch.setattr(loader_module, "pinned", pin)
+    kind = {"num_workers": 3, "worker_type": "thread", "pin_memory": True}
+    with closing(ClipLoader(Counted(), AllVideos(16, 4), collate, **kind)) as loader:
+        batches = iter(loader)
+        assert next(batches).tolist() == [100, 101, 102, 103]
+        wait_until(lambda: len(made) == 2)
+        assert next(batches).tolist() == [104, 105, 106, 107]
+        with pytest.raises(ZeroDivisionError):
+            next(batches)
+    assert len({thread for _, thread in made}) == 1
+    assert threading.current_thread() not in {thread for _, thread in made}
+
+
 def failing(path: str, bad: str, failure):
     if path == bad:
         failure()

@@ -122,3 +122,13 @@ def test_auto_compiles_where_it_is_faster(
     on_cpu = create_model("mvitv2_nano_8x4", 3)
     assert not inference.is_faster_compiled(on_cpu, 4)
     assert not prepare(on_cpu, "cpu", compiled="auto").is_compiled
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("training", [False, True])
+def test_auto_compiles_on_a_gpu(training: bool, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    model = create_model("mvitv2_nano_8x4", 3).cuda().train(training)
+    assert inference.is_faster_compiled(model, 2) in (False, True)
+    assert "compiled " in caplog.text
+    assert "not compiled" not in caplog.text
