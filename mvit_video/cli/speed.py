@@ -128,11 +128,11 @@ def advise(speed: Speed) -> Advice:
     plain = [inference[name] for name in inference if not name.endswith("compiled")]
     batches = {size: value for size, value in speed.batches.items() if value}
     best = max(batches.values(), default=0.0)
-    settings: dict[str, Any] = {
-        "num_workers": workers,
-        "trainer.precision": "bf16-mixed" if precision == "bf16" else "32-true",
-        "batch_size": next((size for size, value in batches.items() if value >= ENOUGH * best), 1),
-    }
+    settings: dict[str, Any] = {"num_workers": workers}
+    if len(training) > 1:  # what there was no time to compare isn't advised
+        settings["trainer.precision"] = "bf16-mixed" if precision == "bf16" else "32-true"
+    if len(batches) > 1:
+        settings["batch_size"] = next(size for size, value in batches.items() if value >= ENOUGH * best)
     if compiled:
         settings["compile"] = max(compiled) > max(plain)
     return Advice("loading" if all_workers < clips else "the model", settings)
@@ -183,10 +183,12 @@ def _models(
         with torch.inference_mode():
             model.to(dtype).eval()
             inference[name] = watch.per_second(1, model, clip.to(dtype))
-            with kernels.plain():
-                inference[f"{name}, plain"] = watch.per_second(1, model, clip.to(dtype))
         model.float().train()
         training[name] = watch.per_second(1, step, dtype)
+    for name, dtype in _DTYPES.items():
+        with torch.inference_mode(), kernels.plain():
+            model.to(dtype).eval()
+            inference[f"{name}, plain"] = watch.per_second(1, model, clip.to(dtype))
     if compiled:
         model.compile()
         for name, dtype in _DTYPES.items():

@@ -40,6 +40,7 @@ def test_time_that_is_out_is_said(command: Command, tmp_path: Path, monkeypatch:
     done = command("info", "speed", *SMALL, "device=cpu", "video=video.mp4")
     assert done.code == 0, done.err
     assert "out of time" in done.out
+    assert "settings: num_workers=1\n" in done.out  # nothing was compared
 
 
 def test_a_video_that_is_none_is_one_line(command: Command, tmp_path: Path) -> None:
