@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -29,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from model import resident
+from model import machine, resident
 from torch import Tensor
 from torchvision.models.detection import maskrcnn_resnet50_fpn_v2
 
@@ -207,10 +206,9 @@ def main() -> None:
         case: {key: statistics.median(r[case][key] for r in rounds) for key in ("seconds", "megabytes")}
         for case in arguments.cases
     }
-    machine = platform.processor() or platform.machine()
     about = (
         f"`python benchmarks/detection.py`: {arguments.model}, {size[0]} x {size[1]} pixels, fp32, "
-        f"{machine}, {torch.get_num_threads()} threads, torch {torch.__version__}; "
+        f"{machine()}, torch {torch.__version__}; medians of {len(rounds)} turns; "
         f"features of the plain form differ by {difference:.1e}."
     )
     lines = [about, "", *table(found)]

@@ -47,12 +47,12 @@ class Pyramid(FeaturePyramidNetwork):  # type: ignore[misc]
         names, coarser = list(x), None
         found: dict[str, Tensor] = {}
         for name, inner, layer in reversed([*zip(names, self.inner_blocks, self.layer_blocks, strict=True)]):
-            if name == names[0] and coarser is not None and kernels.saves_memory(coarser):
+            if name == names[0] and coarser is not None and kernels.saves_memory(coarser, inner, layer):
                 found[name] = _in_strips(inner, layer, x.pop(name), coarser)
                 continue
             merged = inner(x.pop(name))
             if coarser is not None:
-                merged += F.interpolate(coarser, size=merged.shape[-2:])
+                merged = merged + F.interpolate(coarser, size=merged.shape[-2:])
             found[name], coarser = layer(merged), merged
         return {name: found[name] for name in names} | {"pool": F.max_pool2d(found[names[-1]], 1, 2)}
 

@@ -127,7 +127,7 @@ class PoolingAttention(nn.Module):
         if prefix:
             pooled = torch.cat([prefix_tokens, pooled], dim=1)
         if norm is not None:  # autocast norms in float32, what follows is computed in x's type
-            pooled = kernels.norm_pooled(norm, pooled).to(x.dtype)
+            pooled = kernels.norm_pooled(pool, norm, pooled).to(x.dtype)
         return pooled.flatten(-2), (t, h, w)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, q_grid: Grid, k_grid: Grid) -> Tensor:

@@ -89,9 +89,9 @@ def pool_heads(pool: nn.Module, x: Tensor) -> Tensor:
     return volume.unflatten(0, (batch, heads)).permute(0, 3, 4, 5, 1, 2)
 
 
-def norm_pooled(norm: nn.Module, x: Tensor) -> Tensor:
-    """``norm(x)``, which may take the place of x, (B, N, n, c)."""
-    if not (saves_memory(x) and _is_unmodified(norm, nn.LayerNorm) and x.is_contiguous()):
+def norm_pooled(pool: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
+    """``norm(x)``, which may take the place of x (B, N, n, c), made by ``pool`` and known to nobody else."""
+    if not (saves_memory(x, pool, norm) and x.is_contiguous()):
         return norm(x)
     for part in x.flatten(0, 1).split(4096):
         part.copy_(norm(part))
@@ -153,9 +153,14 @@ def augment_qk(
     return q_aug.transpose(1, 2), k_aug.transpose(1, 2)
 
 
-def saves_memory(x: Tensor) -> bool:
-    """Whether less memory is worth more calls: in inference on a CPU, where calls cost nothing."""
-    return not torch.is_grad_enabled() and _has_cpu_kernels(x)
+def saves_memory(x: Tensor, *modules: nn.Module) -> bool:
+    """Whether less memory is worth more calls, as in inference on a CPU, where calls cost nothing.
+
+    Not where somebody might look at what ``modules`` compute.
+    """
+    parts = (part for module in modules for part in module.modules())
+    is_inference = not torch.is_grad_enabled() and _has_cpu_kernels(x)
+    return is_inference and all(_is_unmodified(part, type(part)) for part in parts)
 
 
 def is_tracing() -> bool:
