@@ -402,8 +402,8 @@ def _rows(file: Path) -> Iterator[BoxRow]:
             continue
         _require(cells, 7, where)
         numbers = [_number(cell, where) for cell in cells[1:6]]
+        box = ",".join(cells[2:6])
         if any(abs(value) > _FARTHEST for value in numbers[1:]):
-            box = ",".join(cells[2:6])
             raise DataError(f"{where}: boxes are shares of the picture, 0 to 1, got {box}")
         action = cells[6].strip()
         if action and not action.lstrip("-").isdecimal():
@@ -411,6 +411,8 @@ def _rows(file: Path) -> Iterator[BoxRow]:
         score = _number(cells[7], where) if len(cells) > 7 and cells[7].strip() else None
         known = int(action) if action and int(action) >= 0 else None
         second, x1, y1, x2, y2 = numbers
+        if x1 > x2 or y1 > y2:
+            raise DataError(f"{where}: a box is x1,y1,x2,y2 with x1 <= x2 and y1 <= y2, got {box}")
         yield BoxRow(cells[0], second, x1, y1, x2, y2, known, score, tuple(cells[2:6]))
 
 

@@ -116,6 +116,7 @@ def test_videos_are_found_by_name(tmp_path: Path, name: str, start: float) -> No
         ("film,two,0.1,0.1,0.5,0.9,1,0\n", "'two'"),
         ("film,2,0.1,0.1,nan,0.9,1,0\n", "'nan'"),
         ("film,2,10,10,50,90,1,0\n", "shares"),
+        ("film,2,0.5,0.1,0.1,0.9,1,0\n", "x1 <= x2"),
         ("film,2,0.1,0.1,0.5,0.9,run,0\n", "'run'"),
         ("film,2,0.1,0.1,0.5,0.9,9,0\n", "action 9"),
         ("other,2,0.1,0.1,0.5,0.9,1,0\n", "'other'"),
