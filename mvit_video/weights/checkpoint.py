@@ -384,8 +384,10 @@ def fit_weights(
         *misfits,
     ]
     if problems:
-        more = f"; and {len(problems) - 6} more" if len(problems) > 6 else ""
-        raise CheckpointError(f"{name}: doesn't fit the model: {'; '.join(problems[:6])}{more}{hint()}")
+        said = hint()
+        count = 1 if said else 6  # the names of another model's weights help nobody
+        more = f"; and {len(problems) - count} more" if len(problems) > count else ""
+        raise CheckpointError(f"{name}: doesn't fit the model: {'; '.join(problems[:count])}{more}{said}")
     for key, value in fitted.items():
         if not value.isfinite().all():
             raise CheckpointError(f"{name}: {key} holds NaN or infinity: these weights give no predictions")
