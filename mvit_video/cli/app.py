@@ -21,7 +21,6 @@ from mvit_video.data.decode import device_of
 from mvit_video.data.loader import WORKER_TYPES
 from mvit_video.data.ranks import Ranks, process_group, use_own_gpu
 from mvit_video.errors import ConfigError
-from mvit_video.evaluation.run import output_folder
 from mvit_video.io.writing import sole_writer
 from mvit_video.model import ClipSpec, VideoModel
 from mvit_video.model.variants import change_views
@@ -94,6 +93,8 @@ def build_decoder(config: DictConfig) -> OpenVideo:
 @contextmanager
 def evaluation(config: DictConfig) -> Iterator[tuple[Ranks, Path]]:
     """The processes of an evaluation, and the folder that they alone write to."""
+    from mvit_video.evaluation.run import output_folder  # which imports pyarrow
+
     with process_group() as ranks, ExitStack() as locks:
         if ranks.rank:
             logging.getLogger().setLevel(logging.WARNING)
