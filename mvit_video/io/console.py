@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import re
 import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,6 +28,7 @@ _UNSAFE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 _JOINERS = "\u200c\u200d"  # scripts and emoji need them
 _HYDRA_FORMATS = ("[%(asctime)s][%(name)s][%(levelname)s] - %(message)s", "%(message)s")
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a cell that begins so is one in every spreadsheet
+_CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
 
 def valid_text(text: str | os.PathLike[str]) -> str:
@@ -56,11 +58,12 @@ def printable(text: object, keep: str = "") -> str:
 def csv_cell(value: Any) -> Any:
     """A cell of a csv file: text that a spreadsheet would compute gets an apostrophe in front.
 
-    Numbers and other values stay as they are.
+    Control characters other than line ends and tabs become escapes, as the file may go to a terminal. Numbers
+    and other values stay as they are.
     """
     if not isinstance(value, str):
         return value
-    value = valid_text(value).replace("\0", "\\x00")
+    value = _CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}", valid_text(value))
     return f"'{value}" if value.startswith(_FORMULA) else value
 
 

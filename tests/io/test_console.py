@@ -72,6 +72,11 @@ def test_a_cell_is_no_formula(begin: str) -> None:
     assert csv_cell(f"a{begin}1") == f"a{begin}1"
 
 
+def test_a_cell_of_csv_does_nothing_on_a_terminal() -> None:
+    assert csv_cell("a\x1b]0;x\x07\x9b\0.mp4") == "a\\x1b]0;x\\x07\\x9b\\x00.mp4"
+    assert csv_cell("two\nlines\tof \u200eGröße") == "two\nlines\tof \u200eGröße"
+
+
 def test_cells_that_are_no_text_stay() -> None:
     assert [csv_cell(value) for value in (-1.5, None, 3)] == [-1.5, None, 3]
 
