@@ -139,7 +139,8 @@ def test_a_second_run_does_what_is_left(
     assert refused.code == 1
     assert "topk 5 -> 1" in refused.err
     assert whole_videos(output) == rows
-    assert command("predict", *arguments, "topk=1", "resume=false").code == 0
+    anew = command("predict", *arguments, "topk=1", "resume=false")
+    assert anew.code == 0, anew.err
     assert len(whole_videos(output)) == 6
 
 
