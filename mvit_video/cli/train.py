@@ -120,8 +120,9 @@ def _build_trainer(config: DictConfig, output: Path, monitor: str) -> pl.Trainer
         raise ConfigError(f"trainer.precision={trainer.precision} isn't possible with fsdp; bf16-mixed is")
     if config.early_stopping is not None and trainer.limit_val_batches == 0:
         raise ConfigError("early_stopping looks at validations, and trainer.limit_val_batches=0 has none")
-    if trainer.check_val_every_n_epoch and 0 < (trainer.max_epochs or 0) < trainer.check_val_every_n_epoch:
-        trainer.check_val_every_n_epoch = trainer.max_epochs  # else it would end without a best checkpoint
+    every, epochs = (trainer.get(key) or 0 for key in ("check_val_every_n_epoch", "max_epochs"))
+    if 0 < epochs < every:
+        trainer.check_val_every_n_epoch = epochs  # else it would end without a best checkpoint
     accompanying = make_callbacks(
         output,
         monitor,

@@ -86,7 +86,7 @@ def _file_object(path: Path) -> None:
 
 def _annotated(path: Path) -> None:
     try:
-        annotate_video(str(path), [Segment("a", 0, 1, 0.5)], path.with_name("copy.mp4"))
+        annotate_video(str(path), [Segment(0, 1, "a", 0.5)], path.with_name("copy.mp4"))
     finally:
         assert not path.with_name("copy.mp4").exists()
 

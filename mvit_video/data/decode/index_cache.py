@@ -130,8 +130,9 @@ def _write(file: Path, stamp: Fingerprint, index: FileIndex) -> None:
 
 def _narrow(steps: Integers) -> npt.NDArray[Any]:
     """In a type of half the size or less that holds them: it is unpacked the faster."""
-    small = np.result_type(*map(np.min_scalar_type, (steps.min(initial=-1), steps.max(initial=0))))
-    return steps.astype(small)
+    least, most = steps.min(initial=0), steps.max(initial=0)
+    bits = next(bits for bits in (8, 16, 32, 64) if -(1 << bits - 1) <= least and most < 1 << bits - 1)
+    return steps.astype(f"int{bits}")
 
 
 def _read(file: Path, stamp: Fingerprint) -> FileIndex | None:
