@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mvit_video.detection.checkpoint import detector_metadata
 from mvit_video.detection.detector import Detector
 from mvit_video.errors import ConfigError
-from mvit_video.weights.export import imported
+from mvit_video.weights.export import imported, save_program
 from mvit_video.weights.reading import EXPORTED, METADATA_KEY
 
 LEVELS = ("p2", "p3", "p4", "p5", "p6")
@@ -54,7 +54,7 @@ def export_backbone(detector: Detector, path: str | Path, size: tuple[int, int])
         warnings.simplefilter("ignore")  # of the exporters: about their own insides
         if path.suffix == ".pt2":
             program = torch.export.export(model, (images,))
-            torch.export.save(program, path, extra_files={METADATA_KEY: metadata})
+            save_program(program, path, metadata)
             return
         onnx = imported("onnx")
         imported("onnxscript")

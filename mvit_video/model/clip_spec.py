@@ -48,6 +48,8 @@ class ClipSpec:
         for name in ("clip_frames", "stride", "target_fps", "num_clips", "short_side", "crop"):
             if not 0 < getattr(self, name) <= MAX_SIZE:
                 raise ValueError(f"{name} must be positive and at most {MAX_SIZE}, got {getattr(self, name)}")
+        if self.target_fps < 1 / MAX_SIZE:  # a clip's frames would be beyond the range of float32
+            raise ValueError(f"target_fps must be at least 1/{MAX_SIZE}, got {self.target_fps}")
         if self.num_crops not in (1, 3):
             raise ValueError(
                 f"num_crops must be 1 (centre) or 3 (along the longer side), got {self.num_crops}"

@@ -50,6 +50,7 @@ _SILENCE = f"there was no answer for {_TIMEOUT:g} seconds"
 _PAUSE = 1.0  # seconds between two attempts to reach a stream again
 _RECONNECTED = ("rtsp://", "rtsps://", "rtmp://", "tcp://", "udp://", "srt://", "http://", "https://")
 _SLACK = 1e-6  # seconds: a frame that is this early belongs to the next window
+_SHORTEST = 1e-4  # seconds of a window or a stride: far above _SLACK, where windows would have no end
 _WHOLE_BYTES = 1 << 28  # of a window's frames as they were decoded: 2.9 s of 1080p at 30 a second
 
 
@@ -139,11 +140,12 @@ def iter_windows(
     Raises:
         VideoError: nothing can be read, or the frames of a window would fill half of the memory, transformed
             if there is a transform.
-        ConfigError: a number isn't positive.
+        ConfigError: a number is negative, not finite, or too small for a window or a stride.
     """
     for name, value in (("length", length), ("stride", stride), ("follow", follow)):
-        if value is not None and not (0 < value < math.inf or (name == "follow" and value == 0)):
-            raise ConfigError(f"windows need a positive, finite {name} in seconds, got {value:g}")
+        least = 0.0 if name == "follow" else _SHORTEST
+        if value is not None and not least <= value < math.inf:
+            raise ConfigError(f"windows need a finite {name} of at least {least:g} seconds, got {value:g}")
     to_rgb, name = RgbConverter(device or torch.device("cpu")), _name_of(source)
 
     def shrink(frame: _Frame) -> _Frame:

@@ -6,6 +6,7 @@ The file carries what a checkpoint does: its metadata ``mvit_video`` is JSON wit
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import warnings
@@ -16,6 +17,7 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
+from torch.export import ExportedProgram
 
 from mvit_video.errors import CheckpointError, ConfigError, brief
 from mvit_video.model.base import VideoModel
@@ -101,7 +103,14 @@ def export_model(model: MViT, path: str | Path, *, compiled: bool = False) -> No
                     f"{path}: can't be compiled ({brief(error)}); compiled=true needs a C++ compiler"
                 ) from None
         else:
-            torch.export.save(program, path, extra_files={METADATA_KEY: metadata})
+            save_program(program, path, metadata)
+
+
+def save_program(program: ExportedProgram, path: Path, metadata: str) -> None:
+    """Write a program of ``torch.export``. Raises OSError where the disk is full."""
+    buffer = io.BytesIO()  # PyTorch ends the whole process where it can't write a file
+    torch.export.save(program, buffer, extra_files={METADATA_KEY: metadata})
+    path.write_bytes(buffer.getbuffer())
 
 
 def load_exported(path: str | Path, device: str | torch.device = "cpu", trust: bool = False) -> ExportedModel:

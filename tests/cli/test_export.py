@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -43,6 +44,21 @@ def test_a_compiler_that_is_missing_is_one_line(
     monkeypatch.setattr("torch._inductor.aoti_compile_and_package", refuse)
     result = command("export", f"weights={small}", "output=model.pt2", "runs=1", "compiled=true")
     assert "C++ compiler" in error_line(result, "export")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_one_line(
+    command: Command, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.export.export", lambda *args, **options: None)  # which takes seconds
+    monkeypatch.setattr("torch.export.save", lambda _, file, **options: file.write(bytes(1 << 20)))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 19, limits[1]))
+    try:
+        result = command("export", f"weights={small}", "output=model.pt2", "runs=1")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "model.pt2" in error_line(result, "export")
     assert not list(tmp_path.iterdir())
 
 

@@ -377,6 +377,7 @@ def test_config_out_of_range_names_the_field_and_the_value(field, value):
         ("clip_frames", 0),
         ("stride", 0),
         ("target_fps", 0.0),
+        ("target_fps", 1e-300),
         ("num_clips", 0),
         ("short_side", 0),
         ("crop", 0),

@@ -125,8 +125,9 @@ def test_windows_of_short_files_gaps_and_odd_strides(tmp_path: Path) -> None:
     path = write_numbered_video(tmp_path / "sparse.mp4", 40, fps=10)
     found = [(w.start, numbers(w)) for w in iter_windows(path, length=0.5, stride=2)]
     assert found == [(0, [*range(5)]), (2, [*range(20, 25)])]
-    with pytest.raises(mv.ConfigError, match="positive"):
-        next(iter_windows(path, length=0, stride=1))
+    for length, stride in ((0, 1), (1e-300, 1), (1, 1e-300)):
+        with pytest.raises(mv.ConfigError, match="at least"):
+            next(iter_windows(path, length=length, stride=stride))
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])

@@ -90,6 +90,7 @@ LIES: list[tuple[str, str, Any]] = [
     ("protocol", "clip_frames", "16"),
     ("protocol", "stride", 10**9),
     ("protocol", "target_fps", NAN),
+    ("protocol", "target_fps", 1e-300),
     ("protocol", "mean", [NAN, 0.0, 0.0]),
     ("protocol", "std", [math.inf, 1.0, 1.0]),
     ("protocol", "std", "abc"),
