@@ -240,7 +240,7 @@ def plot(results: dict[str, dict[str, Any]]) -> None:
             title=name, xlabel="labelled videos a class", ylabel="top-1 (%)", xscale="log", ylim=(0, 101)
         )
         axes.set_xticks(PER_CLASS, [str(number) for number in PER_CLASS])
-    plots[0][0].legend()
+    plots[0][-1].legend(loc="lower right")
     figure.savefig(HERE / "pretraining.png", dpi=110)
 
 
