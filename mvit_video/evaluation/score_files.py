@@ -95,6 +95,7 @@ def _table_of(rows: pa.Table) -> ScoreTable:
     _refuse(scores.sum(1) == 0, "scores", scores[:, 0], "no class has a score")
     for name, times in (("start", start), ("end", end)):
         _refuse(np.isinf(times), name, times, "no time in seconds")
+    _refuse(start > end, "start", start, "behind its end")
     unknown = labels != labels  # a missing label has become nan
     outside = ~unknown & ~((labels >= 0) & (labels < len(class_names)))
     _refuse(outside, "label", labels, f"there are {len(class_names)} classes, counted from 0")
@@ -160,7 +161,8 @@ def _metadata(schema: pa.Schema) -> tuple[tuple[str, ...], dict[str, Any]]:
         for video in provenance.get("bad_videos", []):
             if not all(isinstance(video[name], str) for name in ("id", "path", "reason")):
                 raise ValueError(f"a bad video is {video!r:.60}")
-        if not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+        is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        if not is_list or len(set(names)) < len(names):
             raise ValueError("class_names aren't different names")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise DataError(f"damaged metadata ({brief(error)})") from None
