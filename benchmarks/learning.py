@@ -93,14 +93,23 @@ def train(config: DictConfig, *, twin: bool, seed: int) -> list[dict[str, float]
     return history.epochs
 
 
-def cut(video: Path, root: Path) -> dict[str, int]:
-    """Write overlapping segments of a video as h264 below ``root/train`` and ``root/val``: how many."""
+def cut(video: Path, root: Path, tiles: int = 1) -> dict[str, int]:
+    """Write overlapping segments of a video as h264 below ``root/train`` and ``root/val``: how many.
+
+    Of several tiles along each side of the picture, each has a folder of its own.
+    """
     with open_video(video) as source:
         frames = source.get_frames(list(range(source.num_frames)))  # uint8 (T, 3, H, W)
-        return write_segments(frames, round(source.fps), root, video.stem)
+        rate = round(source.fps)
+    counts = {}
+    for row, part in enumerate(frames.chunk(tiles, dim=2)):
+        for column, tile in enumerate(part.chunk(tiles, dim=3)):
+            name = video.stem if tiles == 1 else f"{video.stem}_{row}{column}"
+            counts = _write_segments(tile, rate, root, name)
+    return counts
 
 
-def write_segments(frames: Tensor, rate: int, root: Path, name: str) -> dict[str, int]:
+def _write_segments(frames: Tensor, rate: int, root: Path, name: str) -> dict[str, int]:
     """As ``cut``, of frames uint8 (T, 3, H, W) and below folders of this name."""
     scale = min(SHORT_SIDE / min(frames.shape[2:]), 1)
     height, width = (round(side * scale / 2) * 2 for side in frames.shape[2:])

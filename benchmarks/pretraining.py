@@ -32,12 +32,11 @@ import matplotlib
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from learning import write, write_segments
+from learning import cut, write
 
 import mvit_video as mv
 from mvit_video.data.augment import Augment
 from mvit_video.data.datasets import Batch, ClipDataset, ViewDataset, training_loader, validation_loader
-from mvit_video.data.decode import open_video
 from mvit_video.data.index import LabelledVideo, VideoSplits, folder_splits
 from mvit_video.pretraining.data import MaskedTestViews, MaskedTrainingClips, masked_loaders
 from mvit_video.pretraining.hog import hog_targets
@@ -144,16 +143,6 @@ def choose(splits: VideoSplits, per_class: int, seed: int) -> list[LabelledVideo
         videos = [video for video in splits.train.videos if video.label == label]
         chosen += rng.sample(videos, len(videos))[:per_class]
     return chosen
-
-
-def cut_quarters(video: Path, root: Path) -> None:
-    """Write segments of each quarter of the picture below a folder of its own."""
-    with open_video(video) as source:
-        frames = source.get_frames(list(range(source.num_frames)))  # uint8 (T, 3, H, W)
-        rate = round(source.fps)
-    for row, half in enumerate(frames.chunk(2, dim=2)):
-        for column, quarter in enumerate(half.chunk(2, dim=3)):
-            write_segments(quarter, rate, root, f"{video.stem}_{row}{column}")
 
 
 def compare(
@@ -303,7 +292,7 @@ def main() -> None:
         if arguments.clips:
             with tempfile.TemporaryDirectory() as folder:
                 for video in arguments.clips:
-                    cut_quarters(video, Path(folder))
+                    cut(video, Path(folder), tiles=2)
                 results[REAL] = compare(folder, seeds, steps[REAL], rates)
         heading, section = HEADING, report(results, rates)
         if arguments.write:
