@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TypeVar
+
+Found = TypeVar("Found")
 
 
 class MVitVideoError(Exception):
@@ -43,6 +46,14 @@ def did_you_mean(word: str, known: Iterable[str], form: str = "{!r}") -> str:
     """The known word nearest to ``word`` as a question in brackets, or nothing where none is near."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f" (did you mean {form.format(close[0])}?)" if close else ""
+
+
+def look_up(name: str, known: Mapping[str, Found], what: str) -> Found:
+    """What a name stands for. Raises ConfigError, with the nearest and all others, for a name of nothing."""
+    if name not in known:
+        names = ", ".join(sorted(known))
+        raise ConfigError(f"unknown {what} {name!r}{did_you_mean(name, known)}; known: {names}")
+    return known[name]
 
 
 def brief(error: BaseException) -> str:

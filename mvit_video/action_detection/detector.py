@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor
 from torchvision.ops import roi_align
 
-from mvit_video.errors import ConfigError, did_you_mean
-from mvit_video.model import ClipSpec, MViT, MViTConfig, list_models
+from mvit_video.errors import look_up
+from mvit_video.model import ClipSpec, MViT, MViTConfig
 from mvit_video.model.config import plan_blocks, pooling_strides
 from mvit_video.model.variants import VARIANTS, build
 from mvit_video.weights import create_model, load_weights
@@ -38,6 +38,8 @@ class ActionDetector(MViT):
     Raises:
         ValueError: a number isn't positive.
     """
+
+    task = "action_detection"
 
     def __init__(
         self,
@@ -110,13 +112,9 @@ def create_action_detector(
         ValueError: for a value out of range.
         CheckpointError: published weights can't be fetched.
     """
-    if name not in VARIANTS:
-        raise ConfigError(
-            f"unknown model {name!r}{did_you_mean(name, VARIANTS)}; known: {', '.join(list_models())}"
-        )
     options = {k: v for k, v in overrides.items() if k in _OPTIONS and v is not None}
     layout = {key: value for key, value in overrides.items() if key not in _OPTIONS}
-    base = build(VARIANTS[name], num_classes=num_classes, **layout)
+    base = build(look_up(name, VARIANTS, "model"), num_classes=num_classes, **layout)
     detector = ActionDetector(base.config, replace(base.protocol, num_clips=1, num_crops=1), **options)
     if weights is not None:
         load_weights(detector, create_model(name, weights=weights).state_dict(), head="new")

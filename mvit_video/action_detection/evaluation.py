@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -18,20 +17,16 @@ from mvit_video.action_detection.annotations import ActionIndex, KeyFrame, write
 from mvit_video.action_detection.clips import ActionClips, ActionSample, collate
 from mvit_video.action_detection.detector import ActionDetector
 from mvit_video.action_detection.metrics import Row, mean_average_precision
-from mvit_video.data.bad_videos import BadVideos
-from mvit_video.data.datasets import OpenVideo
+from mvit_video.data.datasets import BadVideo, OpenVideo
 from mvit_video.data.loader import ClipLoader
 from mvit_video.data.ranks import Ranks
 from mvit_video.data.samplers import AllVideos
 from mvit_video.errors import DataError
-from mvit_video.evaluation.run import UNFINISHED, file_identity, read_entries, take_up
-from mvit_video.io.console import track
+from mvit_video.evaluation.run import file_identity, resumable
 from mvit_video.io.fingerprint import Fingerprint
-from mvit_video.io.journal import Entry, journal
+from mvit_video.io.journal import Entry
 from mvit_video.io.pages import data_uri, write_page
 from mvit_video.io.writing import replacing
-
-log = logging.getLogger(__name__)
 
 ORDERS = {"ActivityNet": "score", "PySlowFast": "file"}
 
@@ -107,56 +102,41 @@ def score_index(
     *,
     ranks: Ranks,
     identity: Fingerprint,
-    allowed_bad: int,
+    max_bad_videos: float,
     **running: Any,
 ) -> list[Scored] | None:
-    """Score every key frame once; what an unfinished evaluation in ``output`` has scored counts.
+    """Score every key frame once.
 
     Args:
         identity: what the scores depend on.
         running: as of ``score_people``.
-
-    Returns:
-        The scores in the order of the index in rank 0, None in the others.
-
-    Raises:
-        ConfigError: what lies in ``output`` is of other work.
-        DataError: more videos are unreadable than allowed.
+        Others, returns and errors: see ``resumable``.
     """
-    folder, bad_file = output / UNFINISHED, output / "bad_videos.csv"
-    files = ranks.broadcast_from_rank0(lambda: _files_of(index))
-    done = ranks.broadcast_from_rank0(lambda: take_up(folder, identity, files, _key))
-    ranks.broadcast_from_rank0(lambda: bad_file.unlink(missing_ok=True))  # they are tried again
-    if done:
-        log.info("resuming: %d key frames have been scored before, see %s", len(done), folder)
-    left = [frame for frame in index.key_frames if (frame.video, frame.second) not in done]
-    mine = left[ranks.rank :: ranks.size]
-    total = len({frame.path for frame in index.key_frames})
-    bad = BadVideos(bad_file, allowed=allowed_bad, total=total, go_on=True)
-    with journal(folder / f"{ranks.rank:04d}.jsonl") as note:
-        found = score_people(detector, mine, **running)
-        for sample, scores in track(found, len(mine), what="scoring"):
-            if sample.bad:
-                bad.note(sample.bad)
-                continue
+    key_frames = {(frame.video, frame.second): frame for frame in index.key_frames}
+
+    def describe() -> dict[tuple[str, float], Fingerprint]:
+        found = {path: file_identity(path) for path in {frame.path for frame in index.key_frames}}
+        return {key: found[frame.path] for key, frame in key_frames.items()}
+
+    def score(keys: Sequence[tuple[str, float]]) -> Iterator[Entry | BadVideo]:
+        for sample, scores in score_people(detector, [key_frames[key] for key in keys], **running):
             frame = sample.key_frame
             place = {"video": frame.video, "second": frame.second}
-            note({"file": files[_key(place)], **place, "scores": scores.tolist()})
-    for others in ranks.all_gather(bad.found):
-        bad.found |= others
-    if ranks.rank:
+            yield sample.bad[0] if sample.bad else {**place, "scores": scores.tolist()}
+
+    outcome = resumable(
+        output,
+        identity,
+        describe,
+        score,
+        key=_key,
+        ranks=ranks,
+        max_bad_videos=max_bad_videos,
+        what="key frame",
+    )
+    if outcome is None:
         return None
-    bad.check()
-    scores_of = {_key(entry): entry["scores"] for entry in read_entries(folder, files, _key)}
-    if not scores_of:
-        raise DataError("no key frame could be read")
-    keys = [(frame, (frame.video, frame.second)) for frame in index.key_frames]
-    return [Scored(frame, torch.tensor(scores_of[key])) for frame, key in keys if key in scores_of]
-
-
-def _files_of(index: ActionIndex) -> dict[tuple[str, float], Fingerprint]:
-    found = {path: file_identity(path) for path in {frame.path for frame in index.key_frames}}
-    return {(frame.video, frame.second): found[frame.path] for frame in index.key_frames}
+    return [Scored(key_frames[_key(entry)], torch.tensor(entry["scores"])) for entry in outcome.entries]
 
 
 def _key(entry: Entry) -> tuple[str, float]:

@@ -92,8 +92,10 @@ def build_decoder(config: DictConfig) -> OpenVideo:
 
 @contextmanager
 def evaluation(config: DictConfig) -> Iterator[tuple[Ranks, Path]]:
-    """The processes of an evaluation, and the folder that they alone write to."""
-    from mvit_video.evaluation.run import output_folder  # which imports pyarrow
+    """The processes of an evaluation, and the folder that they alone write to, in which nothing is resumed
+    once the block has ended well.
+    """
+    from mvit_video.evaluation.run import output_folder, remove_journals  # which imports pyarrow
 
     with process_group() as ranks, ExitStack() as locks:
         if ranks.rank:
@@ -103,6 +105,16 @@ def evaluation(config: DictConfig) -> Iterator[tuple[Ranks, Path]]:
         ranks.broadcast_from_rank0(lambda: locks.enter_context(sole_writer(output)))
         use_own_gpu()
         yield ranks, output
+        if ranks.rank == 0:
+            remove_journals(output)
+
+
+def chosen_split(splits: Any, split: str) -> Any:
+    """The part of a data set that is called so. Raises ConfigError where it has none."""
+    index = getattr(splits, split, None)
+    if index is None:
+        raise ConfigError(f"split={split}: the data set has no such split")
+    return index
 
 
 def loading(config: DictConfig, trainer: Any) -> dict[str, Any]:
@@ -124,10 +136,9 @@ def texts(value: Any) -> list[str]:
 
 def override_protocol(protocol: ClipSpec, views: DictConfig) -> ClipSpec:
     """A copy of a protocol with the values of the ``views`` group that aren't null."""
-    values = OmegaConf.to_container(views, resolve=True, throw_on_missing=True)
-    assert isinstance(values, dict)
+    values: Any = OmegaConf.to_container(views, resolve=True, throw_on_missing=True)
     try:
-        return change_views(protocol, {str(k): v for k, v in values.items() if v is not None})
+        return change_views(protocol, **values)
     except ValueError as error:
         raise ConfigError(f"views: {error}") from None
 

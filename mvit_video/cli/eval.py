@@ -15,18 +15,17 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from mvit_video.cli import app
-from mvit_video.data.bad_videos import allowed_bad_videos
 from mvit_video.data.class_names import read_class_names
 from mvit_video.data.datasets import OpenVideo
 from mvit_video.data.files import existing
-from mvit_video.data.index import VideoIndex, VideoSplits
+from mvit_video.data.index import VideoSplits
 from mvit_video.data.ranks import Ranks
 from mvit_video.errors import ConfigError, DataError
 from mvit_video.evaluation.classes import matching_classes, read_class_map
 from mvit_video.evaluation.importers import as_in_data_set, read_table
 from mvit_video.evaluation.multi_label import report_multi_label, require_same_kind
 from mvit_video.evaluation.provenance import provenance_of
-from mvit_video.evaluation.run import remove_journals, score_data_set
+from mvit_video.evaluation.run import score_data_set
 from mvit_video.evaluation.score_files import write_scores
 from mvit_video.evaluation.scores import ScoreTable, aligned, ensemble
 from mvit_video.io.writing import sole_writer
@@ -55,14 +54,12 @@ def evaluate(config: DictConfig) -> None:
             log.info("videos without labels: only scores.parquet is written, in %s", output)
         else:
             _report({"": table}, config, output, open_file)
-        remove_journals(output)
 
 
 def _score_data_set(
     config: DictConfig, output: Path, ranks: Ranks, open_file: OpenVideo
 ) -> ScoreTable | None:
     """Every video's scores, in the order of the data set, in rank 0; None in the others."""
-    allowed_bad_videos(config.max_bad_videos, 0)  # a wrong value is told before anything is read
     device = app.choose_device(config.device)
     model = app.build_model(config) if "model" not in config else None
     splits = app.build(config.data)
@@ -73,7 +70,7 @@ def _score_data_set(
     known = known or model.class_names
     matrix = matching_classes(known, model.config.num_classes, splits.class_names, class_map)
     require_same_kind(model, splits.multi_label, class_map=class_map is not None)
-    index = _chosen_split(splits, config.split)
+    index = app.chosen_split(splits, config.split)
     provenance = provenance_of(
         model,
         config.weights or OmegaConf.select(config, "model.weights"),
@@ -93,7 +90,7 @@ def _score_data_set(
         ranks=ranks,
         provenance=provenance,
         matrix=matrix,
-        allowed_bad_videos=allowed_bad_videos(config.max_bad_videos, len(index)),
+        max_bad_videos=config.max_bad_videos,
         combination=config.combine,
         batch_size=config.batch_size,
         num_workers=config.num_workers,
@@ -128,7 +125,7 @@ def _read_table(file: Path, config: DictConfig, splits: VideoSplits | None) -> S
             raise DataError(f"class_names has {len(names)} names, {has}")
         table = replace(table, class_names=names)
     if splits is not None:
-        index = _chosen_split(splits, config.split)
+        index = app.chosen_split(splits, config.split)
         return as_in_data_set(table, index, read_class_map(config.class_map), file)
     if config.class_map:
         raise ConfigError("class_map needs the data set whose classes are meant: give data=...")
@@ -155,13 +152,6 @@ def _class_names(config: DictConfig) -> tuple[str, ...] | None:
     """Names of the model's classes that the command line gives."""
     names = config.class_names
     return read_class_names(names if isinstance(names, str) else list(names)) if names else None
-
-
-def _chosen_split(splits: VideoSplits, split: str) -> VideoIndex:
-    index: VideoIndex | None = getattr(splits, split)
-    if index is None:
-        raise ConfigError(f"split={split}: the data set has no such split")
-    return index
 
 
 def _data_set(data: DictConfig) -> dict[str, Any]:

@@ -13,19 +13,19 @@ from typing import Any
 
 import torch
 
-from mvit_video.data.bad_videos import BadVideos
+from mvit_video.data.datasets import BadVideo
 from mvit_video.data.ranks import Ranks
 from mvit_video.detection.coco import CocoImages, load_objects, summary, to_mask
 from mvit_video.detection.data import TestImages, whole_image_loader
 from mvit_video.detection.detector import Detector
 from mvit_video.detection.drawing import as_png, draw_objects, grid
 from mvit_video.detection.metrics import LIKELY, ImageResult, Precision, measure, to_result
-from mvit_video.errors import DataError, VideoError
-from mvit_video.evaluation.run import UNFINISHED, file_identity, read_entries, take_up
-from mvit_video.io.console import printable, track
+from mvit_video.errors import VideoError
+from mvit_video.evaluation.run import file_identity, resumable
+from mvit_video.io.console import printable
 from mvit_video.io.figures import new_figure
 from mvit_video.io.fingerprint import Fingerprint
-from mvit_video.io.journal import journal
+from mvit_video.io.journal import Entry
 from mvit_video.io.pages import data_uri, write_page
 from mvit_video.io.writing import replacing
 
@@ -34,64 +34,53 @@ log = logging.getLogger(__name__)
 CURVE_IOUS = (0.5, 0.75, 0.9)
 
 
-def find_in_images(
+def detect_in_images(
     detector: Detector,
     coco: CocoImages,
     output: Path,
     *,
     ranks: Ranks,
     identity: Fingerprint,
-    allowed_bad: int,
+    max_bad_videos: float,
     device: str,
     autocast: Any,
     **loading: Any,
 ) -> list[ImageResult] | None:
-    """What a detector finds in every image; what an unfinished evaluation in ``output`` has found counts.
+    """Detect the objects of every image once.
 
     Args:
         identity: what the detections depend on.
         autocast: the context that the detector runs in.
         loading: as of ``ClipLoader``.
-
-    Returns:
-        The results in the order of the images in rank 0, None in the others.
-
-    Raises:
-        ConfigError: what lies in ``output`` is of other work.
-        DataError: more images are unreadable than allowed.
+        Others, returns and errors: see ``resumable``.
     """
-    folder, bad_file = output / UNFINISHED, output / "bad_videos.csv"
-    files = ranks.broadcast_from_rank0(lambda: {image.id: file_identity(image.path) for image in coco.images})
-    done = ranks.broadcast_from_rank0(lambda: take_up(folder, identity, files, itemgetter("image_id")))
-    ranks.broadcast_from_rank0(lambda: bad_file.unlink(missing_ok=True))  # they are tried again
-    if done:
-        log.info("resuming: %d images have been looked at before, see %s", len(done), folder)
-    images = [image for image in coco.images if image.id not in done][ranks.rank :: ranks.size]
-    bad = BadVideos(bad_file, allowed=allowed_bad, total=len(coco), go_on=True)
-    dataset = TestImages(images, short_side=detector.config.min_size, max_side=detector.config.max_size)
-    # One by one: what pads an image to the size of another changes what is found.
-    loader = whole_image_loader(dataset, batch_size=1, **loading)
-    found_so_far = folder / f"{ranks.rank:04d}.jsonl"
-    with closing(loader), journal(found_so_far) as note, torch.inference_mode(), autocast:
-        for batch in track(loader, len(done) + len(images), done=len(done), what="looking"):
-            bad.note(batch.bad)
-            if not batch.images:
-                continue
-            (found,) = detector([image.to(device) for image in batch.images], output_sizes=batch.sizes)
-            result = to_result(batch.ids[0], batch.sizes[0], found, coco.category_ids)
-            note({"file": files[result.image_id], **result._asdict()})
-    for found_bad in ranks.all_gather(bad.found):
-        bad.found |= found_bad
-    if ranks.rank:
+    images = {image.id: image for image in coco.images}
+    sides: dict[str, Any] = {"short_side": detector.config.min_size, "max_side": detector.config.max_size}
+
+    def detect(ids: Sequence[int]) -> Iterator[Entry | BadVideo]:
+        dataset = TestImages([images[number] for number in ids], **sides)
+        # One by one: what pads an image to the size of another changes its detections.
+        with closing(whole_image_loader(dataset, batch_size=1, **loading)) as loader:
+            for batch in loader:
+                yield from batch.bad
+                if batch.images:
+                    with torch.inference_mode(), autocast:
+                        (found,) = detector([batch.images[0].to(device)], output_sizes=batch.sizes)
+                    yield to_result(batch.ids[0], batch.sizes[0], found, coco.category_ids)._asdict()
+
+    outcome = resumable(
+        output,
+        identity,
+        lambda: {number: file_identity(image.path) for number, image in images.items()},
+        detect,
+        key=itemgetter("image_id"),
+        ranks=ranks,
+        max_bad_videos=max_bad_videos,
+        what="image",
+    )
+    if outcome is None:
         return None
-    bad.check()
-    results = {
-        entry["image_id"]: ImageResult(*(entry[name] for name in ImageResult._fields))
-        for entry in read_entries(folder, files, itemgetter("image_id"))
-    }
-    if not results:
-        raise DataError("no image could be read")
-    return [results[image.id] for image in coco.images if image.id in results]
+    return [ImageResult(*(entry[name] for name in ImageResult._fields)) for entry in outcome.entries]
 
 
 def report(

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from mvit_video.detection.detector import Detector, DetectorConfig
-from mvit_video.errors import ConfigError, did_you_mean
+from mvit_video.errors import look_up
 from mvit_video.model import MViTConfig
 from mvit_video.model.fields import replace_fields
 
@@ -101,20 +100,8 @@ def create_detector(name: str, num_classes: int = 80, *, weights: None = None, *
         ConfigError: for an unknown name or field.
         ValueError: for a value out of range.
     """
-    if name not in DETECTORS:
-        known = ", ".join(list_detectors())
-        raise ConfigError(f"unknown detector {name!r}{did_you_mean(name, DETECTORS)}; known: {known}")
-    config = DETECTORS[name]
-    own = {field.name for field in dataclasses.fields(DetectorConfig)} - {
-        "backbone",
-        "num_classes",
-        "cascade",
-    }
-    backbone = {field.name for field in dataclasses.fields(MViTConfig)} - {"num_classes"}
-    for key in overrides:
-        if key not in own | backbone:
-            raise ConfigError(f"a detector has no {key!r}{did_you_mean(key, own | backbone)}")
-    overrides = {key: value for key, value in overrides.items() if value is not None}
-    layout = replace_fields(config.backbone, {k: v for k, v in overrides.items() if k in backbone})
+    config = look_up(name, DETECTORS, "detector")
+    own = {field.name for field in fields(DetectorConfig)} - {"backbone", "num_classes", "cascade"}
+    layout = replace_fields(config.backbone, {k: v for k, v in overrides.items() if k not in own}, own)
     detection = {key: value for key, value in overrides.items() if key in own}
-    return Detector(replace(config, num_classes=num_classes, backbone=layout, **detection))
+    return Detector(replace_fields(config, {**detection, "num_classes": num_classes, "backbone": layout}))

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 
-from mvit_video.data.bad_videos import allowed_bad_videos
 from mvit_video.data.class_names import check_same_classes
 from mvit_video.data.decode import open_video
 from mvit_video.data.index import VideoIndex
@@ -59,9 +58,8 @@ def evaluate(
     output = Path(output).expanduser().resolve()
     require_same_kind(model, videos.multi_label, class_map=False)
     check_same_classes(model.class_names, model.config.num_classes, videos.class_names)
-    given = {"num_clips": num_clips, "num_crops": num_crops}
     own = model.protocol
-    model.protocol = change_views(own, {name: value for name, value in given.items() if value is not None})
+    model.protocol = change_views(own, num_clips=num_clips, num_crops=num_crops)
     try:
         settings = dict.fromkeys(("class_map", "model_classes", "decoder", "split", "data"))
         precision = str(next(model.parameters()).dtype).removeprefix("torch.")
@@ -73,7 +71,7 @@ def evaluate(
                 ranks=Ranks(),
                 provenance=provenance_of(model, "given in Python", precision=precision, **settings),
                 matrix=None,
-                allowed_bad_videos=allowed_bad_videos(max_bad_videos, len(videos)),
+                max_bad_videos=max_bad_videos,
                 combination=combine,
                 batch_size=batch_size,
                 num_workers=num_workers,

@@ -11,13 +11,13 @@ from contextlib import closing, suppress
 from dataclasses import replace
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mvit_video.data.bad_videos import BadVideos
+from mvit_video.data.bad_videos import BadVideos, allowed_bad_videos
 from mvit_video.data.batches import in_full_batches
 from mvit_video.data.datasets import BadVideo, OpenVideo, VideoViews, ViewDataset, views_loader
 from mvit_video.data.decode import open_video
@@ -62,6 +62,73 @@ def output_folder(resume: str | None, output: Path) -> Path:
     return Path(resume)
 
 
+class Outcome(NamedTuple):
+    """What an evaluation has come to: an entry for each file that could be read, and the others by path."""
+
+    entries: list[Entry]
+    bad: Mapping[str, BadVideo]
+
+
+def resumable(
+    output: Path,
+    work: Fingerprint,
+    describe: Callable[[], Mapping[Any, Fingerprint]],
+    score: Callable[[Sequence[Any]], Iterator[Entry | BadVideo]],
+    *,
+    key: Callable[[Entry], Any],
+    ranks: Ranks,
+    max_bad_videos: float,
+    what: str,
+    note: Callable[[], str] = str,
+) -> Outcome | None:
+    """Score everything once, each process its share; what an unfinished evaluation in ``output`` has counts.
+
+    Args:
+        work: what the scores depend on.
+        describe: gives of each key the file, as ``file_identity`` has it, and what else mustn't change.
+        score: gives for each of some keys an entry of plain JSON values, or the file that can't be read.
+        key: of an entry.
+        max_bad_videos: see ``allowed_bad_videos``.
+        what: stands for a key in messages, such as "video".
+        note: see ``track``.
+
+    Returns:
+        The entries in the order of the keys in rank 0, None in the others.
+
+    Raises:
+        ConfigError: what lies in ``output`` is of other work; the error says what differs.
+        DataError: more files are unreadable than allowed, or all.
+    """
+    folder, bad_file = output / UNFINISHED, output / "bad_videos.csv"
+    files = ranks.broadcast_from_rank0(describe)
+    total = len({file["path"] for file in files.values()})
+    allowed = allowed_bad_videos(max_bad_videos, total)
+    done = ranks.broadcast_from_rank0(lambda: _take_up(folder, work, files, key))
+    ranks.broadcast_from_rank0(lambda: bad_file.unlink(missing_ok=True))  # they are tried again
+    if done:
+        log.info("resuming: %d %ss have been scored before, see %s", len(done), what, folder)
+    todo = [name for name in files if name not in done][ranks.rank :: ranks.size]
+    bad = BadVideos(bad_file, allowed=allowed, total=total, go_on=True)
+    scored = score(todo)
+    if ranks.rank == 0:
+        scored = track(scored, len(todo), what="scoring", note=note)
+    with journal(folder / f"{ranks.rank:04d}.jsonl") as add:
+        for found in scored:
+            if isinstance(found, BadVideo):
+                bad.note([found])
+            else:
+                add({"file": files[key(found)], **found})
+    for others in ranks.all_gather(bad.found):
+        bad.found |= others
+    if ranks.rank:
+        return None
+    bad.check()
+    entries = {name: entry for name, entry, counts in _entries(folder, files, key) if counts}
+    if not entries:
+        raise DataError(f"no {what} could be read")
+    return Outcome([entries[name] for name in files if name in entries], bad.found)
+
+
 def score_data_set(
     model: VideoModel,
     index: VideoIndex,
@@ -70,52 +137,58 @@ def score_data_set(
     ranks: Ranks,
     provenance: Fingerprint,
     matrix: Tensor | None,
-    allowed_bad_videos: int,
+    max_bad_videos: float,
     combination: Combination,
     **loading: Any,
 ) -> ScoreTable | None:
-    """Score every video of an index once; what an unfinished evaluation in ``output`` has scored counts.
+    """Score every video of an index once.
 
     Args:
         provenance: see ``provenance_of``; with precision.
         combination: of the accuracy in the progress bar.
         matrix, loading: as of ``score_videos``.
-
-    Returns:
-        The scores in the order of the index in rank 0, None in the others.
-
-    Raises:
-        ConfigError: the scores in ``output`` are of other work; the error says what differs.
-        DataError: more videos are unreadable than allowed, or the model gives NaN.
+        Others, returns and errors: see ``resumable``.
     """
-    folder, bad_file = output / UNFINISHED, output / "bad_videos.csv"
-    work = identity(provenance, index.class_names)
-    files = ranks.broadcast_from_rank0(lambda: {video.id: _described(video) for video in index.videos})
-    done = ranks.broadcast_from_rank0(lambda: take_up(folder, work, files, itemgetter("id")))
-    ranks.broadcast_from_rank0(lambda: bad_file.unlink(missing_ok=True))  # they are tried again
-    log.info("%d videos; %s", len(index), model.protocol)
-    if done:
-        log.info("resuming: %d of them have been scored before, see %s", len(done), folder)
-    videos = [video for video in index.videos if video.id not in done][ranks.rank :: ranks.size]
-    bad = BadVideos(bad_file, allowed=allowed_bad_videos, total=len(index), go_on=True)
-    scored = score_videos(model, videos, matrix=matrix, **loading)
-    if ranks.rank == 0:
-        scored = _with_progress(scored, len(videos), combination)
-    with journal(folder / f"{ranks.rank:04d}.jsonl") as note:
-        for views, scores in scored:
-            video = views.video
+    videos = {video.id: video for video in index.videos}
+    start, num_read, num_right = time.perf_counter(), 0, 0
+
+    def score(ids: Sequence[str]) -> Iterator[Entry | BadVideo]:
+        nonlocal num_read, num_right
+        for views, scores in score_videos(model, [videos[name] for name in ids], matrix=matrix, **loading):
             if views.error is not None:
-                bad.note([BadVideo(video.path, views.error)])
-            else:
-                packed = base64.b64encode(scores.numpy().tobytes()).decode()
-                note({"file": files[video.id], "id": video.id, "spans": views.spans, "scores": packed})
-    for found in ranks.all_gather(bad.found):
-        bad.found |= found
-    if ranks.rank:
+                yield BadVideo(views.video.path, views.error)
+                continue
+            num_read += 1
+            num_right += int(combine(scores, combination).argmax()) in views.video.labels
+            packed = base64.b64encode(scores.numpy().tobytes()).decode()
+            yield {"id": views.video.id, "spans": views.spans, "scores": packed}
+
+    def note() -> str:
+        rate = num_read / (time.perf_counter() - start)
+        return f"{rate:.2f} videos/s, top-1 {num_right / max(num_read, 1):.4f}"
+
+    log.info("%d videos; %s", len(index), model.protocol)
+    outcome = resumable(
+        output,
+        identity(provenance, index.class_names),
+        lambda: {name: _described(video) for name, video in videos.items()},
+        score,
+        key=itemgetter("id"),
+        ranks=ranks,
+        max_bad_videos=max_bad_videos,
+        what="video",
+        note=note,
+    )
+    if outcome is None:
         return None
-    bad.check()
-    table = _read_table(folder, index, files)
-    return replace(table, provenance={**provenance, **_not_scored(index, bad.found)})
+    scores = [np.frombuffer(base64.b64decode(entry["scores"]), np.float32) for entry in outcome.entries]
+    return ScoreTable(
+        tuple(videos[entry["id"]] for entry in outcome.entries),
+        torch.from_numpy(np.stack(scores)).view(len(scores), -1, len(index.class_names)),
+        torch.tensor([entry["spans"] for entry in outcome.entries], dtype=torch.float64),
+        tuple(index.class_names),
+        {**provenance, **_not_scored(index, outcome.bad)},
+    )
 
 
 def score_videos(
@@ -187,17 +260,12 @@ def _described(video: LabelledVideo) -> Fingerprint:
     return file_identity(video.path) | {"label": label}
 
 
-def take_up(
+def _take_up(
     folder: Path, work: Fingerprint, files: Mapping[Any, Fingerprint], key: Callable[[Entry], Any]
 ) -> set[Any]:
     """The keys of what an unfinished evaluation has done and what still counts.
 
-    Args:
-        files: of each key, as ``file_identity`` has it.
-        key: of an entry in the journals.
-
-    Raises:
-        ConfigError: the evaluation is of other work.
+    Raises ConfigError where it is of other work.
     """
     remedy = "choose another hydra.run.dir, or remove that folder"
     if any(folder.glob("*.arrows")):
@@ -205,39 +273,24 @@ def take_up(
     if any(folder.glob("*.jsonl")):
         require_same(read_fingerprint(folder / "run.json"), work, what=str(folder), remedy=remedy, free=_FREE)
     write_fingerprint(folder / "run.json", work)
-    done = set(map(key, read_entries(folder, files, key)))
-    if outdated := {key(entry) for entry in _entries(folder)} - done:
+    found: dict[bool, set[Any]] = {True: set(), False: set()}
+    for name, _, counts in _entries(folder, files, key):
+        found[counts].add(name)
+    if outdated := found[False] - found[True]:
         text = (
             "%s: %d results don't count, as the file, its path or its label has changed since, such as of %s"
         )
         log.warning(text, folder, len(outdated), min(outdated))
-    return done
+    return found[True]
 
 
-def read_entries(
+def _entries(
     folder: Path, files: Mapping[Any, Fingerprint], key: Callable[[Entry], Any]
-) -> Iterator[Entry]:
-    """The entries of journals whose files are as they were; arguments as of ``take_up``."""
-    return (entry for entry in _entries(folder) if entry.get("file", "") == files.get(key(entry)))
-
-
-def _entries(folder: Path) -> Iterator[Entry]:
+) -> Iterator[tuple[Any, Entry, bool]]:
+    """What the journals have, by key, and whether it counts: its file is as it was."""
     for file in sorted(folder.glob("*.jsonl")):
-        yield from read_journal(file)
-
-
-def _read_table(folder: Path, index: VideoIndex, files: Mapping[str, Fingerprint]) -> ScoreTable:
-    """The scores that the journals have of these files, in the order of the index."""
-    found = {
-        entry["id"]: (np.frombuffer(base64.b64decode(entry["scores"]), np.float32), entry["spans"])
-        for entry in read_entries(folder, files, itemgetter("id"))
-    }
-    if not found:
-        raise DataError("no video could be read")
-    videos = tuple(video for video in index.videos if video.id in found)
-    scores, spans = zip(*(found[video.id] for video in videos), strict=True)
-    views = torch.from_numpy(np.stack(scores)).view(len(videos), -1, len(index.class_names))
-    return ScoreTable(videos, views, torch.tensor(spans, dtype=torch.float64), tuple(index.class_names))
+        for entry in read_journal(file):
+            yield (name := key(entry)), entry, entry.get("file", "") == files.get(name)
 
 
 def _not_scored(index: VideoIndex, bad: Mapping[str, BadVideo]) -> dict[str, list[dict[str, str]]]:
@@ -248,20 +301,3 @@ def _not_scored(index: VideoIndex, bad: Mapping[str, BadVideo]) -> dict[str, lis
         name: [{"id": video.id, "path": video.path, "reason": reason} for video, reason in videos]
         for name, videos in (("left_out_videos", left_out), ("bad_videos", unreadable))
     }
-
-
-def _with_progress(
-    scored: Iterator[tuple[VideoViews, Tensor]], total: int, how: Combination
-) -> Iterator[tuple[VideoViews, Tensor]]:
-    """The same; a bar shows videos/s and the top-1 so far."""
-    start, num_read, num_right = time.perf_counter(), 0, 0
-
-    def note() -> str:
-        rate = num_read / (time.perf_counter() - start)
-        return f"{rate:.2f} videos/s, top-1 {num_right / max(num_read, 1):.4f}"
-
-    for views, scores in track(scored, total, what="scoring", note=note):
-        if views.error is None:
-            num_read += 1
-            num_right += int(combine(scores, how).argmax()) in views.video.labels
-        yield views, scores

@@ -15,12 +15,18 @@ def data_uri(content: bytes, kind: str = "image/png") -> str:
 
 
 def write_page(template: Path, path: Path, **values: Any) -> None:
-    """Fill in a Jinja template, with ``page.css`` as its ``style``; what is no HTML in values is escaped."""
+    """Fill in a Jinja template that extends ``page.html``; what is no HTML in values is escaped."""
     import jinja2
     import markupsafe
 
-    style = markupsafe.Markup(Path(__file__).with_name("page.css").read_text(encoding="utf-8"))
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    page = environment.from_string(template.read_text(encoding="utf-8"))
+    here = Path(__file__).parent
+    style = markupsafe.Markup((here / "page.css").read_text(encoding="utf-8"))
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader([template.parent, here]),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+    )
+    page = environment.get_template(template.name)
     with replacing(path, "w", errors="replace") as file:
         file.write(page.render(style=style, **values))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -18,6 +18,7 @@ class VideoModel(nn.Module):
         class_names: what its outputs mean; None: unknown.
         classifier: name of the layer that depends on the classes.
         multi_label: a clip may be of several classes, or of none.
+        task: what its checkpoints say that they are of.
     """
 
     config: Any
@@ -25,6 +26,7 @@ class VideoModel(nn.Module):
     class_names: tuple[str, ...] | None
     classifier: str
     multi_label: bool = False
+    task: ClassVar[str] = "classification"
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """What logits (..., num_classes) mean: their softmax; of a multi-label model each one's sigmoid."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from mvit_video.errors import ConfigError, did_you_mean
+from mvit_video.errors import ConfigError, look_up
 from mvit_video.model.base import VideoModel, require_clips
 from mvit_video.model.clip_spec import MAX_SIZE, ClipSpec
 from mvit_video.model.fields import check_types
@@ -50,11 +50,7 @@ class BaselineConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        if self.name not in BASELINES:
-            known = ", ".join(BASELINES)
-            raise ConfigError(
-                f"unknown baseline {self.name!r}{did_you_mean(self.name, BASELINES)}; known: {known}"
-            )
+        look_up(self.name, BASELINES, "baseline")
         for field in ("num_frames", "crop_size"):
             if not 1 <= getattr(self, field) <= MAX_SIZE:
                 raise ValueError(f"{field} must be from 1 to {MAX_SIZE}, got {getattr(self, field)}")

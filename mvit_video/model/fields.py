@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from numbers import Integral, Real
 from types import NoneType, UnionType
@@ -22,23 +22,17 @@ _WORDS: dict[Any, str] = {
 }
 
 
-def replace_fields(config: Any, overrides: dict[str, Any]) -> Any:
-    """A copy of a dataclass with other values; ConfigError for a field that it doesn't have.
+def replace_fields(config: Any, overrides: Mapping[str, Any], others: Iterable[str] = ()) -> Any:
+    """A copy of a dataclass with other values, of which None leaves a field as it is.
 
-    Lists, as yaml has them, become tuples.
+    Raises ConfigError for a field that it doesn't have; ``others`` are what may have been meant, too.
     """
     names = [field.name for field in dataclasses.fields(config)]
     for key in overrides:
         if key not in names:
-            kind = type(config).__name__
-            raise ConfigError(f"{kind} has no {key!r}{did_you_mean(key, names)}; it has: {', '.join(names)}")
-    return dataclasses.replace(config, **{key: _as_tuples(value) for key, value in overrides.items()})
-
-
-def _as_tuples(value: Any) -> Any:
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return tuple(_as_tuples(item) for item in value)
-    return value
+            kind, near = type(config).__name__, did_you_mean(key, (*names, *others))
+            raise ConfigError(f"{kind} has no {key!r}{near}; it has: {', '.join((*names, *others))}")
+    return dataclasses.replace(config, **{key: v for key, v in overrides.items() if v is not None})
 
 
 def check_types(config: Any) -> None:
@@ -61,7 +55,7 @@ def _fit(value: Any, hint: Any) -> Any:
         for argument in arguments:
             with suppress(TypeError):
                 return _fit(value, argument)
-    elif kind is tuple and isinstance(value, tuple | list):
+    elif kind is tuple and isinstance(value, Sequence) and not isinstance(value, str):
         hints = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
         if len(value) == len(hints):
             return tuple(map(_fit, value, hints))

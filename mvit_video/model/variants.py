@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -99,33 +100,37 @@ def list_models() -> list[str]:
     return sorted(VARIANTS)
 
 
-def build(variant: Variant, **overrides: Any) -> MViT:
-    """A model with fresh weights from a variant and the fields of ``MViTConfig`` that differ from it."""
-    values = {k: getattr(variant.config, k, None) if v is None else v for k, v in overrides.items()}
-    config = replace_fields(variant.config, values)
-    protocol = variant.protocol
+def change_variant(variant: Variant, overrides: Mapping[str, Any]) -> Variant:
+    """A variant with other fields of ``MViTConfig``, which its protocol follows; None leaves one."""
+    config, protocol = replace_fields(variant.config, overrides), variant.protocol
     if config.num_frames != variant.config.num_frames or config.crop_size != variant.config.crop_size:
         short_side = protocol.short_side * config.crop_size // protocol.crop  # rounded down, as officially
         protocol = replace(
             protocol, clip_frames=config.num_frames, crop=config.crop_size, short_side=short_side
         )
+    return Variant(config, protocol)
+
+
+def build(variant: Variant, **overrides: Any) -> MViT:
+    """A model with fresh weights from a variant and the fields of ``MViTConfig`` that differ from it."""
+    changed = change_variant(variant, overrides)
     with torch.device("meta"):
-        parameters = sum(parameter.numel() for parameter in MViT(config).parameters())
+        parameters = sum(parameter.numel() for parameter in MViT(changed.config).parameters())
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if 4 * parameters > memory:  # the system would end the process without a word
         raise ConfigError(
             f"a model of {parameters / 1e9:.1f} billion parameters takes {4 * parameters / 1e9:.0f} GB, this "
             f"machine has {memory / 1e9:.0f} GB: choose a smaller embed_dim, stages or mlp_ratio"
         )
-    return MViT(config, protocol)
+    return MViT(changed.config, changed.protocol)
 
 
-def change_views(protocol: ClipSpec, values: dict[str, Any]) -> ClipSpec:
-    """A copy of a protocol with other values.
+def change_views(protocol: ClipSpec, **values: Any) -> ClipSpec:
+    """A copy of a protocol with other values, of which None leaves what there is.
 
     As in the official code, three crops are cut out of a picture whose short side is the crop, unless
     ``values`` has a ``short_side``. Raises ConfigError for an unknown field, ValueError for a bad value.
     """
-    if values.get("num_crops") == 3 and "short_side" not in values:
-        values = {**values, "short_side": values.get("crop", protocol.crop)}
+    if values.get("num_crops") == 3 and values.get("short_side") is None:
+        values["short_side"] = values.get("crop") or protocol.crop
     return replace_fields(protocol, values)

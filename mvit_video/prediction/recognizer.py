@@ -24,7 +24,7 @@ from mvit_video.data.index import LabelledVideo
 from mvit_video.data.pixels import resize_for_test
 from mvit_video.data.threads import threaded_map
 from mvit_video.errors import ConfigError, VideoError
-from mvit_video.model import ClipSpec, MViT, VideoModel
+from mvit_video.model import MViT, VideoModel
 from mvit_video.model.base import require_clips
 from mvit_video.model.variants import change_views
 from mvit_video.prediction.inputs import expand, is_address
@@ -87,10 +87,7 @@ class Recognizer:
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         model = model if isinstance(model, nn.Module) else load_any(model, device)
-        views = {"num_clips": num_clips, "num_crops": num_crops}
-        self.protocol: ClipSpec = change_views(
-            model.protocol, {name: value for name, value in views.items() if value is not None}
-        )
+        self.protocol = change_views(model.protocol, num_clips=num_clips, num_crops=num_crops)
         self.class_names: tuple[str, ...] = tuple(
             model.class_names or map(str, range(model.config.num_classes))
         )

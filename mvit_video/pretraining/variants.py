@@ -6,12 +6,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from mvit_video.errors import ConfigError, did_you_mean
-from mvit_video.model import MViTConfig
+from mvit_video.errors import look_up
 from mvit_video.model.clip_spec import ClipSpec
 from mvit_video.model.config import pooling_strides
-from mvit_video.model.fields import replace_fields
-from mvit_video.model.variants import VARIANTS, Variant
+from mvit_video.model.variants import VARIANTS, Variant, change_variant
 from mvit_video.pretraining.maskfeat import Features, MaskFeat
 
 
@@ -36,7 +34,12 @@ def list_pretrainers() -> list[str]:
 
 
 def create_pretrainer(
-    name: str, *, depths: Sequence[int] | None = None, features: Features = "hog", **overrides: Any
+    name: str,
+    *,
+    depths: Sequence[int] | None = None,
+    features: Features = "hog",
+    weights: None = None,
+    **overrides: Any,
 ) -> MaskFeat:
     """Build a model for pre-training by name, with fresh weights.
 
@@ -47,28 +50,19 @@ def create_pretrainer(
     Args:
         name: one of ``list_pretrainers()``.
         depths, features: see ``MaskFeat``; None: the last block.
+        weights: always None; files are loaded by ``mvit_video.load_weights``.
         overrides: fields of ``MViTConfig`` that differ; None leaves the variant's.
 
     Raises:
         ConfigError: for an unknown name or field.
         ValueError: for a value out of range.
     """
-    if name not in PRETRAINERS:
-        known = ", ".join(list_pretrainers())
-        raise ConfigError(f"unknown pre-training {name!r}{did_you_mean(name, PRETRAINERS)}; known: {known}")
-    variant = PRETRAINERS[name]
-    given = {key: value for key, value in overrides.items() if value is not None}
-    config: MViTConfig = replace_fields(variant.config, given)
-    clips = replace(
-        variant.protocol,
-        clip_frames=config.num_frames,
-        crop=config.crop_size,
-        short_side=variant.protocol.short_side * config.crop_size // variant.protocol.crop,
-    )
-    if "q_strides" not in given and len(config.stages) > 2:
+    variant = change_variant(look_up(name, PRETRAINERS, "pre-training"), overrides)
+    config = variant.config
+    if overrides.get("q_strides") is None and len(config.stages) > 2:
         strides = pooling_strides(config)[0] | {config.stage_starts[-1]: (1, 1, 1)}
         config = replace(config, q_strides=tuple((block, *stride) for block, stride in strides.items()))
     last = (sum(config.stages) - 1,)
     return MaskFeat(
-        config, depths=last if depths is None else tuple(depths), features=features, protocol=clips
+        config, depths=last if depths is None else tuple(depths), features=features, protocol=variant.protocol
     )

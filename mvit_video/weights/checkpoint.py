@@ -180,7 +180,9 @@ def _load(
     head: Literal["strict", "new"],
     fresh: Sequence[str] = (),
 ) -> LoadReport:
-    described = parse_metadata(checkpoint[METADATA_KEY], name) if METADATA_KEY in checkpoint else None
+    described = None
+    if METADATA_KEY in checkpoint:
+        described = parse_metadata(checkpoint[METADATA_KEY], name, model.task, "classification")
     weights, prefix = _named_weights(model, checkpoint, name)
     pretraining = is_pretraining(weights)
     if pretraining:

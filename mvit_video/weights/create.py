@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal, overload
 
-from mvit_video.errors import ConfigError, did_you_mean
+from mvit_video.errors import ConfigError, look_up
 from mvit_video.model.config import MViTConfig
 from mvit_video.model.interface import StageFeatures
 from mvit_video.model.mvit import MViT
-from mvit_video.model.variants import VARIANTS, Variant, build, list_models
+from mvit_video.model.variants import VARIANTS, Variant, build
 from mvit_video.weights import published
 from mvit_video.weights.checkpoint import from_slowfast, load_weights
 from mvit_video.weights.formats import to_pyslowfast_keys
@@ -74,12 +74,8 @@ def create_model(
     """
     if weights is not None:
         model = _create_published(name, weights, num_classes, head=head, **overrides)
-    elif name in VARIANTS:
-        model = build(VARIANTS[name], num_classes=num_classes, **overrides)
     else:
-        raise ConfigError(
-            f"unknown model {name!r}{did_you_mean(name, VARIANTS)}; known: {', '.join(list_models())}"
-        )
+        model = build(look_up(name, VARIANTS, "model"), num_classes=num_classes, **overrides)
     return StageFeatures(model, out_indices) if features_only else model
 
 

@@ -6,7 +6,8 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,10 +20,10 @@ from mvit_video.model.base import VideoModel
 from mvit_video.model.baselines import Baseline, BaselineConfig
 from mvit_video.model.clip_spec import ClipSpec
 from mvit_video.model.config import MViTConfig, floor_divide
-from mvit_video.model.fields import check_types, replace_fields
+from mvit_video.model.fields import check_types
 from mvit_video.model.mvit import MViT
 from mvit_video.model.variants import VARIANTS
-from mvit_video.weights.reading import distinct_names, is_plain, require_bounded
+from mvit_video.weights.reading import METADATA_KEY, distinct_names, is_plain, require_bounded
 
 # Far above any model's, far below what would fill a machine's memory.
 MAX_BLOCKS = 1000
@@ -75,24 +76,51 @@ def model_metadata(model: VideoModel) -> dict[str, Any]:
     }
 
 
-def parse_metadata(metadata: Any, name: str) -> Description:
-    """``model_metadata``, or its JSON text, read back from the file ``name``. Raises CheckpointError."""
+@contextmanager
+def describing(name: str, what: str = "model") -> Iterator[None]:
+    """Whatever the description in a file makes go wrong becomes a CheckpointError, which names the file."""
     try:
-        metadata = json.loads(metadata) if isinstance(metadata, str) else metadata
-        require_bounded(metadata)
-        if (task := metadata.get("task", "classification")) != "classification":
-            raise CheckpointError(f"{name}: a checkpoint of the task {task}, which has a loader of its own")
-        values, names = dict(metadata["config"]), metadata["class_names"]
-        config = BaselineConfig(**values) if "name" in values else replace_fields(MViTConfig(), values)
-        spec = replace_fields(ClipSpec(), dict(metadata["protocol"]))
-        names = (distinct_names(names) or None) if isinstance(names, list) else names
-        return Description(config, spec, names, metadata.get("multi_label", False))
+        yield
     except CheckpointError:
         raise
     except Exception as error:  # a file can hold anything in the place of anything
         raise CheckpointError(
-            f"{name}: its description of the model can't be used ({brief(error)})"
+            f"{name}: its description of the {what} can't be used ({brief(error)})"
         ) from None
+
+
+def plain_metadata(metadata: Any, name: str, *tasks: str) -> dict[str, Any]:
+    """What a file says of its model, as it is or as JSON text. Raises CheckpointError for other tasks."""
+    with describing(name):
+        metadata = json.loads(metadata) if isinstance(metadata, str) else metadata
+        require_bounded(metadata)
+        if (task := metadata.get("task", "classification")) not in tasks:
+            raise CheckpointError(f"{name}: a checkpoint of the task {task}, not of {tasks[-1]}")
+        return dict(metadata)
+
+
+def own_metadata(checkpoint: Mapping[str, Any], name: str, task: str, example: str) -> dict[str, Any]:
+    """The same of a checkpoint that must be of a task; ``example`` is the name of a model of it."""
+    if METADATA_KEY not in checkpoint:
+        raise CheckpointError(
+            f"{name}: holds weights but not which model they belong to; name it too, for example "
+            f"model={example}"
+        )
+    return plain_metadata(checkpoint[METADATA_KEY], name, task)
+
+
+def parse_metadata(metadata: Any, name: str, *tasks: str) -> Description:
+    """``model_metadata``, or its JSON text, read back from the file ``name``. Raises CheckpointError.
+
+    Args:
+        tasks: that the file may be of; without any, "classification".
+    """
+    metadata = plain_metadata(metadata, name, *tasks or ["classification"])
+    with describing(name):
+        names, kind = metadata["class_names"], BaselineConfig if "name" in metadata["config"] else MViTConfig
+        names = (distinct_names(names) or None) if isinstance(names, list) else names
+        spec = ClipSpec(**metadata["protocol"])
+        return Description(kind(**metadata["config"]), spec, names, metadata.get("multi_label", False))
 
 
 def build_empty(description: Description, weights: Mapping[str, Tensor] | None, name: str) -> VideoModel:
@@ -102,7 +130,7 @@ def build_empty(description: Description, weights: Mapping[str, Tensor] | None, 
         CheckpointError: it can't be built, or ``weights``, unless None, hold another number of blocks.
     """
     config, spec = description.config, description.protocol
-    try:
+    with describing(name):  # sizes that overflow, factors that leave nothing
         if isinstance(config, MViTConfig):
             depth = sum(config.stages)
             found = {match[1] for key in weights or () if (match := re.match(r"blocks\.(\d+)\.", key))}
@@ -114,10 +142,6 @@ def build_empty(description: Description, weights: Mapping[str, Tensor] | None, 
                 raise ValueError(f"num_classes is {config.num_classes}, which no tensor has")
         with torch.device("meta"):
             return MViT(config, spec) if isinstance(config, MViTConfig) else Baseline(config, spec)
-    except Exception as error:  # sizes that overflow, factors that leave nothing
-        raise CheckpointError(
-            f"{name}: its description of the model can't be used ({brief(error)})"
-        ) from None
 
 
 def as_overrides(config: MViTConfig | BaselineConfig) -> str:

@@ -18,14 +18,13 @@ from mvit_video.action_detection import ActionDetector, mean_average_precision
 from mvit_video.action_detection.annotations import KeyFrame, action_splits, read_boxes
 from mvit_video.action_detection.checkpoint import (
     load_action_detector,
-    load_action_weights,
     save_action_detector,
 )
 from mvit_video.action_detection.clips import ActionClips, collate, frame_numbers
 from mvit_video.data.decode import open_video
 from mvit_video.detection import save_detector
 from mvit_video.errors import CheckpointError
-from mvit_video.weights import METADATA_KEY
+from mvit_video.weights import METADATA_KEY, load_weights
 
 SMALL = ("model.embed_dim=8", "model.stages=[1,1]", "model.num_frames=4", "model.crop_size=32")
 SMALL += ("augment.short_side_range=[32,36]", "num_workers=0", "trainer.accelerator=cpu")
@@ -235,8 +234,8 @@ def test_a_checkpoint_is_believed_only_if_it_fits(tmp_path: Path) -> None:
     again = load_action_detector(file)
     assert again.roi_options == detector.roi_options
     assert torch.equal(again.head.projection.weight, detector.head.projection.weight)
-    assert load_action_weights(small_detector(num_classes=2), file).fresh == ()
-    assert len(load_action_weights(small_detector(num_classes=5), file, head="new").fresh) == 2
+    assert load_weights(small_detector(num_classes=2), file).fresh == ()
+    assert len(load_weights(small_detector(num_classes=5), file, head="new").fresh) == 2
     with pytest.raises(CheckpointError, match="action_detection"):
         mv.load_model(file)
     content = torch.load(file, weights_only=True)

@@ -17,7 +17,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from mvit_video.action_detection.annotations import ActionIndex, ActionSplits, box_lines, read_boxes
-from mvit_video.action_detection.checkpoint import load_action_detector, load_action_weights
+from mvit_video.action_detection.checkpoint import load_action_detector
 from mvit_video.action_detection.clips import ActionAugment, ActionClips, collate
 from mvit_video.action_detection.detector import ActionDetector
 from mvit_video.action_detection.evaluation import report, score_index
@@ -34,14 +34,12 @@ from mvit_video.action_detection.prediction import (
 from mvit_video.action_detection.training import ActionDetectorTraining
 from mvit_video.cli import app
 from mvit_video.cli.tasks.persons import find_people
-from mvit_video.data.bad_videos import allowed_bad_videos
 from mvit_video.data.class_names import check_same_classes
 from mvit_video.data.decode.container import MAX_PIXELS
 from mvit_video.data.loader import WORKER_TYPES, ClipLoader
 from mvit_video.data.samplers import AllVideos, EpochBatches
 from mvit_video.errors import ConfigError, DataError, VideoError
 from mvit_video.evaluation.provenance import versions
-from mvit_video.evaluation.run import remove_journals
 from mvit_video.io.console import print_table, printable, track
 from mvit_video.io.fingerprint import fingerprint
 from mvit_video.io.writing import replacing, sole_writer
@@ -53,7 +51,7 @@ from mvit_video.prediction.writer import format_of, open_live_output
 from mvit_video.training.recipe import freeze
 from mvit_video.training.resume import files_identity
 from mvit_video.training.task import Training, model_identity
-from mvit_video.weights import weights_sha256
+from mvit_video.weights import load_weights, weights_sha256
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +79,7 @@ def train(config: DictConfig, trainer: pl.Trainer) -> Training:
         config, num_classes=splits.num_classes, **({"weights": None} if config.weights else {})
     )
     if config.weights:
-        found = load_action_weights(detector, config.weights, head=config.head)
+        found = load_weights(detector, config.weights, head=config.head)
         log.info("weights of %s\n%s", config.weights, found)
     detector.class_names = splits.class_names
     if config.freeze:
@@ -115,14 +113,11 @@ def evaluate(config: DictConfig) -> None:
     """Score the people of every key frame of a split once; print and save how precisely."""
     if config.class_map or config.class_names:
         raise ConfigError("class_map= and class_names= are for classification")
-    allowed_bad_videos(config.max_bad_videos, 0)  # a wrong value is told before anything is read
     with app.evaluation(config) as (ranks, output):
         device = app.choose_device(config.device)
         detector = trained_detector(config)
         splits = _build_splits(config)
-        index: ActionIndex | None = getattr(splits, config.split)
-        if index is None:
-            raise ConfigError(f"split={config.split}: the data set has no such split")
+        index: ActionIndex = app.chosen_split(splits, config.split)
         check_same_classes(detector.class_names, detector.config.num_classes, splits.class_names)
         identity = fingerprint(
             weights=weights_sha256(detector),
@@ -138,7 +133,7 @@ def evaluate(config: DictConfig) -> None:
             output,
             ranks=ranks,
             identity=identity,
-            allowed_bad=allowed_bad_videos(config.max_bad_videos, len({f.path for f in index.key_frames})),
+            max_bad_videos=config.max_bad_videos,
             batch_size=config.batch_size,
             device=device,
             autocast=autocast(device, config.precision),
@@ -151,7 +146,6 @@ def evaluate(config: DictConfig) -> None:
         settings = {"weights": str(config.weights), "split": config.split, "precision": config.precision}
         settings |= {"protocol": str(detector.protocol), "versions": versions()}
         results = report(scored, index, splits.names, output, settings=settings)
-        remove_journals(output)
     if results:
         rows = [(name, f"{100 * found['mAP']:.2f} %") for name, found in results["evaluators"].items()]
         print_table(f"{len(scored)} key frames", ("evaluator", "mAP at IoU 0.5"), rows)
@@ -169,7 +163,7 @@ def trained_detector(config: DictConfig) -> ActionDetector:
         detector = load_action_detector(config.weights)
     else:
         detector = _build_detector(config)
-        load_action_weights(detector, config.weights)
+        load_weights(detector, config.weights)
     detector.protocol = app.override_protocol(detector.protocol, config.views)
     return detector.eval()
 

@@ -18,7 +18,6 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from mvit_video.cli import app
-from mvit_video.data.bad_videos import allowed_bad_videos
 from mvit_video.data.class_names import check_same_classes
 from mvit_video.data.loader import WORKER_TYPES
 from mvit_video.detection.checkpoint import load_detector
@@ -33,7 +32,7 @@ from mvit_video.detection.coco import (
 from mvit_video.detection.data import TestImages, TrainingImages, training_loader, whole_image_loader
 from mvit_video.detection.detector import Detector
 from mvit_video.detection.drawing import as_png, name_of_track
-from mvit_video.detection.evaluation import find_in_images, report
+from mvit_video.detection.evaluation import detect_in_images, report
 from mvit_video.detection.export import export_backbone, load_maps
 from mvit_video.detection.metrics import LIKELY, SUMMARY
 from mvit_video.detection.recognizer import (
@@ -47,7 +46,6 @@ from mvit_video.detection.training import DetectorTraining
 from mvit_video.detection.writer import COLUMNS, ObjectWriter, as_text, rows_of
 from mvit_video.errors import ConfigError, DataError, VideoError
 from mvit_video.evaluation.provenance import versions
-from mvit_video.evaluation.run import remove_journals
 from mvit_video.io.console import csv_cell, print_table, printable, track
 from mvit_video.io.fingerprint import fingerprint
 from mvit_video.io.writing import replacing
@@ -173,10 +171,9 @@ def _write_problems(problems: Sequence[Problem]) -> Path:
 
 
 def evaluate(config: DictConfig) -> None:
-    """Find the objects of every image of a split once; print and save how precisely."""
+    """Detect the objects of every image of a split once; print and save how precisely."""
     if config.scores or config.class_map:
         raise ConfigError("scores= and class_map= are for classification")
-    allowed_bad_videos(config.max_bad_videos, 0)  # a wrong value is told before anything is read
     with app.evaluation(config) as (ranks, output):
         device = app.choose_device(config.device)
         splits = _build_splits(config, only=config.split)
@@ -197,13 +194,13 @@ def evaluate(config: DictConfig) -> None:
             images=coco.sha256(),
             precision=config.precision,
         )
-        results = find_in_images(
+        results = detect_in_images(
             detector.to(device),
             coco,
             output,
             ranks=ranks,
             identity=identity,
-            allowed_bad=allowed_bad_videos(config.max_bad_videos, len(coco)),
+            max_bad_videos=config.max_bad_videos,
             device=device,
             autocast=autocast(device, config.precision),
             num_workers=config.num_workers,
@@ -212,7 +209,6 @@ def evaluate(config: DictConfig) -> None:
         if results is None:  # rank 0 reports
             return
         measured = report(coco, results, output, settings=settings, num_worst=config.worst_mistakes)
-        remove_journals(output)
     if measured:
         rows = [(kind, *map(_shown, list(p.summary.values())[:6])) for kind, p in measured.items()]
         print_table(f"{len(results)} images", ("", *SUMMARY[:6]), rows)
