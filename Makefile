@@ -3,16 +3,20 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO := demo
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: setup demo demo-detection bench bench-check test test-all test-browser test-gpu lint format docs clean
 
 setup: $(VENV)/.installed
 
-# Installed anew whenever the dependencies change.
+# Installed anew whenever the dependencies change. Python's own pip may be an old one, which takes twice as long to choose
+# versions; pip compiles on one core, and a few files of others are for newer Pythons.
 $(VENV)/.installed: pyproject.toml
 	@echo "setting up $(VENV) (about two minutes, most of it PyTorch)"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test,lint]"
+	$(PIP) --upgrade pip
+	$(PIP) --no-compile -e ".[test,lint]"
+	@$(BIN)/python -m compileall -q -j 0 -x /tests/ $(VENV)/lib > $(VENV)/compiled.log || true
 	@touch $@
 
 demo: setup
@@ -41,18 +45,18 @@ test: setup
 	$(BIN)/python -m pytest -q
 
 test-all: setup
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test,lint,lora,sweep]"
+	$(PIP) -e ".[test,lint,lora,sweep]"
 	$(BIN)/python -m pytest -q -m "not gpu and not browser"
 
 test-browser: setup
-	$(BIN)/python -m pip install --quiet playwright
+	$(PIP) playwright
 	$(BIN)/python -m pytest -q -m browser
 
 test-gpu: setup
 	$(BIN)/python -m pytest -q -m gpu
 
 bench: setup
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test,lint,torchcodec,decord]"
+	$(PIP) -e ".[test,lint,torchcodec,decord]"
 	$(BIN)/python benchmarks/positions.py
 	$(BIN)/python benchmarks/decode.py --write
 	$(BIN)/python benchmarks/loader.py --write
