@@ -38,7 +38,7 @@ import mvit_video as mv
 from mvit_video.data.augment import Augment
 from mvit_video.data.datasets import Batch, ClipDataset, ViewDataset, training_loader, validation_loader
 from mvit_video.data.index import LabelledVideo, VideoSplits, folder_splits
-from mvit_video.pretraining.data import MaskedTestViews, MaskedTrainingClips, masked_loaders
+from mvit_video.pretraining.data import MaskedTestViews, MaskedTrainingClips, collate_masked
 from mvit_video.pretraining.hog import hog_targets
 from mvit_video.pretraining.masks import Masking
 from mvit_video.pretraining.pretrainer import Pretrainer
@@ -96,7 +96,8 @@ def pretrain(splits: VideoSplits, *, steps: int, lr: float, seed: int) -> tuple[
     clips = MaskedTrainingClips(splits.train.videos, spec, AUGMENT, seed=seed, draw_mask=draw)
     one_view = replace(spec, num_clips=1, num_crops=1)
     views = MaskedTestViews(splits.val.videos, one_view, seed=seed, draw_mask=draw)
-    training, held_out = masked_loaders(clips, views, batch_size=BATCH, num_workers=0)
+    training = training_loader(clips, collate_masked, batch_size=BATCH, num_workers=0)
+    held_out = validation_loader(views, collate_masked, batch_size=BATCH, num_workers=0)
     fit(Pretrainer(model, lr=lr, seed=seed, **RECIPE), training, steps=steps, clip=0.02)
     model.eval()
     with torch.no_grad():

@@ -168,9 +168,7 @@ def action_splits(
     given = folder / Path(str(videos)).expanduser() if videos else None
     place = given or find_first(folder, "videos", "frames") or folder
     source = _Films(existing(place, folder=True), start_second, max_missing)
-    lists: list[dict[str, str] | None] = [None, None]
-    if frame_lists:
-        lists = [_read_frame_list(folder / str(file), source.folder) for file in frame_lists]
+    lists = [_read_frame_list(folder / str(file), source.folder) for file in frame_lists or ()]
     train, true = _sources(folder, train_boxes), _sources(folder, val_boxes)
     names = _names(folder, class_names, [file for file, _ in train])
     limits = _Limits(tuple(map(float, seconds or (-math.inf, math.inf))), max(names))
@@ -179,7 +177,7 @@ def action_splits(
     val = _sources(folder, val_persons, min_person_score) or true
     key_frames = [
         source.key_frames(_people(files, limits), pictures, files[0][0])
-        for files, pictures in ((train, lists[0]), (val, lists[1]))
+        for files, pictures in zip((train, val), lists or (None, None), strict=True)
     ]
     rows = [row for file, _ in true for row in read_boxes(file) if row.class_id is not None]
     left_out = tuple(read_moments(folder / str(excluded))) if excluded else ()

@@ -15,11 +15,11 @@ from torch.utils.data import Dataset
 
 from mvit_video.action_detection.annotations import KeyFrame
 from mvit_video.action_detection.boxes import PixelSplit, clip_view, key_frame_indices, move_boxes
-from mvit_video.data.datasets import MAX_REPLACEMENTS, BadVideo, OpenVideo
+from mvit_video.data.datasets import BadVideo, OpenVideo, read_or_replace
 from mvit_video.data.decode import Video, open_video
 from mvit_video.data.pixels import cut_and_resize, normalise
 from mvit_video.data.sampling import SpatialView
-from mvit_video.errors import DataError, VideoError
+from mvit_video.errors import VideoError
 from mvit_video.model.clip_spec import ClipSpec
 
 _SLACK = 1e-6  # frames: of a time that lies in the middle between two
@@ -148,25 +148,25 @@ class ActionClips(Dataset[ActionSample]):
     def __getitem__(self, key: tuple[int, int] | int) -> ActionSample:
         epoch, index = key if isinstance(key, tuple) else (0, key)
         rng = random.Random(f"{self.seed} {epoch} {index}")
+
+        def read(index: int) -> tuple[Tensor, Tensor]:
+            with self.open_file(self.key_frames[index].path) as video:
+                return self._read(video, self.key_frames[index], rng)
+
         bad: list[BadVideo] = []
-        for _ in range(MAX_REPLACEMENTS):
-            frame = self.key_frames[index]
+        if self.split == "train":
+            (clip, boxes), index, bad = read_or_replace(read, index, len(self.key_frames), rng)
+        else:
             try:
-                with self.open_file(frame.path) as video:
-                    clip, boxes = self._read(video, frame, rng)
+                clip, boxes = read(index)
             except VideoError as error:
-                bad.append(BadVideo(error.path, error.reason))
-                if self.split != "train":
-                    return ActionSample(
-                        frame, torch.empty(0), torch.empty(0, 4), torch.empty(0, self.num_classes), bad
-                    )
-                index = rng.randrange(len(self.key_frames))
-                continue
-            targets = torch.zeros(len(boxes), self.num_classes)
-            for row, ids in enumerate(frame.class_ids):
-                targets[row, [number - 1 for number in ids]] = 1
-            return ActionSample(frame, clip, boxes, targets, bad)
-        raise DataError(f"{MAX_REPLACEMENTS} videos in a row can't be read, the last: {': '.join(bad[-1])}")
+                bad = [BadVideo(error.path, error.reason)]
+                nothing = torch.empty(0, 4), torch.empty(0, self.num_classes)
+                return ActionSample(self.key_frames[index], torch.empty(0), *nothing, bad)
+        targets = torch.zeros(len(boxes), self.num_classes)
+        for row, ids in enumerate(self.key_frames[index].class_ids):
+            targets[row, [number - 1 for number in ids]] = 1
+        return ActionSample(self.key_frames[index], clip, boxes, targets, bad)
 
     def _read(self, video: Video, frame: KeyFrame, rng: random.Random) -> tuple[Tensor, Tensor]:
         height, width = video.size

@@ -17,10 +17,8 @@ from mvit_video.action_detection.annotations import ActionIndex, KeyFrame, write
 from mvit_video.action_detection.clips import ActionClips, ActionSample, collate
 from mvit_video.action_detection.detector import ActionDetector
 from mvit_video.action_detection.metrics import Row, mean_average_precision
-from mvit_video.data.datasets import BadVideo, OpenVideo
-from mvit_video.data.loader import ClipLoader
+from mvit_video.data.datasets import BadVideo, OpenVideo, validation_loader
 from mvit_video.data.ranks import Ranks
-from mvit_video.data.samplers import AllVideos
 from mvit_video.errors import DataError
 from mvit_video.evaluation.run import file_identity, resumable
 from mvit_video.io.fingerprint import Fingerprint
@@ -74,10 +72,7 @@ def score_people(
     """
     spec, num_classes = detector.protocol, detector.config.num_classes
     clips = ActionClips(key_frames, spec, num_classes, "test", open_file=open_file)
-    loader: ClipLoader[list[ActionSample]] = ClipLoader(
-        clips, AllVideos(len(key_frames), batch_size), list, **loading
-    )
-    with closing(loader):
+    with closing(validation_loader(clips, list, batch_size=batch_size, **loading)) as loader:
         for samples in loader:
             for shape, same in groupby(samples, key=lambda sample: sample.clip.shape):
                 group = list(same)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from mvit_video.errors import ConfigError
 from mvit_video.io.writing import sole_writer
 from mvit_video.model import ClipSpec, VideoModel
 from mvit_video.model.variants import change_views
-from mvit_video.weights import build_for_weights, load_model
+from mvit_video.weights import build_for_weights, load_model, load_weights
 from mvit_video.weights.reading import read_task
 
 log = logging.getLogger(__name__)
@@ -76,6 +76,19 @@ def build_model(config: DictConfig, num_classes: int | None = None) -> VideoMode
     model.protocol = override_protocol(model.protocol, config.views)
     timing.watch(model)
     return model.eval()
+
+
+def load_weights_of(config: DictConfig, model: Any) -> None:
+    """Load ``config.weights``, if there are any, into a model, with or without its head."""
+    if config.weights:
+        report = load_weights(model, config.weights, head=config.get("head", "strict"))
+        log.info("weights of %s\n%s", config.weights, report)
+
+
+def build_module(config: DictConfig, model: Any, own: Mapping[str, str] | None = None, **options: Any) -> Any:
+    """What trains a model as ``config.optim`` says, or with ``own`` in the place of some of it."""
+    kind = build(config.optim, _partial_=True, **(own or {}))
+    return kind(model, batch_size=config.batch_size, seed=config.seed, **options)
 
 
 def build_decoder(config: DictConfig) -> OpenVideo:

@@ -23,7 +23,7 @@ from mvit_video.data.ranks import Ranks
 from mvit_video.errors import ConfigError, DataError
 from mvit_video.evaluation.classes import matching_classes, read_class_map
 from mvit_video.evaluation.importers import as_in_data_set, read_table
-from mvit_video.evaluation.multi_label import report_multi_label, require_same_kind
+from mvit_video.evaluation.multi_label import require_same_kind
 from mvit_video.evaluation.provenance import provenance_of
 from mvit_video.evaluation.run import score_data_set
 from mvit_video.evaluation.score_files import write_scores
@@ -135,17 +135,10 @@ def _read_table(file: Path, config: DictConfig, splits: VideoSplits | None) -> S
 def _report(
     tables: Mapping[str, ScoreTable], config: DictConfig, output: Path, open_file: OpenVideo | None = None
 ) -> None:
-    from mvit_video.evaluation import results  # which imports matplotlib
+    from mvit_video.evaluation.results import report  # which imports matplotlib
 
-    settings = {"how": config.combine, "seed": config.seed}
-    if any(table.multi_label for table in tables.values()):
-        report_multi_label(tables, output, config.combine)
-    elif len(tables) > 1:
-        results.report_comparison(tables, output, **settings)
-    else:
-        (table,) = tables.values()
-        settings |= {"num_mistakes": config.worst_mistakes, "open_file": open_file}
-        results.report_table(table, output, **settings)
+    settings = {"how": config.combine, "seed": config.seed, "num_mistakes": config.worst_mistakes}
+    report(tables, output, open_file=open_file, **settings)
 
 
 def _class_names(config: DictConfig) -> tuple[str, ...] | None:

@@ -8,8 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +27,7 @@ from mvit_video.errors import ConfigError, DataError, VideoError
 from mvit_video.model.clip_spec import ClipSpec
 
 OpenVideo = Callable[[str], Video]
+Made = TypeVar("Made")
 
 MAX_REPLACEMENTS = 20  # bad videos in a row before a training run gives up
 
@@ -124,21 +124,34 @@ class ClipDataset(Dataset[TrainingSample]):
     def __getitem__(self, key: tuple[int, ...] | int) -> TrainingSample:
         key = key if isinstance(key, tuple) else (int(self._epoch), key)
         rng = random.Random(" ".join(map(str, (self.seed, *key))))
-        index = key[1]
-        bad: list[BadVideo] = []
-        for _ in range(MAX_REPLACEMENTS):
-            video = self.videos[index]
-            try:
-                with self.open_file(video.path) as file:
-                    clips: Clips = read_training_clips(file, self.protocol, self.augment, rng)
-            except VideoError as error:
-                bad.append(BadVideo(error.path, error.reason))
-                index = rng.randrange(len(self.videos))
-                continue
-            clips = clips if self.pending else finish_clips(clips)
-            assert video.label is not None  # the index has checked it
-            return TrainingSample(clips, video.label, bad, video.path)
-        raise DataError(f"{MAX_REPLACEMENTS} videos in a row can't be read, the last: {': '.join(bad[-1])}")
+
+        def read(index: int) -> Clips:
+            with self.open_file(self.videos[index].path) as file:
+                return read_training_clips(file, self.protocol, self.augment, rng)
+
+        clips, index, bad = read_or_replace(read, key[1], len(self.videos), rng)
+        video = self.videos[index]
+        assert video.label is not None  # the index has checked it
+        return TrainingSample(clips if self.pending else finish_clips(clips), video.label, bad, video.path)
+
+
+def read_or_replace(
+    read: Callable[[int], Made], index: int, count: int, rng: random.Random, what: str = "videos"
+) -> tuple[Made, int, list[BadVideo]]:
+    """What is read at an index of ``count``, or else at random ones; at which, and what couldn't be read.
+
+    Raises DataError where many in a row can't be read.
+    """
+    bad: list[BadVideo] = []
+    for _ in range(MAX_REPLACEMENTS):
+        try:
+            made = read(index)
+        except VideoError as error:
+            bad.append(BadVideo(error.path, error.reason))
+            index = rng.randrange(count)
+            continue
+        return made, index, bad
+    raise DataError(f"{MAX_REPLACEMENTS} {what} in a row can't be read, the last: {': '.join(bad[-1])}")
 
 
 class ViewDataset(Dataset[VideoViews]):
@@ -176,7 +189,8 @@ def _clip_nbytes(protocol: ClipSpec) -> int:
 
 
 def training_loader(
-    dataset: ClipDataset,
+    dataset: Any,
+    collate: Callable[[list[Any]], Any] | None = None,
     *,
     batch_size: int,
     rank: int = 0,
@@ -184,31 +198,32 @@ def training_loader(
     shuffle: bool = True,
     weights: Sequence[float] | None = None,
     **loading: Any,
-) -> ClipLoader[Batch]:
-    """Batches of random clips in the order of ``EpochBatches``; ``loading`` as of ``ClipLoader``."""
+) -> ClipLoader[Any]:
+    """Batches of random clips in the order of ``EpochBatches``.
+
+    Args:
+        dataset: with a ``seed``; its keys are (epoch, index).
+        collate, loading: as of ``ClipLoader``; by default labelled clips.
+    """
     order: dict[str, Any] = {"shuffle": shuffle, "weights": weights}
     batches = EpochBatches(
         len(dataset), batch_size, seed=dataset.seed, rank=rank, num_replicas=num_replicas, **order
     )
-    return ClipLoader(dataset, batches, collate_training, **loading)
+    return ClipLoader(dataset, batches, collate or collate_training, **loading)
 
 
 def validation_loader(
-    dataset: ViewDataset,
+    dataset: Any,
+    collate: Callable[[list[Any]], Any] | None = None,
     *,
     batch_size: int,
     rank: int = 0,
     num_replicas: int = 1,
     **loading: Any,
-) -> ClipLoader[Batch]:
-    """Batches of all views of ``batch_size`` labelled videos; ``loading`` as of ``ClipLoader``."""
+) -> ClipLoader[Any]:
+    """All of a data set in order, ``batch_size`` videos at a time; see ``training_loader``."""
     batches = AllVideos(len(dataset), batch_size, rank=rank, num_replicas=num_replicas)
-    return ClipLoader(dataset, batches, collate_views, **loading)
-
-
-def views_loader(dataset: ViewDataset, **loading: Any) -> ClipLoader[VideoViews]:
-    """The videos one by one; ``loading`` as of ``ClipLoader``."""
-    return ClipLoader(dataset, AllVideos(len(dataset), 1), itemgetter(0), **loading)
+    return ClipLoader(dataset, batches, collate or collate_views, **loading)
 
 
 def collate_training(samples: list[TrainingSample]) -> Batch:

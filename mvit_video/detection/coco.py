@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from mvit_video.data.decode.container import open_picture
 from mvit_video.data.files import existing
 from mvit_video.detection.augment import Objects
+from mvit_video.detection.masks import to_mask
 from mvit_video.errors import DataError, VideoError, brief
 
 log = logging.getLogger(__name__)
@@ -302,24 +302,6 @@ def is_file(path: Path) -> bool:
         return path.is_file()
     except (OSError, ValueError):
         return False
-
-
-def to_mask(segmentation: Any, height: int, width: int) -> NDArray[np.bool_]:
-    """Polygons or a run-length encoding as a bitmap, bool (height, width)."""
-    from pycocotools import mask as coco
-
-    if not segmentation:
-        return np.zeros((height, width), dtype=bool)
-    encoded = (
-        coco.frPyObjects(segmentation, height, width) if _is_uncompressed(segmentation) else segmentation
-    )
-    if isinstance(encoded, list):
-        encoded = coco.merge(encoded)
-    return coco.decode(encoded).astype(bool)
-
-
-def _is_uncompressed(segmentation: Any) -> bool:
-    return isinstance(segmentation, list) or isinstance(segmentation["counts"], list)
 
 
 def _annotation(

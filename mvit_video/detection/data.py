@@ -12,13 +12,13 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mvit_video.data.datasets import MAX_REPLACEMENTS, BadVideo
+from mvit_video.data.datasets import BadVideo, read_or_replace, validation_loader
 from mvit_video.data.loader import ClipLoader
-from mvit_video.data.samplers import AllVideos, EpochBatches
+from mvit_video.data.samplers import EpochBatches
 from mvit_video.detection.augment import Objects, shortest_edge
 from mvit_video.detection.coco import AnnotatedImage, load_objects, open_listed, read_image
 from mvit_video.detection.roi_heads import Target
-from mvit_video.errors import DataError, VideoError
+from mvit_video.errors import VideoError
 
 OpenImage = Callable[[str], Image.Image]
 Augmentation = Callable[[Objects, random.Random], tuple[Tensor, Target]]
@@ -87,17 +87,14 @@ class TrainingImages(Dataset[TrainingSample]):
     def __getitem__(self, key: tuple[int, int]) -> TrainingSample:
         epoch, index = key
         rng = random.Random(f"{self.seed} {epoch} {index}")
-        bad: list[BadVideo] = []
-        for _ in range(MAX_REPLACEMENTS):
-            listed = self.images[index]
-            try:
-                objects = load_objects(listed, self.open_file)
-            except VideoError as error:
-                bad.append(BadVideo(error.path, error.reason))
-                index = rng.randrange(len(self.images))
-                continue
-            return TrainingSample(*self.augment(objects, rng), bad, listed.path)
-        raise DataError(f"{MAX_REPLACEMENTS} images in a row can't be read, the last: {': '.join(bad[-1])}")
+        objects, index, bad = read_or_replace(
+            lambda index: load_objects(self.images[index], self.open_file),
+            index,
+            len(self.images),
+            rng,
+            "images",
+        )
+        return TrainingSample(*self.augment(objects, rng), bad, self.images[index].path)
 
 
 class TestImages(Dataset[TestImage]):
@@ -185,17 +182,13 @@ def training_loader(
     return ClipLoader(dataset, batches, collate_training, device=torch.device("cpu"), **loading)
 
 
-def whole_image_loader(
-    dataset: TestImages,
-    *,
-    batch_size: int,
-    rank: int = 0,
-    num_replicas: int = 1,
-    **loading: Any,
-) -> ClipLoader[ImageBatch]:
-    """Every image once, in order; ``loading`` as of ``ClipLoader``."""
-    batches = AllVideos(len(dataset), batch_size, rank=rank, num_replicas=num_replicas)
-    return ClipLoader(dataset, batches, collate_test, device=torch.device("cpu"), **loading)
+def whole_image_loader(dataset: TestImages, **loading: Any) -> ClipLoader[ImageBatch]:
+    """Every image once, in order, one by one: what pads it to another's size changes its detections.
+
+    ``loading`` as of ``validation_loader``.
+    """
+    alone = {"batch_size": 1, "device": torch.device("cpu")}
+    return validation_loader(dataset, collate_test, **(loading | alone))
 
 
 def collate_training(samples: list[TrainingSample]) -> ImageBatch:

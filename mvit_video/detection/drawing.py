@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make_grid
 
-from mvit_video.detection.masks import Polygons, polygons_to_mask
+from mvit_video.detection.masks import Polygons, to_mask
 from mvit_video.io.console import printable
 from mvit_video.prediction.follower import LOST
 
@@ -34,7 +34,7 @@ def draw_objects(
         return image.clone()
     height, width = image.shape[1:]
     if not isinstance(masks, Tensor):
-        masks = torch.stack([torch.from_numpy(polygons_to_mask(parts, height, width)) for parts in masks])
+        masks = torch.stack([torch.from_numpy(to_mask(parts, height, width)) for parts in masks])
     names = [
         printable(class_names[label]) if label < len(class_names) else str(label) for label in labels.tolist()
     ]

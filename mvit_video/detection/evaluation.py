@@ -15,10 +15,11 @@ import torch
 
 from mvit_video.data.datasets import BadVideo
 from mvit_video.data.ranks import Ranks
-from mvit_video.detection.coco import CocoImages, load_objects, summary, to_mask
+from mvit_video.detection.coco import CocoImages, load_objects, summary
 from mvit_video.detection.data import TestImages, whole_image_loader
 from mvit_video.detection.detector import Detector
 from mvit_video.detection.drawing import as_png, draw_objects, grid
+from mvit_video.detection.masks import to_mask
 from mvit_video.detection.metrics import LIKELY, ImageResult, Precision, measure, to_result
 from mvit_video.errors import VideoError
 from mvit_video.evaluation.run import file_identity, resumable
@@ -59,8 +60,7 @@ def detect_in_images(
 
     def detect(ids: Sequence[int]) -> Iterator[Entry | BadVideo]:
         dataset = TestImages([images[number] for number in ids], **sides)
-        # One by one: what pads an image to the size of another changes its detections.
-        with closing(whole_image_loader(dataset, batch_size=1, **loading)) as loader:
+        with closing(whole_image_loader(dataset, **loading)) as loader:
             for batch in loader:
                 yield from batch.bad
                 if batch.images:

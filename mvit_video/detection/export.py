@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +13,8 @@ from torch import Tensor, nn
 from mvit_video.detection.checkpoint import detector_metadata
 from mvit_video.detection.detector import Detector
 from mvit_video.errors import ConfigError
-from mvit_video.weights.export import imported, save_program
-from mvit_video.weights.reading import EXPORTED, METADATA_KEY
+from mvit_video.weights.export import export_onnx, imported, save_program
+from mvit_video.weights.reading import EXPORTED
 
 LEVELS = ("p2", "p3", "p4", "p5", "p6")
 
@@ -53,19 +52,9 @@ def export_backbone(detector: Detector, path: str | Path, size: tuple[int, int])
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporters: about their own insides
         if path.suffix == ".pt2":
-            program = torch.export.export(model, (images,))
-            save_program(program, path, metadata)
-            return
-        onnx = imported("onnx")
-        imported("onnxscript")
-        for name in ("onnxscript", "onnx_ir"):  # hundreds of lines about their own steps
-            logging.getLogger(name).setLevel(logging.WARNING)
-        exported = torch.onnx.export(
-            model, (images,), dynamo=True, input_names=["images"], output_names=list(LEVELS), verbose=False
-        )
-        assert exported is not None
-        onnx.helper.set_model_props(exported.model_proto, {METADATA_KEY: metadata})
-        onnx.save(exported.model_proto, str(path))
+            save_program(torch.export.export(model, (images,)), path, metadata)
+        else:
+            export_onnx(model, {"images": images}, LEVELS, metadata, path)
 
 
 def load_maps(path: str | Path) -> Callable[[Tensor], list[Tensor]]:

@@ -6,10 +6,12 @@ As in detectron2's ``structures/masks.py`` and ``layers/mask_ops.py`` at 02b5c4e
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.ops import roi_align
 
@@ -39,19 +41,24 @@ def _rasterised(parts: Sequence[Sequence[float]], box: np.ndarray, size: int) ->
     moved = [
         ((np.asarray(part, dtype=np.float64).reshape(-1, 2) - box[:2]) * scale).ravel() for part in parts
     ]
-    return polygons_to_mask(moved, size, size)
+    return to_mask(moved, size, size)
 
 
-def polygons_to_mask(parts: Sequence[Sequence[float]], height: int, width: int) -> np.ndarray:
-    """The pixels that any of the polygons covers, bool (height, width), as pycocotools counts them."""
+def to_mask(segmentation: Any, height: int, width: int) -> NDArray[np.bool_]:
+    """The pixels that any of some polygons covers, or a run-length encoding, as a bitmap (height, width)."""
     from pycocotools import mask as coco
 
-    if not len(parts):
+    if not len(segmentation):
         return np.zeros((height, width), dtype=bool)
-    return coco.decode(coco.merge(coco.frPyObjects(list(parts), height, width))).astype(bool)
+    encoded = segmentation
+    if not isinstance(segmentation, dict):
+        encoded = coco.merge(coco.frPyObjects(list(segmentation), height, width))
+    elif isinstance(segmentation["counts"], list):
+        encoded = coco.frPyObjects(segmentation, height, width)
+    return coco.decode(encoded).astype(bool)
 
 
-def paste_masks(masks: Tensor, boxes: Tensor, height: int, width: int, threshold: float = 0.5) -> Tensor:
+def paste_masks(masks: Tensor, boxes: Tensor, height: int, width: int) -> Tensor:
     """Probabilities inside boxes -> masks of the picture.
 
     Args:
@@ -77,5 +84,5 @@ def paste_masks(masks: Tensor, boxes: Tensor, height: int, width: int, threshold
         y = (y - box[1]) / (box[3] - box[1]) * 2 - 1
         y, x = torch.meshgrid(y, x, indexing="ij")
         sampled = F.grid_sample(mask[None, None].float(), torch.stack([x, y], -1)[None], align_corners=False)
-        target[y0:y1, x0:x1] = sampled[0, 0] >= threshold
+        target[y0:y1, x0:x1] = sampled[0, 0] >= 0.5
     return pasted

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from mvit_video.data.class_names import check_same_classes
 from mvit_video.data.decode import open_video
 from mvit_video.data.index import VideoIndex
-from mvit_video.data.ranks import Ranks
-from mvit_video.evaluation.metrics import Metrics, measure
-from mvit_video.evaluation.multi_label import MultiLabelMetrics, report_multi_label, require_same_kind
+from mvit_video.evaluation.metrics import Metrics
+from mvit_video.evaluation.multi_label import MultiLabelMetrics, require_same_kind
 from mvit_video.evaluation.provenance import provenance_of
-from mvit_video.evaluation.results import report_table
+from mvit_video.evaluation.results import report
 from mvit_video.evaluation.run import remove_journals, score_data_set
 from mvit_video.evaluation.score_files import write_scores
 from mvit_video.evaluation.scores import Combination
@@ -62,30 +62,18 @@ def evaluate(
     model.protocol = change_views(own, num_clips=num_clips, num_crops=num_crops)
     try:
         settings = dict.fromkeys(("class_map", "model_classes", "decoder", "split", "data"))
-        precision = str(next(model.parameters()).dtype).removeprefix("torch.")
+        settings["precision"] = str(next(model.parameters()).dtype).removeprefix("torch.")
+        provenance = provenance_of(model, "given in Python", **settings)
+        scoring: dict[str, Any] = {"max_bad_videos": max_bad_videos, "combination": combine}
+        scoring |= {"batch_size": batch_size, "num_workers": num_workers, "device": device}
         with sole_writer(output):
-            table = score_data_set(
-                model,
-                videos,
-                output,
-                ranks=Ranks(),
-                provenance=provenance_of(model, "given in Python", precision=precision, **settings),
-                matrix=None,
-                max_bad_videos=max_bad_videos,
-                combination=combine,
-                batch_size=batch_size,
-                num_workers=num_workers,
-                device=device,
-            )
+            table = score_data_set(model, videos, output, provenance=provenance, **scoring)
             assert table is not None  # of one process
             write_scores(table, output / "scores.parquet")
-            metrics: Metrics | MultiLabelMetrics
-            if table.multi_label:
-                metrics = report_multi_label({"": table}, output, combine)
-            else:
-                report_table(table, output, how=combine, seed=0, num_mistakes=12, open_file=open_video)
-                metrics = measure(table, combine)
+            shown: dict[str, Any] = {"seed": 0, "num_mistakes": 12, "open_file": open_video}
+            metrics = report({"": table}, output, how=combine, **shown)
+            assert metrics is not None  # of one table
             remove_journals(output)
+            return metrics
     finally:
         model.protocol = own
-    return metrics

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from mvit_video.data.datasets import OpenVideo
 from mvit_video.evaluation.metrics import Metrics, compare, measure, wilson_interval
+from mvit_video.evaluation.multi_label import MultiLabelMetrics, report_multi_label
 from mvit_video.evaluation.provenance import versions
 from mvit_video.evaluation.report import write_comparison, write_report
 from mvit_video.evaluation.scores import Combination, ScoreTable
@@ -33,6 +34,31 @@ _SETTINGS = (
 )
 
 
+def report(
+    tables: Mapping[str, ScoreTable],
+    output: Path,
+    *,
+    how: Combination,
+    seed: int,
+    num_mistakes: int,
+    open_file: OpenVideo | None = None,
+) -> Metrics | MultiLabelMetrics | None:
+    """Report a table, or compare several by their names, which gives no metrics.
+
+    Args:
+        how: see ``combine``.
+        seed: see ``measure``.
+        num_mistakes: how many of the worst mistakes to show; with frames, where ``open_file`` is given.
+    """
+    first, *others = tables.values()
+    if any(table.multi_label for table in tables.values()):
+        return report_multi_label(tables, output, how)
+    if others:
+        report_comparison(tables, output, how=how, seed=seed)
+        return None
+    return report_table(first, output, how=how, seed=seed, num_mistakes=num_mistakes, open_file=open_file)
+
+
 def report_table(
     table: ScoreTable,
     output: Path,
@@ -41,13 +67,10 @@ def report_table(
     seed: int,
     num_mistakes: int,
     open_file: OpenVideo | None = None,
-) -> None:
+) -> Metrics:
     """Write results.json, videos.parquet, tables, report.html and its pictures, and print the accuracies.
 
-    Args:
-        how: see ``combine``.
-        seed: see ``measure``.
-        num_mistakes: how many of the worst mistakes to show; with frames, where ``open_file`` is given.
+    Arguments as of ``report``.
     """
     metrics = measure(table, how, seed=seed)
     results = _results(table, metrics, how, seed)
@@ -60,6 +83,7 @@ def report_table(
     log.info("mean class accuracy %.4f, macro F1 %.4f", metrics.mean_class_accuracy, metrics.macro_f1)
     text = "top-1 %.4f, 95 %% interval %.4f to %.4f; results.json and report.html are in %s"
     log.info(text, results["video_top1"], *metrics.intervals["video_top1"], output)
+    return metrics
 
 
 def report_comparison(tables: Mapping[str, ScoreTable], output: Path, *, how: Combination, seed: int) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mvit_video.data.bad_videos import BadVideos, allowed_bad_videos
 from mvit_video.data.batches import in_full_batches
-from mvit_video.data.datasets import BadVideo, OpenVideo, VideoViews, ViewDataset, views_loader
+from mvit_video.data.datasets import BadVideo, OpenVideo, VideoViews, ViewDataset, validation_loader
 from mvit_video.data.decode import open_video
 from mvit_video.data.index import LabelledVideo, VideoIndex
 from mvit_video.data.loader import WORKER_TYPES
@@ -134,9 +134,9 @@ def score_data_set(
     index: VideoIndex,
     output: Path,
     *,
-    ranks: Ranks,
+    ranks: Ranks = Ranks(),  # noqa: B008 (immutable)
     provenance: Fingerprint,
-    matrix: Tensor | None,
+    matrix: Tensor | None = None,
     max_bad_videos: float,
     combination: Combination,
     **loading: Any,
@@ -212,8 +212,10 @@ def score_videos(
     Raises:
         DataError: the model gives NaN or infinite scores, as soon as it does; the error names the video.
     """
-    videos_views = views_loader(
+    videos_views = validation_loader(
         ViewDataset(videos, model.protocol, open_file=open_file, pending=True),
+        itemgetter(0),
+        batch_size=1,
         num_workers=num_workers,
         worker_type=WORKER_TYPES[loader],
         pin_memory=torch.device(device).type == "cuda" and num_workers > 0,

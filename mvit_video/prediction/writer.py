@@ -15,13 +15,13 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import IO, Any, Literal, NamedTuple, cast, get_args
 
 from mvit_video.errors import ConfigError
 from mvit_video.io.console import csv_cell, valid_text
@@ -135,7 +135,7 @@ def open_live_output(
     """A file that lines are appended to, behind those of the same settings; gives a function that does it."""
     path = Path(os.path.realpath(path))
     with sole_writer(path):
-        _require_own(path, settings, resume=resume and path.exists())
+        require_own(path, settings | _VERSION, resume=resume and path.exists())
         if not resume:
             path.unlink(missing_ok=True)
         elif path.exists():
@@ -197,7 +197,7 @@ def _take_up(
         raise ConfigError(f"{path} is {'no' if is_folder else 'a'} folder; name another output")
     begun = resume and (is_document or path.exists())
     is_ours = {"protocol", "videos"} <= read_fingerprint(path).keys() if is_document else None
-    _require_own(path, settings, resume=begun, is_ours=is_ours)
+    require_own(path, settings | _VERSION, resume=begun, is_ours=is_ours)
     if is_folder:
         _clear_parts(path)
     elif begun and not is_document and not _begins(map(text_of, chain([None], _journaled(path))), path):
@@ -211,7 +211,7 @@ def _take_up(
     return done
 
 
-def _require_own(path: Path, settings: Fingerprint, *, resume: bool, is_ours: bool | None = None) -> None:
+def require_own(path: Path, settings: Fingerprint, *, resume: bool, is_ours: bool | None = None) -> None:
     """Refuse an output that wasn't written here or, to be resumed, has other settings. Raises ConfigError.
 
     Args:
@@ -223,7 +223,7 @@ def _require_own(path: Path, settings: Fingerprint, *, resume: bool, is_ours: bo
         raise ConfigError(f"{path} exists and mvit-predict hasn't written it; name another output")
     if before and resume:
         remedy = "name another output, or resume=false to write it anew"
-        require_same(before, settings | _VERSION, what=str(path), remedy=remedy, free=_FREE)
+        require_same(before, settings, what=str(path), remedy=remedy, free=_FREE)
 
 
 def _still_counts(entry: Entry, stamps: dict[str, Fingerprint]) -> bool:
@@ -317,17 +317,22 @@ def _parts(path: Path, note: Callable[[Entry], None], *, per_clip: bool) -> Iter
 
 
 def _write_part(rows: list[dict[str, Any]], part: Path, note: Callable[[Entry], None]) -> None:
+    kinds = {"start": "float64", "end": "float64", "rank": "int32", "score": "float32"}
+    write_parquet(rows, COLUMNS, kinds, content := io.BytesIO())
+    note({"part": part.name, "sha256": hashlib.sha256(content.getbuffer()).hexdigest()})
+    with replacing(part) as file:
+        file.write(content.getbuffer())
+
+
+def write_parquet(
+    rows: list[dict[str, Any]], columns: Iterable[str], kinds: Mapping[str, str], file: IO[bytes]
+) -> None:
+    """Write rows as Parquet; columns hold text where ``kinds`` says nothing else."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    kinds = {"start": pa.float64(), "end": pa.float64(), "rank": pa.int32(), "score": pa.float32()}
-    schema = pa.schema([(name, kinds.get(name, pa.string())) for name in COLUMNS])
-    content = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(rows, schema), content)
-    data = content.getvalue().to_pybytes()
-    note({"part": part.name, "sha256": hashlib.sha256(data).hexdigest()})
-    with replacing(part) as file:
-        file.write(data)
+    schema = pa.schema([(name, pa.type_for_alias(kinds.get(name, "string"))) for name in columns])
+    pq.write_table(pa.Table.from_pylist(rows, schema), file)
 
 
 @contextmanager

@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 
 from mvit_video.data.datasets import BadVideo, ClipDataset, ViewDataset, cat_clips
-from mvit_video.data.loader import ClipLoader
-from mvit_video.data.samplers import AllVideos, EpochBatches
 
 DrawMask = Callable[[random.Random], Tensor]
 
@@ -65,25 +63,6 @@ class MaskedTestViews(ViewDataset):
         rng = random.Random(f"mask {self.seed} {index}")
         masks = torch.stack([self.draw_mask(rng) for _ in views.spans])
         return MaskedClips(views.clips, masks, [], [path] * len(masks))
-
-
-def masked_loaders(
-    training: MaskedTrainingClips,
-    validation: MaskedTestViews,
-    *,
-    batch_size: int,
-    rank: int = 0,
-    num_replicas: int = 1,
-    shuffle: bool = True,
-    **loading: Any,
-) -> tuple[ClipLoader[MaskedClips], ClipLoader[MaskedClips]]:
-    """Batches of random clips, and of all views of the held-out videos; ``loading`` as of ``ClipLoader``."""
-    share: dict[str, Any] = {"rank": rank, "num_replicas": num_replicas}
-    epochs = EpochBatches(len(training), batch_size, seed=training.seed, shuffle=shuffle, **share)
-    all_videos = AllVideos(len(validation), batch_size, **share)
-    return ClipLoader(training, epochs, collate_masked, **loading), ClipLoader(
-        validation, all_videos, collate_masked, **loading
-    )
 
 
 def collate_masked(samples: list[MaskedClips]) -> MaskedClips:

@@ -75,25 +75,42 @@ def train(
     output = Path(output).expanduser().resolve()
     check_same_classes(model.class_names, model.config.num_classes, splits.class_names)
     model.class_names, model.multi_label = splits.class_names, splits.multi_label
-    model.train()  # Lightning leaves modes as they are
-    augment = augment or Augment()
     recipe = {"lr": lr, "layer_decay": layer_decay, "label_smoothing": label_smoothing, "warmup": 0.1}
     optimizer: Any = torch.optim.AdamW
     kind = MultiLabelClassifier if splits.multi_label else Classifier
     module = kind(model, optimizer=optimizer, mixing=mixing, batch_size=batch_size, seed=seed, **recipe)
-    monitor = monitor or kind.monitor
+    options: dict[str, Any] = {"balance": balance, "num_workers": num_workers, "resume": resume}
+    options |= {"monitor": monitor or kind.monitor, "trainer": {"max_epochs": max_epochs, **(trainer or {})}}
+    _fit(module, splits, output, recipe, augment or Augment(), **options)
+    return output / CHECKPOINTS / "best.ckpt"
+
+
+def _fit(
+    module: Classifier,
+    splits: VideoSplits,
+    output: Path,
+    recipe: Mapping[str, float],
+    augment: Augment,
+    *,
+    monitor: str,
+    balance: Any,
+    num_workers: int,
+    resume: bool,
+    trainer: Mapping[str, Any],
+) -> None:
+    module.model.train()  # Lightning leaves modes as they are
     with ExitStack() as stack:
         if rank_and_size()[0] == 0:
             stack.enter_context(show_log())
             stack.enter_context(sole_writer(output / CHECKPOINTS))
-        pl.seed_everything(seed, workers=True, verbose=False)
-        built = _build_trainer(output, monitor, {"max_epochs": max_epochs, **(trainer or {})})
+        pl.seed_everything(module.seed, workers=True, verbose=False)
+        built = _build_trainer(output, monitor, trainer)
         training = classification_training(
             module,
             splits,
             augment,
             balance=balance,
-            batch_size=batch_size,
+            batch_size=module.batch_size,
             num_workers=num_workers,
             rank=built.global_rank,
             num_replicas=built.world_size,
@@ -102,25 +119,17 @@ def train(
         stack.enter_context(closing(training.training))
         stack.enter_context(closing(training.validation))
         same = fingerprint(
-            batch={"size": batch_size * built.world_size},
+            batch={"size": module.batch_size * built.world_size},
             optim=recipe,
-            seed=seed,
+            seed=module.seed,
             augment=asdict(augment),
-            mixing=asdict(mixing) if mixing else None,
+            mixing=asdict(module.mixing) if module.mixing else None,
             **training.identity,
         )
         found = find_checkpoint("last", output, own_only=True) if resume else None
-        run(
-            built,
-            training,
-            output,
-            monitor=monitor,
-            run_fingerprint=same,
-            resume_from=found,
-            max_bad_videos=0.2,
-        )
-    model.eval()
-    return output / CHECKPOINTS / "best.ckpt"
+        options: dict[str, Any] = {"run_fingerprint": same, "resume_from": found, "max_bad_videos": 0.2}
+        run(built, training, output, monitor=monitor, **options)
+    module.model.eval()
 
 
 def _build_trainer(output: Path, monitor: str, arguments: Mapping[str, Any]) -> pl.Trainer:

@@ -11,12 +11,12 @@ import json
 import logging
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from mvit_video.errors import CheckpointError, ConfigError, brief
@@ -89,7 +89,7 @@ def export_model(model: MViT, path: str | Path, *, compiled: bool = False) -> No
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporters: about their own insides
         if path.suffix == ".onnx":
-            _export_onnx(model, clips, shapes, metadata, path)
+            export_onnx(model, {"clips": clips}, ["logits"], metadata, path, shapes)
             return
         program = torch.export.export(model, (clips,), dynamic_shapes=shapes)
         if compiled:
@@ -145,22 +145,30 @@ def load_exported(path: str | Path, device: str | torch.device = "cpu", trust: b
     return ExportedModel(run, metadata, str(path))
 
 
-def _export_onnx(model: MViT, clips: Tensor, shapes: Any, metadata: str, path: Path) -> None:
+def export_onnx(
+    model: nn.Module,
+    inputs: dict[str, Tensor],
+    outputs: Sequence[str],
+    metadata: str,
+    path: Path,
+    shapes: Any = None,
+) -> None:
+    """Write a model as ONNX for inputs like these. Raises ConfigError where a package is missing."""
     onnx = imported("onnx")
     imported("onnxscript")
     for name in ("onnxscript", "onnx_ir"):  # hundreds of lines about their own steps
         logging.getLogger(name).setLevel(logging.WARNING)
     program = torch.onnx.export(
         model,
-        (clips,),
+        tuple(inputs.values()),
         dynamo=True,
         dynamic_shapes=shapes,
-        input_names=["clips"],
-        output_names=["logits"],
+        input_names=list(inputs),
+        output_names=outputs,
         verbose=False,
     )
     assert program is not None
-    proto = program.model_proto
+    proto = program.model_proto  # a new one each time
     onnx.helper.set_model_props(proto, {METADATA_KEY: metadata})
     onnx.save(proto, str(path))
 

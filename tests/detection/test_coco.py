@@ -14,7 +14,8 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from mvit_video.detection.augment import MultiScale
-from mvit_video.detection.coco import coco_dataset, load_objects, read_coco, summary, to_mask
+from mvit_video.detection.coco import coco_dataset, load_objects, read_coco, summary
+from mvit_video.detection.masks import to_mask
 from mvit_video.errors import DataError, VideoError
 
 BOX = {"image_id": 1, "category_id": 7, "bbox": [2, 3, 10, 12], "segmentation": [[2, 3, 12, 3, 12, 15]]}

@@ -15,7 +15,8 @@ from torchmetrics.detection import MeanAveragePrecision
 from mvit_video.cli import app
 from mvit_video.cli.help import CONF_DIR
 from mvit_video.cli.schema import check
-from mvit_video.detection.coco import Annotation, CocoImages, coco_splits, to_mask
+from mvit_video.detection.coco import Annotation, CocoImages, coco_splits
+from mvit_video.detection.masks import to_mask
 from mvit_video.detection.metrics import ImageResult, measure, to_result
 from mvit_video.detection.training import DetectorTraining
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import mvit_video as mv
 from mvit_video.detection import Detector, create_detector, list_detectors
-from mvit_video.detection.masks import polygons_to_mask
+from mvit_video.detection.masks import to_mask
 from mvit_video.detection.weights import from_detectron2
 from mvit_video.errors import CheckpointError, ConfigError
 
@@ -167,7 +167,7 @@ def test_losses_and_gradients(method: str, variant: str, monkeypatch: pytest.Mon
     detector = official(method, drop_path=0.0, **sizes).train()
     boxes, labels, masks = golden.targets(height, width)
     if case["gt_masks"] == "bitmask":
-        masks = torch.from_numpy(np.stack([polygons_to_mask(parts, height, width) for parts in masks]))
+        masks = torch.from_numpy(np.stack([to_mask(parts, height, width) for parts in masks]))
     target = {"boxes": torch.from_numpy(boxes), "labels": torch.from_numpy(labels), "masks": masks}
     # Officially drawn at random; the figures are of the first ones.
     monkeypatch.setattr(torch, "randperm", lambda count, **kwargs: torch.arange(count, **kwargs))

@@ -23,7 +23,7 @@ from mvit_video.detection.augment import (
     multi_scale,
     shortest_edge,
 )
-from mvit_video.detection.masks import polygons_to_mask
+from mvit_video.detection.masks import to_mask
 from mvit_video.detection.roi_heads import Target
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "reference" / "detection" / "augmentation.json").read_text())
@@ -85,7 +85,7 @@ def test_multi_scale(case: dict[str, Any]) -> None:
 @pytest.mark.parametrize("recipe", [MultiScale(), LargeScaleJitter()])
 def test_bitmaps_follow_polygons(recipe: Any) -> None:
     polygons = objects_of(240, 320)
-    bitmaps = np.stack([polygons_to_mask([p.ravel() for p in parts], 240, 320) for parts in polygons.masks])
+    bitmaps = np.stack([to_mask([p.ravel() for p in parts], 240, 320) for parts in polygons.masks])
     for seed in range(4):
         image, drawn = recipe(polygons, random.Random(seed))
         again, pixels = recipe(
@@ -97,7 +97,7 @@ def test_bitmaps_follow_polygons(recipe: Any) -> None:
         for label in shared:
             parts = drawn["masks"][drawn["labels"].tolist().index(label)]
             mask = pixels["masks"][pixels["labels"].tolist().index(label)].numpy()
-            outline = polygons_to_mask(parts, *image.shape[1:])
+            outline = to_mask(parts, *image.shape[1:])
             # Pixels at the outline may differ.
             perimeter = 4 * np.sqrt(outline.size)
             assert (outline != mask).sum() < 2 * perimeter

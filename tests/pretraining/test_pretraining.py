@@ -19,10 +19,11 @@ from conftest import Command, error_line
 import mvit_video as mv
 from mvit_video.cli.conf import CONF_DIR
 from mvit_video.data.augment import Augment
+from mvit_video.data.datasets import training_loader, validation_loader
 from mvit_video.data.index import unlabelled_splits
 from mvit_video.errors import ConfigError, DataError
 from mvit_video.model.clip_spec import KINETICS_MEAN, KINETICS_STD
-from mvit_video.pretraining.data import MaskedTestViews, MaskedTrainingClips, masked_loaders
+from mvit_video.pretraining.data import MaskedTestViews, MaskedTrainingClips, collate_masked
 from mvit_video.pretraining.hog import cells_of, hog, hog_targets
 from mvit_video.pretraining.masks import Masking
 from mvit_video.pretraining.picture import render
@@ -178,7 +179,8 @@ def test_masks_follow_from_seed_epoch_and_index(unlabelled: Path) -> None:
         clips = MaskedTrainingClips(splits.train.videos, spec, Augment(repeats=2), seed=3, draw_mask=draw)
         views = MaskedTestViews(splits.val.videos, spec, seed=3, draw_mask=draw)
         share = {"rank": rank, "num_replicas": num_replicas, "batch_size": 4 // num_replicas}
-        training, validation = masked_loaders(clips, views, num_workers=num_workers, **share)
+        training = training_loader(clips, collate_masked, num_workers=num_workers, **share)
+        validation = validation_loader(views, collate_masked, num_workers=num_workers, **share)
         training.batches.set_epoch(1)
         found = [*training, *validation]
         training.close()

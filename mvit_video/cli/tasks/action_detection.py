@@ -35,9 +35,9 @@ from mvit_video.action_detection.training import ActionDetectorTraining
 from mvit_video.cli import app
 from mvit_video.cli.tasks.persons import find_people
 from mvit_video.data.class_names import check_same_classes
+from mvit_video.data.datasets import training_loader, validation_loader
 from mvit_video.data.decode.container import MAX_PIXELS
 from mvit_video.data.loader import WORKER_TYPES, ClipLoader
-from mvit_video.data.samplers import AllVideos, EpochBatches
 from mvit_video.errors import ConfigError, DataError, VideoError
 from mvit_video.evaluation.provenance import versions
 from mvit_video.io.console import print_table, printable, track
@@ -78,15 +78,10 @@ def train(config: DictConfig, trainer: pl.Trainer) -> Training:
     detector = _build_detector(
         config, num_classes=splits.num_classes, **({"weights": None} if config.weights else {})
     )
-    if config.weights:
-        found = load_weights(detector, config.weights, head=config.head)
-        log.info("weights of %s\n%s", config.weights, found)
+    app.load_weights_of(config, detector)
     detector.class_names = splits.class_names
-    if config.freeze:
-        freeze(detector, list(config.freeze) if OmegaConf.is_list(config.freeze) else [str(config.freeze)])
-    module: ActionDetectorTraining = app.build(config.optim, _partial_=True)(
-        detector, batch_size=config.batch_size, seed=config.seed
-    )
+    freeze(detector, app.texts(config.freeze))
+    module: ActionDetectorTraining = app.build_module(config, detector)
     val = splits.val.every(splits.val_every)
     if not val.key_frames or not val.ground_truth:
         raise DataError(
@@ -193,23 +188,14 @@ def _build_loaders(
     config: DictConfig, detector: ActionDetector, train: ActionIndex, val: ActionIndex, trainer: pl.Trainer
 ) -> tuple[ClipLoader[Any], ClipLoader[Any]]:
     loading = app.loading(config, trainer)
-    batch_size = loading.pop("batch_size")
-    shares = {"rank": loading.pop("rank"), "num_replicas": loading.pop("num_replicas")}
     reading = {"seed": config.seed, "open_file": app.build_decoder(config)}
     spec, count = detector.protocol, detector.config.num_classes
-    batches = EpochBatches(
-        len(train.key_frames),
-        batch_size,
-        seed=config.seed,
-        shuffle=not config.trainer.overfit_batches,
-        **shares,
-    )
-    augment = app.build(config.augment)
+    augment, shuffle = app.build(config.augment), not config.trainer.overfit_batches
     clips = ActionClips(train.key_frames, spec, count, "train", augment=augment, **reading)
     middle = ActionClips(val.key_frames, spec, count, "val", **reading)
     return (
-        ClipLoader(clips, batches, collate, **loading),
-        ClipLoader(middle, AllVideos(len(val.key_frames), batch_size, **shares), collate, **loading),
+        training_loader(clips, collate, shuffle=shuffle, **loading),
+        validation_loader(middle, collate, **loading),
     )
 
 

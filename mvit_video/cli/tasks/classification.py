@@ -44,10 +44,8 @@ def train(config: DictConfig, trainer: pl.Trainer) -> Training:
     splits: VideoSplits = app.build_data(config.data)
     model = _build_model(config, splits)
     kind = MultiLabelClassifier if splits.multi_label else Classifier
-    settings = {"_target_": f"{kind.__module__}.{kind.__name__}", "_partial_": True}
-    classifier: Classifier = app.build(config.optim, **settings)(
-        model, batch_size=config.batch_size, mixing=app.build(config.mixing), seed=config.seed
-    )
+    own = {"_target_": f"{kind.__module__}.{kind.__name__}"}
+    classifier: Classifier = app.build_module(config, model, own, mixing=app.build(config.mixing))
     _describe(model, splits)
     if not (config.weights or config.model.get("weights") or config.ckpt_path):
         _warn_of_few_videos(model, splits)
@@ -84,8 +82,7 @@ def _build_model(config: DictConfig, splits: VideoSplits) -> VideoModel:
     check_same_classes(model.class_names, model.config.num_classes, splits.class_names)
     model.class_names, model.multi_label = splits.class_names, splits.multi_label
     model.train()  # published weights come in eval mode, and Lightning leaves modes as they are
-    if config.freeze:
-        freeze(model, app.texts(config.freeze))
+    freeze(model, app.texts(config.freeze))
     return model
 
 

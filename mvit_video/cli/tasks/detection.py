@@ -43,18 +43,18 @@ from mvit_video.detection.recognizer import (
     video_writer,
 )
 from mvit_video.detection.training import DetectorTraining
-from mvit_video.detection.writer import COLUMNS, ObjectWriter, as_text, rows_of
+from mvit_video.detection.writer import COLUMNS, as_text, open_objects, rows_of
 from mvit_video.errors import ConfigError, DataError, VideoError
 from mvit_video.evaluation.provenance import versions
 from mvit_video.io.console import csv_cell, print_table, printable, track
-from mvit_video.io.fingerprint import fingerprint
+from mvit_video.io.fingerprint import Fingerprint, fingerprint
 from mvit_video.io.writing import replacing
 from mvit_video.prediction.saving import output_names
 from mvit_video.prediction.writer import Format, format_of
 from mvit_video.training.recipe import freeze
 from mvit_video.training.resume import files_identity
 from mvit_video.training.task import Training, model_identity
-from mvit_video.weights import load_weights, weights_sha256
+from mvit_video.weights import weights_sha256
 from mvit_video.weights.reading import EXPORTED
 
 MAX_TABLE = 100  # rows; the others are in the output
@@ -79,17 +79,12 @@ def train(config: DictConfig, trainer: pl.Trainer) -> Training:
     """Augmented images for training, whole ones for validation."""
     splits = _build_splits(config)
     detector = _build_detector(config, len(splits.train.class_names))
-    if config.weights:
-        report = load_weights(detector, config.weights, head=config.head)
-        log.info("weights of %s\n%s", config.weights, report)
+    app.load_weights_of(config, detector)
     detector.class_names, detector.category_ids = splits.train.class_names, splits.train.category_ids
-    if config.freeze:
-        parts = app.texts(config.freeze)
-        scales = "backbone.bottom_up"  # what a classifier's weights are for
-        freeze(cast(Any, detector), [scales if part == "backbone" else part for part in parts])
-    module: DetectorTraining = app.build(config.optim, _partial_=True)(
-        detector, batch_size=config.batch_size, seed=config.seed
-    )
+    scales = "backbone.bottom_up"  # what a classifier's weights are for
+    parts = [scales if part == "backbone" else part for part in app.texts(config.freeze)]
+    freeze(cast(Any, detector), parts)
+    module: DetectorTraining = app.build_module(config, detector)
     module.validation = splits.val
     loading = app.loading(config, trainer)
     trained, augment = splits.train.with_objects, app.build(config.augment)
@@ -104,7 +99,7 @@ def train(config: DictConfig, trainer: pl.Trainer) -> Training:
     whole = TestImages(
         splits.val.images, short_side=detector.config.min_size, max_side=detector.config.max_size
     )
-    validation = whole_image_loader(whole, **{**loading, "batch_size": 1})
+    validation = whole_image_loader(whole, **loading)
     _describe(detector, splits, trained)
     identity = {
         "data": {
@@ -216,12 +211,51 @@ def evaluate(config: DictConfig) -> None:
 
 
 def predict(config: DictConfig, files: list[str]) -> None:
-    """Find the objects in the files given as arguments and in ``config.videos``: a table, or a file."""
+    """Detect objects in the files given as arguments and in ``config.videos``: a table, or a file."""
     arguments = files + list(config.videos)
     _check_prediction(config, arguments)
-    device = app.choose_device(config.device)
+    recognizer, settings = _build_recognizer(config)
+    ids = recognizer.detector.category_ids or tuple(range(recognizer.detector.config.num_classes))
+    paths = expand_files(arguments)
+    names = output_names(paths)
+    shown: list[tuple[Any, ...]] = []
+    failed: list[FoundObjects] = []
+    as_lines: Format | None = None if config.output else config.format
+    if as_lines == "csv":
+        print(",".join(COLUMNS))
+    with ExitStack() as stack:
+        todo, add = paths, None
+        if config.output:
+            options = {"format": format_of(config.output, config.format), "resume": config.resume}
+            output = open_objects(config.output, paths, settings=settings, **options)
+            todo, add = stack.enter_context(output)
+        done = len(paths) - len(todo)
+        if done:
+            log.info("resuming: %d of them are in %s already", done, config.output)
+        for path in track(todo, len(paths), done=done, what="detecting"):
+            rows: list[dict[str, Any]] = []
+            for found in _drawn(recognizer, path, Path(config.save_dir) / names[path], config):
+                rows += rows_of(found, ids)
+                failed += [found] if found.error else []
+                shown += _table(found, config.min_score or LIKELY) if len(shown) < MAX_TABLE else []
+            if add:
+                add(path, rows)
+            elif as_lines:
+                print(as_text(rows, as_lines), end="", flush=True)
+    if not config.output and not as_lines:
+        print_table("", ("file", "second", "class", "score", "box"), shown[:MAX_TABLE])
+    if config.save:
+        log.info("drawn objects: %s", Path(config.save_dir).absolute())
+    for found in failed[:1]:
+        first = f"the first: {found.path}: {found.error}"
+        log.warning("%d of %d files failed, %s", len(failed), len(paths), first)
+        if len(failed) == len(paths):
+            raise DataError(f"no file could be read, {first}")
+
+
+def _build_recognizer(config: DictConfig) -> tuple[ObjectRecognizer, Fingerprint]:
+    """What detects objects, and what these depend on besides the files."""
     detector = _trained_detector(config)
-    ids = detector.category_ids or tuple(range(detector.config.num_classes))
     settings = fingerprint(
         weights_sha256=weights_sha256(detector),
         model=asdict(detector.config),
@@ -234,49 +268,11 @@ def predict(config: DictConfig, files: list[str]) -> None:
         detector,
         min_score=config.min_score,
         stride=config.stride or 0.0,
-        device=device,
+        device=app.choose_device(config.device),
         precision=config.precision,
         open_file=app.build_decoder(config),
     )
-    paths = expand_files(arguments)
-    names = output_names(paths)
-    shown: list[tuple[Any, ...]] = []
-    failed: list[FoundObjects] = []
-    as_lines: Format | None = None if config.output else config.format
-    if as_lines not in (None, "jsonl", "csv"):
-        raise ConfigError(f"format={as_lines} needs output=FILE")
-    if as_lines == "csv":
-        print(",".join(COLUMNS))
-    with ExitStack() as stack:
-        writer = None
-        if config.output:
-            format = format_of(config.output, config.format)
-            writer = stack.enter_context(
-                ObjectWriter(config.output, paths, format=format, settings=settings, resume=config.resume)
-            )
-        todo = writer.todo if writer else paths
-        if len(todo) < len(paths):
-            log.info("resuming: %d of them are in %s already", len(paths) - len(todo), config.output)
-        for path in track(todo, len(paths), done=len(paths) - len(todo), what="looking"):
-            rows: list[dict[str, Any]] = []
-            for found in _drawn(recognizer, path, Path(config.save_dir) / names[path], config):
-                rows += rows_of(found, ids)
-                failed += [found] if found.error else []
-                shown += _table(found, config.min_score or LIKELY) if len(shown) < MAX_TABLE else []
-            if writer:
-                writer.add(path, rows)
-            elif as_lines:
-                print(as_text(rows, as_lines), end="", flush=True)
-    if not config.output and not as_lines:
-        print_table("", ("file", "second", "class", "score", "box"), shown[:MAX_TABLE])
-    if config.save:
-        log.info("drawn objects: %s", Path(config.save_dir).absolute())
-    for found in failed[:1]:
-        log.warning(
-            "%d of %d files failed, the first: %s: %s", len(failed), len(paths), found.path, found.error
-        )
-        if len(failed) == len(paths):
-            raise DataError(f"no file could be looked at, the first: {found.path}: {found.error}")
+    return recognizer, settings
 
 
 def _shown(precision: float) -> str:
@@ -293,6 +289,8 @@ def _check_prediction(config: DictConfig, arguments: list[str]) -> None:
         raise ConfigError("save= of a detector is png (pictures) or video, or both")
     if config.engine != "local":
         raise ConfigError("engine= is for classification; a detector works in this process")
+    if not config.output and config.format not in (None, "jsonl", "csv"):
+        raise ConfigError(f"format={config.format} needs output=FILE")
 
 
 def _trained_detector(config: DictConfig, num_classes: int = 80) -> Detector:
@@ -302,13 +300,12 @@ def _trained_detector(config: DictConfig, num_classes: int = 80) -> Detector:
             raise ConfigError("no weights given: set weights=FILE")
         return load_detector(config.weights)
     detector = _build_detector(config, num_classes)
-    if config.weights:
-        log.info("weights of %s\n%s", config.weights, load_weights(detector, config.weights))
+    app.load_weights_of(config, detector)
     return detector.eval()
 
 
 def _drawn(recognizer: ObjectRecognizer, path: str, name: Path, config: DictConfig) -> Iterator[FoundObjects]:
-    """What is found in a file; beside it writes the picture, or the video, that ``save`` asks for."""
+    """What is detected in a file; beside it writes the picture, or the video, that ``save`` asks for."""
     threshold = config.min_score or LIKELY
     with ExitStack() as stack:
         add = None
@@ -364,7 +361,7 @@ def export(config: DictConfig) -> None:
 
 
 def check_data(config: DictConfig) -> None:
-    """Open every image and look at every object; DataError where some can't be used."""
+    """Open every image and check every object; DataError where some can't be used."""
     splits: CocoSplits = app.build(config.data, max_missing=1.0)
     problems = [*splits.train.problems, *splits.val.problems]
     with ThreadPoolExecutor(config.num_workers or os.cpu_count()) as threads:

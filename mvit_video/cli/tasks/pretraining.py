@@ -12,17 +12,17 @@ import torch
 from omegaconf import DictConfig
 
 from mvit_video.cli import app
+from mvit_video.data.datasets import training_loader, validation_loader
 from mvit_video.data.index import VideoSplits
 from mvit_video.errors import ConfigError
 from mvit_video.model.config import Grid
-from mvit_video.pretraining.data import MaskedTestViews, MaskedTrainingClips, masked_loaders
+from mvit_video.pretraining.data import MaskedTestViews, MaskedTrainingClips, collate_masked
 from mvit_video.pretraining.maskfeat import MaskFeat
 from mvit_video.pretraining.masks import Masking
 from mvit_video.pretraining.pretrainer import PICTURE, Pretrainer
 from mvit_video.training.recipe import freeze
 from mvit_video.training.resume import files_identity, videos_sha256
 from mvit_video.training.task import Training, model_identity
-from mvit_video.weights import load_weights
 
 log = logging.getLogger(__name__)
 
@@ -58,14 +58,9 @@ def train(config: DictConfig, trainer: pl.Trainer) -> Training:
     splits: VideoSplits = app.build(config.data)
     model: MaskFeat = app.build(config.model)
     model.protocol = app.override_protocol(model.protocol, config.views)
-    if config.weights:
-        report = load_weights(model, config.weights, head=config.head)
-        log.info("weights of %s\n%s", config.weights, report)
-    if config.freeze:
-        freeze(model, app.texts(config.freeze))
-    pretrainer: Pretrainer = app.build(config.optim, _partial_=True)(
-        model, batch_size=config.batch_size, seed=config.seed
-    )
+    app.load_weights_of(config, model)
+    freeze(model, app.texts(config.freeze))
+    pretrainer: Pretrainer = app.build_module(config, model)
     masking, window = _masking(config, model)
     drawing: dict[str, Any] = {
         "draw_mask": partial(masking.draw, window=window),
@@ -76,8 +71,10 @@ def train(config: DictConfig, trainer: pl.Trainer) -> Training:
     clips = MaskedTrainingClips(splits.train.videos, model.protocol, app.build(config.augment), **drawing)
     one_view = replace(model.protocol, num_clips=1, num_crops=1)
     held_out = MaskedTestViews(splits.val.videos, one_view, **drawing)
+    loading = app.loading(config, trainer)
     shuffle = not config.trainer.overfit_batches
-    loaders = masked_loaders(clips, held_out, shuffle=shuffle, **app.loading(config, trainer))
+    training = training_loader(clips, collate_masked, shuffle=shuffle, **loading)
+    validation = validation_loader(held_out, collate_masked, **loading)
     log.info(
         "%.1f M parameters, %d training and %d held-out videos; %s; masks of %d x %d x %d cells; "
         "after each epoch, %s shows what is predicted",
@@ -96,7 +93,7 @@ def train(config: DictConfig, trainer: pl.Trainer) -> Training:
         "model": model_identity(model.config) | about,
         **files_identity(train=splits.train.videos, val=splits.val.videos),
     }
-    return Training(pretrainer, *loaders, len(splits.train) + len(splits.val), identity)
+    return Training(pretrainer, training, validation, len(splits.train) + len(splits.val), identity)
 
 
 def _masking(config: DictConfig, model: MaskFeat) -> tuple[Masking, Grid]:
