@@ -21,9 +21,9 @@ from mvit_video.action_detection.clips import read_clip
 from mvit_video.action_detection.detector import ActionDetector
 from mvit_video.action_detection.drawing import draw_people
 from mvit_video.data.decode import Video
-from mvit_video.errors import DataError
+from mvit_video.errors import VideoError
 from mvit_video.prediction.follower import Follower
-from mvit_video.prediction.prediction import Segment
+from mvit_video.prediction.prediction import NOT_FINITE, Segment
 from mvit_video.prediction.recognizer import prefetch
 from mvit_video.prediction.render import Picture
 from mvit_video.prediction.stream import Source, iter_windows
@@ -89,8 +89,7 @@ class PeopleWatcher:
             rows: of this video, where people aren't found.
 
         Raises:
-            VideoError: the video can't give a clip.
-            DataError: the model's output isn't finite.
+            VideoError: the video can't give a clip, or the model's output isn't finite.
         """
         given: dict[float, dict[tuple[str, ...], Box]] = {}
         for row in rows:  # one for each action: a person comes once
@@ -139,7 +138,7 @@ class PeopleWatcher:
         with self.autocast:
             logits = self.detector(clip, boxes.to(self.device)).float().cpu()
         if not logits.isfinite().all():
-            raise DataError(f"{video.path}: the model's output isn't finite; its weights are damaged")
+            raise VideoError(video.path, NOT_FINITE)
         names = names or tuple(str(number) for number in range(1, logits.shape[1] + 1))
         rows = zip(numbers, people.tolist(), certain, logits.sigmoid().tolist(), strict=True)
         return [

@@ -103,6 +103,12 @@ def build_decoder(config: DictConfig) -> OpenVideo:
     return open_file
 
 
+def decoding(config: DictConfig) -> dict[str, Any]:
+    """The part of ``config.decoder`` that what is decoded depends on."""
+    settings: Any = OmegaConf.to_container(config.decoder, resolve=True)
+    return {key: value for key, value in settings.items() if key not in ("index_cache", "max_pixels")}
+
+
 @contextmanager
 def evaluation(config: DictConfig) -> Iterator[tuple[Ranks, Path]]:
     """The processes of an evaluation, and the folder that they alone write to, in which nothing is resumed

@@ -56,20 +56,22 @@ def _signals(command: str) -> Iterator[Callable[[], None]]:
 
     A signal that is ignored, as in a background shell, stays so.
     """
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    ending = (signal.SIGTERM, signal.SIGHUP)  # the latter where a terminal is closed
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, *ending)}
 
     def end_now(*_: object) -> NoReturn:
         os.write(2, f"mvit-{command}: interrupted\n".encode())
         os._exit(128 + signal.SIGINT)
 
-    def end(*_: object) -> NoReturn:
-        sys.exit(128 + signal.SIGTERM)
+    def end(number: int, _: object) -> NoReturn:
+        sys.exit(128 + number)
 
     def job_begins() -> None:
         if before[signal.SIGINT] is signal.default_int_handler:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        if before[signal.SIGTERM] == signal.SIG_DFL:
-            signal.signal(signal.SIGTERM, end)
+        for number in ending:
+            if before[number] == signal.SIG_DFL:
+                signal.signal(number, end)
 
     if before[signal.SIGINT] is signal.default_int_handler:
         signal.signal(signal.SIGINT, end_now)

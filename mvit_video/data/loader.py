@@ -406,7 +406,7 @@ def _make_in_process(key: Any) -> tuple[Any, dict[str, float], None]:
 def _start_process(dataset: Clips, files: list[Any], numbers: Any, measured: bool) -> None:
     global _making
     # Ctrl-C and a scheduler's signals reach all processes; the one that trains decides what happens then.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_die_with_parent, daemon=True).start()
     torch.set_num_threads(1)

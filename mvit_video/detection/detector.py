@@ -127,6 +127,7 @@ class Detector(nn.Module):
 
         Raises:
             ValueError: training without targets, or other than one for each image.
+            FloatingPointError: in evaluation, what it computes isn't finite.
         """
         if self.training and (targets is None or len(targets) != len(images)):
             raise ValueError("in training, a detector needs the targets of each image")

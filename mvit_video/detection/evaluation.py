@@ -21,7 +21,7 @@ from mvit_video.detection.detector import Detector
 from mvit_video.detection.drawing import as_png, draw_objects, grid
 from mvit_video.detection.masks import to_mask
 from mvit_video.detection.metrics import LIKELY, ImageResult, Precision, measure, to_result
-from mvit_video.errors import VideoError
+from mvit_video.errors import DataError, VideoError
 from mvit_video.evaluation.run import file_identity, resumable
 from mvit_video.io.console import printable
 from mvit_video.io.figures import new_figure
@@ -29,6 +29,7 @@ from mvit_video.io.fingerprint import Fingerprint
 from mvit_video.io.journal import Entry
 from mvit_video.io.pages import data_uri, write_page
 from mvit_video.io.writing import replacing
+from mvit_video.prediction.prediction import NOT_FINITE
 
 log = logging.getLogger(__name__)
 
@@ -64,8 +65,11 @@ def detect_in_images(
             for batch in loader:
                 yield from batch.bad
                 if batch.images:
-                    with torch.inference_mode(), autocast:
-                        (found,) = detector([batch.images[0].to(device)], output_sizes=batch.sizes)
+                    try:
+                        with torch.inference_mode(), autocast:
+                            (found,) = detector([batch.images[0].to(device)], output_sizes=batch.sizes)
+                    except FloatingPointError:
+                        raise DataError(f"{batch.paths[0]}: {NOT_FINITE}") from None
                     yield to_result(batch.ids[0], batch.sizes[0], found, coco.category_ids)._asdict()
 
     outcome = resumable(

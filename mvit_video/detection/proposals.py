@@ -89,6 +89,8 @@ class ProposalGenerator(nn.Module):
             scores.append(best)
             levels.append(torch.full_like(index, number))
         all_boxes, all_scores, all_levels = torch.cat(found, 1), torch.cat(scores, 1), torch.cat(levels, 1)
+        if not self.training:
+            require_finite(all_boxes, all_scores)
         return [
             _suppressed(boxes, image_scores, image_levels, size, after)
             for boxes, image_scores, image_levels, size in zip(
@@ -126,6 +128,12 @@ def grid_anchors(grid: tuple[int, int], size: int, stride: int, like: Tensor) ->
     y, x = torch.meshgrid(y, x, indexing="ij")
     corners = torch.stack([x, y, x, y], -1)  # (H, W, 4)
     return (corners[:, :, None] + half).flatten(0, 2)
+
+
+def require_finite(*outputs: Tensor) -> None:
+    """Raises FloatingPointError: a box or a score that is NaN would be taken for nothing found."""
+    if not all(bool(output.isfinite().all()) for output in outputs):
+        raise FloatingPointError("NaN or infinite outputs")
 
 
 def match(matcher: Matcher, objects: Tensor, boxes: Tensor) -> Tensor:

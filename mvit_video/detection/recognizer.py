@@ -31,6 +31,7 @@ from mvit_video.errors import VideoError
 from mvit_video.io.writing import replacing
 from mvit_video.prediction.follower import Follower
 from mvit_video.prediction.inputs import expand
+from mvit_video.prediction.prediction import NOT_FINITE
 
 FRAMES_AT_ONCE, PIXELS_AT_ONCE = 16, 1 << 25  # that are decoded of a video
 PATIENCE = 5  # frames that an object may be missing from until it is another
@@ -131,8 +132,11 @@ class ObjectRecognizer:
     def _find(self, file: str, image: Image.Image, frame: int | None, second: float | None) -> FoundObjects:
         config = self.detector.config
         small = resized(image, config.min_size, config.max_size).to(self.device)
-        with self.autocast:
-            (found,) = self.detector([small], output_sizes=[(image.height, image.width)])
+        try:
+            with self.autocast:
+                (found,) = self.detector([small], output_sizes=[(image.height, image.width)])
+        except FloatingPointError:
+            raise VideoError(file, NOT_FINITE) from None
         kept = found["scores"] >= self.min_score
         values = {name: value[kept].cpu() for name, value in found.items()}
         return FoundObjects(
@@ -194,7 +198,7 @@ def _open(
 @contextlib.contextmanager
 def video_writer(path: Path) -> Iterator[Any]:
     """A function that adds a drawn picture, uint8 (3, H, W), and its second to a new MP4 file."""
-    with replacing(path) as file, av.open(file, "w", format="mp4") as copy:
+    with replacing(path, keep=True) as file, av.open(file, "w", format="mp4") as copy:
         tick = Fraction(1, 90_000)
         video: Any = copy.add_stream("libx264", options={"crf": "20", "preset": "veryfast"})
         video.pix_fmt, video.codec_context.time_base = "yuv420p", tick

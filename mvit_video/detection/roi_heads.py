@@ -19,7 +19,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.ops import batched_nms, clip_boxes_to_image, roi_align
 
 from mvit_video.detection.masks import Polygons, crop_masks
-from mvit_video.detection.proposals import STRIDES, Losses, match
+from mvit_video.detection.proposals import STRIDES, Losses, match, require_finite
 
 BOX_CHANNELS = 1024  # in all published models
 BOX_SIZE, MASK_SIZE = 7, 14  # cells of a region that the heads see; masks come out twice as large
@@ -164,6 +164,7 @@ class RoIHeads(nn.Module):
         logits = self._mask_logits(maps, [boxes for boxes, _, _ in found])
         labels = torch.cat([labels for _, _, labels in found])
         masks = logits[torch.arange(len(labels), device=labels.device), labels].float().sigmoid()
+        require_finite(masks)
         parts = masks.split([len(boxes) for boxes, _, _ in found])
         return [Detections(*image, mask) for image, mask in zip(found, parts, strict=True)]
 
@@ -223,8 +224,8 @@ class RoIHeads(nn.Module):
 
     def _choose(self, boxes: Tensor, scores: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
         """Boxes (N, C*4 or 4), scores (N, C + 1) -> boxes, scores and classes of the best."""
-        finite = boxes.isfinite().all(1) & scores.isfinite().all(1)
-        boxes, scores = boxes[finite], scores[finite, :-1]
+        require_finite(boxes, scores)
+        scores = scores[:, :-1]
         boxes = clip_boxes_to_image(boxes.unflatten(1, (-1, 4)), size).expand(-1, scores.shape[1], -1)
         row, label = (scores > self.settings.score_thresh).nonzero(as_tuple=True)
         boxes, scores = boxes[row, label], scores[row, label]

@@ -81,10 +81,11 @@ class DetectorTraining(TrainingModule):
         """A detector has no losses on whole images: what it finds is measured at the end."""
         if not batch.images:
             return
-        found = self.model(batch.images, output_sizes=batch.sizes)
+        try:
+            found = self.model(batch.images, output_sizes=batch.sizes)
+        except FloatingPointError:
+            self.stop_validation()
         for image_id, size, objects in zip(batch.ids, batch.sizes, found, strict=True):
-            if not objects["boxes"].isfinite().all():
-                self.stop_validation()
             self._results.append(to_result(image_id, size, objects, self.validation.category_ids))
 
     def on_validation_epoch_end(self) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mvit_video.errors import ConfigError
-from mvit_video.io.writing import replacing
+from mvit_video.io.writing import keep_former, replacing
 
 Fingerprint = dict[str, Any]
 
@@ -27,16 +27,18 @@ def fingerprint(**parts: Any) -> Fingerprint:
 
 
 def write_fingerprint(path: Path, values: Mapping[str, Any]) -> None:
-    """Leave it for the next run."""
+    """Leave it for the next run; a file of that name that is no fingerprint is kept as ``<name>.former``."""
+    if not read_fingerprint(path):
+        keep_former(path)
     with replacing(path, "w") as file:
         json.dump(values, file, indent=2)
 
 
 def read_fingerprint(path: Path) -> Fingerprint:
-    """What a former run has left, {} where there is nothing that can be read."""
+    """What a former run has left, {} where there is nothing, or something else. Raises OSError."""
     try:
         found = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -37,6 +37,7 @@ from mvit_video.io.journal import Entry, journal, read_journal, rewrite_journal
 from mvit_video.io.writing import (
     append,
     growing,
+    keep_former,
     keep_whole_lines,
     next_number,
     remove_unfinished,
@@ -67,6 +68,20 @@ class Output(NamedTuple):
 
     todo: list[str]
     add: Add
+
+
+class Rows(NamedTuple):
+    """What is found in files, one after another.
+
+    Attributes:
+        todo: the files that weren't looked at as they are now.
+        add: notes rows of a file, in as many parts as one likes; when it returns, they survive a kill.
+        finish: says that these were all of a file, and that it needn't be looked at again.
+    """
+
+    todo: list[str]
+    add: Callable[[str, list[Entry]], None]
+    finish: Callable[[str], None]
 
 
 def format_of(path: str | Path, given: str | None = None) -> Format:
@@ -126,6 +141,60 @@ def open_output(
             write(prediction)
 
         yield Output([video for video in videos if video not in done], add)
+
+
+@contextmanager
+def rows_of_files(
+    path: str | Path,
+    files: Sequence[str],
+    *,
+    settings: Fingerprint,
+    resume: bool,
+    write: Callable[[Path, Iterator[Entry]], None],
+    replaces: bool = False,
+) -> Iterator[Rows]:
+    """A file of rows that is there once all files are looked at, by one run at a time; a killed one goes on.
+
+    Beside ``path`` lie ``<path>.run.json``, the fingerprint of the run, and ``<path>.objects.jsonl``, the
+    journal. What former runs have found in other files stays.
+
+    Args:
+        files: those to be looked at.
+        settings: what the rows depend on, besides the files.
+        resume: False starts anew, if a run of before has written the file.
+        write: makes ``path`` of all rows when the block ends well.
+        replaces: the rows of ``files`` alone take the place of those of other files.
+
+    Raises:
+        ConfigError: the file holds rows of other settings or wasn't written here, or another run writes to
+            it. OSError: with the file's name.
+    """
+    path = Path(os.path.realpath(path))
+    run_file, journal_file = _run_of(path), Path(f"{path}.objects.jsonl")
+    stamps = {file: file_stamp(file) for file in files}
+    with sole_writer(path):
+        if path.is_dir():
+            raise ConfigError(f"{path} is a folder; name another output")
+        require_own(path, settings | _VERSION, resume=resume)
+        if not read_fingerprint(run_file):
+            keep_former(journal_file)  # nothing tells of what run
+        known = {e["path"]: e["stamp"] for e in read_journal(journal_file) if resume and "stamp" in e}
+        done = {file for file, stamp in known.items() if stamps.get(file, stamp) in ({}, stamp)}
+        rewrite_journal(journal_file, (e for e in read_journal(journal_file) if e["path"] in done))
+        write_fingerprint(run_file, settings | _VERSION)
+        with journal(journal_file) as note:
+
+            def finish(file: str) -> None:
+                if stamps[file]:  # an address has none
+                    note({"path": file, "stamp": stamps[file]})
+
+            yield Rows(
+                [file for file in stamps if file not in done],
+                lambda file, rows: note({"path": file, "rows": rows}),
+                finish,
+            )
+        entries = (e for e in read_journal(journal_file) if not replaces or e["path"] in stamps)
+        write(path, (row for entry in entries for row in entry.get("rows", ())))
 
 
 @contextmanager

@@ -45,7 +45,7 @@ class AtomicCheckpoints(TorchCheckpointIO):
 class LastCheckpoint(Checkpoint):
     """Keeps ``last.ckpt`` in a folder: after every epoch, every so many steps, and when asked to end.
 
-    SIGTERM asks, and in a Slurm job SIGUSR1 too, upon which the job is queued again.
+    SIGTERM and SIGHUP ask, and in a Slurm job SIGUSR1 too, upon which the job is queued again.
 
     A checkpoint of a step that validation follows is written in the validation, and leads to it.
 
@@ -65,15 +65,17 @@ class LastCheckpoint(Checkpoint):
         # In the place of Lightning's handlers, which save in the middle of a step, and after which processes
         # may wait for one another in vain.
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._terminate)
+            for number in (signal.SIGTERM, signal.SIGHUP):  # the latter where a terminal is closed
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    signal.signal(number, self._terminate)
             if in_slurm():
                 signal.signal(signal.SIGUSR1, self._requeue)
 
     def _terminate(self, number: int, frame: Any) -> None:
         """After this batch; asked a second time, at once."""
         if self._terminated:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
         self._terminated = True
 
     def _requeue(self, number: int, frame: Any) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, cast
 
 import pytorch_lightning as pl
@@ -11,6 +13,9 @@ import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
+
+from mvit_video.data.ranks import rank_and_size
+from mvit_video.io.writing import replacing
 
 log = logging.getLogger(__name__)
 
@@ -120,12 +125,12 @@ class EpochLogger(pl.Callback):
         better = min if best_is(monitor) == "min" else max
         return better((row[monitor] for row in self.epochs if monitor in row), default=None)
 
-    def describe_best(self, monitor: str) -> str:
-        """Epoch and value; of equal values those of the lowest loss, as the checkpoint is."""
-        sign = 1 if best_is(monitor) == "min" else -1
-        rows = [row for row in self.epochs if monitor in row]
-        row = min(rows, key=lambda row: (sign * row[monitor], row.get("val/loss", 0)))
-        return f"epoch {row['epoch']:.0f}, {monitor} {row[monitor]:.3f}"
+    def describe(self, monitor: str, value: float) -> str:
+        """A metric's value and its epoch; of equal values that of the lowest loss, as the checkpoint is."""
+        rows = [row for row in self.epochs if row.get(monitor) == value]
+        epochs = [row["epoch"] for row in sorted(rows, key=lambda row: row.get("val/loss", 0))]
+        where = f"epoch {epochs[0]:.0f}, " if epochs else ""  # in the middle of one
+        return f"{where}{monitor} {value:.3f}"
 
     def state_dict(self) -> dict[str, Any]:
         return {"epochs": self.epochs[:-1] if self._is_last_cut else self.epochs}
@@ -163,5 +168,18 @@ class BestCheckpoint(ModelCheckpoint):
         return {**super().state_dict(), "best_loss": self._loss}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        self._loss = state_dict.get("best_loss", float("inf"))
+        """Take up the best so far; a run that goes on in another folder takes it along."""
+        former, own = Path(state_dict["best_model_path"]), Path(self.dirpath or "", "best.ckpt")
+        if former.is_file() and not own.is_file() and rank_and_size()[0] == 0:
+            with former.open("rb") as source, replacing(own) as copy:
+                shutil.copyfileobj(source, copy)
+        moved: dict[str, Any] = {"dirpath": self.dirpath, "best_model_path": str(own)}
+        if former.is_file() or own.is_file():
+            scores = state_dict["best_k_models"].values()
+            moved |= {"kth_best_model_path": str(own), "best_k_models": {str(own): s for s in scores}}
+        else:
+            moved |= {"best_model_path": "", "best_model_score": None, "best_k_models": {}}
+            if former.name:
+                log.warning("%s isn't there any more; best.ckpt will be the best from here on", former)
+        super().load_state_dict({**state_dict, **moved})
+        self._loss = state_dict.get("best_loss", float("inf")) if moved["best_k_models"] else float("inf")

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, NoReturn, cast
 
 import pytorch_lightning as pl
 import torch
@@ -206,7 +206,7 @@ class TrainingModule(pl.LightningModule):
         for name, mean in means.items():
             self.log(name, mean)
 
-    def stop_validation(self) -> None:
+    def stop_validation(self) -> NoReturn:
         """Raises TrainingError."""
         raise TrainingError(
             f"the model's output isn't finite in the validation of epoch {self.current_epoch + 1}: its "

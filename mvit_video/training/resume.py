@@ -68,7 +68,9 @@ def _sha256(values: Iterable[int | None]) -> str:
     return hashlib.sha256(" ".join(map(str, values)).encode()).hexdigest()
 
 
-def resume(path: Path, now: Fingerprint, loader: ClipLoader[Any], *, max_epochs: int | None) -> None:
+def resume(
+    path: Path, now: Fingerprint, loader: ClipLoader[Any], max_epochs: int | None, max_steps: int = -1
+) -> None:
     """Check that a checkpoint is of the same run, and make the loader go on where it was saved.
 
     (Lightning would restore the loader itself, had it not set it up before, to count the schedule's steps.)
@@ -97,8 +99,9 @@ def resume(path: Path, now: Fingerprint, loader: ClipLoader[Any], *, max_epochs:
     )
     fit_loop = checkpoint["loops"]["fit_loop"]
     done = fit_loop["epoch_progress"]["current"]["processed"]
-    if max_epochs is not None and 0 <= max_epochs < done:
-        raise ConfigError(f"trainer.max_epochs={max_epochs}, but {path} has {done} epochs behind it")
+    for unit, most, made in (("epochs", max_epochs, done), ("steps", max_steps, checkpoint["global_step"])):
+        if most is not None and 0 <= most < made:
+            raise ConfigError(f"trainer.max_{unit}={most}, but {path} has {made} {unit} behind it")
     if free:
         log.info("resuming with other settings: %s", "; ".join(f"{key} {text}" for key, text in free.items()))
     if not fit_loop["epoch_loop.batch_progress"]["is_last_batch"]:  # else the next epoch is due

@@ -94,9 +94,10 @@ def run(
     if monitor not in names:
         raise ConfigError(f"monitor={monitor} is none of the metrics of a validation: {', '.join(names)}")
     log.info("output directory: %s", output)
-    module.run_fingerprint = run_fingerprint
+    module.run_fingerprint = run_fingerprint = run_fingerprint | {"monitor": monitor}
     if resume_from is not None:
-        resume(resume_from, run_fingerprint, training.training, max_epochs=trainer.max_epochs)
+        limits = (trainer.max_epochs, trainer.max_steps)
+        resume(resume_from, run_fingerprint, training.training, *limits)
     if trainer.is_global_zero:
         remove_unfinished(folder)
         if resume_from is None or resume_from.parent != folder:
@@ -122,9 +123,11 @@ def run(
         plot_history(history.epochs, output / "learning_curve.png", monitor=monitor)
         log.info("learning curve: %s", output / "learning_curve.png")
     best = trainer.checkpoint_callback
-    if isinstance(best, BestCheckpoint) and best.best_model_path:
-        log.info("best checkpoint: %s (%s)", best.best_model_path, history.describe_best(monitor))
-    return history.best(monitor)
+    if not isinstance(best, BestCheckpoint) or best.best_model_score is None:
+        return history.best(monitor)
+    value = float(best.best_model_score)
+    log.info("best checkpoint: %s (%s)", best.best_model_path, history.describe(monitor, value))
+    return value
 
 
 def _callback(trainer: pl.Trainer, kind: type[Any]) -> Any:

@@ -76,6 +76,14 @@ def test_films_are_trained_on_measured_and_watched(films: Path, command: Command
     assert said == pytest.approx(own, abs=2e-4)
     with av.open(str(tmp_path / "saved" / "val_0001.annotated.mp4")) as copy, open_video(film) as source:
         assert sum(1 for _ in copy.decode(video=0)) == source.num_frames
+    again = command("predict", str(film), f"weights={run}", *persons, "output=p.csv", "save=[srt,video]")
+    assert "resuming: 1 of them" in again.err
+    line = error_line(command("predict", str(film), f"weights={run}", *persons, "output=p.csv"), "predict")
+    assert "save" in line
+    (tmp_path / "mine.csv").write_text("years of work")
+    arguments = (str(film), f"weights={run}", *persons, "output=mine.csv", "resume=false")
+    assert "mine.csv" in error_line(command("predict", *arguments), "predict")
+    assert (tmp_path / "mine.csv").read_text() == "years of work"
     result = command("predict", str(film), f"weights={run}", *persons, "output=p.json")
     people = json.loads((tmp_path / "p.json").read_text())
     assert [one["person"] for one in people] == [0, 1, 2]

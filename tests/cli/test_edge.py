@@ -122,7 +122,7 @@ info()
 """
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_a_job_that_is_stopped_cleans_up(name: str, tmp_path: Path) -> None:
     done = run(OWN_JOB.format(body=f"os.kill(os.getpid(), signal.{name}); time.sleep(60)"), tmp_path)
     assert done.returncode == 128 + getattr(signal, name)
@@ -131,9 +131,10 @@ def test_a_job_that_is_stopped_cleans_up(name: str, tmp_path: Path) -> None:
 
 
 def test_signals_are_as_before_when_a_command_has_ended(command: Command) -> None:
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
     command("info", "model=mvitv2_xs")
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [signal.getsignal(number) for number in numbers] == before
 
 
 def test_a_failed_job_of_a_sweep_does_not_end_the_others(

@@ -230,6 +230,16 @@ def test_pictures_and_videos_are_looked_at(
 
     line = error_line(command("predict", *arguments, "output=out.json", "min_score=0.5"), "predict")
     assert "min_score" in line
+    one = [str(folder / "turned.jpg"), *arguments[1:], "save=[png,video]"]
+    line = error_line(command("predict", str(folder / "video.mp4"), *one, f"save_dir={folder}"), "predict")
+    assert "video.mp4" in line  # which a drawn copy would take the place of
+    (tmp_path / "mine.csv").write_text("years of work")
+    refused = command("predict", *one, "output=mine.csv", "resume=false")
+    assert "mine.csv" in error_line(refused, "predict")
+    assert (tmp_path / "mine.csv").read_text() == "years of work"
+    for suffix in ("csv", "json"):  # a document has the files of its own run alone
+        assert command("predict", *one, f"output=out.{suffix}").code == 0
+        assert ("video.mp4" in files[suffix].read_text()) == (suffix == "csv")
     assert "resuming" in command("predict", *arguments, "output=out.json", "save=[png,video]").err
 
 
@@ -281,6 +291,18 @@ def test_checkpoints_that_lie_are_refused(
     torch.save(checkpoint, path)
     with pytest.raises(CheckpointError, match=r"lying\.ckpt"):
         mv.load_detector(path)
+
+
+@pytest.mark.parametrize(
+    "part",
+    ["proposal_generator.head.cls_logits", "roi_heads.box_predictor.0.bbox_pred", "roi_heads.mask_predictor"],
+)
+def test_what_is_not_finite_is_no_answer(shapes: Path, detector_file: Path, part: str) -> None:
+    detector = mv.load_detector(detector_file)
+    for parameter in detector.get_submodule(part).parameters():
+        parameter.data.fill_(torch.inf)
+    (found,) = mv.ObjectRecognizer(detector).predict(shapes / "val" / "00001.png")
+    assert "NaN or infinite" in (found.error or "")
 
 
 def test_masks_are_told_as_other_tools_read_them(shapes: Path, detector_file: Path) -> None:

@@ -48,13 +48,17 @@ def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [None, b"", b"{", b"[1]", b"\xff", b"[" * 100_000])
 def test_a_fingerprint_that_can_not_be_read_is_none(tmp_path: Path, content: bytes | None) -> None:
-    write_fingerprint(tmp_path / "run.json", {"weights": {"sha256": "é"}})
-    assert read_fingerprint(tmp_path / "run.json") == {"weights": {"sha256": "é"}}
+    about = {"weights": {"sha256": "é"}}
+    write_fingerprint(tmp_path / "run.json", about)
+    assert read_fingerprint(tmp_path / "run.json") == about
     if content is None:
         (tmp_path / "run.json").unlink()
     else:
         (tmp_path / "run.json").write_bytes(content)
     assert read_fingerprint(tmp_path / "run.json") == {}
+    write_fingerprint(tmp_path / "run.json", about)  # what was there may be somebody's
+    former = [path.read_bytes() for path in tmp_path.glob("*.former")]
+    assert former == ([] if content is None else [content])
 
 
 def test_a_line_is_the_entry_behind_its_checksum(tmp_path: Path) -> None:

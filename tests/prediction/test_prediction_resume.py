@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from mvit_video.io import fingerprint as fingerprint_module
 from mvit_video.io import journal as journal_module
 from mvit_video.prediction import writer as writer_module
 from mvit_video.prediction.prediction import Prediction
-from mvit_video.prediction.writer import open_output
+from mvit_video.prediction.writer import open_output, rows_of_files
 
 GROWING = ["a.jsonl", "a.csv", "a.parquet"]
 
@@ -369,3 +369,54 @@ def test_what_another_version_left_is_refused(tmp_path: Path) -> None:
     with pytest.raises(mv.ConfigError, match=r"version.*resume=false"):
         write(tmp_path / "a.csv", videos, weights="best.ckpt")
     assert classes_in(tmp_path / "a.csv") == {"0.mp4": "cats"}
+
+
+def look_at(
+    path: Path, files: list[str], *, dies_in: str = "", replaces: bool = False, **options: Any
+) -> list[str]:
+    """Two rows of each file, the second after a kill in ``dies_in``; returns which files were left to do."""
+
+    def write(target: Path, rows: Iterator[dict[str, Any]]) -> None:
+        target.write_text("".join(f"{row['file']} {row['row']} {row['made']}\n" for row in rows))
+
+    options = {"settings": {"topk": 1}, "resume": True, "made": "first"} | options
+    made = options.pop("made")
+    with rows_of_files(path, files, write=write, replaces=replaces, **options) as rows:
+        for file in rows.todo:
+            for row in (0, 1):
+                rows.add(file, [{"file": Path(file).name, "row": row, "made": made}])
+                if file.endswith(dies_in or "nothing"):
+                    raise MemoryError("killed")
+            rows.finish(file)
+    return [Path(file).name for file in rows.todo]
+
+
+@pytest.mark.parametrize("replaces", [False, True])
+def test_rows_of_files_are_taken_up_and_mixed_with_nothing(tmp_path: Path, replaces: bool) -> None:
+    path, files = tmp_path / "a.csv", [str(tmp_path / f"{number}.mp4") for number in range(4)]
+    for file in files:
+        Path(file).write_text(file)
+    journal_file = tmp_path / "a.csv.objects.jsonl"
+    journal_file.write_text("somebody's")
+    with pytest.raises(MemoryError):
+        look_at(path, files[:3], dies_in="1.mp4", replaces=replaces)
+    assert not path.exists()
+    assert (tmp_path / "a.csv.objects.jsonl.former").read_text() == "somebody's"
+    assert look_at(path, files[:3], made="second", replaces=replaces) == ["1.mp4", "2.mp4"]
+    expected = ["0.mp4 first", "1.mp4 second", "2.mp4 second"]
+    assert path.read_text().splitlines() == [f"{n[:5]} {row}{n[5:]}" for n in expected for row in (0, 1)]
+
+    Path(files[0]).write_text("another")
+    Path(files[1]).unlink()  # its rows stay
+    assert look_at(path, [*files[:2], files[3]], made="third", replaces=replaces) == ["0.mp4", "3.mp4"]
+    found = set(path.read_text().splitlines()[::2])
+    assert found == {"0.mp4 0 third", "1.mp4 0 second", "3.mp4 0 third"} | (
+        set() if replaces else {"2.mp4 0 second"}
+    )
+    with pytest.raises(mv.ConfigError, match="topk 1 -> 2"):
+        look_at(path, files, settings={"topk": 2})
+    assert look_at(path, files[2:], settings={"topk": 2}, resume=False) == ["2.mp4", "3.mp4"]
+    assert set(path.read_text().split()[::3]) == {"2.mp4", "3.mp4"}
+    (tmp_path / "a.csv.run.json").unlink()
+    with pytest.raises(mv.ConfigError, match="hasn't written it"):
+        look_at(path, files, resume=False)

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import pty
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -92,7 +93,20 @@ def test_of_equal_accuracies_the_lower_loss_is_the_best(
     )  # fmt: skip
     trainer.fit(Scripted(script), data, data)
     assert torch.load(tmp_path / "best.ckpt", weights_only=True)["epoch"] == best
-    assert history.best("val/top1") == pytest.approx(max(accuracy for accuracy, _ in script))
+    score = trainer.checkpoint_callback.best_model_score.item()
+    assert score == history.best("val/top1") == pytest.approx(max(accuracy for accuracy, _ in script))
+    assert history.describe("val/top1", score).startswith(f"epoch {best + 1}, ")
+
+    state = trainer.checkpoint_callback.state_dict()  # in another folder, it takes the file along
+    for folder, known in (("moved", True), ("copied", True), ("lost", False)):
+        if folder == "copied":
+            shutil.copytree(tmp_path / "moved", tmp_path / "copied")
+            (tmp_path / "best.ckpt").unlink()
+        taken = BestCheckpoint(tmp_path / folder, "val/top1")
+        taken.load_state_dict(state)
+        assert (tmp_path / folder / "best.ckpt").is_file() == known
+        assert taken.best_model_score == (score if known else None)
+        assert taken.check_monitor_top_k(trainer, torch.tensor(0.1)) != known
 
 
 def test_epochs_without_validation_have_no_validation_numbers(

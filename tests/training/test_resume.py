@@ -577,7 +577,9 @@ CHANGES = {
     "model.stages=[1,2]": "model: stages",
     "views.stride=2": "clips: stride",
     "data.val_fraction=0.5": "data: train",
+    "monitor=val/loss": "monitor val/top1 -> val/loss",
     "trainer.max_epochs=1": "trainer.max_epochs=1",
+    "trainer.max_steps=9": "trainer.max_steps=9",
 }
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -33,7 +33,7 @@ from mvit_video.action_detection.prediction import (
 )
 from mvit_video.action_detection.training import ActionDetectorTraining
 from mvit_video.cli import app
-from mvit_video.cli.tasks.persons import find_people
+from mvit_video.cli.tasks.persons import PUBLISHED, find_people
 from mvit_video.data.class_names import check_same_classes
 from mvit_video.data.datasets import training_loader, validation_loader
 from mvit_video.data.decode.container import MAX_PIXELS
@@ -41,13 +41,13 @@ from mvit_video.data.loader import WORKER_TYPES, ClipLoader
 from mvit_video.errors import ConfigError, DataError, VideoError
 from mvit_video.evaluation.provenance import versions
 from mvit_video.io.console import print_table, printable, track
-from mvit_video.io.fingerprint import fingerprint
-from mvit_video.io.writing import replacing, sole_writer
+from mvit_video.io.fingerprint import Fingerprint, file_sha256, fingerprint
+from mvit_video.io.writing import replacing
 from mvit_video.model.inference import multiplies_bf16
 from mvit_video.prediction.inputs import expand
 from mvit_video.prediction.render import redraw_video
 from mvit_video.prediction.saving import output_names, write_srt, write_vtt
-from mvit_video.prediction.writer import format_of, open_live_output
+from mvit_video.prediction.writer import Rows, format_of, open_live_output, rows_of_files
 from mvit_video.training.recipe import freeze
 from mvit_video.training.resume import files_identity
 from mvit_video.training.task import Training, model_identity
@@ -119,7 +119,7 @@ def evaluate(config: DictConfig) -> None:
             model=asdict(detector.config) | detector.roi_options,
             clips=asdict(detector.protocol),
             key_frames=_sha256(index),
-            decoder=OmegaConf.to_container(config.decoder, resolve=True),
+            decoder=app.decoding(config),
             precision=config.precision,
         )
         scored = score_index(
@@ -237,8 +237,12 @@ def predict(config: DictConfig, files: list[str]) -> None:
     names = output_names(videos)
     shown: list[PersonActions] = []
     failed: list[VideoError] = []
-    with _people_writer(config) if config.output else nullcontext(shown.extend) as add:
-        for path in videos:
+    with ExitStack() as stack:
+        output = stack.enter_context(_open_output(config, videos, watcher)) if config.output else None
+        todo = output.todo if output else videos
+        if len(todo) < len(videos):
+            log.info("resuming: %d of them are in %s already", len(videos) - len(todo), config.output)
+        for path in todo:
             kept: list[PersonActions] = []  # what subtitles and copies tell
             mine = [row for row in rows or () if row.video in (Path(path).stem, Path(path).name)]
             count = 0
@@ -247,7 +251,10 @@ def predict(config: DictConfig, files: list[str]) -> None:
                     total = len(watcher.key_seconds(video, mine))
                     for found in track(watcher.watch(video, mine), total, what="watching"):
                         count += len(found)
-                        add(found if config.output else found[: max(MAX_TABLE - len(shown), 0)])
+                        if output:
+                            output.add(path, [asdict(one) for one in found])
+                        else:
+                            shown += found[: max(MAX_TABLE - len(shown), 0)]
                         kept += [one.likely(_least(config)) for one in found if config.save]
             except VideoError as error:
                 log.warning("%s", printable(str(error)))
@@ -259,6 +266,8 @@ def predict(config: DictConfig, files: list[str]) -> None:
                 log.warning("%s: %s", printable(path), why)
             if config.save:
                 _save(config, path, kept, Path(config.save_dir) / names[path], watcher.every)
+            if output:
+                output.finish(path)
     if shown:
         texts = [to_text(one, config.min_score, config.topk) for one in shown]
         rows_shown = [(p.path, f"{p.second:g}", text) for p, text in zip(shown, texts, strict=True)]
@@ -288,8 +297,7 @@ def _watch_live(config: DictConfig, watcher: PeopleWatcher, source: str, max_pix
     with ExitStack() as stack:
         write: Callable[[str], None] = partial(print, end="", flush=True)
         if config.output:
-            chosen = {key: config[key] for key in ("stride", "min_score", "min_person_score", "precision")}
-            settings = fingerprint(weights=weights_sha256(watcher.detector), persons=config.persons, **chosen)
+            settings = _settings(config, watcher)
             write = stack.enter_context(open_live_output(config.output, settings, resume=config.resume))
         for people in watcher.watch_stream(source, follow=config.follow, drop=drop, max_pixels=max_pixels):
             for one in people:
@@ -319,28 +327,55 @@ def _least(config: DictConfig) -> float:
     return max(config.min_score, SHOWN_SCORE)
 
 
-@contextmanager
-def _people_writer(config: DictConfig) -> Iterator[Callable[[list[PersonActions]], None]]:
-    """A function that writes people as they are found; the file appears when all are."""
-    output, minimum = Path(config.output), config.min_score
+def _open_output(
+    config: DictConfig, videos: Sequence[str], watcher: PeopleWatcher
+) -> AbstractContextManager[Rows]:
+    """A file of people, which appears when all videos are watched; a killed run goes on."""
     kind = format_of(config.output, config.format)
-    with sole_writer(output), replacing(output, "w", newline="") as file:
-        count = 0
+    stems = Counter(Path(video).stem for video in videos)
+    if kind == "csv" and len(stems) < len(videos):
+        twice = stems.most_common(1)[0][0]
+        raise ConfigError(
+            f"several videos are called {twice}, all that AVA's form tells; write .json or .jsonl"
+        )
+    saved = {"save": list(config.save), "save_dir": str(Path(config.save_dir).absolute())}
+    return rows_of_files(
+        config.output,
+        videos,
+        settings=_settings(config, watcher) | {"format": kind} | (saved if config.save else {}),
+        resume=config.resume,
+        write=partial(_write_people, kind=kind, minimum=config.min_score),
+        replaces=kind != "jsonl",
+    )
 
-        def add(people: list[PersonActions]) -> None:
-            nonlocal count
-            for one in people:
-                if kind == "csv":
-                    file.writelines(box_lines(to_rows([one], minimum)))
-                elif kind == "jsonl":
-                    file.write(to_json(one, minimum) + "\n")
-                else:
-                    file.write(("[\n" if not count else ",\n") + to_json(one, minimum))
-                count += 1
 
-        yield add
-        if kind == "json":
-            file.write("[]\n" if not count else "\n]\n")
+def _settings(config: DictConfig, watcher: PeopleWatcher) -> Fingerprint:
+    """What is told of people depends on it."""
+    detector = watcher.detector
+    persons = Path(config.persons_weights or PUBLISHED.url if config.persons == "auto" else config.persons)
+    return fingerprint(
+        weights=weights_sha256(detector),
+        model=asdict(detector.config) | detector.roi_options,
+        clips=asdict(detector.protocol),
+        class_names=detector.class_names,
+        persons=file_sha256(persons) if persons.is_file() else persons,
+        decoder=app.decoding(config),
+        **{key: config[key] for key in ("stride", "min_score", "min_person_score", "precision")},
+    )
+
+
+def _write_people(path: Path, rows: Iterator[dict[str, Any]], *, kind: str, minimum: float) -> None:
+    people = (PersonActions(**row) for row in rows)
+    with replacing(path, "w", newline="") as file:
+        if kind == "csv":
+            file.writelines(box_lines(to_rows(people, minimum)))
+        elif kind == "jsonl":
+            file.writelines(to_json(one, minimum) + "\n" for one in people)
+        else:
+            texts = (to_json(one, minimum) for one in people)
+            file.write("[" + next(texts, ""))
+            file.writelines(f",\n{text}" for text in texts)
+            file.write("]\n")
 
 
 def _save(config: DictConfig, path: str, people: list[PersonActions], name: Path, every: float) -> None:

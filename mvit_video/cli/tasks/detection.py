@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -218,30 +218,31 @@ def predict(config: DictConfig, files: list[str]) -> None:
     ids = recognizer.detector.category_ids or tuple(range(recognizer.detector.config.num_classes))
     paths = expand_files(arguments)
     names = output_names(paths)
+    _require_other_files(config, names)
     shown: list[tuple[Any, ...]] = []
     failed: list[FoundObjects] = []
     as_lines: Format | None = None if config.output else config.format
     if as_lines == "csv":
         print(",".join(COLUMNS))
     with ExitStack() as stack:
-        todo, add = paths, None
+        output = None
         if config.output:
             options = {"format": format_of(config.output, config.format), "resume": config.resume}
-            output = open_objects(config.output, paths, settings=settings, **options)
-            todo, add = stack.enter_context(output)
+            output = stack.enter_context(open_objects(config.output, paths, settings=settings, **options))
+        todo = output.todo if output else paths
         done = len(paths) - len(todo)
         if done:
             log.info("resuming: %d of them are in %s already", done, config.output)
         for path in track(todo, len(paths), done=done, what="detecting"):
-            rows: list[dict[str, Any]] = []
             for found in _drawn(recognizer, path, Path(config.save_dir) / names[path], config):
-                rows += rows_of(found, ids)
                 failed += [found] if found.error else []
                 shown += _table(found, config.min_score or LIKELY) if len(shown) < MAX_TABLE else []
-            if add:
-                add(path, rows)
-            elif as_lines:
-                print(as_text(rows, as_lines), end="", flush=True)
+                if output:
+                    output.add(path, rows_of(found, ids))
+                elif as_lines:
+                    print(as_text(rows_of(found, ids), as_lines), end="", flush=True)
+            if output and not any(found.path == path for found in failed[-1:]):
+                output.finish(path)
     if not config.output and not as_lines:
         print_table("", ("file", "second", "class", "score", "box"), shown[:MAX_TABLE])
     if config.save:
@@ -261,8 +262,9 @@ def _build_recognizer(config: DictConfig) -> tuple[ObjectRecognizer, Fingerprint
         model=asdict(detector.config),
         class_names=detector.class_names,
         **{key: config[key] for key in ("min_score", "stride", "precision")},
-        decoder={key: config.decoder[key] for key in ("backend", "device")},
+        decoder=app.decoding(config),
         save=list(config.save),
+        save_dir=str(Path(config.save_dir).absolute()) if config.save else None,
     )
     recognizer = ObjectRecognizer(
         detector,
@@ -293,6 +295,16 @@ def _check_prediction(config: DictConfig, arguments: list[str]) -> None:
         raise ConfigError(f"format={config.format} needs output=FILE")
 
 
+def _require_other_files(config: DictConfig, names: Mapping[str, Path]) -> None:
+    """ConfigError where a drawn picture or video would take the place of one that is looked at."""
+    inputs = {os.path.realpath(path) for path in names}
+    suffixes = [suffix for suffix, kind in ((".png", "png"), (".mp4", "video")) if kind in config.save]
+    stems = [Path(config.save_dir) / name for name in names.values()]
+    for drawn in (f"{stem}{suffix}" for stem in stems for suffix in suffixes):
+        if os.path.realpath(drawn) in inputs:
+            raise ConfigError(f"save_dir={config.save_dir}: {drawn} is itself looked at; name another folder")
+
+
 def _trained_detector(config: DictConfig, num_classes: int = 80) -> Detector:
     """The detector that ``config.weights`` describes, or ``config.model`` with these weights."""
     if "model" not in config:
@@ -315,7 +327,7 @@ def _drawn(recognizer: ObjectRecognizer, path: str, name: Path, config: DictConf
                 continue
             drawn = found.draw(threshold)
             if found.frame is None:
-                with replacing(Path(f"{name}.png")) as file:
+                with replacing(Path(f"{name}.png"), keep=True) as file:
                     file.write(as_png(drawn))
             else:
                 add = add or stack.enter_context(video_writer(Path(f"{name}.mp4")))

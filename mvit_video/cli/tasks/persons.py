@@ -16,7 +16,9 @@ from torchvision.transforms.functional import to_pil_image
 from mvit_video.action_detection.prediction import FindPeople
 from mvit_video.detection.checkpoint import load_detector
 from mvit_video.detection.data import resized
-from mvit_video.errors import CheckpointError, brief
+from mvit_video.errors import CheckpointError, DataError
+from mvit_video.prediction.prediction import NOT_FINITE
+from mvit_video.weights.checkpoint import fit_weights
 from mvit_video.weights.published import PublishedWeights, fetch
 from mvit_video.weights.reading import find_weights, read_checkpoint, read_task
 
@@ -48,7 +50,10 @@ def _by_our_detector(file: str, device: str) -> FindPeople:
 
     def detect(picture: Tensor) -> Mapping[str, Tensor]:
         small = resized(to_pil_image(picture.cpu()), config.min_size, config.max_size).to(device)
-        (found,) = detector([small], output_sizes=[(picture.shape[1], picture.shape[2])])
+        try:
+            (found,) = detector([small], output_sizes=[(picture.shape[1], picture.shape[2])])
+        except FloatingPointError:
+            raise DataError(f"{file}: {NOT_FINITE}") from None
         return found
 
     return _people(detect, names.index("person"))
@@ -59,13 +64,9 @@ def _by_torchvision(checkpoint: dict[str, Any], name: str, device: str) -> FindP
     is_v2 = "roi_heads.box_head.0.0.weight" in weights
     build = fasterrcnn_resnet50_fpn_v2 if is_v2 else fasterrcnn_resnet50_fpn
     detector = build(weights=None, weights_backbone=None, num_classes=COCO_CLASSES)
-    try:
-        detector.load_state_dict(weights)
-    except RuntimeError as error:
-        raise CheckpointError(
-            f"{name}: neither a detector of mvit-train nor torchvision's fasterrcnn_resnet50_fpn or _v2 "
-            f"({brief(error)})"
-        ) from None
+    neither = "; neither a detector of mvit-train nor torchvision's fasterrcnn_resnet50_fpn or _v2"
+    fitted, _ = fit_weights(detector.state_dict(), weights, name, kept=(), hint=lambda: neither)
+    detector.load_state_dict(fitted)
     detector.to(device).eval()
     return _people(lambda picture: detector([picture.to(device).float() / 255])[0], COCO_PERSON)
 
