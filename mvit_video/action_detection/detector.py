@@ -13,6 +13,7 @@ from torchvision.ops import roi_align
 
 from mvit_video.errors import look_up
 from mvit_video.model import ClipSpec, MViT, MViTConfig
+from mvit_video.model.clip_spec import MAX_SIZE
 from mvit_video.model.config import plan_blocks, pooling_strides
 from mvit_video.model.variants import VARIANTS, build
 from mvit_video.weights import create_model, load_weights
@@ -36,7 +37,7 @@ class ActionDetector(MViT):
             1 gives a map twice as fine.
 
     Raises:
-        ValueError: a number isn't positive.
+        ValueError: a number is out of range.
     """
 
     task = "action_detection"
@@ -52,8 +53,8 @@ class ActionDetector(MViT):
         last_stage_stride: int | None = None,
     ) -> None:
         for name, value in (("roi_stride", roi_stride), ("roi_size", roi_size)):
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be positive, got {value!r}")
+            if value is not None and not 1 <= value <= MAX_SIZE:
+                raise ValueError(f"{name} must be from 1 to {MAX_SIZE}, got {value!r}")
         if last_stage_stride is not None:
             config = _with_last_stride(config, last_stage_stride)
         super().__init__(config, protocol)

@@ -43,10 +43,10 @@ def _ucf_labels(file: Path) -> dict[str, int]:
     """Labels from 1, by class."""
     labels: dict[str, int] = {}
     for where, line in lines_of(file):
-        index, _, name = line.partition(" ")
-        if index != str(len(labels) + 1) or not name.strip() or name in labels:
+        index, _, name = (part.strip() for part in line.partition(" "))
+        if index != str(len(labels) + 1) or not name or name in labels:
             raise DataError(f"{where}: expected `{len(labels) + 1} <class>`, got {quoted(line)}")
-        labels[name.strip()] = int(index)
+        labels[name] = int(index)
     return labels
 
 

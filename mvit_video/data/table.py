@@ -22,6 +22,8 @@ from mvit_video.io.writing import replacing
 INDEX_NAME = "index.parquet"
 SPLITS = ("train", "val", "test")
 _METADATA_KEY = b"mvit_video"
+# Of a table in memory, and in bytes of its file; equal labels or times, and scores of 0, are packed well.
+_MOST_BYTES, _MOST_TIMES = 1 << 26, 256
 
 
 class FileInfo(NamedTuple):
@@ -162,6 +164,30 @@ def write_table(file: Path, table: Table) -> None:
         pq.write_table(pa.table(columns, schema=schema), content, compression="zstd")
 
 
+def read_parquet(file: Path, columns: Sequence[str]) -> pa.Table:
+    """Those of the columns that a Parquet file has; text comes as dictionaries.
+
+    Raises:
+        ArrowException, OSError: it is another kind of file.
+        ValueError: what it repeats would take far more memory than the file, of which kilobytes are enough.
+    """
+    most = max(_MOST_BYTES, _MOST_TIMES * file.stat().st_size)
+    texts = [field.name for field in pq.read_schema(file) if field.type in (pa.string(), pa.large_string())]
+    # Not pq.read_table, which makes columns of folders called such as a=b.
+    with pq.ParquetFile(file, read_dictionary=texts) as content:
+        groups = map(content.metadata.row_group, range(content.metadata.num_row_groups))
+        values = sum(group.column(place).num_values for group in groups for place in range(group.num_columns))
+        if 8 * values > most:
+            raise ValueError(f"{values} values, more than the file can hold")
+        table = content.read(columns=list(columns))
+    for column in table.columns:
+        for part in column.chunks if pa.types.is_dictionary(column.type) else ():
+            most -= pc.sum(pc.binary_length(part.dictionary).take(part.indices)).as_py() or 0
+    if most < 0:
+        raise ValueError("text that is repeated more often than the file can hold")
+    return table.unify_dictionaries()
+
+
 def _portable(path: str, base: str) -> str:
     """Relative to the index below its folder, so that both can be moved together; else absolute."""
     path = os.path.abspath(path)  # noqa: PTH100 (speed)
@@ -171,9 +197,7 @@ def _portable(path: str, base: str) -> str:
 def _read(file: Path, columns: Sequence[str]) -> tuple[pa.Table, dict[str, Any]]:
     """Some columns of an index file, with absolute paths, and its metadata."""
     try:
-        # Not pq.read_table, which makes columns of folders called such as a=b.
-        with pq.ParquetFile(file) as content:
-            table = content.read(columns=list(columns)).select(columns)
+        table = read_parquet(file, columns).select(columns)
         metadata = json.loads(table.schema.metadata[_METADATA_KEY])
         table.validate(full=True)
         _check(table, metadata)

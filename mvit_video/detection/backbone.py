@@ -5,6 +5,8 @@ As in detectron2's ``modeling/backbone/mvit.py`` and ``fpn.py`` at 02b5c4e2.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork
@@ -22,7 +24,7 @@ class MultiscaleViT(MViT):
     """An MViT without head: image (B, 3, H, W) -> its four scales (B, C, H / s, W / s), s = 4, 8, 16, 32."""
 
     def __init__(self, config: MViTConfig) -> None:
-        super().__init__(config)
+        super().__init__(replace(config, num_classes=1))
         del self.norm, self.head
         plans = list(plan_blocks(config))
         ends = [start - 1 for start in (*config.stage_starts[1:], len(plans))]

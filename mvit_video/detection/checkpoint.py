@@ -16,7 +16,6 @@ from mvit_video.weights.description import describing, own_metadata
 from mvit_video.weights.reading import METADATA_KEY, distinct_names, find_weights, read_checkpoint
 
 TASK = "detection"  # as checkpoints say it
-_MOST = 2**16  # of any number that shapes a detector
 
 
 def detector_metadata(detector: Detector) -> dict[str, Any]:
@@ -40,7 +39,8 @@ def load_detector(path: str | Path) -> Detector:
     weights = find_weights(checkpoint, name)[0]
     depth = len({key.split(".")[3] for key in weights if key.startswith("backbone.bottom_up.blocks.")})
     with describing(name, "detector"):
-        config = _parse_config(**metadata["config"])
+        values = dict(metadata["config"])
+        config = DetectorConfig(MViTConfig(**values.pop("backbone")), **values)
         if depth != sum(config.backbone.stages):
             raise CheckpointError(f"{name}: its description has other blocks than its weights ({depth})")
         names, ids = metadata["class_names"], metadata["category_ids"]
@@ -49,6 +49,8 @@ def load_detector(path: str | Path) -> Detector:
                 len(listed) != config.num_classes or not all(type(entry) is kind for entry in listed)
             ):
                 raise ValueError("class_names and category_ids must be one of each class")
+        if len(set(ids or ())) < len(ids or ()) or any(abs(number) >= 2**63 for number in ids or ()):
+            raise ValueError("category_ids must be different numbers of 64 bits")
         names = distinct_names(names) if names else None
         with torch.device("meta"):  # memory is taken once both fit together
             expected = Detector(config).state_dict()
@@ -63,10 +65,3 @@ def save_detector(detector: Detector, path: str | Path) -> None:
     """Save weights with what ``load_detector`` needs; what the path held before stays if this fails."""
     weights = {name: value.detach().cpu() for name, value in detector.state_dict().items()}
     write_checkpoint({"model_state": weights, METADATA_KEY: detector_metadata(detector)}, path)
-
-
-def _parse_config(backbone: Any, **values: Any) -> DetectorConfig:
-    for field, value in values.items():
-        if not (type(value) in (int, float, bool) and 0 <= value <= _MOST):
-            raise ValueError(f"{field} must be a number from 0 to {_MOST}, got {value}")
-    return DetectorConfig(MViTConfig(**backbone), **values)

@@ -18,14 +18,20 @@ from mvit_video.detection.proposals import ProposalGenerator
 from mvit_video.detection.roi_heads import BOX_CHANNELS, BoxSettings, RoIHeads, Target
 from mvit_video.detection.weights import load_detector_weights
 from mvit_video.model import MViTConfig
+from mvit_video.model.clip_spec import MAX_SIZE
+from mvit_video.model.fields import check_types
 from mvit_video.weights import LoadReport
 
+# Far above any detector's, far below what would fill a machine's memory.
+_MOST = {"num_classes": 2**16, "box_detections_per_img": 1000, "min_size": MAX_SIZE, "max_size": MAX_SIZE}
 PIXEL_MEAN, PIXEL_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of RGB in [0, 255]
 
 
 @dataclass(frozen=True)
 class DetectorConfig:
     """Everything that shapes a detector; the defaults are those of the paper's COCO models.
+
+    Raises ValueError for a value that no detector has.
 
     Attributes:
         backbone: its layout; the position tables are made for ``backbone.crop_size``.
@@ -62,6 +68,13 @@ class DetectorConfig:
     fpn: bool = True
     channels: int = CHANNELS
     box_channels: int = BOX_CHANNELS
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name, value in vars(self).items():
+            least, most = (0, 1) if name.endswith("thresh") else (1, _MOST.get(name, 10_000))
+            if type(value) in (int, float) and not least <= value <= most:
+                raise ValueError(f"{name} must be from {least} to {most}, got {value}")
 
 
 class Detector(nn.Module):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mvit_video.detection.checkpoint import detector_metadata
 from mvit_video.detection.detector import Detector
 from mvit_video.errors import ConfigError
-from mvit_video.weights.export import export_onnx, imported, save_program
+from mvit_video.weights.export import export_onnx, imported, require_trust, save_program
 from mvit_video.weights.reading import EXPORTED
 
 LEVELS = ("p2", "p3", "p4", "p5", "p6")
@@ -57,9 +57,10 @@ def export_backbone(detector: Detector, path: str | Path, size: tuple[int, int])
             export_onnx(model, {"images": images}, LEVELS, metadata, path)
 
 
-def load_maps(path: str | Path) -> Callable[[Tensor], list[Tensor]]:
-    """What a file of ``export_backbone`` computes. A ``.pt2`` can run any code: load what you trust."""
-    if Path(path).suffix == ".pt2":
+def load_maps(path: str | Path, trust: bool = False) -> Callable[[Tensor], list[Tensor]]:
+    """What a file of ``export_backbone`` computes. ``trust`` and errors are those of ``load_exported``."""
+    if Path(path).suffix != ".onnx":
+        require_trust(path, trust)
         module = torch.export.load(path).module()
         return lambda images: list(module(images))
     session = imported("onnxruntime").InferenceSession(str(path), providers=["CPUExecutionProvider"])

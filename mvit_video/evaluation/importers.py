@@ -22,6 +22,7 @@ from mvit_video.evaluation.classes import ClassMap, map_classes, matching_classe
 from mvit_video.evaluation.score_files import read_scores
 from mvit_video.evaluation.scores import ScoreTable, with_labels
 from mvit_video.weights.pickles import RefusedPickle, load_arrays
+from mvit_video.weights.reading import require_bounded
 
 _UNEXPECTED = (AttributeError, LookupError, ArithmeticError, RuntimeError, TypeError, ValueError)
 
@@ -117,7 +118,9 @@ def _scores_and_labels(content: Any, most: int) -> tuple[Tensor, list[float] | N
     Args:
         most: how many numbers there can be, a byte of the file for each; a pickle can claim any number.
     """
-    if isinstance(content, list | tuple) and len(content) == 2 and np.ndim(content[0]) == 2:
+    require_bounded(content, most)  # lists in a pickle can hold one another
+    is_pair = isinstance(content, list | tuple) and len(content) == 2 and not isinstance(content[0], dict)
+    if is_pair and np.ndim(content[0][:1]) == 2:
         scores, labels = _matrix(content[0], most), _floats(content[1], most)
         if labels.shape != scores.shape[:1]:
             raise ValueError(f"{len(scores)} rows of scores, labels of shape {labels.shape}")

@@ -16,7 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from mvit_video.data.class_names import check_class_names
 from mvit_video.data.index import LabelledVideo
+from mvit_video.data.table import read_parquet
 from mvit_video.errors import DataError, brief
 from mvit_video.evaluation.scores import ScoreTable
 from mvit_video.io.writing import replacing
@@ -70,8 +72,8 @@ def read_scores(path: Path) -> ScoreTable:
             lacks views that others have, or has one twice.
     """
     try:
-        rows = pq.read_table(path)
-    except (pa.ArrowException, OSError) as error:
+        rows = read_parquet(path, [*_COLUMNS, "scores", _SEVERAL])
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{path}: no Parquet file of scores ({brief(error)})") from None
     try:
         return _table_of(rows)
@@ -109,19 +111,18 @@ def _table_of(rows: pa.Table) -> ScoreTable:
     if odd.any():
         raise DataError(f"{ids[order[odd.argmax()]]} lacks a view of 0 to {number - 1}, or has one twice")
     first = order[::number]
-    for name, values in (("label", np.where(unknown, -1, labels)), ("path", paths)):
-        _refuse(values != values[first][of_video], name, values, "other views of the video have another one")
-    known: list[Any] = [None if label != label else int(label) for label in labels[first]]
+    known: list[Any] = [None if label != label else int(label) for label in labels]
     if _SEVERAL in rows.schema.names:
-        known = [_several(rows, int(row), len(class_names)) for row in first]
-    videos = tuple(map(LabelledVideo, paths[first], known, ids[first]))
+        known = [_several(*item, len(class_names)) for item in enumerate(rows[_SEVERAL].to_pylist())]
+    for name, values in (("label", np.array(list(map(str, known)))), ("path", paths)):
+        _refuse(values != values[first][of_video], name, values, "other views of the video have another one")
+    videos = tuple(map(LabelledVideo, paths[first], (known[row] for row in first), ids[first]))
     spans = torch.from_numpy(np.stack([start, end], axis=1)[order]).view(-1, number, 2)
     views = torch.from_numpy(scores[order]).view(-1, number, len(class_names))
     return ScoreTable(videos, views, spans, class_names, provenance)
 
 
-def _several(rows: pa.Table, row: int, num_classes: int) -> tuple[int, ...]:
-    value = rows[_SEVERAL][row].as_py()
+def _several(row: int, value: Any, num_classes: int) -> tuple[int, ...]:
     fits = isinstance(value, list) and all(type(label) is int and 0 <= label < num_classes for label in value)
     if not fits:
         raise DataError(f"{_SEVERAL} of row {row} is {value!r:.60}; there are {num_classes} classes, from 0")
@@ -153,6 +154,7 @@ def _metadata(schema: pa.Schema) -> tuple[tuple[str, ...], dict[str, Any]]:
         raise DataError(f"no scores of mvit-eval; it has no column {missing[0]}")
     try:
         content = json.loads((schema.metadata or {}).get(_METADATA, b"{}"))
+        json.dumps(content, ensure_ascii=False, allow_nan=False).encode()  # results will say it again
         names, provenance = content.get("class_names") or [], content.get(_PROVENANCE) or {}
         provenance = {name: value for name, value in provenance.items() if value is not None}
         for name, kind in _PROVENANCE_TYPES.items():
@@ -161,9 +163,10 @@ def _metadata(schema: pa.Schema) -> tuple[tuple[str, ...], dict[str, Any]]:
         for video in provenance.get("bad_videos", []):
             if not all(isinstance(video[name], str) for name in ("id", "path", "reason")):
                 raise ValueError(f"a bad video is {video!r:.60}")
-        is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
-        if not is_list or len(set(names)) < len(names):
-            raise ValueError("class_names aren't different names")
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError("class_names aren't names")
+        if names:
+            check_class_names(names, "class_names")
+    except (DataError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise DataError(f"damaged metadata ({brief(error)})") from None
     return tuple(names), provenance

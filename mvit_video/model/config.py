@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 from mvit_video.model.fields import check_types
+
+# Far above any model's, far below what would fill a machine's memory.
+MAX_TOKENS = 2**22  # of a clip, or of a window of it
+_MAX_KERNEL = 2**16  # tokens that are pooled into one
 
 Grid = tuple[int, int, int]  # (T, H, W): tokens, frames and pixels, or strides along time, height and width
 AttentionKind = Literal[
@@ -130,6 +135,7 @@ class MViTConfig:
             require(name, 0 <= getattr(self, name) < 1, "be in [0, 1)")
         for name in ("stages", "patch_kernel", "patch_stride", "q_stride", "kv_stride", "window"):
             require(name, min(getattr(self, name), default=0) > 0, "list positive numbers")
+        require("window", math.prod(self.window) <= MAX_TOKENS, f"have at most {MAX_TOKENS} tokens")
         require("pool_kernel", self.pool_kernel == "stride" or min(self.pool_kernel) > 0, "be positive")
         for name in ("dim_mul", "head_mul", "q_strides", "kv_strides"):
             rows = getattr(self, name) or ()
@@ -147,6 +153,8 @@ class MViTConfig:
         space, time = self.rel_pos_spatial, self.rel_pos_spatial and self.rel_pos_temporal
         has_axes = {"none": True, "space": space, "space_time": time}[self.rel_pos_joint]
         require("rel_pos_joint", has_axes, "be none without rel_pos_spatial, or over time rel_pos_temporal")
+        goes = not (self.window_padding and self.class_token and "window" in self.attention)
+        require("window_padding", goes, "be false with a class token")
         goes = self.rel_pos_joint != "space_time" or "window" not in self.attention
         require("rel_pos_joint", goes, f"be none or space with attention {self.attention!r}")
 
@@ -238,6 +246,14 @@ def plan_blocks(config: MViTConfig) -> Iterator[BlockPlan]:
                 f"which {num_heads} heads can't share evenly"
             )
         q_stride, kv_stride = q_strides.get(index, (1, 1, 1)), kv_strides.get(index, (1, 1, 1))
+        kernels = [overlapping_kernel(q_stride), *map(config.pooling_kernel, (q_stride, kv_stride))]
+        for kernel in kernels:
+            if math.prod(kernel) > _MAX_KERNEL:
+                raise ValueError(f"block {index} would pool by a kernel of {kernel}")
+        in_window = window if has_windows and index not in global_blocks else None
+        strides = (q_stride, kv_stride) if in_window and config.window_padding else ()
+        if any(side % step for stride in strides for side, step in zip(window, stride, strict=True)):
+            raise ValueError(f"window {config.window} leaves block {index} {window}, not whole by {strides}")
         if any(n < min(strides) for n, *strides in zip(grid[1:], q_stride[1:], kv_stride[1:], strict=True)):
             raise ValueError(
                 f"crop_size {config.crop_size} is too small: block {index} would pool {grid} tokens"
@@ -253,7 +269,7 @@ def plan_blocks(config: MViTConfig) -> Iterator[BlockPlan]:
             kv_stride=kv_stride,
             pools_q=index in q_strides,
             pools_kv=index in kv_strides,
-            window=window if has_windows and index not in global_blocks else None,
+            window=in_window,
             shifted=config.attention.endswith("shifted_window") and (index - starts[stage]) % 2 == 1,
             # Drop path grows linearly over the depth (paper, appendix).
             drop_path=config.drop_path * index / max(depth - 1, 1),

@@ -19,7 +19,7 @@ from mvit_video.io.fingerprint import file_sha256
 from mvit_video.model.base import VideoModel
 from mvit_video.model.baselines import Baseline, BaselineConfig
 from mvit_video.model.clip_spec import ClipSpec
-from mvit_video.model.config import MViTConfig, floor_divide
+from mvit_video.model.config import MAX_TOKENS, MViTConfig, floor_divide
 from mvit_video.model.fields import check_types
 from mvit_video.model.mvit import MViT
 from mvit_video.model.variants import VARIANTS
@@ -29,7 +29,6 @@ from mvit_video.weights.reading import METADATA_KEY, distinct_names, is_plain, r
 MAX_BLOCKS = 1000
 MAX_PARAMETERS = 10**10
 _MAX_PIXELS = 2**30  # of all views of a video
-_MAX_TOKENS = 2**22  # of a clip
 
 # Fields of a config that weights fit whatever they are, or that follow from the data.
 _FREE = {"num_classes", "dropout", "drop_path", "head_dropout", "head_init_scale", "checkpoint_blocks"}
@@ -57,7 +56,7 @@ class Description:
         pixels = spec.num_clips * spec.num_crops * spec.clip_frames * spec.short_side**2
         for what, count, most in (
             ("blocks of the model", blocks, MAX_BLOCKS),
-            ("tokens of a clip", tokens, _MAX_TOKENS),
+            ("tokens of a clip", tokens, MAX_TOKENS),
             ("pixels of all views", pixels, _MAX_PIXELS),
         ):
             if count > most:

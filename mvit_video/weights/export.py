@@ -127,12 +127,8 @@ def load_exported(path: str | Path, device: str | torch.device = "cpu", trust: b
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
-    if path.suffix != ".onnx" and not trust:
-        raise CheckpointError(
-            f"{path}: refused, as a .pt2 is a program that can run any code when it is loaded; if you "
-            "made it or trust who did, set trust=true (in Python load_exported(path, trust=True)), "
-            "or export it as ONNX, which holds no code"
-        )
+    if path.suffix != ".onnx":
+        require_trust(path, trust)
     load = _load_onnx if path.suffix == ".onnx" else _load_program
     try:
         run, metadata = load(path, str(device))
@@ -143,6 +139,16 @@ def load_exported(path: str | Path, device: str | torch.device = "cpu", trust: b
             f"{path}: damaged, no exported model, or made for another machine or version ({brief(error)})"
         ) from None
     return ExportedModel(run, metadata, str(path))
+
+
+def require_trust(path: str | Path, trust: bool) -> None:
+    """Raises CheckpointError for a program that nobody trusts."""
+    if not trust:
+        raise CheckpointError(
+            f"{path}: refused, as a .pt2 is a program that can run any code when it is loaded; if you "
+            "made it or trust who did, set trust=true (in Python load_exported(path, trust=True)), "
+            "or export it as ONNX, which holds no code"
+        )
 
 
 def export_onnx(

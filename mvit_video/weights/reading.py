@@ -170,15 +170,14 @@ def distinct_names(names: Iterable[str]) -> tuple[str, ...]:
     return found
 
 
-def require_bounded(values: Any) -> None:
-    """Raises ValueError for lists that hold one another so often that nothing could print them."""
-    remaining, count = [values], 0
+def require_bounded(values: Any, most: int = _MAX_VALUES) -> None:
+    """Raises ValueError for lists that hold one another so often that nothing could print or copy them."""
+    remaining: list[Any] = [(values,)]
+    count = 0
     while remaining:
         item = remaining.pop()
-        count += 1
-        if count > _MAX_VALUES:
-            raise ValueError(f"more than {_MAX_VALUES} values")
-        if isinstance(item, Mapping):
-            remaining.extend(item.values())
-        elif isinstance(item, list | tuple):
-            remaining.extend(item)
+        parts = item.values() if isinstance(item, dict) else item
+        count += len(parts)
+        if count > most:
+            raise ValueError(f"more than {most} values")
+        remaining.extend(part for part in parts if isinstance(part, dict | list | tuple))

@@ -126,6 +126,7 @@ def test_an_evaluation_is_resumed(films: Path, command: Command, tmp_path: Path)
         ("train", ("experiment=motion_actions", "mixing=mixup_cutmix"), "mixing"),
         ("train", ("experiment=motion_actions", "data.val_boxes=other.csv"), "other.csv"),
         ("predict", ("film.mp4", "task=action_detection", "weights=none.ckpt", "save=[png]"), "save"),
+        ("predict", ("film.mp4", "task=action_detection", "model=action_mvitv2_nano_8x4"), "weights="),
         ("export", ("task=action_detection", "weights=none.ckpt"), "exported"),
         (
             "predict",
@@ -247,7 +248,8 @@ def test_a_checkpoint_is_believed_only_if_it_fits(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="action_detection"):
         mv.load_model(file)
     content = torch.load(file, weights_only=True)
-    for change in ({"task": "classification"}, {"roi": {"roi_size": 10**9}}, {"roi": None}):
+    fine = {"roi_size": 3, "roi_stride": 1e-3, "aligned": True}
+    for change in ({"task": "classification"}, {"roi": {"roi_size": 10**9}}, {"roi": None}, {"roi": fine}):
         torch.save({**content, METADATA_KEY: {**content[METADATA_KEY], **change}}, file)
         with pytest.raises(CheckpointError, match="detector"):
             load_action_detector(file)

@@ -83,7 +83,8 @@ CONTRADICTIONS: dict[str, tuple[str, Change]] = {
     "times that fall": ("packets", lambda steps: -steps),
     "a size that the file doesn't have": ("size", lambda size: 10**9),
     "a size that is text": ("size", lambda size: "/etc"),
-    "a version to come": ("version", lambda version: version + 1),
+    "a version to come": ("version", lambda made_with: [made_with[0] + 1, *made_with[1:]]),
+    "another FFmpeg": ("version", lambda made_with: [*made_with[:2], "7.0.1"]),
     "no stamp": ("stamp", lambda stamp: [1]),
 }
 

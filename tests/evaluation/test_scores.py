@@ -131,13 +131,14 @@ def changed(path: Path, column: str, row: int, value: object) -> None:
     ids=str,
 )
 def test_values_that_cannot_be_are_named(
-    command: Command, tmp_path: Path, column: str, row: int, value: object, named: list[str]
+    tmp_path: Path, column: str, row: int, value: object, named: list[str]
 ) -> None:
     file = tmp_path / "a.parquet"
     write_scores(score_table(torch.rand(2, 3, 3).softmax(-1), [0, 1]), file)
     changed(file, column, row, value)
-    line = error_line(command("eval", "scores=a.parquet"), "eval")
-    assert all(word in line for word in ["a.parquet", *named]), line
+    with pytest.raises(DataError) as caught:
+        read_scores(file)
+    assert all(word in str(caught.value) for word in ["a.parquet", *named]), caught.value
 
 
 @pytest.mark.parametrize(
@@ -149,6 +150,8 @@ def test_values_that_cannot_be_are_named(
         b'{"class_names": ["a"]}',
         b'{"class_names": ["a", "a", "b"]}',
         b'{"class_names": 3}',
+        b'{"class_names": ["a", "b", "\\ud800"]}',
+        b'{"facts": {"versions": {"x": Infinity}}}',
         b'{"class_names": "abc"}',
         b'{"class_names": [1, 2, 3]}',
         b'{"facts": 3}',
@@ -160,11 +163,12 @@ def test_values_that_cannot_be_are_named(
     ],
     ids=lambda content: content.decode("latin-1")[:40],
 )
-def test_damaged_metadata_is_refused(command: Command, tmp_path: Path, metadata: bytes) -> None:
+def test_damaged_metadata_is_refused(tmp_path: Path, metadata: bytes) -> None:
     write_scores(score_table(torch.rand(2, 3, 3).softmax(-1), [0, 1]), tmp_path / "a.parquet")
     rows = pq.read_table(tmp_path / "a.parquet").replace_schema_metadata({"mvit_video": metadata})
     pq.write_table(rows, tmp_path / "a.parquet")
-    assert "a.parquet" in error_line(command("eval", "scores=a.parquet"), "eval")
+    with pytest.raises(DataError, match=r"a\.parquet: "):
+        read_scores(tmp_path / "a.parquet")
 
 
 def test_files_that_other_programs_rewrite_are_read(tmp_path: Path) -> None:
@@ -187,6 +191,17 @@ def test_rows_that_are_missing_or_twice_are_refused(tmp_path: Path, rows: list[i
         read_scores(tmp_path / "b.parquet")
 
 
+@pytest.mark.parametrize("column", ["id", "label"])
+def test_a_small_file_takes_no_large_memory(tmp_path: Path, column: str) -> None:
+    long = pa.DictionaryArray.from_arrays(pa.array([0] * 100), ["x" * 10**6])
+    pq.write_table(
+        pa.table({column: long if column == "id" else pa.array(np.zeros(10**7))}), tmp_path / "a.parquet"
+    )
+    assert (tmp_path / "a.parquet").stat().st_size < 200_000
+    with pytest.raises(DataError, match=r"a\.parquet: .*than the file can hold"):
+        read_scores(tmp_path / "a.parquet")
+
+
 def test_views_of_two_videos_do_not_make_one(tmp_path: Path) -> None:
     write_scores(score_table(torch.rand(2, 2, 5).softmax(-1), [0, 0]), tmp_path / "a.parquet")
     pq.write_table(pq.read_table(tmp_path / "a.parquet").take([0, 3]), tmp_path / "b.parquet")
@@ -194,10 +209,19 @@ def test_views_of_two_videos_do_not_make_one(tmp_path: Path) -> None:
         read_scores(tmp_path / "b.parquet")
 
 
-def test_other_files_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.parquet").write_text("no parquet")
-    with pytest.raises(DataError, match=r"a\.parquet: no Parquet file"):
+def test_views_of_a_video_with_several_classes_have_the_same(tmp_path: Path) -> None:
+    table = score_table(torch.rand(2, 2, 3), [0, 0])
+    several = replace(table, videos=tuple(replace(video, label=(0, 2)) for video in table.videos))
+    write_scores(several, tmp_path / "a.parquet")
+    assert read_scores(tmp_path / "a.parquet").videos == several.videos
+    changed(tmp_path / "a.parquet", "labels", 3, [0, 1])
+    with pytest.raises(DataError, match=r"label of row 3 is \(0, 1\); other views"):
         read_scores(tmp_path / "a.parquet")
+
+
+def test_other_files_are_refused(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_text("no parquet")
+    assert "a.parquet: no Parquet file" in error_line(command("eval", "scores=a.parquet"), "eval")
     pq.write_table(pa.table({"id": ["a"]}), tmp_path / "b.parquet")
     with pytest.raises(DataError, match=r"b\.parquet: .* path"):
         read_scores(tmp_path / "b.parquet")
@@ -383,6 +407,13 @@ class Storage:
         return torch.storage._load_from_bytes, (pickle.dumps(Malicious(), 2),)
 
 
+class Address:
+    """What of a file's bytes NumPy would take for the place of an object in memory."""
+
+    def __reduce__(self):
+        return np.ndarray, ((1,), "O", b"anywhere")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -410,7 +441,10 @@ class Storage:
         ([[0.1, 0.9], [0.3]], "neither PySlowFast's"),
         ([["0.1", "0.9"]], "neither PySlowFast's"),
         ([torch.zeros(1).expand(10**7, 10**6), torch.tensor([0])], "more than the file can hold"),
-        ([SHARED_ROW] * 10_000, "more than the file can hold"),
+        ([SHARED_ROW] * 10_000, r"more than \d+ values"),
+        ([[[SHARED_ROW] * 10_000] * 10_000, [0]], r"more than \d+ values"),
+        ([[np.zeros(10_000)] * 10_000, [0] * 10_000], "more than the file can hold"),
+        ([Address()], "no readable pickle"),
         (None, "neither PySlowFast's"),
         (3.0, "neither PySlowFast's"),
         ([{"pred_label": 1}], "pred_score"),
@@ -422,6 +456,16 @@ def test_everything_else_is_refused_by_name(tmp_path: Path, capsys, content, mes
     with pytest.raises(DataError, match=message):
         read_foreign_scores(tmp_path / "a.pkl")
     assert "run" not in capsys.readouterr().out
+
+
+def test_a_pickle_changes_no_function(tmp_path: Path) -> None:
+    build = torch._utils._rebuild_tensor_v2  # which negates all weights that are read later, if it says so
+    name = pickle.dumps(build, 2).removesuffix(pickle.STOP)
+    state = pickle.dumps((None, {"__defaults__": ({"neg": True},)}), 2)[2:].removesuffix(pickle.STOP)
+    (tmp_path / "a.pkl").write_bytes(name + state + pickle.BUILD + pickle.STOP)
+    with pytest.raises(DataError, match=r"a\.pkl"):
+        read_foreign_scores(tmp_path / "a.pkl")
+    assert build.__defaults__ == (None,)
 
 
 @pytest.mark.parametrize(

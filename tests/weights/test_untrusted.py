@@ -21,6 +21,7 @@ from small_models import small_model
 from torch import Tensor
 
 import mvit_video as mv
+from mvit_video.detection.export import load_maps
 from mvit_video.model.baselines import Baseline, create_baseline
 from mvit_video.weights import METADATA_KEY, model_metadata, save_weights
 from mvit_video.weights.export import MAX_BATCH, ExportedModel, load_exported
@@ -78,6 +79,8 @@ LIES: list[tuple[str, str, Any]] = [
     ("config", "patch_padding", [10**9, 3, 3]),
     ("config", "patch_padding", [1.5, 3.0, 3.0]),
     ("config", "pool_kernel", None),
+    ("config", "pool_kernel", [1, 4096, 4096]),
+    ("config", "window", [1, 4096, 4096]),
     ("config", "name", "x3d_s"),
     ("config", "name", ["x3d_s"]),
     ("config", "unknown", 1),
@@ -350,7 +353,7 @@ def test_a_program_is_refused_before_it_is_opened(
         archive.writestr("model/data/weights/model.pt", buffer.getvalue())
         if compiled:
             archive.writestr("model/data/aotinductor/model/x.so", b"")
-    for read in (load_exported, mv.Recognizer):
+    for read in (load_exported, load_maps, mv.Recognizer):
         with pytest.raises(mv.CheckpointError, match="trust=true"):
             read(path)
     if not compiled:

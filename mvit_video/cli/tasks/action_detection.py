@@ -154,6 +154,8 @@ def export(config: DictConfig) -> None:
 
 def trained_detector(config: DictConfig) -> ActionDetector:
     """The detector that ``config.weights`` describes, or ``config.model`` with them, in eval mode."""
+    if not config.weights:
+        raise ConfigError("no weights given: set weights=FILE")
     if "model" not in config:
         detector = load_action_detector(config.weights)
     else:

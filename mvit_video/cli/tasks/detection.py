@@ -365,7 +365,7 @@ def export(config: DictConfig) -> None:
         export_backbone(detector, file.name, size)
         with torch.inference_mode():
             ours = detector.backbone(images)
-            theirs = load_maps(file.name)(images)
+            theirs = load_maps(file.name, trust=True)(images)  # just written
         worst = max(float((a - b).abs().max()) for a, b in zip(ours.values(), theirs, strict=True))
         if not worst <= config.tolerance:
             raise ConfigError(f"{path}: its maps differ by {worst:.2g}, more than {config.tolerance=}")

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import numpy.typing as npt
 
@@ -26,7 +27,7 @@ from mvit_video.io.writing import replacing
 
 log = logging.getLogger(__name__)
 
-_VERSION = 3
+_MADE_WITH = [3, av.__version__, str(av.ffmpeg_version_info)]  # others may see other packets in a file
 _MAX_FRAMES = 2_000_000  # in memory, of all files together; a frame takes about 60 bytes
 _SETTLED_SECONDS = 2.0  # a file that changed later than this ago may change again within a tick of its clock
 
@@ -110,7 +111,7 @@ def _warn_not_kept(folder: str, reason: str) -> None:
 
 def _write(file: Path, stamp: Fingerprint, index: FileIndex) -> None:
     about = {
-        "version": _VERSION,
+        "version": _MADE_WITH,
         "stamp": stamp,
         "is_counted": index.counted is not None,
         "num_intact": index.num_intact,
@@ -139,7 +140,7 @@ def _read(file: Path, stamp: Fingerprint) -> FileIndex | None:
     """Raises many kinds of errors for what is no index."""
     with np.load(file, allow_pickle=False) as arrays:
         about = json.loads(arrays["about"].tobytes())
-        if about["version"] != _VERSION or about["stamp"] != stamp:
+        if about["version"] != _MADE_WITH or about["stamp"] != stamp:
             return None
         packets, counted = (
             np.cumsum(arrays[name], axis=-1, dtype=np.int64) for name in ("packets", "counted")
