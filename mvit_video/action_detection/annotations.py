@@ -14,7 +14,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -171,12 +171,12 @@ def action_splits(
     lists = [_read_frame_list(folder / str(file), source.folder) for file in frame_lists or ()]
     train, true = _sources(folder, train_boxes), _sources(folder, val_boxes)
     names = _names(folder, class_names, [file for file, _ in train])
-    limits = _Limits(tuple(map(float, seconds or (-math.inf, math.inf))), max(names))
+    within = tuple(map(float, seconds or (-math.inf, math.inf)))
 
     train += _sources(folder, train_persons, min_person_score)
     val = _sources(folder, val_persons, min_person_score) or true
     key_frames = [
-        source.key_frames(_people(files, limits), pictures, files[0][0])
+        source.key_frames(_people(files, within, max(names)), pictures, files[0][0])
         for files, pictures in zip((train, val), lists or (None, None), strict=True)
     ]
     rows = [row for file, _ in true for row in read_boxes(file) if row.class_id is not None]
@@ -235,31 +235,13 @@ def read_actions(path: str | Path) -> dict[int, str]:
     return dict(sorted(names.items()))
 
 
-class _Limits(NamedTuple):
-    seconds: tuple[float, ...]  # first and last
-    num_classes: int
+# By video, second and text, boxes with their actions in the order of the files.
+People = dict[str, dict[float, dict[tuple[str, ...], tuple[Box, list[int]]]]]
 
 
-@dataclass
-class _People:
-    """Boxes of a moment by their text, each with its actions in the order of the files."""
-
-    boxes: dict[tuple[str, ...], Box] = field(default_factory=dict)
-    class_ids: dict[tuple[str, ...], list[int]] = field(default_factory=dict)
-
-    def add(self, row: BoxRow) -> None:
-        self.boxes[row.text] = (row.x1, row.y1, row.x2, row.y2)
-        actions = self.class_ids.setdefault(row.text, [])
-        if row.class_id is not None and row.class_id not in actions:
-            actions.append(row.class_id)
-
-
-People = dict[str, dict[float, _People]]  # by video and second
-
-
-def _people(files: Sequence[Source], limits: _Limits) -> People:
+def _people(files: Sequence[Source], seconds: tuple[float, ...], num_classes: int) -> People:
     people: People = {}
-    first, last = limits.seconds
+    first, last = seconds
     for file, min_score in files:
         for row in _rows(existing(file)):
             if min_score is not None and row.score is not None and row.score < min_score:
@@ -269,12 +251,15 @@ def _people(files: Sequence[Source], limits: _Limits) -> People:
                     f"{file}: second {row.second:g} of {row.video} is outside of {first:g} to {last:g} "
                     "(data.seconds)"
                 )
-            if row.class_id is not None and not 1 <= row.class_id <= limits.num_classes:
+            if row.class_id is not None and not 1 <= row.class_id <= num_classes:
                 raise DataError(
                     f"{file}: action {row.class_id} of {row.video}, second {row.second:g}: ids go from 1 to "
-                    f"{limits.num_classes}, see data.class_names"
+                    f"{num_classes}, see data.class_names"
                 )
-            people.setdefault(row.video, {}).setdefault(row.second, _People()).add(row)
+            moment = people.setdefault(row.video, {}).setdefault(row.second, {})
+            _, actions = moment.setdefault(row.text, (row[2:6], []))
+            if row.class_id is not None and row.class_id not in actions:
+                actions.append(row.class_id)
     return people
 
 
@@ -293,7 +278,9 @@ class _Films(NamedTuple):
         if not people:
             raise DataError(f"{source}: has no rows that can be used")
         order = list(found) if pictures is not None else list(people)
-        missing = [name for name in people if name not in found or not _exists(found[name][0])]
+        missing = [
+            name for name in people if name not in found or not Path(entry_on_disk(found[name][0])).exists()
+        ]
         if len(missing) == len(people) or len(missing) > self.max_missing * len(people):
             raise DataError(
                 f"{source}: {len(missing)} of its {len(people)} videos are missing in {self.folder}, such as "
@@ -307,8 +294,8 @@ class _Films(NamedTuple):
                 found[video][0],
                 second,
                 found[video][1],
-                tuple(moment.boxes.values()),
-                tuple(tuple(sorted(ids)) for ids in moment.class_ids.values()),
+                tuple(box for box, _ in moment.values()),
+                tuple(tuple(sorted(ids)) for _, ids in moment.values()),
             )
             for video in order
             if video in people and video not in missing
@@ -340,10 +327,6 @@ class _Films(NamedTuple):
             found[stem] = (path, self.start)
         elif suffix.lower() in VIDEO_EXTENSIONS and (cut := _CUT.fullmatch(stem)) and cut["name"] in people:
             found[cut["name"]] = (path, float(cut["start"]))
-
-
-def _exists(path: str) -> bool:
-    return Path(entry_on_disk(path)).exists()
 
 
 def _read_frame_list(file: Path, folder: Path) -> dict[str, str]:

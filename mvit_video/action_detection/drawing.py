@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
-from torchvision.transforms.functional import to_pil_image
-from torchvision.utils import draw_bounding_boxes, make_grid
+from torchvision.utils import draw_bounding_boxes
 
 from mvit_video.io.console import printable
-from mvit_video.io.writing import replacing
 
 
 def draw_people(picture: Tensor, boxes: Tensor, texts: Sequence[str]) -> Tensor:
@@ -38,9 +35,3 @@ def draw_people(picture: Tensor, boxes: Tensor, texts: Sequence[str]) -> Tensor:
         fill_labels=True,
     )
     return drawn
-
-
-def save_pictures(pictures: Sequence[Tensor], path: Path, *, columns: int = 3) -> None:
-    """Write pictures uint8 (3, H, W) of one size as one PNG, side by side."""
-    with replacing(path) as file:
-        to_pil_image(make_grid(list(pictures), nrow=columns)).save(file, "png")

@@ -7,16 +7,19 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch.nn.functional as F
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid
 
 from mvit_video.action_detection.annotations import ActionIndex
 from mvit_video.action_detection.checkpoint import action_metadata
 from mvit_video.action_detection.clips import ActionBatch
 from mvit_video.action_detection.detector import ActionDetector
-from mvit_video.action_detection.drawing import draw_people, save_pictures
+from mvit_video.action_detection.drawing import draw_people
 from mvit_video.action_detection.evaluation import Scored, detections_of
 from mvit_video.action_detection.metrics import mean_average_precision
 from mvit_video.data.pixels import denormalise
 from mvit_video.data.ranks import Ranks
+from mvit_video.io.writing import replacing
 from mvit_video.training.metrics import Means
 from mvit_video.training.module import Losses, TrainingModule
 
@@ -95,4 +98,5 @@ class ActionDetectorTraining(TrainingModule):
             mine = batch.boxes[:, 0] == number
             texts = [", ".join(names[i] for i in row.nonzero().flatten()) for row in batch.targets[mine]]
             pictures.append(draw_people(picture, batch.boxes[mine, 1:].cpu(), texts))
-        save_pictures(pictures, path)
+        with replacing(path) as file:
+            to_pil_image(make_grid(pictures, nrow=3)).save(file, "png")

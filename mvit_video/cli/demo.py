@@ -63,7 +63,8 @@ def build_page(demo: Demo, *, title: str) -> Any:
         answered = begun.then(
             answer, inputs, outputs, api_name="answer", concurrency_limit=1, show_progress_on=annotated
         )
-        answered.success(_show, explain, [more, strip, overlay], **own)
+        answered.success(lambda _: _visible(True), explain, more, **own)
+        answered.success(lambda kind: (_visible(kind != NO_MAP),) * 2, explain, [strip, overlay], **own)
         answered.then(_at_rest, None, buttons, queue=False, **own)
         stop.click(cancel, None, buttons, queue=False, cancels=[answered], **own)
     page.preprocess_data = _without_addresses(page.preprocess_data)
@@ -98,10 +99,6 @@ def _visible(yes: bool) -> Any:
 
 def _at_rest() -> tuple[Any, Any]:
     return _active(True), _visible(False)
-
-
-def _show(explain: str) -> tuple[Any, ...]:
-    return _visible(True), _visible(explain != NO_MAP), _visible(explain != NO_MAP)
 
 
 class _Work:

@@ -6,7 +6,6 @@ import contextlib
 import json
 import math
 import os
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +20,7 @@ import torch
 from av.video.frame import VideoFrame
 from omegaconf import DictConfig
 from torch import Tensor, nn
+from torch.utils.benchmark import Timer
 
 from mvit_video.cli import app
 from mvit_video.data.augment import Augment
@@ -81,19 +81,9 @@ class Stopwatch:
         """How much of the ``count`` of a run is done in a second, the median; None where time is out."""
         if time.perf_counter() > self.end:
             return None
-        begin = time.perf_counter()
-        seconds: list[float] = []
-        self._time(run, arguments)  # warms up
-        while not seconds or time.perf_counter() - begin < self.seconds:
-            seconds.append(self._time(run, arguments))
-        return count / statistics.median(seconds)
-
-    def _time(self, run: Callable[..., Any], arguments: tuple[Any, ...]) -> float:
-        begin = time.perf_counter()
-        run(*arguments)
-        if torch.device(self.device).type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - begin
+        threads, given = torch.get_num_threads(), {"run": run, "arguments": arguments}
+        timer = Timer("run(*arguments)", globals=given, num_threads=threads)
+        return count / timer.blocked_autorange(min_run_time=self.seconds).median
 
 
 def print_speed(config: DictConfig) -> None:

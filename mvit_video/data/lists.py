@@ -259,7 +259,8 @@ def read_csv(file: Path, *, multi_label: bool = False) -> VideoList:
         if _is_header(rows):
             del rows[0]
     if all(_FOLDER_AND_COUNT.fullmatch(row.path) for row in rows):
-        rows = [row._replace(path=_FOLDER_AND_COUNT.sub(_frames_of_mmaction, row.path)) for row in rows]
+        counts = ((row, row.path.rpartition(" ")) for row in rows)
+        rows = [row._replace(path=f"{folder}/img_[00001-{int(n):05}].jpg") for row, (folder, _, n) in counts]
     if multi_label:
         rows = [
             row._replace(label=_several(row.label)) if isinstance(row.label, str) else row for row in rows
@@ -361,10 +362,6 @@ def _several(labels: str) -> tuple[int | str, ...]:
 
 def _is_integer(text: str) -> bool:
     return len(text) < 20 and text.removeprefix("-").isdecimal()  # int() refuses thousands of digits
-
-
-def _frames_of_mmaction(found: re.Match[str]) -> str:
-    return f"{found[1]}/img_[00001-{int(found[2]):05}].jpg"
 
 
 def _read_json(file: Path, *, multi_label: bool = False) -> VideoList:

@@ -47,7 +47,7 @@ class Objects:
         masks = self.masks
         if isinstance(masks, np.ndarray):
             stretched = [Image.fromarray(m).resize((width, height), Image.Resampling.NEAREST) for m in masks]
-            masks = _stacked([np.asarray(mask) for mask in stretched], height, width)
+            masks = np.array([np.asarray(m) for m in stretched], bool).reshape(-1, height, width)
         else:
             masks = [[part * scale for part in parts] for parts in masks]
         image = self.image
@@ -102,7 +102,7 @@ class Objects:
         if boxes_from_masks:
             boxes = np.stack([_box_around(mask) for mask in self.masks]) if len(boxes) else boxes
         kept = ((boxes[:, 2:] - boxes[:, :2]) > 1e-5).all(1)
-        kept &= np.array([_is_something(mask) for mask in self.masks], dtype=bool)
+        kept &= np.array([np.any(m) if isinstance(m, np.ndarray) else len(m) > 0 for m in self.masks], bool)
         masks: Tensor | list[list[list[float]]]
         if isinstance(self.masks, np.ndarray):
             masks = torch.from_numpy(np.ascontiguousarray(self.masks[kept]))
@@ -267,13 +267,5 @@ def _box_around(mask: Sequence[NDArray[np.float64]] | NDArray[np.bool_]) -> NDAr
     return np.concatenate([points.min(0), points.max(0)]).astype(np.float32)
 
 
-def _is_something(mask: Sequence[NDArray[np.float64]] | NDArray[np.bool_]) -> bool:
-    return bool(mask.any()) if isinstance(mask, np.ndarray) else len(mask) > 0
-
-
 def _size(objects: Objects) -> tuple[int, int]:
     return objects.image.height, objects.image.width
-
-
-def _stacked(masks: list[NDArray[np.bool_]], height: int, width: int) -> NDArray[np.bool_]:
-    return np.stack(masks) if masks else np.zeros((0, height, width), dtype=bool)

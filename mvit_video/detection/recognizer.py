@@ -29,6 +29,7 @@ from mvit_video.detection.drawing import draw_objects
 from mvit_video.detection.metrics import LIKELY
 from mvit_video.errors import VideoError
 from mvit_video.io.writing import replacing
+from mvit_video.model.inference import autocast
 from mvit_video.prediction.follower import Follower
 from mvit_video.prediction.inputs import expand
 from mvit_video.prediction.prediction import NOT_FINITE
@@ -103,7 +104,7 @@ class ObjectRecognizer:
         self.detector = loaded.to(device).eval()
         self.min_score, self.stride, self.device = min_score, stride, device
         self.open_file = open_file
-        self.autocast = autocast(device, precision)
+        self.autocast = autocast(device, precision, on_cpus=False)
         names = self.detector.class_names
         self.class_names = names or tuple(map(str, range(self.detector.config.num_classes)))
 
@@ -147,15 +148,6 @@ class ObjectRecognizer:
             second=second,
             **values,
         )
-
-
-def autocast(device: str, precision: str) -> Any:
-    """The context in which a detector computes with a precision, again and again."""
-    kind = torch.device(device).type
-    if precision == "auto":
-        on_gpu = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        precision = "bf16" if on_gpu else "fp32"
-    return torch.autocast(kind, torch.bfloat16, enabled=precision == "bf16")
 
 
 def expand_files(arguments: str | Path | Iterable[str | Path]) -> list[str]:

@@ -67,7 +67,9 @@ def load_detector_weights(
     if head not in ("strict", "new"):
         raise ConfigError(f"head must be 'strict' or 'new', got {head!r}")
     name = "state dict" if isinstance(source, Mapping) else str(source)
-    weights = find_weights(source if isinstance(source, Mapping) else _read(Path(source)), name)[0]
+    if not isinstance(source, Mapping):
+        source = _read_arrays(Path(source)) if name.endswith(".pkl") else read_checkpoint(source)
+    weights = find_weights(source, name)[0]
     weights = {from_detectron2(key): value for key, value in weights.items() if not _NO_WEIGHTS.match(key)}
     expected = detector.state_dict()
     fresh = [key for key in expected if head == "new" and _HEAD.match(key)]
@@ -108,10 +110,6 @@ def from_detectron2(name: str) -> str:
         if count:
             return found
     return name
-
-
-def _read(path: Path) -> Mapping[str, Any]:
-    return _read_arrays(path) if path.suffix == ".pkl" else read_checkpoint(path)
 
 
 def _read_arrays(path: Path) -> dict[str, Any]:

@@ -16,11 +16,8 @@ import torch
 from mvit_video.io.fingerprint import Fingerprint, file_sha256, fingerprint
 from mvit_video.model import VideoModel
 from mvit_video.model.variants import VARIANTS
-from mvit_video.weights import weights_sha256
+from mvit_video.weights.description import NOT_ARCHITECTURE, weights_sha256
 
-_NOT_ARCHITECTURE = (
-    *("num_classes", "dropout", "drop_path", "head_dropout", "head_init_scale", "checkpoint_blocks"),
-)
 PACKAGES = ("mvit-video", "torch", "torchvision", "torchmetrics", "av", "numpy")
 
 
@@ -58,7 +55,7 @@ def identity(provenance: Fingerprint, class_names: Sequence[str]) -> Fingerprint
 
 def known_as(model: VideoModel) -> str:
     """The variant whose architecture a model has, else its class."""
-    free = dict.fromkeys(_NOT_ARCHITECTURE)
+    free = dict.fromkeys(NOT_ARCHITECTURE)
     own = asdict(model.config)
     found = (name for name, variant in VARIANTS.items() if asdict(variant.config) | free == own | free)
     return next(found, own.get("name", type(model).__name__))

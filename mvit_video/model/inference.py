@@ -46,7 +46,9 @@ def prepare(
         bf16 = isinstance(model, MViT) and multiplies_bf16(torch.device(device))
         precision = "bf16" if bf16 else "fp32"
     if precision == "bf16":
-        model.to(device, torch.bfloat16).register_forward_pre_hook(_clips_in_bf16)
+        model.to(device, torch.bfloat16).register_forward_pre_hook(
+            lambda _, arguments: tuple(clips.bfloat16() for clips in arguments)
+        )
     else:
         model.to(device)
     if compiled == "auto":
@@ -95,8 +97,17 @@ def _seconds(model: nn.Module, clips: Tensor) -> float:
     return statistics.median(seconds[3:])
 
 
-def _clips_in_bf16(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(clips.bfloat16() for clips in arguments)
+def autocast(device: str, precision: str, *, on_cpus: bool = True) -> Any:
+    """The context in which a detector computes with a precision, again and again.
+
+    Args:
+        precision: "bf16", "fp32", or "auto": bf16 where the hardware multiplies in it.
+        on_cpus: "auto" may be bf16 on them.
+    """
+    kind = torch.device(device)
+    is_auto = precision == "auto" and (on_cpus or kind.type == "cuda")
+    bf16 = precision == "bf16" or (is_auto and multiplies_bf16(kind))
+    return torch.autocast(kind.type, torch.bfloat16, enabled=bf16)
 
 
 def multiplies_bf16(device: torch.device) -> bool:

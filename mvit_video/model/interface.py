@@ -18,20 +18,20 @@ class TimmInterface:
     """Methods of ``MViT`` that look at it from outside."""
 
     @property
-    def num_classes(self) -> int:
-        return _model(self).config.num_classes
+    def num_classes(self: Any) -> int:
+        return self.config.num_classes
 
     @property
-    def num_features(self) -> int:
+    def num_features(self: Any) -> int:
         """Channels of what the head reads, ``forward_features``."""
-        return _model(self).norm.normalized_shape[0]
+        return self.norm.normalized_shape[0]
 
-    def get_classifier(self) -> nn.Linear:
-        return _model(self).head.projection
+    def get_classifier(self: Any) -> nn.Linear:
+        return self.head.projection
 
-    def reset_classifier(self, num_classes: int) -> None:
+    def reset_classifier(self: Any, num_classes: int) -> None:
         """Give the model a new head, initialised as ever, for other classes; their names are unknown."""
-        model = _model(self)
+        model = self
         old = model.head.projection
         new = nn.Linear(old.in_features, num_classes, device=old.weight.device, dtype=old.weight.dtype)
         nn.init.trunc_normal_(new.weight, std=0.02)
@@ -39,18 +39,21 @@ class TimmInterface:
         model.head.projection = new
         model.config, model.class_names = replace(model.config, num_classes=num_classes), None
 
-    def no_weight_decay(self) -> set[str]:
+    def no_weight_decay(self: Any) -> set[str]:
         """Parameters that timm's optimizers leave without decay. (The official video recipe decays them.)"""
-        names = [name for name, _ in _model(self).named_parameters()]
+        names = [name for name, _ in self.named_parameters()]
         return {name for name in names if name.startswith(("pos_embed", "cls_token")) or "rel_pos" in name}
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
+    def set_grad_checkpointing(self: Any, enable: bool = True) -> None:
         """Keep the inputs of blocks alone for the backward pass, which computes the rest again."""
-        model = _model(self)
-        model.config = replace(model.config, checkpoint_blocks=enable)
+        self.config = replace(self.config, checkpoint_blocks=enable)
 
     def forward_intermediates(
-        self, clips: Tensor, indices: Sequence[int] | int | None = None, *, intermediates_only: bool = False
+        self: Any,
+        clips: Tensor,
+        indices: Sequence[int] | int | None = None,
+        *,
+        intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
         """The maps of stages, (B, C, T', H', W') each, and what the head reads, (B, C).
 
@@ -62,13 +65,12 @@ class TimmInterface:
         Raises:
             IndexError: there is no such stage.
         """
-        model = _model(self)
-        tokens, maps = model.run_blocks(clips, after=model.config.stage_ends)
+        tokens, maps = self.run_blocks(clips, after=self.config.stage_ends)
         if isinstance(indices, int):
             maps = maps[-indices:]
         elif indices is not None:
             maps = [maps[index] for index in indices]
-        return maps if intermediates_only else (model.pool_tokens(tokens), maps)
+        return maps if intermediates_only else (self.pool_tokens(tokens), maps)
 
 
 class StageFeatures(nn.Module):
@@ -101,7 +103,3 @@ class StageFeatures(nn.Module):
     def forward(self, clips: Tensor) -> list[Tensor]:
         maps = self.model.forward_stages(clips)
         return [maps[index] for index in self.out_indices]
-
-
-def _model(interface: TimmInterface) -> MViT:
-    return cast("MViT", interface)

@@ -131,7 +131,10 @@ def attend(
     q_aug, k_aug = augment_qk(q, k, q_positions, k_positions, scale)
     # Fused kernels want q, k and v of one width that is a multiple of 8.
     width = math.ceil(max(q_aug.shape[-1], v.shape[-1]) / 8) * 8
-    q_aug, k_aug, v_aug = (_pad_width(x.transpose(1, 2), width) for x in (q_aug, k_aug, v))
+    q_aug, k_aug, v_aug = (
+        x.transpose(1, 2) if x.shape[-1] == width else F.pad(x.transpose(1, 2), (0, width - x.shape[-1]))
+        for x in (q_aug, k_aug, v)
+    )
     x = F.scaled_dot_product_attention(q_aug, k_aug, v_aug, mask, scale=1.0)
     return cpu_kernels.add_residual(x[..., : v.shape[-1]].transpose(1, 2), q, num_prefix_tokens)
 
@@ -201,7 +204,3 @@ def _autocast(*tensors: Tensor | None) -> tuple[Tensor, ...]:
         dtype = torch.get_autocast_dtype("cpu")
         tensors = tuple(x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors)
     return cast(tuple[Tensor, ...], tensors)
-
-
-def _pad_width(x: Tensor, width: int) -> Tensor:
-    return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))

@@ -98,17 +98,8 @@ def is_playable(source: str, *, max_pixels: int = MAX_PIXELS) -> bool:
 
 
 def playable_copy(source: str, path: Path, *, max_pixels: int = MAX_PIXELS) -> None:
-    """An MP4 of a video for browsers, without sound. Raises VideoError as ``annotate_video`` does."""
-    try:
-        with (
-            open_stream(source, max_pixels=max_pixels) as (container, stream),
-            replacing(path) as file,
-            av.open(file, "w", format="mp4") as copy,
-        ):
-            if not _copy_with_labels(container, stream, None, copy, _Painter(())):
-                raise VideoError(source, "no frame can be decoded")
-    except (FFmpegError, OSError) as error:
-        raise VideoError(source, f"no playable copy could be written ({error})") from None
+    """An MP4 of a video for browsers, without sound; see ``redraw_video``."""
+    redraw_video(source, _Painter(()), path, max_pixels=max_pixels, sound=False)
 
 
 def annotate_video(
@@ -132,8 +123,10 @@ def annotate_video(
     return redraw_video(source, paint, path, max_pixels=max_pixels)
 
 
-def redraw_video(source: str, paint: Paint, path: Path, *, max_pixels: int = MAX_PIXELS) -> Path:
-    """A copy of a video with something drawn into every frame; audio is copied as it is.
+def redraw_video(
+    source: str, paint: Paint, path: Path, *, max_pixels: int = MAX_PIXELS, sound: bool = True
+) -> Path:
+    """A copy of a video with something drawn into every frame; audio is copied as it is, or left out.
 
     Args:
         paint: gives what is shown in the place of a picture, upright RGB (H, W, 3), of a second since the
@@ -150,7 +143,7 @@ def redraw_video(source: str, paint: Paint, path: Path, *, max_pixels: int = MAX
     """
     try:
         with open_stream(source, max_pixels=max_pixels) as (container, stream):
-            audio = next(iter(container.streams.audio), None)
+            audio = next(iter(container.streams.audio), None) if sound else None
             if audio is not None and audio.codec_context.name not in _MP4_AUDIO:
                 path = path.with_suffix(".mkv")
             with (
@@ -160,7 +153,7 @@ def redraw_video(source: str, paint: Paint, path: Path, *, max_pixels: int = MAX
                 if not _copy_with_labels(container, stream, audio, copy, paint):
                     raise VideoError(source, "no frame can be decoded")
     except (FFmpegError, OSError) as error:
-        raise VideoError(source, f"no annotated copy could be written ({error})") from None
+        raise VideoError(source, f"no copy could be written ({error})") from None
     return path
 
 

@@ -212,7 +212,8 @@ def _iter_frames(source: Source, name: str, follow: float | None, max_pixels: in
         try:
             with open_stream(source, follow=follow, max_pixels=max_pixels) as (container, stream):
                 rate, tick = rate_of(stream), float(stream.time_base or 0)
-                again = again and not (name.startswith("http") and _has_an_end(container))
+                if name.startswith("http") and (container.size > 0 or container.duration is not None):
+                    again = False  # it is known how long it is: it would begin at its front, unlike a camera
                 offset: float | None = None  # of this connection's clock
                 for number, frame in enumerate(_decoded(container, stream, name)):
                     alive = time.monotonic()
@@ -240,11 +241,6 @@ def _iter_frames(source: Source, name: str, follow: float | None, max_pixels: in
 def rate_of(stream: VideoStream) -> float:
     """Frames a second, as the container says."""
     return float(stream.average_rate or stream.guessed_rate or 25)
-
-
-def _has_an_end(container: InputContainer) -> bool:
-    """Whether it is known how long a source is: asked again, it would begin at its front, unlike a camera."""
-    return container.size > 0 or container.duration is not None
 
 
 def _decoded(container: InputContainer, stream: VideoStream, name: str) -> Iterator[VideoFrame]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,28 +34,32 @@ def cube_mask(rng: random.Random, window: Grid, ratio: float) -> Tensor:
     goal = _goal(math.prod(window), ratio, window)
     frames, height, width = window
     mask = torch.zeros(window, dtype=torch.bool)
-    area = height * width
-    left = goal
+
+    def propose(_: int) -> Tensor | None:
+        h, w = _rectangle(rng, height * width // 5, height * width)
+        t = rng.randint(1, frames)
+        if h >= height or w >= width:
+            return None
+        top, side = rng.randint(0, height - h), rng.randint(0, width - w)
+        start = rng.randint(0, frames - t)
+        return mask[start : start + t, top : top + h, side : side + w]
+
+    _fill(propose, goal, tries=100)
+    return mask
+
+
+def _fill(propose: Callable[[int], Tensor | None], left: int, *, tries: int) -> None:
+    """Mask parts that are proposed for ``left`` cells, as long as one of ``tries`` has new cells and fits."""
     while left > 0:
-        for _ in range(100):
-            h, w = _rectangle(rng, area // 5, area)
-            t = rng.randint(1, frames)
-            if h >= height or w >= width:
-                continue
-            top, side, start = (
-                rng.randint(0, height - h),
-                rng.randint(0, width - w),
-                rng.randint(0, frames - t),
-            )
-            cuboid = mask[start : start + t, top : top + h, side : side + w]
-            new = cuboid.numel() - int(cuboid.sum())
-            if 0 < new <= left:
-                cuboid.fill_(True)
+        for _ in range(tries):
+            part = propose(left)
+            new = 0 if part is None else part.numel() - int(part.sum())
+            if part is not None and 0 < new <= left:
+                part.fill_(True)
                 left -= new
                 break
         else:
-            break
-    return mask
+            return
 
 
 def frame_mask(rng: random.Random, window: Grid, ratio: float) -> Tensor:
@@ -69,21 +74,15 @@ def tube_mask(rng: random.Random, window: Grid, ratio: float) -> Tensor:
     frames, height, width = window
     goal = _goal(height * width, ratio, window)
     mask = torch.zeros(height, width, dtype=torch.bool)
-    left = goal
-    while left > 0:
-        for _ in range(10):
-            h, w = _rectangle(rng, goal // 5, left)
-            if h >= height or w >= width:
-                continue
-            top, side = rng.randint(0, height - h), rng.randint(0, width - w)
-            rectangle = mask[top : top + h, side : side + w]
-            new = rectangle.numel() - int(rectangle.sum())
-            if 0 < new <= left:
-                rectangle.fill_(True)
-                left -= new
-                break
-        else:
-            break
+
+    def propose(left: int) -> Tensor | None:
+        h, w = _rectangle(rng, goal // 5, left)
+        if h >= height or w >= width:
+            return None
+        top, side = rng.randint(0, height - h), rng.randint(0, width - w)
+        return mask[top : top + h, side : side + w]
+
+    _fill(propose, goal, tries=10)
     return mask.expand(frames, -1, -1).clone()
 
 

@@ -87,10 +87,13 @@ class Classifier(TrainingModule):
         num_classes = self.model.config.num_classes
         targets = soft_targets(batch.labels, num_classes, lam=lam, smoothing=self.label_smoothing)
         logits = self(clips)
-        top1 = (logits.argmax(1) == targets.argmax(1)).float().mean()
         saved = {"clips": clips, "targets": targets, "logits": logits.detach(), "paths": list(batch.paths)}
-        loss = F.cross_entropy(logits, targets, weight=self.class_weights)
-        return Losses({"loss": loss, "top1": top1}, count=len(batch.labels), to_save=saved)
+        return Losses(self.training_metrics(logits, targets), count=len(batch.labels), to_save=saved)
+
+    def training_metrics(self, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """The loss and what else is told of a training batch."""
+        top1 = (logits.argmax(1) == targets.argmax(1)).float().mean()
+        return {"loss": F.cross_entropy(logits, targets, weight=self.class_weights), "top1": top1}
 
     def validation_losses(self, batch: Batch) -> Losses | None:
         if not len(batch.labels):
@@ -143,14 +146,8 @@ class MultiLabelClassifier(Classifier):
             found: Tensor = self.val_scores.compute()
         return found[found > 0].mean()
 
-    def training_losses(self, batch: Batch, batch_index: int) -> Losses:
-        clips, lam = self.mix(batch, batch_index)
-        num_classes = self.model.config.num_classes
-        targets = soft_targets(batch.labels, num_classes, lam=lam, smoothing=self.label_smoothing)
-        logits = self(clips)
-        saved = {"clips": clips, "targets": targets, "logits": logits.detach(), "paths": list(batch.paths)}
-        loss = F.binary_cross_entropy_with_logits(logits, targets)
-        return Losses({"loss": loss}, count=len(batch.labels), to_save=saved)
+    def training_metrics(self, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        return {"loss": F.binary_cross_entropy_with_logits(logits, targets)}
 
     def validation_losses(self, batch: Batch) -> Losses | None:
         num_classes = self.model.config.num_classes

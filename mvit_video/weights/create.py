@@ -20,27 +20,13 @@ from mvit_video.weights.reading import find_weights
 
 @overload
 def create_model(
-    name: str,
-    num_classes: int | None = None,
-    *,
-    weights: str | None = None,
-    head: Literal["strict", "new"] = "strict",
-    features_only: Literal[False] = False,
-    out_indices: None = None,
-    **overrides: Any,
+    name: str, num_classes: int | None = None, *, features_only: Literal[False] = False, **options: Any
 ) -> MViT: ...
 
 
 @overload
 def create_model(
-    name: str,
-    num_classes: int | None = None,
-    *,
-    weights: str | None = None,
-    head: Literal["strict", "new"] = "strict",
-    features_only: Literal[True],
-    out_indices: Sequence[int] | None = None,
-    **overrides: Any,
+    name: str, num_classes: int | None = None, *, features_only: Literal[True], **options: Any
 ) -> StageFeatures: ...
 
 

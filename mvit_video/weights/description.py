@@ -31,7 +31,14 @@ MAX_PARAMETERS = 10**10
 _MAX_PIXELS = 2**30  # of all views of a video
 
 # Fields of a config that weights fit whatever they are, or that follow from the data.
-_FREE = {"num_classes", "dropout", "drop_path", "head_dropout", "head_init_scale", "checkpoint_blocks"}
+NOT_ARCHITECTURE = {
+    "num_classes",
+    "dropout",
+    "drop_path",
+    "head_dropout",
+    "head_init_scale",
+    "checkpoint_blocks",
+}
 
 
 @dataclass(frozen=True)
@@ -147,7 +154,7 @@ def as_overrides(config: MViTConfig | BaselineConfig) -> str:
     """What to type for a model of the same shape: ``"model=mvitv2_s_16x4 model.stages=[1,2]"``."""
     if isinstance(config, BaselineConfig):
         return f"model={config.name}"
-    values = {field: value for field, value in asdict(config).items() if field not in _FREE}
+    values = {field: value for field, value in asdict(config).items() if field not in NOT_ARCHITECTURE}
     changes = {
         name: {field: value for field, value in values.items() if value != getattr(variant.config, field)}
         for name, variant in VARIANTS.items()

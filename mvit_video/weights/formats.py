@@ -57,10 +57,12 @@ def to_pyslowfast_keys(weights: Mapping[str, Tensor], source: str = "state dict"
                 "queries to it, the official code doesn't; use the file of facebookresearch/mvit"
             )
         first = _first_blocks(weights)
-        return {
-            _renamed(re.sub(r"^stages\.(\d+)\.blocks\.(\d+)", lambda m: _block(m, first), name), _TIMM): value
-            for name, value in weights.items()
-        }
+
+        def numbered(match: re.Match[str]) -> str:
+            return f"blocks.{first[int(match[1])] + int(match[2])}"
+
+        stages = re.compile(r"^stages\.(\d+)\.blocks\.(\d+)")
+        return {_renamed(stages.sub(numbered, name), _TIMM): value for name, value in weights.items()}
     return dict(weights)
 
 
@@ -137,7 +139,3 @@ def _first_blocks(weights: Mapping[str, Tensor]) -> list[int]:
         if found := re.match(r"stages\.(\d+)\.blocks\.(\d+)\.", name):
             blocks[int(found[1])].add(int(found[2]))
     return [sum(len(blocks[s]) for s in range(stage)) for stage in range(len(blocks))]
-
-
-def _block(match: re.Match[str], first: list[int]) -> str:
-    return f"blocks.{first[int(match[1])] + int(match[2])}"

@@ -6,7 +6,7 @@ import hashlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -43,7 +43,7 @@ from mvit_video.evaluation.provenance import versions
 from mvit_video.io.console import print_table, printable, track
 from mvit_video.io.fingerprint import Fingerprint, file_sha256, fingerprint
 from mvit_video.io.writing import replacing
-from mvit_video.model.inference import multiplies_bf16
+from mvit_video.model.inference import autocast
 from mvit_video.prediction.inputs import expand
 from mvit_video.prediction.render import redraw_video
 from mvit_video.prediction.saving import output_names, write_srt, write_vtt
@@ -163,12 +163,6 @@ def trained_detector(config: DictConfig) -> ActionDetector:
         load_weights(detector, config.weights)
     detector.protocol = app.override_protocol(detector.protocol, config.views)
     return detector.eval()
-
-
-def autocast(device: str, precision: str) -> Any:
-    """The context that a detector runs in: bf16, fp32, or auto: bf16 where the hardware multiplies in it."""
-    bf16 = precision == "bf16" or (precision == "auto" and multiplies_bf16(torch.device(device)))
-    return torch.autocast(torch.device(device).type, torch.bfloat16) if bf16 else nullcontext()
 
 
 def _build_detector(config: DictConfig, **arguments: Any) -> ActionDetector:

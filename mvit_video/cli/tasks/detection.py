@@ -35,13 +35,7 @@ from mvit_video.detection.drawing import as_png, name_of_track
 from mvit_video.detection.evaluation import detect_in_images, report
 from mvit_video.detection.export import export_backbone, load_maps
 from mvit_video.detection.metrics import LIKELY, SUMMARY
-from mvit_video.detection.recognizer import (
-    FoundObjects,
-    ObjectRecognizer,
-    autocast,
-    expand_files,
-    video_writer,
-)
+from mvit_video.detection.recognizer import FoundObjects, ObjectRecognizer, expand_files, video_writer
 from mvit_video.detection.training import DetectorTraining
 from mvit_video.detection.writer import COLUMNS, as_text, open_objects, rows_of
 from mvit_video.errors import ConfigError, DataError, VideoError
@@ -49,6 +43,7 @@ from mvit_video.evaluation.provenance import versions
 from mvit_video.io.console import csv_cell, print_table, printable, track
 from mvit_video.io.fingerprint import Fingerprint, fingerprint
 from mvit_video.io.writing import replacing
+from mvit_video.model.inference import autocast
 from mvit_video.prediction.saving import output_names
 from mvit_video.prediction.writer import Format, format_of
 from mvit_video.training.recipe import freeze
@@ -197,7 +192,7 @@ def evaluate(config: DictConfig) -> None:
             identity=identity,
             max_bad_videos=config.max_bad_videos,
             device=device,
-            autocast=autocast(device, config.precision),
+            autocast=autocast(device, config.precision, on_cpus=False),
             num_workers=config.num_workers,
             worker_type=WORKER_TYPES[config.loader],
         )
@@ -205,7 +200,10 @@ def evaluate(config: DictConfig) -> None:
             return
         measured = report(coco, results, output, settings=settings, num_worst=config.worst_mistakes)
     if measured:
-        rows = [(kind, *map(_shown, list(p.summary.values())[:6])) for kind, p in measured.items()]
+        rows = [
+            (kind, *("-" if value < 0 else f"{value:.3f}" for value in list(precision.summary.values())[:6]))
+            for kind, precision in measured.items()
+        ]
         print_table(f"{len(results)} images", ("", *SUMMARY[:6]), rows)
         log.info("results.json and report.html are in %s", output)
 
@@ -275,10 +273,6 @@ def _build_recognizer(config: DictConfig) -> tuple[ObjectRecognizer, Fingerprint
         open_file=app.build_decoder(config),
     )
     return recognizer, settings
-
-
-def _shown(precision: float) -> str:
-    return "-" if precision < 0 else f"{precision:.3f}"
 
 
 def _check_prediction(config: DictConfig, arguments: list[str]) -> None:
