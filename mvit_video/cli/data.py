@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import importlib
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 
 from mvit_video.cli import app
@@ -19,8 +16,9 @@ from mvit_video.data.index import VideoSplits
 from mvit_video.data.prepare import KINDS, Problem, compare, find_problems, prepare, summary
 from mvit_video.data.table import INDEX_NAME, index_file, read_table
 from mvit_video.errors import ConfigError, DataError
-from mvit_video.io.console import csv_cell, print_table, printable
-from mvit_video.io.writing import replacing
+from mvit_video.io.console import print_table, printable, write_csv
+from mvit_video.io.figures import new_figure
+from mvit_video.io.writing import write_json
 
 _SHOWN = 10  # paths of a kind
 
@@ -44,9 +42,8 @@ def prepare_index(config: DictConfig) -> None:
     )
     problems = find_problems(table)
     found = summary(table, problems)
-    with replacing(folder / "summary.json", "w") as lines:
-        json.dump(found, lines, indent=2, ensure_ascii=False)
-    _write_csv(folder / "problems.csv", Problem._fields, problems)
+    write_json(folder / "summary.json", found)
+    write_csv(folder / "problems.csv", Problem._fields, problems)
     seconds = [entry.info.duration for entry in table.entries if entry.info.error is None]
     if seconds:
         _plot_durations(seconds, folder / "durations.png")
@@ -67,7 +64,7 @@ def check_index(config: DictConfig) -> None:
     for kind, paths in changes.items():
         _print_some(kind, paths)
     rows = [(kind, path) for kind, paths in changes.items() for path in paths]
-    _write_csv(Path(HydraConfig.get().runtime.output_dir) / "changes.csv", ("kind", "path"), rows)
+    write_csv(Path(HydraConfig.get().runtime.output_dir) / "changes.csv", ("kind", "path"), rows)
     counts = ", ".join(f"{len(paths)} {kind}" for kind, paths in changes.items())
     if rows:
         raise DataError(f"{file} differs from the disk: {counts}; mvit-data prepare brings it up to date")
@@ -84,11 +81,6 @@ def _index_path(config: DictConfig) -> Path:
     place = place.expanduser()
     is_folder = place.is_dir() or (config.index is None and "path" not in config.data)
     return place / INDEX_NAME if is_folder else place
-
-
-def _write_csv(file: Path, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    with replacing(file, "w", newline="") as lines:
-        csv.writer(lines).writerows([header, *([csv_cell(cell) for cell in row] for row in rows)])
 
 
 def _print_summary(found: dict[str, Any]) -> None:
@@ -115,11 +107,9 @@ def _plot_durations(seconds: Sequence[float], path: Path) -> None:
     """Histogram of the durations of videos; the longest hundredth shares the last bar."""
     ordered = sorted(seconds)
     longest = ordered[int(0.99 * (len(ordered) - 1))]
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.hist([min(value, longest) for value in ordered], bins=50)
-    title = f"{len(ordered)} videos, the longest {ordered[-1]:.1f} s"
-    axes.set(xlabel="seconds", ylabel="videos", title=title)
-    axes.grid(alpha=0.3)
-    with replacing(path) as file:
-        figure.savefig(file, dpi=120, format="png")
+    with new_figure(path, (8, 4), 120) as figure:
+        axes = figure.subplots()
+        axes.hist([min(value, longest) for value in ordered], bins=50)
+        title = f"{len(ordered)} videos, the longest {ordered[-1]:.1f} s"
+        axes.set(xlabel="seconds", ylabel="videos", title=title)
+        axes.grid(alpha=0.3)

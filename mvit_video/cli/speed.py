@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 import torch
-from av.video.frame import VideoFrame
 from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.utils.benchmark import Timer
@@ -29,8 +25,9 @@ from mvit_video.data.datasets import ClipDataset, training_loader
 from mvit_video.data.decode import open_video
 from mvit_video.data.index import LabelledVideo
 from mvit_video.data.threads import threaded_map
+from mvit_video.io.clips import write_clip
 from mvit_video.io.console import print_table
-from mvit_video.io.writing import replacing
+from mvit_video.io.writing import write_json
 from mvit_video.model import ClipSpec, kernels
 
 LIMIT = 90  # seconds until the last measurement begins
@@ -81,8 +78,8 @@ class Stopwatch:
         """How much of the ``count`` of a run is done in a second, the median; None where time is out."""
         if time.perf_counter() > self.end:
             return None
-        threads, given = torch.get_num_threads(), {"run": run, "arguments": arguments}
-        timer = Timer("run(*arguments)", globals=given, num_threads=threads)
+        given, cores = {"run": run, "arguments": arguments}, len(os.sched_getaffinity(0))
+        timer = Timer("run(*arguments)", globals=given, num_threads=cores)
         return count / timer.blocked_autorange(min_run_time=self.seconds).median
 
 
@@ -93,7 +90,7 @@ def print_speed(config: DictConfig) -> None:
     torch.manual_seed(0)
     model = app.build(config.model, weights=None)
     clip = torch.randn(1, 3, model.config.num_frames, *[model.config.crop_size] * 2, device=device)
-    with _threads(cores), tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:
         video = config.video or write_sample(Path(folder) / "sample.mp4")
         decoding, loading = _reading(watch, str(video), model.protocol, cores)
         matrix = {name: _matrix(watch, dtype) for name, dtype in _DTYPES.items()}
@@ -103,8 +100,7 @@ def print_speed(config: DictConfig) -> None:
     advice = advise(speed)
     _show(speed, advice, config.model.name)
     if config.output:
-        with replacing(config.output, "w") as file:
-            json.dump({"model": config.model.name, **asdict(speed), **asdict(advice)}, file, indent=2)
+        write_json(config.output, {"model": config.model.name, **asdict(speed), **asdict(advice)})
 
 
 def advise(speed: Speed) -> Advice:
@@ -131,24 +127,10 @@ def advise(speed: Speed) -> Advice:
 def write_sample(path: Path) -> Path:
     """Ten seconds of moving noise in h264, 340 x 256 at 30 frames a second, as Kinetics is often kept."""
     noise = np.random.RandomState(0).randint(0, 256, (32, 43, 3), np.uint8).repeat(8, 0).repeat(8, 1)
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=Fraction(30))
-        stream.width, stream.height, stream.pix_fmt = 340, 256, "yuv420p"
-        for number in range(300):
-            pixels = np.ascontiguousarray(np.roll(noise, 2 * number, 1)[:256, :340])
-            container.mux(stream.encode(VideoFrame.from_ndarray(pixels, format="rgb24")))
-        container.mux(stream.encode(None))
+    pictures = (np.roll(noise, 2 * number, 1)[:256, :340] for number in range(300))
+    with path.open("wb") as file:
+        write_clip(file, pictures, 30)
     return path
-
-
-@contextlib.contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _matrix(watch: Stopwatch, dtype: torch.dtype) -> float | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import logging
 import math
@@ -16,8 +15,8 @@ from omegaconf import DictConfig
 
 from mvit_video.cli.messages import is_users, one_line
 from mvit_video.data.ranks import rank_and_size
-from mvit_video.io.console import print_table, printable
-from mvit_video.io.writing import replacing
+from mvit_video.io.console import print_table, printable, write_csv
+from mvit_video.io.writing import write_json
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +38,7 @@ def leave_result(command: str, value: Any, error: Exception | None, full_error: 
             "metric": float(value) if isinstance(value, int | float) and math.isfinite(value) else None,
             "error": problem,
         }
-        with replacing(Path(HydraConfig.get().runtime.output_dir) / _RESULT, "w") as file:
-            json.dump(row, file)
+        write_json(Path(HydraConfig.get().runtime.output_dir) / _RESULT, row)
 
 
 class SweepTable(Callback):
@@ -68,8 +66,7 @@ class SweepTable(Callback):
             metric = "" if result["metric"] is None else result["metric"]
             rows.append((result["job"], own, metric, result["error"] or ""))
         columns = ("job", "overrides", "metric", "error")
-        with replacing(folder / "jobs.csv", "w", newline="") as file:
-            csv.writer(file).writerows([columns, *rows])
+        write_csv(folder / "jobs.csv", columns, rows)
         print_table(f"{folder / 'jobs.csv'}:", columns, rows)
         if any(result["error"] for result in results):
             sys.exit(1)

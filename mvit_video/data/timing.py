@@ -6,7 +6,6 @@ stage costs a look at a variable of its thread.
 
 from __future__ import annotations
 
-import json
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from mvit_video.io.writing import replacing
+from mvit_video.io.writing import write_json
 
 LOADER_STAGES = ("demux", "decode", "convert", "transform")
 MAIN_STAGES = ("wait for data", "transfer", "model", "rest")
@@ -119,8 +118,7 @@ def profiled(folder: Path) -> Iterator[None]:
     print_table("where the time went", ("", "stage", "seconds", "share", "ms a video"), rows)
     print(verdict)
     saved = {"loader": loader, "main": main, "videos": current.samples or None, "verdict": verdict}
-    with replacing(folder / "profile.json", "w") as file:
-        json.dump(saved, file, indent=2)
+    write_json(folder / "profile.json", saved)
 
 
 def _verdict(main: dict[str, float]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import warnings
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from mvit_video.errors import ConfigError, DataError
 from mvit_video.evaluation.scores import Combination, ScoreTable, combine
 from mvit_video.evaluation.tables import write_multi_label_tables
 from mvit_video.io.console import print_table
-from mvit_video.io.writing import replacing
+from mvit_video.io.writing import write_json
 from mvit_video.model import VideoModel
 
 log = logging.getLogger(__name__)
@@ -99,8 +98,7 @@ def report_multi_label(tables: Mapping[str, ScoreTable], output: Path, how: Comb
         if count
     }
     results = {**describe(table, how), **metrics.accuracy, "per_class": per_class}
-    with replacing(output / "results.json", "w") as file:
-        json.dump(results, file, indent=2, allow_nan=False)
+    write_json(output / "results.json", results)
     write_multi_label_tables(output, results)
     write_multi_label_report(output, results=results)
     rows = [(name, row["videos"], f"{row['average_precision']:.4f}") for name, row in per_class.items()]

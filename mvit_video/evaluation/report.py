@@ -5,16 +5,13 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from fractions import Fraction
 from functools import partial
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
-import av
 import torch.nn.functional as F
 from av.error import FFmpegError
-from av.video.frame import VideoFrame
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.ticker import MaxNLocator
@@ -25,6 +22,7 @@ from mvit_video.data.datasets import OpenVideo
 from mvit_video.errors import VideoError
 from mvit_video.evaluation.metrics import Confusion, Metrics, most_confused, reliability, worst_mistakes
 from mvit_video.evaluation.scores import ScoreTable
+from mvit_video.io.clips import write_clip
 from mvit_video.io.console import printable
 from mvit_video.io.figures import new_figure
 from mvit_video.io.pages import data_uri, write_page
@@ -152,7 +150,8 @@ def frames_of(path: str, span: tuple[float, float], open_file: OpenVideo) -> dic
         return {}
     shown = {"strip": _strip(small)}
     with suppress(FFmpegError, ValueError):  # H.264 can't hold such frames, or FFmpeg lacks it
-        shown["clip"] = _clip(larger, rate)
+        write_clip(encoded := io.BytesIO(), larger.permute(0, 2, 3, 1).numpy(), rate, crf="26")
+        shown["clip"] = encoded.getvalue()
     return shown
 
 
@@ -164,20 +163,6 @@ def _strip(frames: Tensor) -> bytes:
     picture = F.pad(frames, (0, 2), value=255).permute(2, 0, 3, 1).flatten(1, 2)  # (H, T * (W + 2), 3)
     buffer = io.BytesIO()
     Image.fromarray(picture.numpy()).save(buffer, "jpeg", quality=85)
-    return buffer.getvalue()
-
-
-def _clip(frames: Tensor, rate: float) -> bytes:
-    buffer = io.BytesIO()
-    pictures = frames.permute(0, 2, 3, 1).numpy()
-    with av.open(buffer, "w", format="mp4") as file:
-        stream = file.add_stream(
-            "libx264", rate=Fraction(rate).limit_denominator(1000), options={"crf": "26"}
-        )
-        stream.height, stream.width, stream.pix_fmt = *pictures.shape[1:3], "yuv420p"
-        for picture in pictures:
-            file.mux(stream.encode(VideoFrame.from_ndarray(picture, format="rgb24")))
-        file.mux(stream.encode(None))
     return buffer.getvalue()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -24,7 +23,7 @@ from mvit_video.evaluation.report import write_comparison, write_report
 from mvit_video.evaluation.scores import Combination, ScoreTable
 from mvit_video.evaluation.tables import write_comparison_tables, write_tables
 from mvit_video.io.console import print_table
-from mvit_video.io.writing import replacing
+from mvit_video.io.writing import replacing, write_json
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +74,7 @@ def report_table(
     metrics = measure(table, how, seed=seed)
     results = _results(table, metrics, how, seed)
     _write_videos(table, metrics, output / "videos.parquet")
-    _write_json(results, output / "results.json")
+    write_json(output / "results.json", results)
     write_tables(output, results)
     write_report(output, table, metrics, results=results, num_mistakes=num_mistakes, open_file=open_file)
     rows = [(level, results[f"{level}_top1"], results[f"{level}_top5"]) for level in ("video", "clip")]
@@ -107,7 +106,7 @@ def report_comparison(tables: Mapping[str, ScoreTable], output: Path, *, how: Co
         "views": None,
         "data": None,
     }
-    _write_json(results, output / "results.json")
+    write_json(output / "results.json", results)
     write_comparison_tables(output, results)
     write_comparison(output, first_table.class_names, measured, results=results)
     accuracies = [(name, m.accuracy["video_top1"], m.accuracy["video_top5"]) for name, m in measured.items()]
@@ -204,8 +203,3 @@ def _write_videos(table: ScoreTable, metrics: Metrics, path: Path) -> None:
     }
     with replacing(path) as file:
         pq.write_table(pa.table(columns), file)
-
-
-def _write_json(values: Mapping[str, Any], path: Path) -> None:
-    with replacing(path, "w") as file:
-        json.dump(values, file, indent=2, allow_nan=False)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mvit_video.io.console import csv_cell, printable
+from mvit_video.io.console import printable, write_csv
 from mvit_video.io.writing import replacing
 
 METRICS = {
@@ -48,7 +47,7 @@ def write_tables(folder: Path, results: Mapping[str, Any]) -> None:
         (name, row["support"], row["precision"], row["recall"], *row["recall_interval"], row["f1"])
         for name, row in results["per_class"].items()
     ]
-    _write_csv(folder / "per_class.csv", _CLASS_COLUMNS, classes)
+    write_csv(folder / "per_class.csv", _CLASS_COLUMNS, classes)
     headline = [
         (label, _percent(results[key]), _interval(results[f"{key}_interval"]))
         for key, label in METRICS.items()
@@ -69,7 +68,7 @@ def write_tables(folder: Path, results: Mapping[str, Any]) -> None:
 def write_multi_label_tables(folder: Path, results: Mapping[str, Any]) -> None:
     """The same of average precisions, where a video may be of several classes."""
     classes = [(name, row["videos"], row["average_precision"]) for name, row in results["per_class"].items()]
-    _write_csv(folder / "per_class.csv", ("class", "support", "average_precision"), classes)
+    write_csv(folder / "per_class.csv", ("class", "support", "average_precision"), classes)
     title = f"{results['videos']} videos; {results['protocol']}"
     rows = [(name, str(support), _percent(value)) for name, support, value in classes]
     _write(
@@ -103,13 +102,6 @@ def write_comparison_tables(folder: Path, results: Mapping[str, Any]) -> None:
         Table(f"{results['videos']} videos, in %", columns, models),
         Table("Differences of top-1, in percentage points", changes, differences),
     )
-
-
-def _write_csv(path: Path, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    with replacing(path, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(columns)
-        writer.writerows([csv_cell(cell) for cell in row] for row in rows)
 
 
 def _percent(value: float | None) -> str:

@@ -6,6 +6,7 @@ command is made visible here, in one place.
 
 from __future__ import annotations
 
+import csv
 import io
 import logging
 import os
@@ -14,12 +15,15 @@ import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
+
+from mvit_video.io.writing import replacing
 
 Item = TypeVar("Item")
 
@@ -65,6 +69,12 @@ def csv_cell(value: Any) -> Any:
         return value
     value = _CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}", valid_text(value))
     return f"'{value}" if value.startswith(_FORMULA) else value
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Replace a csv file by one with these cells, each a ``csv_cell``."""
+    with replacing(path, "w", newline="") as file:
+        csv.writer(file).writerows([columns, *(map(csv_cell, row) for row in rows)])
 
 
 def caption(text: str) -> str:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import errno
 import filecmp
+import json
 import logging
 import os
 import secrets
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import chain, count
 from pathlib import Path
@@ -70,6 +71,12 @@ def replacing(path: str | Path, mode: str = "wb", *, keep: bool = False, **optio
             with suppress(OSError):
                 unfinished.unlink()
             raise
+
+
+def write_json(path: str | Path, values: Mapping[str, Any]) -> None:
+    """Replace a file by one that holds these values; ValueError if a number of them is not finite."""
+    with replacing(path, "w") as file:
+        json.dump(values, file, indent=2, allow_nan=False)
 
 
 @contextmanager

@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import av
 import numpy as np
 import torch
 import torch.nn.functional as F
-from av.video.frame import VideoFrame
 from torch import Tensor
 
 from mvit_video.data.clips import read_test_views
 from mvit_video.data.pixels import denormalise
 from mvit_video.errors import ConfigError, VideoError
+from mvit_video.io.clips import write_clip
 from mvit_video.io.console import printable
 from mvit_video.io.figures import new_figure
 from mvit_video.io.writing import replacing
@@ -232,11 +230,5 @@ def write_overlay_video(explanation: Explanation, path: Path) -> None:
     start, end = explanation.span
     num_frames = len(explanation.frames)
     rate = (num_frames - 1) / (end - start) if end > start else 1.0
-    with replacing(path, keep=True) as file, av.open(file, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=Fraction(rate).limit_denominator(1000))
-        height, width = explanation.frames.shape[-2:]
-        stream.height, stream.width, stream.pix_fmt = height // 2 * 2, width // 2 * 2, "yuv420p"
-        for picture in overlays(explanation)[:, :, : stream.height, : stream.width]:
-            pixels = np.ascontiguousarray(picture.permute(1, 2, 0).numpy())
-            container.mux(stream.encode(VideoFrame.from_ndarray(pixels, format="rgb24")))
-        container.mux(stream.encode(None))
+    with replacing(path, keep=True) as file:
+        write_clip(file, overlays(explanation).permute(0, 2, 3, 1).numpy(), rate)

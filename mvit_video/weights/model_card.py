@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from mvit_video.errors import ConfigError
 from mvit_video.io.console import printable
-from mvit_video.io.writing import replacing
+from mvit_video.io.writing import replacing, write_json
 from mvit_video.model.base import VideoModel
 from mvit_video.weights.checkpoint import save_weights
 from mvit_video.weights.description import model_metadata
@@ -49,8 +48,7 @@ def write_repository(
     """The files of a repository: weights, ``config.json`` (with clip spec and class names), model card."""
     save_weights(model, folder / WEIGHTS)
     config = {"library_name": "mvit-video", METADATA_KEY: model_metadata(model)}
-    with replacing(folder / "config.json", "w") as file:
-        json.dump(config, file, indent=2)
+    write_json(folder / "config.json", config)
     with replacing(folder / "README.md", "w", encoding="utf-8") as file:
         file.write(model_card(model, repo, results, licence))
 
