@@ -65,7 +65,7 @@ class BoxRow(NamedTuple):
 
 
 class KeyFrame(NamedTuple):
-    """A moment of a video whose people are looked at.
+    """A moment of a video whose people are annotated.
 
     Attributes:
         path: of the video file, the folder of pictures or the numbered run of them.
@@ -105,7 +105,7 @@ class ActionSplits:
 
     Attributes:
         names: the actions that are evaluated, by id; ids count from 1, and id 1 is a model's first output.
-        val_every: validations in training look at seconds divisible by this.
+        val_every: validations in training take seconds divisible by this.
     """
 
     train: ActionIndex

@@ -103,7 +103,7 @@ def clip_view(
     Args:
         short_side_range: smallest and largest short side in training; None: 256 to 320 for crops of 224, and
             in proportion.
-        flip: "val" and "test" look at the mirrored picture.
+        flip: "val" and "test" take the mirrored picture.
         rng: for "train".
 
     Raises:

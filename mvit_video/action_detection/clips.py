@@ -117,7 +117,7 @@ class ActionClips(Dataset[ActionSample]):
     Args:
         split: which pixels are seen, see ``clip_view``. In "train" a bad video is replaced by another.
         augment: of "train".
-        flip: "val" and "test" look at mirrored pictures.
+        flip: "val" and "test" take mirrored pictures.
         seed: random choices depend on it, the epoch and the index alone.
 
     Raises, when a sample is made:

@@ -77,7 +77,7 @@ class PeopleWatcher:
     autocast: Any = field(default_factory=nullcontext)
 
     def key_seconds(self, video: Video, rows: Iterable[BoxRow] = ()) -> list[float]:
-        """When a video is looked at: at the seconds of ``rows``, or every ``every`` seconds."""
+        """Seconds of a video's key frames: those of ``rows``, or every ``every`` seconds."""
         if self.find is None:
             return sorted({row.second for row in rows})
         return [number * self.every for number in range(int(video.times[-1] / self.every + 1e-6) + 1)]

@@ -143,7 +143,7 @@ class FileSearch:
         if self.passed_over:
             kinds = [f"{count} {suffix}" for suffix, count in self.passed_over.most_common(8)]
             more = ", ..." if len(self.passed_over) > 8 else ""
-            log.info("%s: files that aren't looked at: %s%s", folder, ", ".join(kinds), more)
+            log.info("%s: ignored files: %s%s", folder, ", ".join(kinds), more)
 
 
 def _decoded_lines(file: Path) -> Iterator[tuple[str, str]]:

@@ -224,7 +224,7 @@ def folder_splits(
         if group is not None:
             raise ConfigError(f"data.group is for a split that is drawn, and {root} is split into folders")
         if others:
-            log.warning("%s: folders beside the splits aren't looked at: %s", root, ", ".join(sorted(others)))
+            log.warning("%s: folders beside the splits are ignored: %s", root, ", ".join(sorted(others)))
         train = _index_of_folder(folders["train"], root, search, names)
         val = _index_of_folder(
             folders["val" if "val" in folders else "test"], root, search, train.class_names
@@ -323,7 +323,7 @@ def _index_of_folder(
     if loose and not found:
         raise DataError(f"videos lie directly in {folder}; expected one sub-folder per class: {expected}")
     if loose:
-        log.warning("%s: %d videos that lie beside the class folders aren't looked at", folder, loose)
+        log.warning("%s: %d videos that lie beside the class folders are ignored", folder, loose)
     if class_names is None and len(found) == 1 and len(deeper := _folders_in(folder / found[0])) > 1:
         raise DataError(
             f"{folder} has one class folder, {found[0]}, with folders in it ({', '.join(deeper[:3])}): are "

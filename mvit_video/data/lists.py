@@ -252,7 +252,7 @@ def read_csv(file: Path, *, multi_label: bool = False) -> VideoList:
     lines = list(lines_of(file))
     content = [(where, line) for where, line in lines if not _is_comment(line)]
     if len(content) < len(lines):
-        log.info("%s: %d lines that begin with # aren't looked at", file, len(lines) - len(content))
+        log.info("%s: %d lines that begin with # are ignored", file, len(lines) - len(content))
     rows = list(_rows_of_columns(content, multi_label))
     if not rows:
         rows = [_row_of_line(where, line, multi_label) for where, line in content]

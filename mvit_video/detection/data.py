@@ -50,7 +50,7 @@ class ImageBatch(NamedTuple):
 
 
 class TestImage(NamedTuple):
-    """An image of the size that a detector looks at, or why there is none."""
+    """An image of the size that a detector takes, or an error."""
 
     listed: AnnotatedImage
     image: Tensor  # uint8 (3, H, W)
@@ -127,7 +127,7 @@ class TestImages(Dataset[TestImage]):
 
 
 def resized(image: Image.Image, short_side: int, max_side: int) -> Tensor:
-    """A picture as a detector looks at it: uint8 (3, H, W)."""
+    """A picture as a detector takes it: uint8 (3, H, W)."""
     height, width = shortest_edge(image.height, image.width, short_side, max_side)
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.BILINEAR)

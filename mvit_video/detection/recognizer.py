@@ -40,7 +40,7 @@ PATIENCE = 5  # frames that an object may be missing from until it is another
 
 @dataclass(frozen=True)
 class FoundObjects:
-    """What was found in a picture or in a frame of a video, the likeliest first; or why nothing was.
+    """The objects detected in a picture or in a frame of a video, the likeliest first; or an error.
 
     Attributes:
         image: uint8 RGB (3, H, W), upright.
@@ -80,12 +80,12 @@ class FoundObjects:
 
 
 class ObjectRecognizer:
-    """Finds objects in picture and video files.
+    """Detects objects in picture and video files.
 
     Args:
         detector: or the checkpoint of one, from ``mvit-train``.
         min_score: objects below it are left out, besides those below the detector's ``box_score_thresh``.
-        stride: seconds from one frame of a video that is looked at to the next; 0: every frame.
+        stride: seconds from one sampled frame of a video to the next; 0: every frame.
         precision: "fp32", "bf16", or "auto": bf16 on GPUs that compute with it.
         open_file: opens a video; its ``max_pixels``, if it has such, is the limit for pictures too.
     """
@@ -113,11 +113,11 @@ class ObjectRecognizer:
         return [found for file in expand_files(files) for found in self.iterate(file)]
 
     def iterate(self, file: str) -> Iterator[FoundObjects]:
-        """What is in a picture, or in a video frame by frame; a file that can't be read is one entry."""
+        """The objects of a picture, or of a video frame by frame; a file that can't be read is one entry."""
         follow = Follower(PATIENCE)
         try:
             for image, frame, second in _open(file, self.stride, self.open_file):
-                found = self._find(file, image, frame, second)
+                found = self._detect(file, image, frame, second)
                 if frame is not None:
                     numbers = follow(found.boxes, found.labels, found.scores >= LIKELY)
                     found = replace(found, tracks=tuple(numbers))
@@ -130,7 +130,7 @@ class ObjectRecognizer:
             )
 
     @torch.inference_mode()
-    def _find(self, file: str, image: Image.Image, frame: int | None, second: float | None) -> FoundObjects:
+    def _detect(self, file: str, image: Image.Image, frame: int | None, second: float | None) -> FoundObjects:
         config = self.detector.config
         small = resized(image, config.min_size, config.max_size).to(self.device)
         try:
