@@ -130,3 +130,34 @@ def clip_view(
     top = rng.randrange(rows - spec.crop) if rows > spec.crop else 0
     left = rng.randrange(columns - spec.crop) if columns > spec.crop else 0
     return SpatialView(rows, columns, top, left, spec.crop, rng.random() < flip_probability), square
+
+
+def cut_regions(maps: Tensor, boxes: Tensor, size: int, *, aligned: bool) -> Tensor:
+    """RoIAlign with as many points as a box has places: float maps (B, C, H, W) -> (R, C, size, size).
+
+    torchvision's has neither forward-mode nor second derivatives. The weights of its points are products of
+    those along height and width, so products of matrices give the same.
+
+    Args:
+        boxes: (R, 5): index of the map, x1, y1, x2, y2 in its places. No gradient of them is computed.
+        aligned: as of ``torchvision.ops.roi_align``.
+    """
+    x1, y1, x2, y2 = boxes.detach()[:, 1:].unbind(1)
+    rows = _cell_weights(y1, y2, maps.shape[2], size, aligned)
+    columns = _cell_weights(x1, x2, maps.shape[3], size, aligned)
+    with torch.autocast(maps.device.type, enabled=False):
+        return rows[:, None] @ maps[boxes[:, 0].long()] @ columns[:, None].mT
+
+
+def _cell_weights(low: Tensor, high: Tensor, length: int, size: int, aligned: bool) -> Tensor:
+    """How much each place of an axis counts in each cell of regions on it, (R, size, length)."""
+    low, extent = (low - 0.5, high - low) if aligned else (low, (high - low).clamp(min=1))
+    low, cell = low[:, None, None], extent[:, None, None] / size
+    counts = cell.ceil()  # points of a cell
+    points = torch.arange(int(counts.max()) if len(counts) else 0, device=low.device)
+    starts = low + torch.arange(size, device=low.device)[:, None] * cell
+    places = starts + (points + 0.5) * cell / counts.clamp(min=1)
+    counted = (points < counts) & (places >= -1) & (places <= length)
+    distances = places.clamp(0, length - 1)[..., None] - torch.arange(length, device=low.device)
+    weights = (1 - distances.abs()).clamp(min=0) * counted[..., None]  # of a point's two neighbours
+    return weights.sum(2) / counts.clamp(min=1)

@@ -9,8 +9,8 @@ from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
-from torchvision.ops import roi_align
 
+from mvit_video.action_detection.boxes import cut_regions
 from mvit_video.errors import look_up
 from mvit_video.model import ClipSpec, MViT, MViTConfig
 from mvit_video.model.clip_spec import MAX_SIZE
@@ -79,11 +79,10 @@ class ActionDetector(MViT):
         if len(boxes) and not 0 <= boxes[:, 0].min() <= boxes[:, 0].max() < len(clips):
             raise ValueError(f"boxes name clips {boxes[:, 0].unique().tolist()}, there are {len(clips)}")
         tokens = self.forward_stages(clips)[-1].permute(0, 2, 3, 4, 1)  # (B, T', H', W', C)
-        feature_map = self.norm(tokens).mean(1).permute(0, 3, 1, 2).float()  # RoIAlign has no bfloat16
+        feature_map = self.norm(tokens).mean(1).permute(0, 3, 1, 2).float()
         stride_y, stride_x = self.roi_stride
         places = boxes.float() / boxes.new_tensor([1, stride_x, stride_y, stride_x, stride_y]).float()
-        # (R, C, roi_size, roi_size); sampling_ratio 0: as many points as the box has places
-        cut = roi_align(feature_map, places, self.roi_size, sampling_ratio=0, aligned=self.aligned)
+        cut = cut_regions(feature_map, places, self.roi_size, aligned=self.aligned)
         return self.head(cut.amax((2, 3)).to(tokens.dtype))
 
     @property

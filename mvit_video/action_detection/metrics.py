@@ -90,7 +90,7 @@ def _by_frame(
         if number not in wanted or (moment := _moment(row)) in left_out:
             continue
         x1, y1, x2, y2 = map(float, row[2:6])
-        score = float(row[7]) if len(row) > 7 else 1.0
+        score = 1.0 if len(row) < 8 or row[7] is None else float(row[7])
         if not math.isfinite(score):
             raise ValueError(f"the score of class {number} in {moment} is {score}")
         entry = (score, number, y1, x1, y2, x2)

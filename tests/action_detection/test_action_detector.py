@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from golden_models import golden_state
 from torch import Tensor
+from torchvision.ops import roi_align
 
 import mvit_video as mv
 from mvit_video.action_detection import ActionDetector
+from mvit_video.action_detection.boxes import cut_regions
 from mvit_video.errors import CheckpointError, ConfigError
 
 REFERENCE = Path(__file__).parents[1] / "reference" / "ava"
@@ -104,6 +106,37 @@ def test_the_map_has_its_true_stride_unless_told(overrides: dict[str, Any], stri
     assert detector.roi_stride == (stride, stride)
     again = ActionDetector(detector.config, detector.protocol, **detector.roi_options)
     assert again.roi_stride == detector.roi_stride
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("size", [1, 3, 7])
+def test_regions_are_those_of_roi_align(size: int, aligned: bool) -> None:
+    torch.manual_seed(size)
+    maps = torch.randn(2, 3, 5, 7, dtype=torch.float64, requires_grad=True)
+    corners = (torch.rand(20, 2, 2, dtype=torch.float64) * 30 - 10).sort(1).values.flatten(1)
+    corners = torch.cat(
+        [corners, torch.tensor([[0, 0, 7, 5], [1, 1, 1, 1], [-7, -5, 14, 10], [-9, -9, -5, -5]])]
+    )
+    boxes = torch.cat([torch.arange(len(corners))[:, None] % 2, corners], 1)
+    ours = cut_regions(maps, boxes, size, aligned=aligned)
+    theirs = roi_align(maps, boxes, size, sampling_ratio=0, aligned=aligned)
+    torch.testing.assert_close(ours, theirs)
+    gradients = [torch.autograd.grad(cut.square().sum(), maps)[0] for cut in (ours, theirs)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_every_kind_of_derivative_is_there() -> None:
+    detector, (clips, along) = tiny().eval(), torch.randn(2, 1, 3, 4, 32, 32)
+    boxes = torch.tensor([[0, 2.0, 3.0, 30.0, 25.0]])
+
+    def total(clips: Tensor) -> Tensor:
+        return detector(clips, boxes).sum()
+
+    clips.requires_grad_()
+    (first,) = torch.autograd.grad(total(clips), clips, create_graph=True)
+    (second,) = torch.autograd.grad((first * along).sum(), clips)
+    torch.testing.assert_close(torch.func.jvp(total, (clips,), (along,))[1], (first * along).sum())
+    torch.testing.assert_close(torch.func.jvp(torch.func.grad(total), (clips,), (along,))[1], second)
 
 
 def test_a_clip_may_have_no_box_or_many() -> None:

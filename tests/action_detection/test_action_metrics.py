@@ -58,6 +58,12 @@ def test_frames_may_come_in_any_order() -> None:
     assert by_score[0] == by_score[1]
 
 
+def test_truth_needs_no_last_column() -> None:
+    found, true = ("v", 902, 0, 0, 1, 1, 3, 0.5), ("v", 902, 0, 0, 1, 1, 3)
+    for truth in (true, (*true, None), (*true, 7)):
+        assert mean_average_precision([truth], [found], class_ids=[3]) == (1.0, {3: 1.0})
+
+
 def test_without_truth_there_is_no_mean() -> None:
     mean, precisions = mean_average_precision([], [("v", 902, 0, 0, 1, 1, 3, 0.5)], class_ids=[3])
     assert math.isnan(mean)

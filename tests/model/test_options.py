@@ -585,6 +585,8 @@ def test_layer_groups_go_from_input_to_output():
         ({"q_strides": ((1, 2, 2),)}, r"q_strides .*\(1, 2, 2\)"),
         ({"kv_strides": ((1, 0, 2, 2),)}, r"kv_strides .*positive"),
         ({"window": (0, 7, 7)}, r"window .*positive"),
+        ({"window": (1, 4096, 4096)}, r"window .*tokens"),
+        ({"window_padding": True, "attention": "window"}, r"window_padding .*class token"),
         ({"drop_path": "high"}, "drop_path must be a number, got 'high'"),
         ({"mlp_ratio": math.nan}, "mlp_ratio must be a number, got nan"),
         ({"embed_dim": 96.5}, "embed_dim must be a whole number, got 96.5"),
@@ -600,6 +602,23 @@ def test_layer_groups_go_from_input_to_output():
 def test_options_out_of_range_are_named(options, named):
     with pytest.raises(ValueError, match=f"^{named}"):
         MViTConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"pool_kernel": (1, 4096, 4096)}, "kernel"),
+        ({"pool_kernel": "stride", "kv_stride": (1, 10**6, 10**6)}, "kernel"),
+        ({"q_stride": (10**9, 2, 2)}, "kernel"),
+        (
+            {"attention": "window", "window_padding": True, "window": (1, 7, 7), "class_token": False},
+            "window",
+        ),
+    ],
+)
+def test_layouts_that_no_model_has_are_named(options, named):
+    with pytest.raises(ValueError, match=named):
+        list(plan_blocks(MViTConfig(**options)))
 
 
 def test_clips_smaller_than_a_patch_are_named():
