@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -24,7 +23,7 @@ from mvit_video.evaluation.run import file_identity, resumable
 from mvit_video.io.fingerprint import Fingerprint
 from mvit_video.io.journal import Entry
 from mvit_video.io.pages import data_uri, write_page
-from mvit_video.io.writing import replacing
+from mvit_video.io.writing import write_json
 
 ORDERS = {"ActivityNet": "score", "PySlowFast": "file"}
 
@@ -167,8 +166,7 @@ def report(
         )
         found[evaluator] = {"mAP": mean, "per_class": {names[k]: v for k, v in precisions.items()}}
     results = {"key_frames": len(scored), "evaluators": found, **settings}
-    with replacing(output / "results.json", "w") as file:
-        json.dump(_plain(results), file, indent=2, ensure_ascii=False)
+    write_json(output / "results.json", _plain(results))
     per_class = found["PySlowFast"]["per_class"]
     rows = sorted(((n, v) for n, v in per_class.items() if v is not None), key=lambda row: row[1])
     mean = found["PySlowFast"]["mAP"]

@@ -28,7 +28,7 @@ from mvit_video.io.figures import new_figure
 from mvit_video.io.fingerprint import Fingerprint
 from mvit_video.io.journal import Entry
 from mvit_video.io.pages import data_uri, write_page
-from mvit_video.io.writing import replacing
+from mvit_video.io.writing import replacing, write_json
 from mvit_video.prediction.prediction import NOT_FINITE
 
 log = logging.getLogger(__name__)
@@ -107,8 +107,7 @@ def report(
         log.info("images without objects: only detections.json is written, in %s", output)
         return None
     measured = measure(coco, results)
-    with replacing(output / "results.json", "w") as file:
-        json.dump(_results(coco, results, measured, settings), file, indent=2, allow_nan=False)
+    write_json(output / "results.json", _results(coco, results, measured, settings))
     _write_page(coco, results, measured, output, settings=settings, num_worst=num_worst)
     return measured
 

@@ -32,6 +32,7 @@ from mvit_video.prediction.prediction import NOT_FINITE, ClipPrediction, Predict
 from mvit_video.prediction.stream import Source, iter_windows, redact_credentials
 from mvit_video.prediction.timeline import Timeline
 from mvit_video.weights import load_model
+from mvit_video.weights.reading import EXPORTED
 
 if TYPE_CHECKING:
     from mvit_video.prediction.explain import Explanation
@@ -290,7 +291,7 @@ class Recognizer:
 
 def load_any(path: str | Path, device: str | torch.device = "cpu") -> VideoModel | ExportedModel:
     """The model in a checkpoint or in a file of ``mvit-export``. Raises CheckpointError."""
-    if Path(path).suffix in (".onnx", ".pt2"):
+    if Path(path).suffix in EXPORTED:
         from mvit_video.weights.export import load_exported
 
         return load_exported(path, device)

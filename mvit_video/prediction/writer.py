@@ -74,9 +74,9 @@ class Rows(NamedTuple):
     """What is found in files, one after another.
 
     Attributes:
-        todo: the files that weren't looked at as they are now.
+        todo: the files whose rows aren't there, or have changed since.
         add: notes rows of a file, in as many parts as one likes; when it returns, they survive a kill.
-        finish: says that these were all of a file, and that it needn't be looked at again.
+        finish: says that these were all of a file, which a resumed run needn't read again.
     """
 
     todo: list[str]
@@ -153,13 +153,13 @@ def rows_of_files(
     write: Callable[[Path, Iterator[Entry]], None],
     replaces: bool = False,
 ) -> Iterator[Rows]:
-    """A file of rows that is there once all files are looked at, by one run at a time; a killed one goes on.
+    """A file of rows that is there once those of all files are, by one run at a time; a killed one goes on.
 
     Beside ``path`` lie ``<path>.run.json``, the fingerprint of the run, and ``<path>.objects.jsonl``, the
     journal. What former runs have found in other files stays.
 
     Args:
-        files: those to be looked at.
+        files: those to read.
         settings: what the rows depend on, besides the files.
         resume: False starts anew, if a run of before has written the file.
         write: makes ``path`` of all rows when the block ends well.

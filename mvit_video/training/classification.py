@@ -30,10 +30,9 @@ from mvit_video.errors import ConfigError
 from mvit_video.model import VideoModel
 from mvit_video.training.metrics import Means
 from mvit_video.training.mixing import Mixing, hard_targets, soft_targets
-from mvit_video.training.module import Losses, TrainingModule
+from mvit_video.training.module import Losses, Training, TrainingModule
 from mvit_video.training.plots import plot_batch
-from mvit_video.training.resume import files_identity, videos_sha256
-from mvit_video.training.task import Training, model_identity
+from mvit_video.training.resume import files_identity, model_identity, videos_sha256
 from mvit_video.weights import model_metadata
 
 

@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from mvit_video.data.loader import ClipLoader
 from mvit_video.data.pixels import finish_clips
 from mvit_video.errors import ConfigError, DataError, TrainingError
 from mvit_video.io.fingerprint import Fingerprint
@@ -255,6 +256,22 @@ class TrainingModule(pl.LightningModule):
                 f"the loss isn't finite in epoch {self.current_epoch + 1}, step {unchecked.step}; the batch "
                 f"is saved in {path}. {REMEDIES} or another trainer.precision (now {self.trainer.precision})"
             )
+
+
+@dataclass(frozen=True)
+class Training:
+    """All of a training but the Trainer. Batches have ``bad``, a list of the ``BadVideo`` that they lack.
+
+    Attributes:
+        num_files: videos or images of training and validation together.
+        identity: what a resumed run is compared by (model, data, clips), by part and key.
+    """
+
+    module: TrainingModule
+    training: ClipLoader[Any]
+    validation: ClipLoader[Any]
+    num_files: int
+    identity: Mapping[str, Mapping[str, Any]]
 
 
 class _Unchecked:

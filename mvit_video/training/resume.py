@@ -11,6 +11,7 @@ import hashlib
 import logging
 import zipfile
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,11 @@ def videos_sha256(videos: Iterable[LabelledVideo]) -> str:
     for video in videos:
         digest.update(f"{video.id}\0{video.label}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
+
+
+def model_identity(config: Any) -> dict[str, Any]:
+    """The fields of a model's configuration that change what it computes."""
+    return {key: value for key, value in asdict(config).items() if key != "checkpoint_blocks"}
 
 
 def files_identity(**splits: Iterable[Any]) -> dict[str, dict[str, str]]:

@@ -20,10 +20,10 @@ from mvit_video.training import callbacks
 from mvit_video.training.checkpoints import LastCheckpoint
 from mvit_video.training.fit import fit
 from mvit_video.training.metrics import BestCheckpoint, EpochLogger, ResumableMetrics, best_is
+from mvit_video.training.module import Training
 from mvit_video.training.plots import plot_history
 from mvit_video.training.resume import resume
 from mvit_video.training.sharding import AveragedWeights
-from mvit_video.training.task import Training
 
 log = logging.getLogger(__name__)
 
@@ -96,8 +96,7 @@ def run(
     log.info("output directory: %s", output)
     module.run_fingerprint = run_fingerprint = run_fingerprint | {"monitor": monitor}
     if resume_from is not None:
-        limits = (trainer.max_epochs, trainer.max_steps)
-        resume(resume_from, run_fingerprint, training.training, *limits)
+        resume(resume_from, run_fingerprint, training.training, trainer.max_epochs, trainer.max_steps)
     if trainer.is_global_zero:
         remove_unfinished(folder)
         if resume_from is None or resume_from.parent != folder:
@@ -116,9 +115,8 @@ def run(
     except SIGTERMException:
         log.warning("stopped by a signal; ckpt_path=last resumes from the last checkpoint")
         sys.exit(128 + signal.SIGTERM)
-    if bad_videos.found:
-        plural = "s" if len(bad_videos.found) > 1 else ""
-        log.warning("%d unreadable video%s, listed in %s", len(bad_videos.found), plural, bad_videos.file)
+    if count := len(bad_videos.found):
+        log.warning("%d unreadable video%s, listed in %s", count, "s"[: count > 1], bad_videos.file)
     if history.epochs and trainer.is_global_zero:
         plot_history(history.epochs, output / "learning_curve.png", monitor=monitor)
         log.info("learning curve: %s", output / "learning_curve.png")

@@ -48,9 +48,9 @@ from mvit_video.prediction.inputs import expand
 from mvit_video.prediction.render import redraw_video
 from mvit_video.prediction.saving import output_names, write_srt, write_vtt
 from mvit_video.prediction.writer import Rows, format_of, open_live_output, rows_of_files
+from mvit_video.training.module import Training
 from mvit_video.training.recipe import freeze
-from mvit_video.training.resume import files_identity
-from mvit_video.training.task import Training, model_identity
+from mvit_video.training.resume import files_identity, model_identity
 from mvit_video.weights import load_weights, weights_sha256
 
 log = logging.getLogger(__name__)

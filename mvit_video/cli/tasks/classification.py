@@ -15,9 +15,9 @@ from mvit_video.data.index import VideoSplits
 from mvit_video.errors import ConfigError
 from mvit_video.model import VideoModel
 from mvit_video.training.classification import Classifier, MultiLabelClassifier, classification_training
+from mvit_video.training.module import Training
 from mvit_video.training.plots import describe_labels
 from mvit_video.training.recipe import freeze
-from mvit_video.training.task import Training
 from mvit_video.weights import build_for_weights
 
 log = logging.getLogger(__name__)

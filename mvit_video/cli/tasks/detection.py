@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,15 +39,15 @@ from mvit_video.detection.training import DetectorTraining
 from mvit_video.detection.writer import COLUMNS, as_text, open_objects, rows_of
 from mvit_video.errors import ConfigError, DataError, VideoError
 from mvit_video.evaluation.provenance import versions
-from mvit_video.io.console import csv_cell, print_table, printable, track
+from mvit_video.io.console import print_table, printable, track, write_csv
 from mvit_video.io.fingerprint import Fingerprint, fingerprint
 from mvit_video.io.writing import replacing
 from mvit_video.model.inference import autocast
 from mvit_video.prediction.saving import output_names
 from mvit_video.prediction.writer import Format, format_of
+from mvit_video.training.module import Training
 from mvit_video.training.recipe import freeze
-from mvit_video.training.resume import files_identity
-from mvit_video.training.task import Training, model_identity
+from mvit_video.training.resume import files_identity, model_identity
 from mvit_video.weights import weights_sha256
 from mvit_video.weights.reading import EXPORTED
 
@@ -155,8 +154,7 @@ def _describe(detector: Detector, splits: CocoSplits, trained: CocoImages) -> No
 
 def _write_problems(problems: Sequence[Problem]) -> Path:
     path = Path(HydraConfig.get().runtime.output_dir) / "problems.csv"
-    with replacing(path, "w", newline="") as file:
-        csv.writer(file).writerows([("what", "reason"), *(map(csv_cell, row) for row in problems)])
+    write_csv(path, ("what", "reason"), problems)
     return path
 
 
@@ -290,13 +288,13 @@ def _check_prediction(config: DictConfig, arguments: list[str]) -> None:
 
 
 def _require_other_files(config: DictConfig, names: Mapping[str, Path]) -> None:
-    """ConfigError where a drawn picture or video would take the place of one that is looked at."""
+    """ConfigError where a drawn picture or video would take the place of an input."""
     inputs = {os.path.realpath(path) for path in names}
     suffixes = [suffix for suffix, kind in ((".png", "png"), (".mp4", "video")) if kind in config.save]
     stems = [Path(config.save_dir) / name for name in names.values()]
     for drawn in (f"{stem}{suffix}" for stem in stems for suffix in suffixes):
         if os.path.realpath(drawn) in inputs:
-            raise ConfigError(f"save_dir={config.save_dir}: {drawn} is itself looked at; name another folder")
+            raise ConfigError(f"save_dir={config.save_dir}: {drawn} is an input; name another folder")
 
 
 def _trained_detector(config: DictConfig, num_classes: int = 80) -> Detector:

@@ -20,9 +20,9 @@ from mvit_video.pretraining.data import MaskedTestViews, MaskedTrainingClips, co
 from mvit_video.pretraining.maskfeat import MaskFeat
 from mvit_video.pretraining.masks import Masking
 from mvit_video.pretraining.pretrainer import PICTURE, Pretrainer
+from mvit_video.training.module import Training
 from mvit_video.training.recipe import freeze
-from mvit_video.training.resume import files_identity, videos_sha256
-from mvit_video.training.task import Training, model_identity
+from mvit_video.training.resume import files_identity, model_identity, videos_sha256
 
 log = logging.getLogger(__name__)
 
