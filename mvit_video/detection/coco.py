@@ -6,11 +6,14 @@ Whatever can't be used is left out, counted and named: a job doesn't end because
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import random
+import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,14 +22,16 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from mvit_video.data.decode.container import open_picture
-from mvit_video.data.files import existing
+from mvit_video.data.decode.images import to_rgb
+from mvit_video.data.files import existing, quoted
 from mvit_video.detection.augment import Objects
-from mvit_video.detection.masks import to_mask
+from mvit_video.detection.masks import run_lengths, to_mask
 from mvit_video.errors import DataError, VideoError, brief
 
 log = logging.getLogger(__name__)
 
 MAX_PIXELS = 178_956_970  # of an image, as many as Pillow opens without an error
+_MOST = 1e5  # no coordinate is larger; pycocotools takes memory for each pixel between two points
 
 
 class Problem(NamedTuple):
@@ -34,6 +39,9 @@ class Problem(NamedTuple):
 
     what: str
     reason: str
+
+
+Segmentation = list[list[float]] | dict[str, Any] | None
 
 
 class Annotation(NamedTuple):
@@ -47,7 +55,7 @@ class Annotation(NamedTuple):
 
     label: int
     box: tuple[float, float, float, float]
-    segmentation: list[list[float]] | dict[str, Any] | None
+    segmentation: Segmentation
     crowd: bool
     area: float
 
@@ -92,6 +100,20 @@ class CocoImages:
         kept = (image for image in self.images if not all(a.crowd for a in image.annotations))
         return replace(self, images=tuple(kept))
 
+    def with_classes(self, names: Sequence[str]) -> CocoImages:
+        """The same, with labels that count from 0 in ``names``: all of its own classes, or more."""
+        if tuple(names) == self.class_names:
+            return self
+        ids = dict(zip(self.class_names, self.category_ids, strict=True))
+        unused = itertools.count(max(self.category_ids) + 1)
+        labels = [names.index(name) for name in self.class_names]
+        images = (
+            replace(i, annotations=tuple(a._replace(label=labels[a.label]) for a in i.annotations))
+            for i in self.images
+        )
+        category_ids = tuple(ids[name] if name in ids else next(unused) for name in names)
+        return replace(self, images=tuple(images), class_names=tuple(names), category_ids=category_ids)
+
     def sha256(self) -> str:
         """Of the images' names and objects, in their order."""
         digest = hashlib.sha256()
@@ -134,25 +156,25 @@ def coco_splits(
         DataError: files can't be found or read, too many images are missing, or the classes differ.
     """
     folder = existing(root, folder=True)
-    if train is None:
+    first_file, second_file = (folder / name if name is not None else None for name in (train, val))
+    if first_file is None:
         found = _find_json(folder)
         names = {file: file.relative_to(folder).as_posix().lower() for file in found}
-        held_out = [file for kind in ("val", "test") for file in found if kind in names[file]]
+        held_out = [file for kind in ("val", "test") for file in found if _is_of(kind, names[file])]
         trained = sorted((f for f in found if f not in held_out), key=lambda file: "train" not in names[file])
-        if not trained:
-            raise DataError(f"{folder} holds no json file in COCO's form; name it: data.train=FILE")
-        train_file, val_file = trained[0], held_out[0] if held_out and val is None else None
-    else:
-        train_file, val_file = folder / train, None
-    val_file = folder / val if val is not None else val_file
-    first = _read_split(train_file, folder, train_images, max_missing)
-    if val_file is not None:
-        second = _read_split(val_file, folder, val_images, max_missing)
-        if first.class_names != second.class_names:
-            raise DataError(f"{train_file} and {val_file} have different categories")
-        return CocoSplits(first, second)
+        first_file = (trained or found)[0]
+        if second_file is None and trained and held_out:
+            second_file = held_out[0]
+        unread = ", ".join(names[file] for file in found if file not in (first_file, second_file)) or "-"
+        log.info("training: %s; validation: %s; not read: %s", first_file, second_file or "a part", unread)
+    first = _read_split(first_file, folder, train_images, max_missing)
+    if second_file is not None:
+        second = _read_split(second_file, folder, val_images, max_missing)
+        if unknown := {*second.class_names} - {*first.class_names}:
+            raise DataError(f"{first_file} lacks categories of {second_file}: {', '.join(sorted(unknown))}")
+        return CocoSplits(first, second.with_classes(first.class_names))
     if len(first) < 2:
-        raise DataError(f"{train_file} has one image; training and validation need one each")
+        raise DataError(f"{first_file} has one image; training and validation need one each")
     order = list(first.images)
     random.Random(seed).shuffle(order)
     count = min(max(round(val_fraction * len(order)), 1), len(order) - 1)
@@ -161,42 +183,53 @@ def coco_splits(
     )
 
 
+def _is_of(kind: str, name: str) -> bool:
+    """Whether a word of a file's path is "val" or "test", or one like it."""
+    return re.search(rf"(?<![a-z]){kind}(id|idation|ing|s|set)?(?![a-z])", name) is not None
+
+
 def _find_json(folder: Path) -> list[Path]:
-    """Files of COCO's form in a folder and those in it."""
-    found = []
+    """Files of COCO's form in a folder and those in it. Raises DataError where there is none."""
+    found, why = [], ""
     for file in sorted([*folder.glob("*.json"), *folder.glob("*/*.json")]):
         try:
             _read_json(file)
-        except DataError:
+        except DataError as error:
+            why = why or f" ({error})"
             continue
         found.append(file)
+    if not found:
+        raise DataError(f"{folder} holds no json file in COCO's form{why}; name it: data.train=FILE")
     return found
 
 
 def _read_split(file: Path, root: Path, images: str | None, max_missing: float) -> CocoImages:
-    if images is None:
-        stem = file.stem.rpartition("_")[2]
-        places = [
-            *(file.parent, file.parent / stem, file.parent.parent / stem),
-            *(root / stem, root / "images" / stem, root / "images", root),
-        ]
-    else:
-        places = [root / images]
     content = _read_json(file)
-    names = [str(entry["file_name"]) for entry in content["images"][:20]]
-    folder = max(places, key=lambda place: sum(is_file(place / name) for name in names))
+    rows, split = content["images"], file.stem.rpartition("_")[2]
+    places = [
+        place / kind
+        for place in (file.parent, file.parent.parent, root)
+        for kind in ("", split, "images", f"images/{split}")
+    ]
+    sample = [row for row in rows[:: max(len(rows) // 20, 1)] if isinstance(row, dict) and "file_name" in row]
+    folder = max(
+        places if images is None else [root / images],
+        key=lambda place: sum(is_file(_path_of(row, place)) for row in sample),
+    )
     coco = read_coco(file, folder, content)
-    listed = len(content["images"])
-    if listed - len(coco) > max_missing * listed:
+    if len(rows) - len(coco) > max_missing * len(rows):
         raise DataError(
-            f"{file}: {listed - len(coco)} of its {listed} images can't be used with the folder {folder}, "
-            f"and max_missing allows {max_missing:g} of them; the first: {': '.join(coco.problems[0])}"
+            f"{file}: {len(rows) - len(coco)} of its {len(rows)} images can't be used with the folder "
+            f"{folder}, and max_missing allows {max_missing:g} of them; the first: "
+            f"{': '.join(coco.problems[0])}"
         )
     return coco
 
 
 def read_coco(file: str | Path, folder: str | Path, content: Mapping[str, Any] | None = None) -> CocoImages:
     """The images that a json file lists, with the objects that can be used.
+
+    Categories of one name are one class. Where ids come twice for different things, none of them is used.
 
     Args:
         folder: where the images lie.
@@ -206,45 +239,91 @@ def read_coco(file: str | Path, folder: str | Path, content: Mapping[str, Any] |
         DataError: the file can't be read, or isn't of this form, or nothing in it can be used.
     """
     content = content or _read_json(Path(file))
-    categories = sorted(content["categories"], key=lambda category: int(category["id"]))
-    labels = {category["id"]: label for label, category in enumerate(categories)}
-    if len(labels) < len(categories) or not categories:
-        raise DataError(f"{file}: categories must have different ids, and there must be some")
     problems: list[Problem] = []
-    listed: dict[int, Mapping[str, Any]] = {}
-    for entry in content["images"]:
-        if entry["id"] in listed:
-            problems.append(Problem(f"image {entry['id']}", "listed twice"))
-        else:
-            listed[entry["id"]] = entry
+    labels, categories = _read_categories(content["categories"], problems)
+    listed = _read_images(content["images"], Path(folder), problems)
+    for what, usable in (("categories", categories), ("images", {*listed.values()} - {None})):
+        if not usable:
+            first = "".join(f"; the first: {': '.join(problem)}" for problem in problems[:1])
+            count = len(content[what])
+            raise DataError(f"{file}: none of its {count} {what} can be used with {folder}{first}")
     objects: dict[int, list[Annotation]] = {image_id: [] for image_id in listed}
-    for number, entry in enumerate(content.get("annotations", [])):
-        name = (
-            f"annotation {entry.get('id', f'number {number}')}" if isinstance(entry, dict) else f"#{number}"
-        )
-        try:
-            image_id, annotation = _annotation(entry, labels, listed)
-        except (KeyError, TypeError, ValueError) as error:
-            reason = f"no {error}" if isinstance(error, KeyError) else str(error)
-            problems.append(Problem(name, " ".join(reason.split())[:200]))
-        else:
-            objects[image_id].append(annotation)
-    images = []
-    for image_id, entry in listed.items():
-        path = Path(folder, str(entry["file_name"]))
-        try:
-            height, width = (int(entry.get(side) or 0) for side in ("height", "width"))
-        except (TypeError, ValueError):
-            problems.append(Problem(f"image {image_id}", "its height and width are no numbers"))
-            continue
-        if is_file(path):
-            images.append(AnnotatedImage(image_id, str(path), height, width, tuple(objects[image_id])))
-        else:
-            problems.append(Problem(str(path), "no such file"))
-    if not images:
-        raise DataError(f"{file}: none of its {len(listed)} images can be found in {folder}")
-    names = tuple(str(category["name"]) for category in categories)
-    return CocoImages(tuple(images), names, tuple(labels), tuple(problems))
+    for number, row in enumerate(content.get("annotations") or ()):
+        with _noting(problems, "annotation", row, number):
+            if (annotation := _annotation(row, labels, listed)) is not None:
+                objects[row["image_id"]].append(annotation)
+    images = (replace(image, annotations=tuple(objects[id])) for id, image in listed.items() if image)
+    return CocoImages(tuple(images), tuple(categories), tuple(categories.values()), tuple(problems))
+
+
+def _read_categories(rows: list[Any], problems: list[Problem]) -> tuple[dict[int, int], dict[str, int]]:
+    """The label of each category by its id, and the id of each class by its name, in the order of labels."""
+    names: dict[int, str | None] = {}
+    for number, row in enumerate(rows):
+        with _noting(problems, "category", row, number):
+            category, name = _whole(row["id"]), str(row["name"]).strip()
+            if row["name"] is None or not name:
+                raise DataError("it has no name")
+            if names.setdefault(category, name) != name:
+                names[category] = None
+                raise DataError("its id has another name, too")
+    named = {category: name for category, name in sorted(names.items()) if name is not None}
+    ids: dict[str, int] = {}
+    for category, name in named.items():
+        ids.setdefault(name, category)
+    labels = {name: label for label, name in enumerate(ids)}
+    return {category: labels[name] for category, name in named.items()}, ids
+
+
+def _read_images(rows: list[Any], folder: Path, problems: list[Problem]) -> dict[int, AnnotatedImage | None]:
+    """By id, still without objects; None for those that can't be used, which are named."""
+    found: dict[int, AnnotatedImage | None] = {}
+    ids: dict[str, int] = {}  # by file
+    for number, row in enumerate(rows):
+        with _noting(problems, "image", row, number):
+            image_id, path = _whole(row["id"]), str(_path_of(row, folder))
+            again, first = image_id in found, found.setdefault(image_id, None)
+            if again:
+                if first is None or first.path != path:
+                    found[image_id] = None  # whose objects are whose?
+                    raise DataError("its id has another file, too")
+                raise DataError("listed twice")
+            if path in ids:
+                raise DataError(f"it has the file of image {ids[path]}")
+            ids[path] = image_id
+            found[image_id] = AnnotatedImage(image_id, path, *_size(row, path), ())
+    return found
+
+
+@contextmanager
+def _noting(problems: list[Problem], kind: str, row: Any, number: int) -> Iterator[None]:
+    """Whatever a row of another form raises becomes a problem."""
+    name = f"{kind} #{number}"
+    try:
+        yield
+    except VideoError as error:
+        problems.append(Problem(error.path, error.reason))
+    except (DataError, KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
+        if isinstance(row, dict) and "id" in row:
+            name = f"{kind} {quoted(row['id'])}"
+        missing = f"no {error}" if isinstance(error, KeyError) else "not of COCO's form"
+        problems.append(Problem(name, str(error) if isinstance(error, DataError) else missing))
+
+
+def _path_of(row: Mapping[str, Any], folder: Path) -> Path:
+    """Where an image lies; tools on Windows write backslashes."""
+    path = folder / str(row["file_name"])
+    return path if is_file(path) else folder / str(row["file_name"]).replace("\\", "/")
+
+
+def _size(row: Mapping[str, Any], path: str) -> tuple[int, int]:
+    """Height and width of an image as its row says, or its file. Raises VideoError too."""
+    if not is_file(Path(path)):
+        raise VideoError(path, "no such file")
+    height, width = (int(row.get(side) or 0) for side in ("height", "width"))
+    if height <= 0 or width <= 0:
+        width, height = read_image(path).size
+    return height, width
 
 
 def open_listed(image: AnnotatedImage, open_file: Callable[[str], Image.Image] | None = None) -> Image.Image:
@@ -254,9 +333,12 @@ def open_listed(image: AnnotatedImage, open_file: Callable[[str], Image.Image] |
         VideoError: it can't be read, or has another size than its json file says.
     """
     pixels = (open_file or read_image)(image.path)
-    if image.height and (pixels.height, pixels.width) != (image.height, image.width):
-        listed = f"{image.width} x {image.height}"
-        raise VideoError(image.path, f"{pixels.width} x {pixels.height} pixels, {listed} in the json file")
+    if pixels.size != (image.width, image.height):
+        reason = (
+            f"{pixels.width} x {pixels.height} pixels, {image.width} x {image.height} in the json file"
+            + ", which leaves its EXIF orientation out" * (pixels.size == (image.height, image.width))
+        )
+        raise VideoError(image.path, reason)
     return pixels
 
 
@@ -273,11 +355,9 @@ def load_objects(image: AnnotatedImage, open_file: Callable[[str], Image.Image] 
     boxes = np.array([annotation.box for annotation in used], dtype=np.float64).reshape(-1, 4)
     labels = np.array([annotation.label for annotation in used], dtype=np.int64)
     segmentations = [annotation.outline for annotation in used]
+    masks: Any
     if any(isinstance(segmentation, dict) for segmentation in segmentations):
-        try:
-            masks: Any = np.stack([to_mask(s, pixels.height, pixels.width) for s in segmentations])
-        except (ValueError, TypeError) as error:
-            raise VideoError(image.path, f"a mask of it can't be decoded ({brief(error)})") from None
+        masks = np.stack([to_mask(s, pixels.height, pixels.width) for s in segmentations])
     else:
         masks = [
             [np.array(part, dtype=np.float64).reshape(-1, 2) for part in parts] for parts in segmentations
@@ -289,7 +369,7 @@ def read_image(path: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """An RGB image, turned as its EXIF orientation says. Raises VideoError."""
     try:
         with open_picture(path, max_pixels, path) as file:
-            return ImageOps.exif_transpose(file).convert("RGB")
+            return Image.fromarray(to_rgb(ImageOps.exif_transpose(file)))
     except VideoError:
         raise
     except Exception as error:  # Pillow's plugins raise whatever they meet
@@ -304,49 +384,76 @@ def is_file(path: Path) -> bool:
         return False
 
 
+def _whole(value: Any) -> int:
+    if type(value) is not int or abs(value) >= 1 << 63:
+        raise DataError("its id is no whole number")
+    return value
+
+
+def _numbers(values: Any, what: str) -> list[float]:
+    if not isinstance(values, list) or not all(type(value) in (int, float) for value in values):
+        raise DataError(f"{what} is no list of numbers")
+    if not all(abs(value) < _MOST for value in values):
+        raise DataError(f"{what} has numbers that are no pixels")
+    return [float(value) for value in values]
+
+
 def _annotation(
-    entry: Mapping[str, Any], labels: Mapping[int, int], images: Mapping[int, Mapping[str, Any]]
-) -> tuple[int, Annotation]:
-    """Raises KeyError, TypeError or ValueError for what can't be used."""
-    if entry["image_id"] not in images:
-        raise ValueError(f"image {entry['image_id']} isn't listed")
-    if entry["category_id"] not in labels:
-        raise ValueError(f"category {entry['category_id']} isn't listed")
-    image = images[entry["image_id"]]
-    segmentation = _segmentation(entry.get("segmentation"), image)
-    if "bbox" in entry:
-        x, y, width, height = (float(value) for value in entry["bbox"])
-    elif isinstance(segmentation, list):
-        points = np.concatenate([np.reshape(part, (-1, 2)) for part in segmentation])
-        (x, y), (width, height) = points.min(0).tolist(), np.ptp(points, axis=0).tolist()
-    else:
+    row: Mapping[str, Any], labels: Mapping[int, int], images: Mapping[int, AnnotatedImage | None]
+) -> Annotation | None:
+    """None for an object of an image that can't be used."""
+    for kind, known in (("image", images), ("category", labels)):
+        if row[f"{kind}_id"] not in known:
+            raise DataError(f"{kind} {quoted(row[f'{kind}_id'])} isn't listed")
+    image = images[row["image_id"]]
+    if image is None:
+        return None
+    size = image.height, image.width
+    segmentation = _segmentation(row.get("segmentation"), *size)
+    box = _numbers(row.get("bbox") or _box_around(segmentation, *size), "its box")
+    if len(box) != 4 or min(box[2:]) <= 0:
+        raise DataError("an empty box" if len(box) == 4 else f"a box of {len(box)} numbers")
+    x, y, width, height = box
+    if x >= image.width or y >= image.height or x + width <= 0 or y + height <= 0:
+        raise DataError("a box outside of its image")
+    if min(x, y) >= 0 and max(x + width, y + height) <= 1 < min(size):
+        raise DataError("a box of less than a pixel: its numbers must be pixels, not shares of the image")
+    area = float(row.get("area") or 0)
+    if not 0 < area < np.inf:
+        area = float(to_mask(segmentation, *size).sum()) if segmentation else width * height
+    crowd = bool(int(row.get("iscrowd") or 0))
+    return Annotation(labels[row["category_id"]], (x, y, x + width, y + height), segmentation, crowd, area)
+
+
+def _box_around(segmentation: Segmentation, height: int, width: int) -> list[float]:
+    """x, y, width, height"""
+    if segmentation is None:
         raise KeyError("bbox")
-    if not np.isfinite([x, y, width, height]).all() or width <= 0 or height <= 0:
-        raise ValueError(f"an empty box {entry.get('bbox')}")
-    area = float(entry.get("area") or 0)
-    area = area if 0 < area < np.inf else width * height
-    crowd = bool(entry.get("iscrowd", 0))
-    box = (x, y, x + width, y + height)
-    return entry["image_id"], Annotation(labels[entry["category_id"]], box, segmentation, crowd, area)
+    if isinstance(segmentation, dict):
+        low, high = (f(np.argwhere(to_mask(segmentation, height, width)), axis=0) for f in (np.min, np.max))
+        return [*low[::-1].tolist(), *(high - low + 1)[::-1].tolist()]
+    points = np.concatenate([np.reshape(part, (-1, 2)) for part in segmentation])
+    return [*points.min(0).tolist(), *np.ptp(points, axis=0).tolist()]
 
 
-def _segmentation(value: Any, image: Mapping[str, Any]) -> list[list[float]] | dict[str, Any] | None:
+def _segmentation(value: Any, height: int, width: int) -> Segmentation:
     """Polygons of three points or more, or a run-length encoding of the image's size; None for nothing."""
-    if value in (None, [], [[]]):
+    if not value or value == [[]]:
         return None
     if isinstance(value, list):
-        value = value if isinstance(value[0], list) else [value]
-        polygons = [[float(number) for number in part] for part in value]
+        parts = value if isinstance(value[0], list) else [value]
+        polygons = [_numbers(part, "a polygon") for part in parts]
         usable = [part for part in polygons if len(part) >= 6 and len(part) % 2 == 0]
-        if not usable or not all(np.isfinite(part).all() for part in usable):
-            raise ValueError("no polygon of three points or more")
+        if not usable:
+            raise DataError("no polygon of three points or more")
         return usable
-    size = [int(side) for side in value["size"]]
-    if "height" in image and size != [image["height"], image["width"]]:
-        raise ValueError(f"a mask of {size}, the image has {[image['height'], image['width']]}")
-    if isinstance(value["counts"], list) and sum(value["counts"]) != size[0] * size[1]:
-        raise ValueError("a run-length encoding that doesn't fill its image")
-    return {"size": size, "counts": value["counts"]}
+    size, counts = value["size"], value["counts"]
+    if size != [height, width]:
+        raise DataError(f"a mask of height and width {quoted(size)}, its image has {[height, width]}")
+    runs = run_lengths(counts)
+    if not len(runs) or not 0 <= runs.min() <= runs.max() <= height * width or runs.sum() != height * width:
+        raise DataError("a run-length encoding that doesn't fill its image")
+    return {"size": size, "counts": runs.tolist() if isinstance(counts, list) else counts}
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -354,16 +461,12 @@ def _read_json(file: Path) -> dict[str, Any]:
         content = json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{file} can't be read as json ({' '.join(str(error).split())[:160]})") from None
-    for name, keys in (("images", ("id", "file_name")), ("categories", ("id", "name"))):
+    for name in ("images", "categories", "annotations"):
         rows = content.get(name) if isinstance(content, dict) else None
-        if not isinstance(rows, list) or not all(
-            isinstance(row, dict) and type(row.get("id")) is int and {*keys} <= row.keys() for row in rows
-        ):
+        if not isinstance(rows, list) and (rows is not None or name != "annotations"):
             raise DataError(
-                f"{file} isn't of COCO's form: it needs {name}, each with a whole number as id, and {keys[1]}"
+                f"{file} isn't of COCO's form: it needs lists of images, categories and annotations"
             )
-    if not isinstance(content.get("annotations", []), list):
-        raise DataError(f"{file} isn't of COCO's form: annotations aren't a list")
     return content
 
 
@@ -376,6 +479,11 @@ def summary(coco: CocoImages) -> dict[str, Any]:
         "images_without_objects": sum(not image.annotations for image in coco.images),
         "objects": {name: counts[label] for label, name in enumerate(coco.class_names)},
         "crowds": sum(annotation.crowd for annotation in objects),
+        "beyond_border": sum(
+            min(a.box) < -1 or a.box[2] > image.width + 1 or a.box[3] > image.height + 1
+            for image in coco.images
+            for a in image.annotations
+        ),
         "without_mask": sum(annotation.segmentation is None for annotation in objects),
         "problems": dict(Counter(problem.reason for problem in coco.problems)),
     }

@@ -5,6 +5,7 @@ As in detectron2's ``structures/masks.py`` and ``layers/mask_ops.py`` at 02b5c4e
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from torchvision.ops import roi_align
 
 Polygons = Sequence[Sequence[Sequence[float]]]  # objects, their parts, x0, y0, x1, y1, ... in pixels
+FAR = 1e4  # pixels; no point is farther away, for pycocotools takes memory for each pixel between two
 
 
 def crop_masks(masks: Polygons | Tensor, boxes: Tensor, size: int) -> Tensor:
@@ -38,10 +40,8 @@ def crop_masks(masks: Polygons | Tensor, boxes: Tensor, size: int) -> Tensor:
 def _rasterised(parts: Sequence[Sequence[float]], box: np.ndarray, size: int) -> np.ndarray:
     """Polygons, moved and scaled so that ``box`` becomes the unit square of ``size`` pixels."""
     scale = size / np.maximum(box[2:] - box[:2], 0.1)
-    moved = [
-        ((np.asarray(part, dtype=np.float64).reshape(-1, 2) - box[:2]) * scale).ravel() for part in parts
-    ]
-    return to_mask(moved, size, size)
+    moved = [(np.asarray(part, dtype=np.float64).reshape(-1, 2) - box[:2]) * scale for part in parts]
+    return to_mask([part.clip(-FAR, FAR).ravel() for part in moved], size, size)
 
 
 def to_mask(segmentation: Any, height: int, width: int) -> NDArray[np.bool_]:
@@ -56,6 +56,31 @@ def to_mask(segmentation: Any, height: int, width: int) -> NDArray[np.bool_]:
     elif isinstance(segmentation["counts"], list):
         encoded = coco.frPyObjects(segmentation, height, width)
     return coco.decode(encoded).astype(bool)
+
+
+def run_lengths(counts: Any) -> NDArray[np.int64]:
+    """Those of COCO's encoding; none for what isn't one. pycocotools trusts that they fill the image.
+
+    Text has groups of five bits, the lowest first, and from the fourth number on differences to the last but
+    one (``rleToString`` in cocoapi's ``common/maskApi.c`` at 8c9bcc3c).
+
+    Raises:
+        TypeError, ValueError, AttributeError: other things than whole numbers or ASCII text.
+    """
+    if isinstance(counts, list):
+        return np.array([operator.index(count) for count in counts], dtype=np.int64)
+    groups = np.frombuffer(counts.encode("ascii"), dtype=np.uint8).astype(np.int64) - 48
+    ends = np.flatnonzero(groups < 32)  # the others say that one more follows
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    if not len(ends) or ends[-1] != len(groups) - 1 or groups.min() < 0 or groups.max() > 63:
+        return np.zeros(0, dtype=np.int64)
+    places = 5 * (np.arange(len(groups)) - np.repeat(starts, ends - starts + 1))
+    if places.max() > 30:
+        return np.zeros(0, dtype=np.int64)
+    runs = np.add.reduceat((groups & 31) << places, starts)
+    runs -= np.where(groups[ends] & 16, np.int64(32) << places[ends], 0)
+    runs[1::2], runs[2::2] = runs[1::2].cumsum(), runs[2::2].cumsum()
+    return runs
 
 
 def paste_masks(masks: Tensor, boxes: Tensor, height: int, width: int) -> Tensor:

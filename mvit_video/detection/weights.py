@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,10 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from mvit_video.errors import CheckpointError, ConfigError, brief
+from mvit_video.model import MViTConfig
 from mvit_video.weights.checkpoint import LoadReport, fit_weights
+from mvit_video.weights.description import describing, plain_metadata
 from mvit_video.weights.formats import adapt_shape, to_pyslowfast_keys
 from mvit_video.weights.pickles import load_arrays
-from mvit_video.weights.reading import find_weights, read_checkpoint
+from mvit_video.weights.reading import METADATA_KEY, find_weights, read_checkpoint
 
 BACKBONE = "backbone.bottom_up."
 # What depends on the classes.
@@ -90,12 +93,32 @@ def load_detector_weights(
         kept=fresh,
         adapt=_adapt,
         hint=lambda: (
-            "; other classes need head=new, a backbone that widens in its MLPs (published L) needs "
+            _other_model(detector, source)
+            or "; other classes need head=new, a backbone that widens in its MLPs (published L) needs "
             "dim_mul_in_attention=False"
         ),
     )
     detector.load_state_dict(fitted, strict=False)
     return report
+
+
+def _other_model(detector: Any, content: Mapping[str, Any]) -> str:
+    """Which other detector a checkpoint of this toolkit describes, as a part of an error; or nothing."""
+    from mvit_video.detection.checkpoint import TASK
+    from mvit_video.detection.detector import DetectorConfig
+    from mvit_video.detection.variants import DETECTORS
+
+    def layout(config: Any) -> tuple[Any, ...]:
+        own = config.cascade, config.fpn, config.channels, config.box_channels
+        return *own, config.backbone.stages, config.backbone.embed_dim
+
+    with contextlib.suppress(CheckpointError), describing("the file"):
+        values = dict(plain_metadata(content[METADATA_KEY], "the file", TASK)["config"])
+        found = layout(DetectorConfig(MViTConfig(**values.pop("backbone")), **values))
+        if found != layout(detector.config):
+            names = [f"model={name}" for name, config in DETECTORS.items() if layout(config) == found]
+            return f"; the file is of {names[0] if names else f'another model, of {found[4]} blocks'}"
+    return ""
 
 
 def _adapt(key: str, value: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, str] | None:

@@ -61,6 +61,13 @@ def test_labels_follow_the_numbers_of_categories(tmp_path: Path) -> None:
         {"segmentation": {"size": [30, 41], "counts": "x"}},
         {"segmentation": {"size": [30, 40], "counts": [5, 5]}},
         {"segmentation": {"counts": [5, 5]}},
+        {"segmentation": {"size": [30, 40], "counts": "x"}},
+        {"segmentation": {"size": [30, 40], "counts": [600.5, 599.5]}},
+        {"segmentation": [[1, 2, 3e9, 4, 5, 6]]},
+        {"segmentation": "x"},
+        {"bbox": [10**400, 2, 3, 4]},
+        {"bbox": [41, 3, 5, 5]},
+        {"bbox": [0.1, 0.2, 0.3, 0.4]},
         5,
         None,
     ],
@@ -71,8 +78,35 @@ def test_what_cannot_be_used_is_named(tmp_path: Path, wrong: Any) -> None:
     coco = read_coco(write(tmp_path, [BOX, broken]), tmp_path)
     assert [len(image.annotations) for image in coco.images] == [1]
     (problem,) = coco.problems
-    assert problem.what in ("annotation 9", "#1")
+    assert problem.what in ("annotation 9", "annotation #1")
     assert summary(coco)["problems"] == {problem.reason: 1}
+
+
+def test_rows_of_images_and_categories_can_be_odd(tmp_path: Path) -> None:
+    """Each is used or named; what has an id that other things have, too, is not used."""
+    odd: list[Any] = [5, None, {"file_name": "a.png"}, {"id": [1], "file_name": "a.png"}, {"id": 3}]
+    odd += [{"id": i, "file_name": f, "height": 30, "width": 40} for i, f in ((1, "a.png"), (4, "a.png"))]
+    odd += [{"id": 5, "file_name": f, "height": 30, "width": 40} for f in ("b.png", "d.png")]
+    odd += [{"id": 6, "file_name": "sub\\c.png"}, {"id": 7, "file_name": "e.png", "height": float("inf")}]
+    (tmp_path / "sub").mkdir()
+    for name in ("b.png", "d.png", "e.png", "sub/c.png"):
+        Image.new("L", (40, 30)).save(tmp_path / name)
+    names: list[Any] = [(8, " dog"), (3, "cat"), (9, "a"), (9, "b"), (10, None), ("11", "c")]
+    categories = [{"id": number, "name": name} for number, name in names] + [{"id": 12}, 5]
+    annotations = [{**BOX, "image_id": number, "category_id": 8} for number in (1, 5, 6)]
+    file = write(tmp_path, [BOX, {**BOX, "category_id": 9}, *annotations])
+    content = json.loads(file.read_text())
+    content["images"] += odd
+    content["categories"] += categories
+    file.write_text(json.dumps(content))
+    coco = read_coco(file, tmp_path)
+    assert [(image.id, image.height, len(image.annotations)) for image in coco.images] == [
+        (1, 30, 2),
+        (6, 30, 1),
+    ]
+    assert (coco.class_names, coco.category_ids) == (("cat", "dog"), (3, 7))
+    assert [image.annotations[-1].label for image in coco.images] == [1, 1]
+    assert len(coco.problems) == 9 + 5 + 1
 
 
 @pytest.mark.parametrize(
@@ -104,10 +138,11 @@ def test_run_lengths_and_polygons_become_bitmaps_together(tmp_path: Path) -> Non
     compressed = {"size": encoded["size"], "counts": encoded["counts"].decode()}
     runs = np.diff(np.flatnonzero(np.diff(bitmap.T.ravel(), prepend=2, append=2)))
     plain = {"size": [30, 40], "counts": runs.tolist()}
-    coco = read_coco(
-        write(tmp_path, [BOX, {**BOX, "segmentation": compressed}, {**BOX, "segmentation": plain}]), tmp_path
-    )
+    both = [{**BOX, "segmentation": compressed}, {**BOX, "segmentation": plain}]
+    coco = read_coco(write(tmp_path, [BOX, *both, {**both[0], "bbox": None, "area": None}]), tmp_path)
     objects = load_objects(coco.images[0])
+    assert [a.box for a in coco.images[0].annotations[3:]] == [(8, 5, 30, 20)]
+    assert [a.area for a in coco.images[0].annotations[3:]] == [bitmap.sum()]
     assert isinstance(objects.masks, np.ndarray)
     assert (objects.masks[1] == bitmap).all()
     assert (objects.masks[2] == bitmap).all()

@@ -45,7 +45,7 @@ def write(file: Path, names: list[str], folder: Path, **changes: Any) -> None:
         (["train/_annotations.coco.json", "valid/_annotations.coco.json"], ["train", "valid"]),
         (["train.json", "test.json"], ["images", "images"]),
         (["result.json"], ["images"]),
-        (["labels.json"], ["."]),
+        (["labels_latest.json"], ["."]),
     ],
 )  # fmt: skip
 def test_files_are_found_where_tools_put_them(tmp_path: Path, files: list[str], folders: list[str]) -> None:

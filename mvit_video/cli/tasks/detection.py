@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -83,7 +84,8 @@ def train(config: DictConfig, trainer: pl.Trainer) -> Training:
     loading = app.loading(config, trainer)
     trained, augment = splits.train.with_objects, app.build(config.augment)
     if not trained.images:
-        raise DataError("no training image has an object that can be used")
+        crowds = summary(splits.train)["crowds"]
+        raise DataError(f"no training image has a usable object; {crowds} are crowds (iscrowd=1 in its json)")
     shuffle = not config.trainer.overfit_batches
     training = training_loader(
         TrainingImages(trained.images, augment, seed=config.seed, largest=augment.largest),
@@ -140,16 +142,30 @@ def _describe(detector: Detector, splits: CocoSplits, trained: CocoImages) -> No
     )
     objects = ", ".join(f"{name} {count}" for name, count in counts["objects"].items())
     log.info("training objects of each class: %s", printable(objects)[:2000])
-    if counts["without_mask"]:
-        log.warning("%d objects have no mask: their boxes are taken for it", counts["without_mask"])
+    _warn(splits)
     problems = [*splits.train.problems, *splits.val.problems]
     if problems:
         log.warning(
-            "%d images and annotations can't be used, the first: %s; %s lists them",
+            "%d images, objects and classes can't be used, the first: %s; %s lists them",
             len(problems),
             printable(": ".join(problems[0])),
             _write_problems(problems),
         )
+
+
+def _warn(splits: CocoSplits) -> None:
+    for split, coco in splits._asdict().items():
+        counts = summary(coco)
+        if not any(counts["objects"].values()):
+            log.warning("%s: no object but crowds: nothing can be measured", split)
+        if counts["without_mask"]:
+            log.warning(
+                "%s: %d objects have no mask, their box is taken for it", split, counts["without_mask"]
+            )
+        if counts["beyond_border"]:
+            log.warning(
+                "%s: %d boxes [x, y, width, height] reach beyond their image", split, counts["beyond_border"]
+            )
 
 
 def _write_problems(problems: Sequence[Problem]) -> Path:
@@ -167,6 +183,8 @@ def evaluate(config: DictConfig) -> None:
         splits = _build_splits(config, only=config.split)
         detector = _trained_detector(config, len(splits.train.class_names))
         coco: CocoImages = getattr(splits, config.split)
+        if {*coco.class_names} == {*(detector.class_names or ())}:  # in another order, perhaps
+            coco = coco.with_classes(detector.class_names or ())
         check_same_classes(detector.class_names, detector.config.num_classes, coco.class_names)
         settings = {
             "weights": str(config.weights),
@@ -378,12 +396,15 @@ def check_data(config: DictConfig) -> None:
         objects = sum(counts["objects"].values())
         rows.append((split, len(coco), counts["images_without_objects"], objects, counts["crowds"]))
         for name, count in counts["objects"].items():
-            log.info("%s: %d objects of %s", split, count, printable(name))
+            log.info("%s: %d objects of %s", split, count, printable(name)[:100])
     print_table("", ("split", "images", "without objects", "objects", "crowds"), rows)
+    _warn(splits)
+    for reason, count in Counter(problem.reason for problem in problems).most_common(20):
+        log.warning("%d: %s", count, printable(reason))
     if problems:
         raise DataError(
-            f"{len(problems)} images and objects can't be used, the first: {': '.join(problems[0])}; "
-            f"{_write_problems(problems)} lists them"
+            f"{len(problems)} images, objects and classes can't be used, the first: "
+            f"{': '.join(problems[0])}; {_write_problems(problems)} lists them"
         )
 
 

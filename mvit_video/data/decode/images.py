@@ -152,7 +152,7 @@ class ImageSequence(Video):
     def _frame_of(self, image: Image.Image, file: str) -> VideoFrame:
         from PIL import ImageOps
 
-        picture = _to_rgb(ImageOps.exif_transpose(image))
+        picture = to_rgb(ImageOps.exif_transpose(image))
         if picture.shape[:2] != self.size:
             size = f"{picture.shape[1]}x{picture.shape[0]}, the first picture {self.width}x{self.height}"
             raise VideoError(self.path, f"{self._named(file)} is {size}")
@@ -188,7 +188,7 @@ def _go_to(image: Image.Image, index: int) -> None:
     image.load()
 
 
-def _to_rgb(image: Image.Image) -> npt.NDArray[np.uint8]:
+def to_rgb(image: Image.Image) -> npt.NDArray[np.uint8]:
     """(H, W, 3). Pillow clips what has more than 8 bits: 16 bits are scaled here, and floats in [0, 1]."""
     if image.mode not in ("F", "I") and not image.mode.startswith("I;16"):
         return np.array(image.convert("RGB"))
