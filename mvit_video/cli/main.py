@@ -56,22 +56,20 @@ def _signals(command: str) -> Iterator[Callable[[], None]]:
 
     A signal that is ignored, as in a background shell, stays so.
     """
-    ending = (signal.SIGTERM, signal.SIGHUP)  # the latter where a terminal is closed
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, *ending)}
+    # SIGHUP: a terminal is closed.
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
 
     def end_now(*_: object) -> NoReturn:
         os.write(2, f"mvit-{command}: interrupted\n".encode())
         os._exit(128 + signal.SIGINT)
 
-    def end(number: int, _: object) -> NoReturn:
-        sys.exit(128 + number)
-
     def job_begins() -> None:
-        if before[signal.SIGINT] is signal.default_int_handler:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        for number in ending:
-            if before[number] == signal.SIG_DFL:
-                signal.signal(number, end)
+        from mvit_video.io.console import begin_job, end_by_signal
+
+        begin_job()
+        for number, handler in before.items():
+            if handler in (signal.SIG_DFL, signal.default_int_handler):
+                signal.signal(number, end_by_signal)
 
     if before[signal.SIGINT] is signal.default_int_handler:
         signal.signal(signal.SIGINT, end_now)

@@ -106,9 +106,9 @@ def rank_and_size() -> tuple[int, int]:
         ConfigError: a variable is no number, or the rank isn't below the size.
     """
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        rank, size = _number("RANK"), _number("WORLD_SIZE")
+        rank, size = whole_number("RANK"), whole_number("WORLD_SIZE")
     elif in_slurm():
-        rank, size = _number("SLURM_PROCID"), _number("SLURM_NTASKS")
+        rank, size = whole_number("SLURM_PROCID"), whole_number("SLURM_NTASKS")
     else:
         return 0, 1
     if rank >= size:
@@ -124,15 +124,15 @@ def processes_per_node() -> int:
     """
     _, size = rank_and_size()
     if "RANK" in os.environ or not in_slurm():
-        return _number("LOCAL_WORLD_SIZE") if os.environ.get("LOCAL_WORLD_SIZE") else size
+        return whole_number("LOCAL_WORLD_SIZE", 1) if os.environ.get("LOCAL_WORLD_SIZE") else size
     counts = os.environ.get("SLURM_STEP_TASKS_PER_NODE") or os.environ.get("SLURM_TASKS_PER_NODE", "")
     found = [int(count) for count in re.findall(r"(\d+)(?:\(x\d+\))?", counts)]  # such as "4(x2),3"
-    if found:
+    if any(found):
         os.environ[_PER_NODE] = str(max(found))
     elif not os.environ.get(_PER_NODE):
         nodes = next((n for n in ("SLURM_NNODES", "SLURM_JOB_NUM_NODES") if os.environ.get(n)), None)
-        os.environ[_PER_NODE] = str(-(-size // (_number(nodes) if nodes else 1)))
-    return _number(_PER_NODE)
+        os.environ[_PER_NODE] = str(-(-size // (whole_number(nodes, 1) if nodes else 1)))
+    return whole_number(_PER_NODE, 1)
 
 
 def in_slurm() -> bool:
@@ -146,7 +146,7 @@ def use_own_gpu() -> None:
     if name is not None and rank_and_size()[1] > 1:
         import torch
 
-        if (local := _number(name)) < torch.cuda.device_count():
+        if (local := whole_number(name)) < torch.cuda.device_count():
             torch.cuda.set_device(local)
 
 
@@ -156,8 +156,10 @@ def _slurm() -> Any:
     return SLURMEnvironment
 
 
-def _number(name: str) -> int:
+def whole_number(name: str, least: int = 0) -> int:
+    """The value of an environment variable. Raises ConfigError."""
     value = os.environ.get(name, "")
-    if not value.isdecimal():
-        raise ConfigError(f"the environment variable {name} is {value!r}; expected a whole number")
+    if not value.isdecimal() or int(value) < least:
+        expected = f"a whole number from {least} on"
+        raise ConfigError(f"the environment variable {name} is {value!r}; expected {expected}")
     return int(value)

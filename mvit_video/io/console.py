@@ -11,12 +11,13 @@ import io
 import logging
 import os
 import re
+import signal
 import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
@@ -26,6 +27,8 @@ from rich.text import Text
 from mvit_video.io.writing import replacing
 
 Item = TypeVar("Item")
+
+_asked: list[KeyboardInterrupt | SystemExit] = []  # to end, by signals
 
 # Control and formatting characters (some turn the direction of text), lone surrogates, and ends of lines.
 _UNSAFE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
@@ -138,6 +141,23 @@ def accept_all_text() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def end_by_signal(number: int, _: object) -> NoReturn:
+    """A handler that raises; should a library drop the exception, ``end_if_asked`` raises it again."""
+    _asked.append(KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number))
+    raise _asked[-1]
+
+
+def end_if_asked() -> None:
+    """Raise what a signal has raised in this job."""
+    if _asked:
+        raise _asked[-1]
+
+
+def begin_job() -> None:
+    """Forget the signals of former jobs of this process."""
+    _asked.clear()
+
+
 def track(
     items: Iterable[Item], total: int, *, done: int = 0, what: str, note: Callable[[], str] = str
 ) -> Iterator[Item]:
@@ -153,6 +173,7 @@ def track(
     ) as progress:
         task = progress.add_task("", total=total, completed=done)
         for item in items:
+            end_if_asked()
             progress.update(task, advance=1, description=note())
             yield item
 

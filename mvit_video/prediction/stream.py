@@ -27,11 +27,13 @@ from av.video.stream import VideoStream
 from torch import Tensor
 
 from mvit_video.data.decode.container import (
+    ENCRYPTED,
     MAX_PIXELS,
     Origin,
     best_video_stream,
     check_file,
     decoder_limit,
+    is_encrypted,
     open_container,
     or_too_large,
     why_not_opened,
@@ -160,7 +162,8 @@ def iter_windows(
             to_rgb.fmt = FrameFormat.of(shown[0].picture)
         yield Window(name, shown, span, to_rgb)
     if to_rgb.fmt is None:
-        raise VideoError(name, f"no frame can be decoded{or_too_large(max_pixels)}")
+        why = f"no frame can be decoded{or_too_large(max_pixels)}"
+        raise VideoError(name, ENCRYPTED if is_encrypted(name) else why)
 
 
 def _slide(

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mvit_video.data.bad_videos import BadVideos
 from mvit_video.data.timing import clock
+from mvit_video.io.console import end_by_signal, end_if_asked
 from mvit_video.model.inference import is_faster_compiled
 from mvit_video.training.sharding import FullySharded
 
@@ -115,8 +116,9 @@ class Interrupts(pl.Callback):
         self._interrupted = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # Not where it is ignored, as in a background job.
-        if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        end_if_asked()
+        self._before = signal.getsignal(signal.SIGINT)  # which may ignore it, as in a background job
+        if self._before in (signal.default_int_handler, end_by_signal):
             signal.signal(signal.SIGINT, self._interrupt)
 
     def _interrupt(self, number: int, frame: Any) -> None:
@@ -135,7 +137,7 @@ class Interrupts(pl.Callback):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if signal.getsignal(signal.SIGINT) == self._interrupt:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGINT, self._before)
 
 
 class EpochProgress(pl.Callback):

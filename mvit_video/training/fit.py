@@ -23,6 +23,7 @@ _REMARKS = (
     "|module.s. in eval mode at the start of training|AMP with fp16 is not supported on CPU"
     "|number of training batches .* is smaller than the logging interval"
     "|could not find the monitored key"  # where no validation was due
+    "|It is recommended to use .self.log"  # of what all processes agree on
 )
 
 

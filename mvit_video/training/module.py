@@ -193,6 +193,8 @@ class TrainingModule(pl.LightningModule):
         if losses is None:
             self.val_means.add({}, 0)
             return
+        if not losses.loss.isfinite():
+            self.stop_validation()
         self.val_means.add({f"val/{name}": value for name, value in losses.metrics.items()}, losses.count)
 
     def on_validation_epoch_end(self) -> None:
@@ -202,8 +204,6 @@ class TrainingModule(pl.LightningModule):
             if not self.trainer.sanity_checking:  # which sees a few videos
                 raise DataError("no validation video can be read")
             return
-        if not means["val/loss"].isfinite():
-            self.stop_validation()
         for name, mean in means.items():
             self.log(name, mean)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mvit_video.data.pixels import RGB, denormalise
 from mvit_video.io.console import printable
+from mvit_video.io.writing import replacing
 
 
 def plot_history(epochs: Sequence[dict[str, float]], path: Path, *, monitor: str) -> None:
@@ -34,7 +35,8 @@ def plot_history(epochs: Sequence[dict[str, float]], path: Path, *, monitor: str
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend()
-    figure.savefig(path, dpi=120)
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=120)
 
 
 def plot_batch(
@@ -69,7 +71,8 @@ def plot_batch(
         row.suptitle(title, x=0.01, ha="left", fontsize=8)
     mixed = "" if lam == 1 else ", each clip mixed with another: its shares of both"
     figure.suptitle(f"The first batch as the model sees it{mixed}", fontsize=10)
-    figure.savefig(path, dpi=100)
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=100)
 
 
 def _names(label: int | list[int], class_names: Sequence[str] | None) -> str:

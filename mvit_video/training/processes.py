@@ -18,7 +18,7 @@ import torch
 from pytorch_lightning.strategies import ParallelStrategy
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from mvit_video.data.ranks import in_slurm, processes_per_node, rank_and_size
+from mvit_video.data.ranks import in_slurm, processes_per_node, rank_and_size, whole_number
 from mvit_video.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -60,12 +60,13 @@ def overrides(arguments: Sequence[str]) -> list[str]:
 
 
 def _common_folder(rank: int) -> str:
+    by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and "MASTER_ADDR" in os.environ
+    if not (by_torchrun if "RANK" in os.environ else os.environ.get("SLURM_JOB_ID")):
+        raise ConfigError("several processes need a common folder: give each the same hydra.run.dir=FOLDER")
     if "RANK" not in os.environ:
         return f"outputs/train/slurm/{os.environ['SLURM_JOB_ID']}"
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        raise ConfigError("several processes need a common folder: give each the same hydra.run.dir=FOLDER")
     # torchrun keeps a store for its processes.
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    host, port = os.environ["MASTER_ADDR"], whole_number("MASTER_PORT", 1)
     store = TCPStore(host, port, is_master=False, timeout=timedelta(minutes=5))
     if rank == 0:
         store.set("mvit_video/folder", f"outputs/train/{datetime.now():%Y-%m-%d/%H-%M-%S}")

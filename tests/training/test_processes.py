@@ -86,13 +86,25 @@ def test_devices_follow_from_slurm_s_tasks_and_nodes(
     slurm.validate_settings(*expected)
 
 
-def test_nodes_with_different_numbers_of_tasks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    variables = {"PROCID": "0", "JOB_NAME": "train", "NTASKS": "5", "TASKS_PER_NODE": "3,2"}
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"TASKS_PER_NODE": "3,2"}, "--ntasks-per-node"),
+        ({"NNODES": "0"}, "SLURM_NNODES"),
+        ({"NTASKS_PER_NODE": "0"}, "SLURM_NTASKS_PER_NODE"),
+        ({"JOB_ID": ""}, "hydra.run.dir"),
+    ],
+    ids=str,
+)
+def test_tasks_that_cannot_be_shared_are_refused(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], said: str
+) -> None:
     monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "")
-    for name, value in variables.items():
+    usual = {"PROCID": "0", "JOB_NAME": "train", "NTASKS": "5", "JOB_ID": "1"}
+    for name, value in (usual | variables).items():
         monkeypatch.setenv(f"SLURM_{name}", value)
-    with pytest.raises(ConfigError, match="--ntasks-per-node"):
-        processes.choose_devices("auto", 1)
+    with pytest.raises(ConfigError, match=said):
+        processes.choose_devices("auto", 1) and processes.overrides([])
 
 
 @pytest.mark.parametrize(

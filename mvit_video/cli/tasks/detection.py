@@ -44,6 +44,7 @@ from mvit_video.io.console import print_table, printable, track, write_csv
 from mvit_video.io.fingerprint import Fingerprint, fingerprint
 from mvit_video.io.writing import replacing
 from mvit_video.model.inference import autocast
+from mvit_video.prediction.prediction import NOT_FINITE
 from mvit_video.prediction.saving import output_names
 from mvit_video.prediction.writer import Format, format_of
 from mvit_video.training.module import Training
@@ -249,6 +250,8 @@ def predict(config: DictConfig, files: list[str]) -> None:
             log.info("resuming: %d of them are in %s already", done, config.output)
         for path in track(todo, len(paths), done=done, what="detecting"):
             for found in _drawn(recognizer, path, Path(config.save_dir) / names[path], config):
+                if found.error == NOT_FINITE and all(f.error != NOT_FINITE for f in failed):
+                    log.warning("%s: %s", found.path, NOT_FINITE)  # before hours of them
                 failed += [found] if found.error else []
                 shown += _table(found, config.min_score or LIKELY) if len(shown) < MAX_TABLE else []
                 if output:

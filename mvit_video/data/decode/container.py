@@ -58,6 +58,8 @@ _ALLOWED = {  # formats and protocols
 
 _NO_LIMIT = str((1 << 31) - 1)  # bytes that a hole in a transport stream may have, as in players
 
+ENCRYPTED = "the video is encrypted (DRM), and can't be decoded without its key"
+
 Origin: TypeAlias = Literal["file", "pipe", "address", "camera"]
 
 _REFUSED = (
@@ -178,7 +180,8 @@ def check_file(path: str) -> None:
     try:
         found = os.stat(path)  # noqa: PTH116 (for each clip)
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # a null byte in its name
-        raise VideoError(path, "no such file") from error
+        reason = "an address isn't a file; live=true watches one" if "://" in path else "no such file"
+        raise VideoError(path, reason) from error
     except OSError as error:
         raise VideoError(path, f"the file can't be read ({error})") from error
     if stat.S_ISDIR(found.st_mode):

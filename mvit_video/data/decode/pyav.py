@@ -25,6 +25,7 @@ from torch import Tensor
 
 from mvit_video.data.decode import cuda
 from mvit_video.data.decode.container import (
+    ENCRYPTED,
     MAX_PIXELS,
     check_file,
     is_encrypted,
@@ -298,7 +299,7 @@ class PyAVVideo(Video):
         else:  # as of a file whose header doesn't tell the size, where the decoder has refused it
             reason += or_too_large(self._max_pixels)
         if reader.format in ("mp4", "matroska") and is_encrypted(self.path):
-            reason = "the video is encrypted (DRM), and can't be decoded without its key"
+            reason = ENCRYPTED
         return VideoError(self.path, reason)
 
 
