@@ -155,7 +155,7 @@ def action_splits(
             as of Kinetics) for each video; by default root/videos, root/frames or root.
         frame_lists: PySlowFast's lists of pictures, for training and validation, whose paths start in
             ``videos``.
-        min_person_score: people that were found less certainly are left out.
+        min_person_score: people detected with a lower score are left out.
         start_second: which second the first frame of a file is; AVA's cuts start at 900.
         seconds: first and last that may occur.
         val_every: see ``ActionSplits``.

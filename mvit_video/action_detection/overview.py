@@ -18,6 +18,7 @@ from mvit_video.action_detection.prediction import (
 )
 from mvit_video.data.datasets import OpenVideo
 from mvit_video.errors import DataError
+from mvit_video.io.writing import write_json
 from mvit_video.prediction.overview import NO_MAP, Demo, Overview, Progress
 from mvit_video.prediction.render import Picture, plot_timeline, redraw_video
 from mvit_video.prediction.timeline import Timeline
@@ -57,7 +58,7 @@ class ActionDemo(Demo):
                 progress(0.7 * second / max(duration, 1e-6), desc="watching people")
                 people += found
         if not people:
-            raise DataError("nobody was found in this video")
+            raise DataError("nobody was detected in this video")
         name = self._new_files(path)
         surest = torch.zeros(len(seconds), len(people[0].scores))
         for one in people:
@@ -79,8 +80,7 @@ class ActionDemo(Demo):
             "people": [json.loads(to_json(one, 0.0)) | {"path": Path(path).name} for one in people],
             "segments": [segment.__dict__ for segment in to_segments(people, every, SHOWN_SCORE)],
         }
-        json_file = Path(f"{name}.json")
-        json_file.write_text(json.dumps(told, indent=2, allow_nan=False), encoding="utf-8")
+        write_json(json_file := Path(f"{name}.json"), told)
         best = surest.amax(0).topk(min(self.topk, surest.shape[1]))
         scores = {timeline.class_names[i]: s for s, i in zip(*map(torch.Tensor.tolist, best), strict=True)}
         return Overview(scores, str(copy), str(plot), None, None, str(json_file))

@@ -63,9 +63,9 @@ class PeopleWatcher:
     """Says what the people in a film do at key frames, and follows them from one to the next.
 
     Attributes:
-        find: finds people in a picture; None: their boxes are given.
-        every: seconds from one key frame to the next where people are found.
-        min_person_score: who is found less certainly is left out.
+        find: detects people in a picture; None: their boxes are given.
+        every: seconds from one key frame to the next where people are detected.
+        min_person_score: people detected with a lower score are left out.
         autocast: the context that the detector runs in.
     """
 
@@ -86,7 +86,7 @@ class PeopleWatcher:
         """What people do at each key frame of a video, in order; no more than a clip is held.
 
         Args:
-            rows: of this video, where people aren't found.
+            rows: of this video, where people aren't detected.
 
         Raises:
             VideoError: the video can't give a clip, or the model's output isn't finite.
@@ -97,7 +97,7 @@ class PeopleWatcher:
         follow = Follower()
         for second in self.key_seconds(video, rows):
             people = None if self.find else torch.tensor(list(given[second].values()))
-            yield self._look(video, second, second, follow, people)
+            yield self._recognize(video, second, second, follow, people)
 
     def watch_stream(
         self, source: Source, *, follow: float | None = None, drop: bool = False, **opening: Any
@@ -112,13 +112,13 @@ class PeopleWatcher:
         clips: Any = iter_windows(source, length=length, stride=self.every, follow=follow, **opening)
         for clip in prefetch(clips, 1, drop=drop):
             middle = min(length / 2, float(clip.times[-1]))
-            yield self._look(clip, middle, clip.start + middle, follower)
+            yield self._recognize(clip, middle, clip.start + middle, follower)
 
     @torch.inference_mode()
-    def _look(
+    def _recognize(
         self, video: Video, at: float, second: float, follow: Follower, people: Tensor | None = None
     ) -> list[PersonActions]:
-        """What people (N, 4), else those who are found, do ``at`` a second of a video, called ``second``."""
+        """What people (N, 4), else detected ones, do ``at`` a second of a video, called ``second``."""
         height, width = video.size
         certain: list[float | None] = [None] * (0 if people is None else len(people))
         if people is None:

@@ -78,7 +78,7 @@ class DetectorConfig:
 
 
 class Detector(nn.Module):
-    """Finds objects: boxes, classes and masks.
+    """Detects objects: boxes, classes and masks.
 
     In evaluation, ``detector(images)`` gives for each image a dict of ``boxes`` (N, 4) as xyxy pixels,
     ``scores`` (N,), the highest first, ``labels`` int64 (N,) from 0, and ``masks`` bool (N, H, W). In
@@ -160,7 +160,7 @@ class Detector(nn.Module):
         ]
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """The backbone alone: how much the rest computes depends on what it finds."""
+        """The backbone alone: how much the rest computes depends on its detections."""
         self.backbone.compile(*args, **kwargs)
 
     def load_weights(

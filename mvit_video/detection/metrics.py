@@ -25,7 +25,7 @@ LIKELY = 0.5  # a detection of this score that is none counts as a mistake of it
 
 
 class ImageResult(NamedTuple):
-    """What was found in an image of this size: rows of COCO's results format."""
+    """The objects detected in an image of this size: rows of COCO's results format."""
 
     image_id: int
     height: int

@@ -45,7 +45,7 @@ class Regions(NamedTuple):
 
 
 class Detections(NamedTuple):
-    """What was found in one image, the likeliest first; masks are probabilities on a grid over each box."""
+    """The objects detected in an image, the likeliest first; masks: probabilities on a grid over each box."""
 
     boxes: Tensor  # (N, 4), xyxy pixels
     scores: Tensor  # (N,)

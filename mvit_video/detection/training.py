@@ -78,7 +78,7 @@ class DetectorTraining(TrainingModule):
         return Losses(metrics, count=len(batch.images), to_save=saved)
 
     def validation_losses(self, batch: ImageBatch) -> None:
-        """A detector has no losses on whole images: what it finds is measured at the end."""
+        """A detector has no losses on whole images: its detections are measured at the end."""
         if not batch.images:
             return
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 from mvit_video.data.datasets import OpenVideo
 from mvit_video.data.decode import open_video
 from mvit_video.errors import DataError
+from mvit_video.io.writing import write_json
 from mvit_video.model import VideoModel
 from mvit_video.prediction.recognizer import Recognizer
 from mvit_video.prediction.render import annotate_video, plot_timeline
@@ -115,8 +115,7 @@ class Demo:
             progress(0.9, desc="explaining")
             files = save_explanation(recognizer.explain(path, method=explain), name)  # type: ignore[arg-type]
         told = asdict(prediction) | {"path": Path(path).name, "segments": [asdict(s) for s in segments]}
-        json_file = Path(f"{name}.json")
-        json_file.write_text(json.dumps(told, indent=2, allow_nan=False), encoding="utf-8")
+        write_json(json_file := Path(f"{name}.json"), told)
         scores = dict(zip(prediction.classes, prediction.scores, strict=True))
         strip, overlay = map(str, files) if files else (None, None)
         return Overview(scores, str(copy), str(plot), strip, overlay, str(json_file))

@@ -257,7 +257,7 @@ def predict(config: DictConfig, files: list[str]) -> None:
                 failed.append(error)
                 continue
             if not count:
-                sought = f"nobody was found, at min_person_score={config.min_person_score:g}"
+                sought = f"nobody was detected, at min_person_score={config.min_person_score:g}"
                 why = sought if rows is None else f"{config.persons} has no row of it"
                 log.warning("%s: %s", printable(path), why)
             if config.save:
@@ -313,7 +313,7 @@ def _check_prediction(config: DictConfig, arguments: list[str]) -> None:
     if "png" in config.save:
         raise ConfigError("save=[png] is for classification; action detection has srt, vtt and video")
     if config.live and (len(arguments) != 1 or config.save or str(config.persons).lower().endswith(".csv")):
-        raise ConfigError("live=true finds people in one stream, camera, file or pipe (-); no save=, no rows")
+        raise ConfigError("live=true is for one stream, camera, file or pipe (-); no save=, no rows")
     if config.output and not config.live and format_of(config.output, config.format) == "parquet":
         raise ConfigError("action detection writes .csv, .json and .jsonl")
 
