@@ -47,6 +47,7 @@ _CUT = re.compile(r"(?P<name>.+)_(?P<start>\d{6})_\d{6}")
 _ITEM = re.compile(r"\{([^{}]*)\}")
 _ITEM_NAME = re.compile(r'\bname:\s*"((?:[^"\\]|\\.)*)"')
 _ITEM_ID = re.compile(r"\b(?:label_)?id:\s*(\d{1,6})\b")
+_ACTION = re.compile(r"-?\d{1,6}")
 _FARTHEST = 2.0  # of a box's corners from 0, in pictures
 
 
@@ -350,8 +351,8 @@ def _read_frame_list(file: Path, folder: Path) -> dict[str, str]:
 def _names(folder: Path, source: ClassNames | None, files: Sequence[Path]) -> dict[int, str]:
     if source is None:
         found = {row.class_id for file in files for row in _rows(existing(file)) if row.class_id is not None}
-        if not found:
-            raise DataError(f"{files[0]}: no row has an action")
+        if max(found, default=0) < 1:
+            raise DataError(f"{files[0]}: no row has an action, by an id from 1")
         return {number: str(number) for number in range(1, max(found) + 1)}
     if isinstance(source, str | Path):
         if str(source).endswith((".pbtxt", ".pbtxt.txt")):
@@ -387,7 +388,7 @@ def _rows(file: Path) -> Iterator[BoxRow]:
         if any(abs(value) > _FARTHEST for value in numbers[1:]):
             raise DataError(f"{where}: boxes are shares of the picture, 0 to 1, got {box}")
         action = cells[6].strip()
-        if action and not action.lstrip("-").isdecimal():
+        if action and not _ACTION.fullmatch(action):
             raise DataError(f"{where}: {quoted(action)} is no number of an action")
         score = _number(cells[7], where) if len(cells) > 7 and cells[7].strip() else None
         known = int(action) if action and int(action) >= 0 else None

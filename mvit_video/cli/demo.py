@@ -220,7 +220,6 @@ def _gradio() -> Any:
 
 def serve(config: DictConfig) -> None:
     """Load the model and serve the page until the process is interrupted; uploads are removed then."""
-    _gradio()  # missed before the model is loaded
     if config.port:
         try:
             socket.create_server((config.host, config.port)).close()
@@ -233,6 +232,7 @@ def serve(config: DictConfig) -> None:
         before = tempfile.tempdir
         tempfile.tempdir = os.environ["GRADIO_TEMP_DIR"] = folder
         try:
+            _gradio()  # makes folders as it is imported; missed before the model is loaded
             demo = _build_demo(config)
             title = "Video classification" if demo.has_choices else "What people do"
             page = build_page(demo, title=title + ("" if config.weights else " (random weights)"))

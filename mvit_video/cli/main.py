@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn
 
 # What each command runs, by its first argument where it has several jobs: module.function of this package.
@@ -32,6 +33,11 @@ def main(command: str) -> None:
     elif "" not in jobs and not first.startswith("-"):
         what = f"unknown command {first!r}" if first else "missing command"
         sys.stderr.write(f"mvit-{command}: error: {what}: {' or '.join(jobs)}\n")
+        sys.exit(1)
+    try:
+        Path.cwd()
+    except OSError:
+        sys.stderr.write(f"mvit-{command}: error: the current folder is gone; change to another\n")
         sys.exit(1)
     module, _, function = jobs.get(first, next(iter(jobs.values()))).partition(".")
 

@@ -119,6 +119,7 @@ def test_videos_are_found_by_name(tmp_path: Path, name: str, start: float) -> No
         ("film,2,0.5,0.1,0.1,0.9,1,0\n", "x1 <= x2"),
         ("film,2,0.1,0.1,0.5,0.9,run,0\n", "'run'"),
         ("film,2,0.1,0.1,0.5,0.9,9,0\n", "action 9"),
+        (f"film,2,0.1,0.1,0.5,0.9,{'9' * 5000},0\n", "'999.*is no number of an action"),
         ("other,2,0.1,0.1,0.5,0.9,1,0\n", "'other'"),
         ("video,second,x1,y1,x2,y2,action\n", "no rows"),
         ("", "no rows"),
@@ -128,6 +129,8 @@ def test_rows_that_can_not_be_used_are_named(tmp_path: Path, text: str, message:
     (tmp_path / "film.mp4").write_bytes(b"")
     with pytest.raises(DataError, match=message):
         own_videos(tmp_path, text, class_names=["a", "b"])
+    with pytest.raises(DataError, match="from 1"):
+        own_videos(tmp_path, "film,2,0.1,0.1,0.5,0.9,0,0\n")
 
 
 @pytest.mark.parametrize(

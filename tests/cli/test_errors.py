@@ -105,6 +105,15 @@ def test_defaults_of_the_trainer_can_be_left_to_lightning(
     assert result.code == 0, result.err
 
 
+def test_a_folder_that_is_gone_is_said(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert "gone" in error_line(command("info", "model.num_framse=3"), "info")
+
+
 def test_an_error_without_text_is_named() -> None:
     assert one_line(MemoryError()) == "MemoryError"
 
