@@ -181,11 +181,14 @@ def score_data_set(
     )
     if outcome is None:
         return None
-    scores = [np.frombuffer(base64.b64decode(entry["scores"]), np.float32) for entry in outcome.entries]
+    spans = torch.tensor([entry["spans"] for entry in outcome.entries], dtype=torch.float64)
+    scores = torch.empty(*spans.shape[:2], len(index.class_names))
+    for row, entry in zip(scores, outcome.entries, strict=True):
+        row.view(-1).numpy()[:] = np.frombuffer(base64.b64decode(entry.pop("scores")), np.float32)
     return ScoreTable(
         tuple(videos[entry["id"]] for entry in outcome.entries),
-        torch.from_numpy(np.stack(scores)).view(len(scores), -1, len(index.class_names)),
-        torch.tensor([entry["spans"] for entry in outcome.entries], dtype=torch.float64),
+        scores,
+        spans,
         tuple(index.class_names),
         {**provenance, **_not_scored(index, outcome.bad)},
     )
