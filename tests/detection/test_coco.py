@@ -164,6 +164,8 @@ def test_images_are_upright_and_of_the_size_that_is_listed(tmp_path: Path) -> No
     image.save(tmp_path / "a.jpg", exif=exif)
     (listed,) = read_coco(file, tmp_path).images
     assert load_objects(listed).image.size == (30, 40)
+    Image.fromarray(np.full((40, 30), 100 * 257, dtype=np.uint16)).save(tmp_path / "a.jpg", "png")
+    assert load_objects(listed).image.getextrema() == ((100, 100),) * 3
     image.save(tmp_path / "a.jpg")
     with pytest.raises(VideoError, match="40 x 30"):
         load_objects(listed)

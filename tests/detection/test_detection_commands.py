@@ -134,6 +134,7 @@ def test_a_trained_detector_starts_another(
     assert all(value.equal(after[name]) for name, value in before.items())
     line = error_line(train("other", *fast, "model.channels=16"), "train")
     assert "backbone.fpn" in line
+    assert "another model" in line
 
 
 def evaluate(command: Command, shapes: Path, weights: Path, *more: str) -> Result:

@@ -72,6 +72,16 @@ def test_data_that_cannot_be_used_say_why(tmp_path: Path) -> None:
         coco_splits(str(tmp_path), train="train.json")
 
 
+def test_classes_are_told_by_their_names(tmp_path: Path) -> None:
+    """The second file has another order and fewer of them."""
+    write(tmp_path / "train.json", ["a.png"], tmp_path)
+    write(tmp_path / "val.json", ["b.png"], tmp_path, categories=[{"id": 4, "name": "cat"}])
+    train, val = coco_splits(str(tmp_path))
+    assert val.class_names == train.class_names == ("cat", "dog")
+    assert (train.category_ids, val.category_ids) == ((2, 4), (4, 5))
+    assert [coco.images[0].annotations[0].label for coco in (train, val)] == [1, 0]
+
+
 def test_boxes_alone_and_odd_outlines_are_objects(tmp_path: Path) -> None:
     """A box without a mask is its own mask; one flat polygon is a list of one."""
     flat = [2, 3, 12, 3, 12, 15]

@@ -18,6 +18,7 @@ from mvit_video.detection import Detector, create_detector, list_detectors
 from mvit_video.detection.masks import to_mask
 from mvit_video.detection.weights import from_detectron2
 from mvit_video.errors import CheckpointError, ConfigError
+from mvit_video.model.config import plan_blocks
 
 REFERENCE = Path(__file__).parents[1] / "reference" / "detection"
 NAMES = {"mask": "mask_rcnn_mvitv2_t", "cascade": "cascade_mask_rcnn_mvitv2_t"}
@@ -30,6 +31,8 @@ PARAMETERS = {
     "cascade_mask_rcnn_mvitv2_l": 265_110_654,
     "cascade_mask_rcnn_mvitv2_h": 718_155_998,
 }
+# The last blocks of the three coarser scales; the first two of them have twice the stride of their scale.
+WITHOUT_WINDOW = {"t": (2, 7, 9), "s": (2, 13, 15), "b": (4, 20, 23), "l": (7, 43, 47), "h": (11, 71, 79)}
 
 
 def reference(name: str) -> Any:
@@ -57,10 +60,14 @@ def difference(found: Tensor, expected: dict[str, Any]) -> float:
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_parameters_are_as_many_as_officially(name: str) -> None:
+def test_parameters_and_blocks_are_those_of_the_official_models(name: str) -> None:
     with torch.device("meta"):
-        assert sum(p.numel() for p in create_detector(name).parameters()) == PARAMETERS[name]
+        detector = create_detector(name)
+    assert sum(p.numel() for p in detector.parameters()) == PARAMETERS[name]
     assert name in list_detectors()
+    plans = list(plan_blocks(detector.config.backbone))
+    whole = {number: plan.kv_stride[1] for number, plan in enumerate(plans) if plan.window is None}
+    assert whole == dict(zip(WITHOUT_WINDOW[name[-1]], (4, 2, 1), strict=True))
 
 
 def test_an_unknown_name_or_option_is_named() -> None:

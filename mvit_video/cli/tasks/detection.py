@@ -253,7 +253,7 @@ def predict(config: DictConfig, files: list[str]) -> None:
                 if found.error == NOT_FINITE and all(f.error != NOT_FINITE for f in failed):
                     log.warning("%s: %s", found.path, NOT_FINITE)  # before hours of them
                 failed += [found] if found.error else []
-                shown += _table(found, config.min_score or LIKELY) if len(shown) < MAX_TABLE else []
+                shown += _table(found, config.min_score or LIKELY) if len(shown) <= MAX_TABLE else []
                 if output:
                     output.add(path, rows_of(found, ids))
                 elif as_lines:
@@ -262,6 +262,8 @@ def predict(config: DictConfig, files: list[str]) -> None:
                 output.finish(path)
     if not config.output and not as_lines:
         print_table("", ("file", "second", "class", "score", "box"), shown[:MAX_TABLE])
+        if len(shown) > MAX_TABLE:
+            log.info("the table shows the first %d rows, output=FILE takes all", MAX_TABLE)
     if config.save:
         log.info("drawn objects: %s", Path(config.save_dir).absolute())
     for found in failed[:1]:
