@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 _METHODS = [("none", NO_MAP), *((title, name) for name, title in METHODS.items())]
 _HEIGHT = 360  # pixels of a video on the page
 _DELETE_CACHE = (600, 3600)  # seconds: how often gradio looks, and how old its copies of files get
+_PATIENCE = 30  # seconds for a step of the work to end
 _FOCUS = "input:focus-visible { outline: 3px solid currentColor; outline-offset: 2px }"
 
 
@@ -68,6 +69,7 @@ def build_page(demo: Demo, *, title: str) -> Any:
         answered.then(_at_rest, None, buttons, queue=False, **own)
         stop.click(cancel, None, buttons, queue=False, cancels=[answered], **own)
     page.preprocess_data = _without_addresses(page.preprocess_data)
+    page.end_work = work.end
     return page
 
 
@@ -128,6 +130,11 @@ class _Work:
         finally:
             if self._running.get(session) is run:
                 del self._running[session]
+
+    def end(self) -> None:
+        """Cancel all work and wait until none is done: a thread that is cut off aborts the process."""
+        self._running.clear()
+        self._one_by_one.acquire(timeout=_PATIENCE)
 
     def cancel(self, session: str | None) -> tuple[Any, Any]:
         """The thread that answers ends with its next step."""
@@ -194,7 +201,7 @@ def _without_addresses(preprocess: Callable[..., Any]) -> Callable[..., Any]:
 def launch(page: Any, *, host: str, port: int | None, max_megabytes: float, block: bool = True) -> Any:
     """Serve the page; returns gradio's (app, local address, None)."""
     gradio = _gradio()
-    return page.launch(
+    served = page.launch(
         server_name=host,
         server_port=port,
         max_file_size=int(max_megabytes * 1e6),
@@ -202,12 +209,19 @@ def launch(page: Any, *, host: str, port: int | None, max_megabytes: float, bloc
         quiet=True,
         show_error=True,
         footer_links=[],
-        prevent_thread_lock=not block,
+        prevent_thread_lock=True,
         ssr_mode=False,
         css=_FOCUS,
         # Its own theme fetches fonts from the network.
         theme=gradio.themes.Base(font=["sans-serif"], font_mono=["monospace"]),
     )
+    if block:
+        try:
+            threading.Event().wait()  # for a signal
+        finally:
+            page.end_work()
+            page.close()
+    return served
 
 
 def _gradio() -> Any:

@@ -125,7 +125,7 @@ def test_a_port_in_use_is_said(command: Command, checkpoint: Path) -> None:
 
 @pytest.mark.slow
 def test_nothing_is_left_of_it(checkpoint: Path, tmp_path: Path) -> None:
-    """Ended from outside, as by a service manager, the page removes its uploads and answers."""
+    """Ended from outside in the midst of an answer, the page removes its uploads and answers."""
     (tmp_path / "tmp").mkdir()
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
@@ -142,13 +142,16 @@ def test_nothing_is_left_of_it(checkpoint: Path, tmp_path: Path) -> None:
                     break
             time.sleep(0.2)
         assert ask(address, video)[0]["label"]
-        left = {path for path in (tmp_path / "tmp").rglob("*") if path.suffix == ".mp4"}
+        left = {*(tmp_path / "tmp").rglob("*.mp4"), *(tmp_path / "tmp").rglob("*.timeline.png")}
+        Client(address, verbose=False).submit(handle_file(video), 3, "gradcam", api_name="/answer")
+        while process.poll() is None and left.issuperset((tmp_path / "tmp").rglob("*.timeline.png")):
+            time.sleep(0.01)  # until the second answer is half done
         process.terminate()
         _, err = process.communicate(timeout=120)
     assert left
     assert process.returncode == 128 + signal.SIGTERM
     assert b"Traceback" not in err
-    assert not list((tmp_path / "tmp").rglob("*.*"))
+    assert not list((tmp_path / "tmp").iterdir())
 
 
 def test_bad_settings_are_said(command: Command, checkpoint: Path) -> None:
