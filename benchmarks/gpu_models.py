@@ -118,17 +118,18 @@ def difference(found: Tensor, expected: Tensor, allowed: float) -> Json:
     return {"relative difference": relative, "ok": relative <= allowed}
 
 
-def pool_contiguous(pool: nn.Module, x: Tensor) -> Tensor:
+def pool_contiguous(pool: Any, x: Tensor, stride: Any = None) -> Tensor:
     """``kernels.pool_heads`` by contiguous volumes, whatever the device."""
-    volume = pool(x.permute(0, 4, 5, 1, 2, 3).flatten(0, 1).contiguous())
+    volume = x.permute(0, 4, 5, 1, 2, 3).flatten(0, 1).contiguous()
+    volume = F.conv3d(volume, pool.weight, None, stride or pool.stride, pool.padding, groups=x.shape[-1])
     return volume.unflatten(0, (x.shape[0], x.shape[-2])).permute(0, 3, 4, 5, 1, 2)
 
 
-def pool_channels_last(pool: Any, x: Tensor) -> Tensor:
+def pool_channels_last(pool: Any, x: Tensor, stride: Any = None) -> Tensor:
     """``kernels.pool_heads`` by channels-last volumes of all heads, whatever the device."""
     heads, width = x.shape[-2:]
     volume, weight = x.flatten(-2).permute(0, 4, 1, 2, 3), pool.weight.repeat(heads, 1, 1, 1, 1)
-    volume = F.conv3d(volume, weight, None, pool.stride, pool.padding, groups=heads * width)
+    volume = F.conv3d(volume, weight, None, stride or pool.stride, pool.padding, groups=heads * width)
     return volume.permute(0, 2, 3, 4, 1).unflatten(-1, (heads, width))
 
 

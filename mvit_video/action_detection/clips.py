@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,9 +17,9 @@ from torch.utils.data import Dataset
 
 from mvit_video.action_detection.annotations import KeyFrame
 from mvit_video.action_detection.boxes import PixelSplit, clip_view, key_frame_indices, move_boxes
-from mvit_video.data.datasets import BadVideo, OpenVideo, read_or_replace
+from mvit_video.data.datasets import BadVideo, OpenVideo, cat_clips, read_or_replace
 from mvit_video.data.decode import Video, open_video
-from mvit_video.data.pixels import cut_and_resize, normalise
+from mvit_video.data.pixels import PendingClips, cut_and_resize, finish_clips, normalise
 from mvit_video.data.sampling import SpatialView
 from mvit_video.errors import VideoError
 from mvit_video.model.clip_spec import ClipSpec
@@ -84,14 +86,14 @@ class ActionSample(NamedTuple):
     """A clip around a key frame.
 
     Attributes:
-        clip: float (3, T, H, W); empty where the video gave none.
+        clip: float (3, T, H, W), or ``PendingClips``; empty where the video gave none.
         boxes: float (N, 4), pixels of the clip.
         targets: float (N, num_classes), 1 for what is done.
         bad: videos that it stands in for, or its own.
     """
 
     key_frame: KeyFrame
-    clip: Tensor
+    clip: Any
     boxes: Tensor
     targets: Tensor
     bad: list[BadVideo]
@@ -100,7 +102,7 @@ class ActionSample(NamedTuple):
 class ActionBatch(NamedTuple):
     """Clips of one size with their people."""
 
-    clips: Tensor  # float (B, 3, T, H, W)
+    clips: Any  # float (B, 3, T, H, W); ``Clips`` until they are where the model is
     boxes: Tensor  # float (R, 5): clip, x1, y1, x2, y2 in pixels
     targets: Tensor  # float (R, num_classes)
     key_frames: list[KeyFrame]
@@ -119,6 +121,7 @@ class ActionClips(Dataset[ActionSample]):
         augment: of "train".
         flip: "val" and "test" take mirrored pictures.
         seed: random choices depend on it, the epoch and the index alone.
+        pending: leave what comes after decoding to ``finish_clips``, on the model's device.
 
     Raises, when a sample is made:
         ConfigError: ``short_side_range`` are smaller than the crop.
@@ -136,9 +139,11 @@ class ActionClips(Dataset[ActionSample]):
         flip: bool = False,
         seed: int = 0,
         open_file: OpenVideo = open_video,
+        pending: bool = False,
     ) -> None:
         self.key_frames, self.spec, self.num_classes, self.split = key_frames, spec, num_classes, split
         self.augment, self.flip, self.seed, self.open_file = augment, flip, seed, open_file
+        self.pending = pending
         side = spec.short_side if split == "test" else spec.crop
         self.sample_nbytes = 4 * 3 * spec.clip_frames * side * side * (2 if split == "test" else 1)
 
@@ -149,7 +154,7 @@ class ActionClips(Dataset[ActionSample]):
         epoch, index = key if isinstance(key, tuple) else (0, key)
         rng = random.Random(f"{self.seed} {epoch} {index}")
 
-        def read(index: int) -> tuple[Tensor, Tensor]:
+        def read(index: int) -> tuple[Tensor | PendingClips, Tensor]:
             with self.open_file(self.key_frames[index].path) as video:
                 return self._read(video, self.key_frames[index], rng)
 
@@ -168,7 +173,9 @@ class ActionClips(Dataset[ActionSample]):
             targets[row, [number - 1 for number in ids]] = 1
         return ActionSample(self.key_frames[index], clip, boxes, targets, bad)
 
-    def _read(self, video: Video, frame: KeyFrame, rng: random.Random) -> tuple[Tensor, Tensor]:
+    def _read(
+        self, video: Video, frame: KeyFrame, rng: random.Random
+    ) -> tuple[Tensor | PendingClips, Tensor]:
         height, width = video.size
         view, size = clip_view(
             height,
@@ -182,7 +189,8 @@ class ActionClips(Dataset[ActionSample]):
         )
         boxes = move_boxes(torch.tensor(frame.boxes).reshape(-1, 4), height, width, view, size)
         colours = Colours.draw(self.augment, rng) if self.split == "train" else Colours()
-        return read_clip(video, frame, self.spec, view, size, colours), boxes
+        read = read_pending_clip if self.pending else read_clip
+        return read(video, frame, self.spec, view, size, colours), boxes
 
 
 def read_clip(
@@ -198,11 +206,33 @@ def read_clip(
     Raises:
         VideoError: the file can't give it.
     """
+    return finish_clip(read_pending_clip(video, frame, spec, view, size, colours))
 
-    def look(frames: Tensor) -> Tensor:
-        return normalise(colours(cut_and_resize(frames, view, size)), spec.mean, spec.std)
 
-    return video.get_frames(frame_numbers(frame, video.times, spec), transform=look).transpose(0, 1)
+def read_pending_clip(
+    video: Video, frame: KeyFrame, spec: ClipSpec, view: SpatialView, size: tuple[int, int], colours: Colours
+) -> Tensor | PendingClips:
+    """The same, pending where the pictures' bytes aren't more than the floats of the clip."""
+    look = partial(_look, view=view, size=size, colours=colours, spec=spec)
+    numbers = frame_numbers(frame, video.times, spec)
+    if math.prod(video.size) <= 4 * math.prod(size):
+        return PendingClips(video.get_frames(numbers), partial(_to_clips, look=look))
+    return video.get_frames(numbers, transform=look).transpose(0, 1)
+
+
+def _look(
+    frames: Tensor, *, view: SpatialView, size: tuple[int, int], colours: Colours, spec: ClipSpec
+) -> Tensor:
+    return normalise(colours(cut_and_resize(frames, view, size)), spec.mean, spec.std)
+
+
+def _to_clips(frames: Tensor, *, look: Callable[[Tensor], Tensor]) -> Tensor:
+    return look(frames).transpose(0, 1)[None]
+
+
+def finish_clip(clip: Tensor | PendingClips, device: str | None = None) -> Tensor:
+    """Float (3, T, H, W) on a device, as ``finish_clips``."""
+    return clip.to(device) if isinstance(clip, Tensor) else finish_clips([clip], device)[0]
 
 
 def frame_numbers(frame: KeyFrame, times: Sequence[float] | np.ndarray, spec: ClipSpec) -> list[int]:
@@ -236,13 +266,13 @@ def frame_numbers(frame: KeyFrame, times: Sequence[float] | np.ndarray, spec: Cl
 
 def collate(samples: Sequence[ActionSample]) -> ActionBatch:
     """Clips of one size; bad videos leave none."""
-    good = [sample for sample in samples if sample.clip.numel()]
+    good = [s for s in samples if not isinstance(s.clip, Tensor) or s.clip.numel()]
     rows = [
         torch.cat([torch.full((len(sample.boxes), 1), float(number)), sample.boxes.float()], 1)
         for number, sample in enumerate(good)
     ]
     return ActionBatch(
-        torch.stack([sample.clip for sample in good]) if good else torch.empty(0),
+        cat_clips([s.clip[None] if isinstance(s.clip, Tensor) else [s.clip] for s in good]),
         torch.cat(rows) if rows else torch.empty(0, 5),
         torch.cat([sample.targets for sample in good]) if good else torch.empty(0),
         [sample.key_frame for sample in good],

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mvit_video.action_detection.annotations import ActionIndex, KeyFrame, write_boxes
-from mvit_video.action_detection.clips import ActionClips, ActionSample, collate
+from mvit_video.action_detection.clips import ActionClips, ActionSample, collate, finish_clip
 from mvit_video.action_detection.detector import ActionDetector
 from mvit_video.action_detection.metrics import Row, mean_average_precision
 from mvit_video.data.datasets import BadVideo, OpenVideo, validation_loader
@@ -70,17 +70,18 @@ def score_people(
         DataError: the model's output isn't finite.
     """
     spec, num_classes = detector.protocol, detector.config.num_classes
-    clips = ActionClips(key_frames, spec, num_classes, "test", open_file=open_file)
+    clips = ActionClips(key_frames, spec, num_classes, "test", open_file=open_file, pending=True)
     with closing(validation_loader(clips, list, batch_size=batch_size, **loading)) as loader:
         for samples in loader:
-            for shape, same in groupby(samples, key=lambda sample: sample.clip.shape):
+            finished = (sample._replace(clip=finish_clip(sample.clip, device)) for sample in samples)
+            for shape, same in groupby(finished, key=lambda sample: sample.clip.shape):
                 group = list(same)
                 if not math.prod(shape):
                     yield from ((sample, torch.empty(0, num_classes)) for sample in group)
                     continue
                 batch = collate(group)
                 with autocast:
-                    logits = detector(batch.clips.to(device), batch.boxes.to(device)).float().cpu()
+                    logits = detector(batch.clips, batch.boxes.to(device)).float().cpu()
                 if not logits.isfinite().all():
                     raise DataError(
                         f"{batch.paths[0]}: the model's output isn't finite; its weights are damaged"

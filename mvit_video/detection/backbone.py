@@ -6,6 +6,7 @@ As in detectron2's ``modeling/backbone/mvit.py`` and ``fpn.py`` at 02b5c4e2.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -59,16 +60,18 @@ class Pyramid(FeaturePyramidNetwork):  # type: ignore[misc]
         return {name: found[name] for name in names} | {"pool": F.max_pool2d(found[names[-1]], 1, 2)}
 
 
-def _in_strips(inner: nn.Module, layer: nn.Module, x: Tensor, coarser: Tensor) -> Tensor:
+def _in_strips(inner: nn.Module, layer: nn.Sequential, x: Tensor, coarser: Tensor) -> Tensor:
     """``layer(inner(x) + coarser)``, 3 x 3 and 1 x 1 convolutions, of rows and their neighbours at a time."""
-    height = x.shape[2]
+    height, convolution = x.shape[2], cast(nn.Conv2d, layer[0])
     found = coarser.new_empty(len(x), height, x.shape[3], coarser.shape[1]).permute(0, 3, 1, 2)
     for top in range(0, height, STRIP):
         low, high = max(top - 1, 0), min(top + STRIP + 1, height)
         merged = inner(x[:, :, low:high])
         above = F.interpolate(coarser[:, :, low // 2 : (high + 1) // 2], scale_factor=2)
         merged += above[:, :, low % 2 :][:, :, : high - low]
-        found[:, :, top : top + STRIP] = layer(merged)[:, :, top - low :][:, :, :STRIP]
+        edge = int(top == 0 or high == height)  # elsewhere the neighbours are the padding
+        rows = F.conv2d(merged, convolution.weight, convolution.bias, padding=(edge, 1))
+        found[:, :, top : top + STRIP] = rows[:, :, edge * (top - low) :][:, :, :STRIP]
     return found
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mvit_video.model import kernels
 from mvit_video.model.config import BlockPlan, Grid, MViTConfig, same_padding
 from mvit_video.model.kernels import Linear
-from mvit_video.model.positions import relative_terms
+from mvit_video.model.positions import constant, relative_terms
 
 NORM_EPS = 1e-6
 
@@ -99,9 +99,11 @@ class PoolingAttention(nn.Module):
 
     def _queries_keys_values(self, x: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor, Grid, Grid]:
         """Pooled q (B, N', n, c), k and v (B, M, n, c), and the grids of queries and keys."""
-        parts = (x, x, x) if self.pool_first else self._project(x, x, x)
+        kv, kv_grid, stride = self._read_by_pooling(x, grid)
+        parts = (x, x, x) if self.pool_first else self._project(x, kv, kv)
         # One by one: what was pooled is free before the next part is computed.
-        (q, q_grid), (k, k_grid), (v, _) = map(self._pool, parts, (grid, grid, grid), "qkv")
+        grids, strides = (grid, kv_grid, kv_grid), (None, stride, stride)
+        (q, q_grid), (k, k_grid), (v, _) = map(self._pool, parts, grids, "qkv", strides)
         if self.pool_first:
             q, k, v = self._project(q, k, v)
         heads = (self.num_heads, -1)
@@ -109,10 +111,26 @@ class PoolingAttention(nn.Module):
 
     def _project(self, q: Tensor, k: Tensor, v: Tensor) -> Iterable[Tensor]:
         if self.qkv is not None:
-            return kernels.qkv(self.qkv, q)  # q, k and v are the same here
+            return kernels.qkv(self.qkv, q, k)  # k and v are the same here
         return self.q(q), self.k(k), self.v(v)
 
-    def _pool(self, x: Tensor, grid: Grid, name: str) -> tuple[Tensor, Grid]:
+    def _read_by_pooling(self, x: Tensor, grid: Grid) -> tuple[Tensor, Grid, Grid | None]:
+        """The tokens that keys and values are pooled of, their grid, and the stride if it is another.
+
+        A stride larger than the kernel leaves tokens out, which needn't be projected then.
+        """
+        pool: Any = self.pool_k
+        modules: Any = (pool, self.pool_v, *([self.k, self.v] if self.qkv is None else [self.qkv]))
+        if self.pool_first or type(pool) is not nn.Conv3d or not kernels.replace(x, *modules):
+            return x, grid, None
+        stride: Any = tuple(map(min, pool.stride, pool.kernel_size))
+        if stride == pool.stride:
+            return x, grid, None
+        axes = (grid, pool.kernel_size, pool.stride, pool.padding)
+        index, kv_grid = constant(tokens_read, self.num_prefix_tokens, *axes, like=x)
+        return x.index_select(1, index), kv_grid, stride
+
+    def _pool(self, x: Tensor, grid: Grid, name: str, stride: Grid | None) -> tuple[Tensor, Grid]:
         """(B, N, C) -> (B, N', C), normalised by heads, and its grid; the class token is only normalised."""
         pool, norm = getattr(self, f"pool_{name}"), getattr(self, f"norm_{name}")
         if pool is None:
@@ -121,7 +139,7 @@ class PoolingAttention(nn.Module):
         by_heads = x.unflatten(-1, (-1, self.pooled_width))
         # Gradients of two splits are put together, those of two slices are filled up with zeros and added.
         prefix_tokens, patch_tokens = by_heads.split((prefix, x.shape[1] - prefix), 1)
-        cells = kernels.pool_heads(pool, patch_tokens.unflatten(1, grid))  # (B, T', H', W', n, c)
+        cells = kernels.pool_heads(pool, patch_tokens.unflatten(1, grid), stride)  # (B, T', H', W', n, c)
         t, h, w = cells.shape[1:4]
         pooled = cells.flatten(1, 3)
         if prefix:
@@ -145,6 +163,20 @@ class PoolingAttention(nn.Module):
     def _tables(self) -> dict[str, Tensor]:
         tables: dict[str, Any] = {axes: getattr(self, f"rel_pos_{axes}") for axes in self.rel_pos_axes}
         return tables
+
+
+def tokens_read(
+    prefix: int, grid: Grid, kernel: Grid, stride: Grid, padding: Grid, *, device: Any, dtype: Any
+) -> tuple[Tensor, Grid]:
+    """Indices of the tokens, prefix first, that a pooling reads, and the grid that they are on."""
+    rows = []
+    for n, k, s, p in zip(grid, kernel, stride, padding, strict=True):
+        windows = (n + 2 * p - k) // s + 1
+        read = [i for i in range(n) if s <= k or ((i + p) % s < k and (i + p) // s < windows)]
+        rows.append(torch.tensor(read, device=device))
+    t, h, w = rows
+    cells = (t[:, None, None] * grid[1] + h[:, None]) * grid[2] + w + prefix
+    return torch.cat([torch.arange(prefix, device=device), cells.flatten()]), (len(t), len(h), len(w))
 
 
 def make_pool(config: MViTConfig, width: int, stride: Grid) -> nn.Module | None:

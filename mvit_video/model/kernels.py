@@ -9,7 +9,7 @@ Modules that somebody replaced, or hung hooks on, are called as they are.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeGuard, TypeVar, cast
 
@@ -53,12 +53,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, gelu_input: bool =
     return cpu_kernels.linear(*_autocast(x, weight, bias), gelu_input)
 
 
-def qkv(layer: nn.Module, x: Tensor) -> Iterable[Tensor]:
-    """``layer(x).chunk(3, dim=-1)``, where it is faster each part by itself, once it is asked for."""
-    if not (_is_unmodified(layer, Linear) and _has_cpu_kernels(x, layer.weight, layer.bias)):
+def qkv(layer: nn.Module, x: Tensor, kv: Tensor) -> Iterable[Tensor]:
+    """``layer(x).chunk(3, dim=-1)``, where it is faster each part by itself, once it is asked for.
+
+    ``kv`` are the tokens that keys and values are wanted of: all of x, unless kernels ``replace`` the layer.
+    """
+    if not (_is_unmodified(layer, Linear) and replace(x, layer)):
         return cast(Tensor, layer(x)).chunk(3, dim=-1)
     biases = [None] * 3 if layer.bias is None else layer.bias.chunk(3)
-    return (linear(x, *part) for part in zip(layer.weight.chunk(3), biases, strict=True))
+    return map(linear, (x, kv, kv), layer.weight.chunk(3), biases)
 
 
 def mlp(fc1: nn.Module, fc2: nn.Module, x: Tensor) -> Tensor:
@@ -71,8 +74,10 @@ def mlp(fc1: nn.Module, fc2: nn.Module, x: Tensor) -> Tensor:
     return linear(linear(x, fc1.weight, fc1.bias), fc2.weight, fc2.bias, gelu_input=True)
 
 
-def pool_heads(pool: nn.Module, x: Tensor) -> Tensor:
+def pool_heads(pool: nn.Module, x: Tensor, stride: Sequence[int] | None = None) -> Tensor:
     """``pool`` each head's (B, c, T, H, W) volume: (B, T, H, W, n, c) -> (B, T', H', W', n, c).
+
+    ``stride`` is that of a volume without the cells that the pooling doesn't read.
 
     Tokens are a channels-last volume of all heads already, which CPUs pool fastest. torch's depthwise kernels
     for CUDA take contiguous volumes; channels-last ones go to a slow grouped convolution of cuDNN.
@@ -83,7 +88,7 @@ def pool_heads(pool: nn.Module, x: Tensor) -> Tensor:
         convolve: Any = cpu_kernels.plain_depthwise_conv3d
         if torch.is_grad_enabled() and _has_cpu_kernels(x, weight, dtypes=(*_FAST, torch.float64)):
             convolve, (volume, weight) = cpu_kernels.depthwise_conv3d, _autocast(volume, weight)
-        volume = convolve(volume, weight, pool.stride, pool.padding)
+        volume = convolve(volume, weight, stride or pool.stride, pool.padding)
         return volume.permute(0, 2, 3, 4, 1).unflatten(-1, (heads, width))
     volume = pool(x.permute(0, 4, 5, 1, 2, 3).flatten(0, 1).contiguous())  # (B * n, c, T, H, W)
     return volume.unflatten(0, (batch, heads)).permute(0, 3, 4, 5, 1, 2)
@@ -164,6 +169,12 @@ def saves_memory(x: Tensor, *modules: nn.Module) -> bool:
     parts = (part for module in modules for part in module.modules())
     is_inference = not torch.is_grad_enabled() and _has_cpu_kernels(x)
     return is_inference and all(_is_unmodified(part, type(part)) for part in parts)
+
+
+def replace(x: Tensor, *modules: nn.Module) -> bool:
+    """Whether CPU kernels take the place of these linear layers and convolutions, of x."""
+    unmodified = all(_is_unmodified(m, Linear) or _is_unmodified(m, nn.Conv3d) for m in modules)
+    return unmodified and _has_cpu_kernels(x, *(p for m in modules for p in m.parameters()))
 
 
 def is_tracing() -> bool:

@@ -20,8 +20,9 @@ from mvit_video.action_detection.checkpoint import (
     load_action_detector,
     save_action_detector,
 )
-from mvit_video.action_detection.clips import ActionClips, collate, frame_numbers
+from mvit_video.action_detection.clips import ActionAugment, ActionClips, collate, frame_numbers
 from mvit_video.data.decode import open_video
+from mvit_video.data.pixels import finish_clips
 from mvit_video.detection import save_detector
 from mvit_video.errors import CheckpointError
 from mvit_video.weights import METADATA_KEY, load_weights
@@ -212,6 +213,15 @@ def test_clips_do_not_depend_on_who_makes_them(films: Path) -> None:
     assert torch.equal(one.boxes, again.boxes)
     assert not torch.equal(one.boxes, other.boxes)
     assert one.clip.shape == (3, 4, 32, 32)
+    augment = ActionAugment(colour_jitter=0.4, lighting=0.1)
+    varied = {"augment": augment, "seed": 3}
+    clips, pending = (
+        ActionClips(splits.train.key_frames, spec, splits.num_classes, "train", **varied, pending=pending)
+        for pending in (False, True)
+    )
+    batches = [collate([of[0, 2], of[1, 2]]) for of in (clips, pending)]
+    assert isinstance(batches[1].clips, list)
+    assert torch.equal(batches[0].clips, finish_clips(batches[1].clips))
     assert one.targets.sum(1).tolist() == [1, 1, 1]
     batch = collate([one, other])
     assert batch.boxes[:, 0].tolist() == [0, 0, 0, 1, 1, 1]

@@ -7,7 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mvit_video.model import cpu_kernels, kernels
+from mvit_video.model import MViTConfig, cpu_kernels, kernels
+from mvit_video.model.attention import PoolingAttention
+from mvit_video.model.config import plan_blocks
 from mvit_video.model.cpu_kernels import ROWS, depthwise_conv3d, partition
 
 
@@ -328,3 +330,29 @@ def test_compiled_pooling_has_the_eager_gradients() -> None:
     found = torch.autograd.grad(torch.compile(pool, fullgraph=True)(x, weight), (x, weight))
     for ours, expected in zip(found, torch.autograd.grad(pool(x, weight), (x, weight)), strict=True):
         torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("stride", "read"), [((1, 8, 8), 3 * 5 * 5), ((1, 4, 4), 3 * 8 * 8), ((5, 5, 2), 2 * 7 * 12)]
+)
+@pytest.mark.parametrize("class_token", [False, True])
+def test_only_what_pooling_reads_is_projected(stride, read, class_token, monkeypatch) -> None:
+    torch.manual_seed(0)
+    config = MViTConfig(
+        num_frames=6, crop_size=44, stages=(1,), embed_dim=8, kv_stride=stride, class_token=class_token
+    )
+    attention, grid = PoolingAttention(next(plan_blocks(config)), config), (3, 11, 12)
+    (x,) = random((2, 3 * 11 * 12 + class_token, 8))
+    projected, linear = [], kernels.linear
+    monkeypatch.setattr(kernels, "linear", lambda x, *rest: projected.append(x.shape[1]) or linear(x, *rest))
+
+    def results() -> list[torch.Tensor]:
+        leaf = x.clone().requires_grad_()
+        out, _ = attention(leaf, grid)
+        return [out, *torch.autograd.grad(out.square().mean(), (leaf, *attention.parameters()))]
+
+    found = results()
+    assert projected[1:3] == [read + class_token] * 2
+    with kernels.plain():
+        for ours, expected in zip(found, results(), strict=True):
+            torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-5)

@@ -184,7 +184,7 @@ def _build_loaders(
     config: DictConfig, detector: ActionDetector, train: ActionIndex, val: ActionIndex, trainer: pl.Trainer
 ) -> tuple[ClipLoader[Any], ClipLoader[Any]]:
     loading = app.loading(config, trainer)
-    reading = {"seed": config.seed, "open_file": app.build_decoder(config)}
+    reading = {"seed": config.seed, "open_file": app.build_decoder(config), "pending": True}
     spec, count = detector.protocol, detector.config.num_classes
     augment, shuffle = app.build(config.augment), not config.trainer.overfit_batches
     clips = ActionClips(train.key_frames, spec, count, "train", augment=augment, **reading)
