@@ -179,14 +179,21 @@ def export_onnx(
     onnx.save(proto, str(path))
 
 
-def _load_onnx(path: Path, device: str) -> tuple[Run, str | None]:
+def open_onnx(path: str | Path, *providers: str) -> Any:
+    """A session on ``providers``, then on the CPU. Raises ConfigError where onnxruntime lacks them."""
     runtime = imported("onnxruntime")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    wanted = ["CUDAExecutionProvider"] if torch.device(device).type == "cuda" else []
-    if missing := set(wanted) - set(runtime.get_available_providers()):
+    # Weights may lie in other files, which are looked for here: where there are none.
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path))
+    if missing := set(providers) - set(runtime.get_available_providers()):
         raise ConfigError(f"onnxruntime has no {missing.pop()} here; device=cpu, or install onnxruntime-gpu")
-    session = runtime.InferenceSession(str(path), options, providers=[*wanted, "CPUExecutionProvider"])
+    content = Path(path).read_bytes()
+    return runtime.InferenceSession(content, options, providers=[*providers, "CPUExecutionProvider"])
+
+
+def _load_onnx(path: Path, device: str) -> tuple[Run, str | None]:
+    session = open_onnx(path, *["CUDAExecutionProvider"] * (torch.device(device).type == "cuda"))
 
     def run(clips: Tensor) -> Tensor:
         return torch.from_numpy(session.run(["logits"], {"clips": clips.float().cpu().numpy()})[0])

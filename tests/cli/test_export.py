@@ -9,7 +9,9 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import onnx
 import pytest
 import torch
 from conftest import Command, error_line
@@ -121,6 +123,11 @@ def test_an_exported_model_gives_the_same_answers(
     shape, names, mean = json.loads(done.stdout)
     assert (shape, names) == ([5, 2], ["cats", "dogs and birds"])
     assert mean == list(mv.load_model(small).protocol.mean)
+    if name == "model.onnx":
+        parts: dict[str, Any] = {"save_as_external_data": True, "location": "other.bin", "size_threshold": 0}
+        onnx.save(onnx.load(name), str(alone / "two.onnx"), **parts)
+        with pytest.raises(mv.CheckpointError, match=r"two\.onnx"):
+            mv.Recognizer(alone / "two.onnx")
 
 
 def test_a_wrong_file_is_not_left(
