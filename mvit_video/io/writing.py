@@ -27,6 +27,8 @@ from mvit_video.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
+_LOCK_ATTEMPTS = 10  # where runs begin and end at the same moment
+
 
 @contextmanager
 def replacing(path: str | Path, mode: str = "wb", *, keep: bool = False, **options: Any) -> Iterator[IO[Any]]:
@@ -157,17 +159,18 @@ def sole_writer(path: str | Path) -> Iterator[None]:
         _make_parents(path)
         lock_file = path.parent / f".{path.name}.lock"
         lock = FileLock(lock_file, timeout=0)
-        try:
-            lock.acquire()
-            if not lock_file.exists():  # its owner removed it between our opening and locking it
-                lock.release()
+        for _ in range(_LOCK_ATTEMPTS):
+            with suppress(Timeout):
                 lock.acquire()
-        except Timeout:
-            if not lock_file.exists():
-                raise OSError(errno.EACCES, "no file can be made there", str(path)) from None
-            raise ConfigError(
-                f"{path}: another run is writing there; wait for it to end, or choose another output"
-            ) from None
+                if lock_file.exists():
+                    break
+                lock.release()
+            if lock_file.exists():
+                what = "another run is writing there; wait for it to end, or choose another output"
+                raise ConfigError(f"{path}: {what}")
+            # Its owner has ended between our opening and locking it.
+        else:
+            raise OSError(errno.EACCES, "no file can be made there", str(path))
     try:
         yield
     finally:

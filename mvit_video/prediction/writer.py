@@ -176,8 +176,7 @@ def rows_of_files(
         if path.is_dir():
             raise ConfigError(f"{path} is a folder; name another output")
         require_own(path, settings | _VERSION, resume=resume)
-        if not read_fingerprint(run_file):
-            keep_former(journal_file)  # nothing tells of what run
+        _keep_unknown(journal_file, run_file)
         known = {e["path"]: e["stamp"] for e in read_journal(journal_file) if resume and "stamp" in e}
         done = {file for file, stamp in known.items() if stamps.get(file, stamp) in ({}, stamp)}
         rewrite_journal(journal_file, (e for e in read_journal(journal_file) if e["path"] in done))
@@ -267,6 +266,7 @@ def _take_up(
     begun = resume and (is_document or path.exists())
     is_ours = {"protocol", "videos"} <= read_fingerprint(path).keys() if is_document else None
     require_own(path, settings | _VERSION, resume=begun, is_ours=is_ours)
+    _keep_unknown(_journal_of(path), _run_of(path))
     if is_folder:
         _clear_parts(path)
     elif begun and not is_document and not _begins(map(text_of, chain([None], _journaled(path))), path):
@@ -293,6 +293,12 @@ def require_own(path: Path, settings: Fingerprint, *, resume: bool, is_ours: boo
     if before and resume:
         remedy = "name another output, or resume=false to write it anew"
         require_same(before, settings, what=str(path), remedy=remedy, free=_FREE)
+
+
+def _keep_unknown(journal_file: Path, run_file: Path) -> None:
+    """Take no journal for this run's of which nothing tells what run it is of; it may be somebody's file."""
+    if not read_fingerprint(run_file) and journal_file.exists() and journal_file.stat().st_size:
+        keep_former(journal_file)
 
 
 def _still_counts(entry: Entry, stamps: dict[str, Fingerprint]) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock, Timeout
 
 from mvit_video.errors import ConfigError
 from mvit_video.io.fingerprint import differences, file_sha256, file_stamp, fingerprint, require_same
@@ -141,6 +142,20 @@ def test_one_run_at_a_time_writes(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == []
     with sole_writer(path):
         pass
+
+
+def test_a_run_may_begin_as_another_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lock that it opened is gone when it is asked for."""
+    acquire, missed = FileLock.acquire, iter("12")
+
+    def late(self: FileLock) -> object:
+        if next(missed, None):
+            raise Timeout(self.lock_file)
+        return acquire(self)
+
+    monkeypatch.setattr(FileLock, "acquire", late)
+    with sole_writer(tmp_path / "run"):
+        assert (tmp_path / ".run.lock").exists()
 
 
 def test_a_killed_run_leaves_no_lock(tmp_path: Path) -> None:

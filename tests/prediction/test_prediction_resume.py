@@ -362,6 +362,22 @@ def test_a_run_that_is_asked_to_end_writes_what_it_has(checkpoint: Path, tmp_pat
     assert not [path for path in tmp_path.rglob("*") if ".unfinished" in path.name or path.suffix == ".lock"]
 
 
+@pytest.mark.parametrize("left", [None, "", "{", "[1]"])
+def test_a_journal_of_unknown_settings_does_not_count(tmp_path: Path, left: str | None) -> None:
+    videos = videos_in(tmp_path, 2)
+    with (
+        contextlib.suppress(MemoryError),
+        open_output(tmp_path / "a.json", videos, format="json", settings={}) as out,
+    ):
+        out.add(Prediction(videos[0], ("cats",), (1.0,)))
+        raise MemoryError
+    run_file = tmp_path / "a.json.run.json"
+    run_file.unlink() if left is None else run_file.write_text(left)
+    assert write(tmp_path / "a.json", videos, name="dogs", topk="1", protocol="5x1") == 2
+    assert set(classes_in(tmp_path / "a.json").values()) == {"dogs"}
+    assert (tmp_path / "a.json.videos.jsonl.former").exists()
+
+
 def test_what_another_version_left_is_refused(tmp_path: Path) -> None:
     videos = videos_in(tmp_path, 1)
     write(tmp_path / "a.csv", videos)
