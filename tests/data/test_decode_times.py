@@ -15,6 +15,7 @@ from videos import read_number, write_numbered_video
 from mvit_video.data.decode import open_video, times
 from mvit_video.data.decode.times import NO_TIME, measure_times
 from mvit_video.errors import VideoError
+from mvit_video.prediction.stream import iter_windows
 
 X264 = {"preset": "veryfast", "bf": "2", "g": "30"}
 VP8 = {"codec": "libvpx", "options": {"deadline": "realtime", "cpu-used": "8"}}
@@ -146,6 +147,8 @@ def test_an_encrypted_file_is_called_encrypted(tmp_path: Path, write: str) -> No
     path = {"mp4": _encrypted_mp4, "webm": _encrypted_webm}[write](tmp_path)
     with pytest.raises(VideoError, match="encrypted"), open_video(path) as video:
         video.get_frames([0, 29])
+    with pytest.raises(VideoError, match="encrypted"):
+        next(iter_windows(path, length=1, stride=1))
 
 
 def _encrypted_mp4(folder: Path) -> Path:
