@@ -336,7 +336,8 @@ def open_listed(image: AnnotatedImage, open_file: Callable[[str], Image.Image] |
     if pixels.size != (image.width, image.height):
         reason = (
             f"{pixels.width} x {pixels.height} pixels, {image.width} x {image.height} in the json file"
-            + ", which leaves its EXIF orientation out" * (pixels.size == (image.height, image.width))
+            + ", which swaps them or leaves its EXIF orientation out"
+            * (pixels.size == (image.height, image.width))
         )
         raise VideoError(image.path, reason)
     return pixels
