@@ -28,6 +28,7 @@ class ActionDemo(Demo):
     """As ``Demo``, by an action detector. Its timeline has of each action what the surest person does."""
 
     has_choices = False
+    title = "What people do"
 
     def __init__(
         self, watcher: PeopleWatcher, *, topk: int, max_seconds: float, open_file: OpenVideo

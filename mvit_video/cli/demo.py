@@ -43,7 +43,8 @@ def build_page(demo: Demo, *, title: str) -> Any:
                     label="video", sources=["upload"], include_audio=True, elem_id="video", height=_HEIGHT
                 )
                 notice = gradio.Markdown(elem_id="notice")
-                clips = {"value": demo.model.protocol.num_clips, "visible": demo.has_choices}
+                num = demo.model.protocol.num_clips if demo.has_choices else 1
+                clips = {"value": num, "visible": demo.has_choices}
                 num_clips = gradio.Slider(1, 20, step=1, label="clips over the whole video", **clips)
                 info = "Grad-CAM: evidence for the class; attention rollout: what the attention passes on"
                 explain = gradio.Radio(
@@ -248,8 +249,7 @@ def serve(config: DictConfig) -> None:
         try:
             _gradio()  # makes folders as it is imported; missed before the model is loaded
             demo = _build_demo(config)
-            title = "Video classification" if demo.has_choices else "What people do"
-            page = build_page(demo, title=title + ("" if config.weights else " (random weights)"))
+            page = build_page(demo, title=demo.title + ("" if config.weights else " (random weights)"))
             log.info("http://%s:%s", config.host, config.port)
             launch(page, host=config.host, port=config.port, max_megabytes=config.max_megabytes)
         finally:
@@ -258,7 +258,13 @@ def serve(config: DictConfig) -> None:
 
 def _build_demo(config: DictConfig) -> Demo:
     shared = {"topk": config.topk, "max_seconds": config.max_seconds, "open_file": app.build_decoder(config)}
-    if read_task(config.weights) == "action_detection":
+    task = read_task(config.weights)
+    if task == "detection":
+        from mvit_video.cli.tasks.detection import build_finder
+        from mvit_video.detection.overview import ObjectDemo
+
+        return ObjectDemo(build_finder(config), **shared)
+    if task == "action_detection":
         from mvit_video.action_detection.overview import ActionDemo
         from mvit_video.cli.tasks.action_detection import build_watcher
 

@@ -43,6 +43,7 @@ class Demo:
     """
 
     has_choices = True  # of clips and of explanations
+    title = "Video classification"
 
     def __init__(self, model: VideoModel, *, topk: int, max_seconds: float, **recognizing: Any) -> None:
         self.model, self.max_seconds, self.recognizing = model, max_seconds, {"topk": topk, **recognizing}

@@ -29,6 +29,7 @@ import mvit_video as mv
 from mvit_video.action_detection.overview import ActionDemo
 from mvit_video.action_detection.prediction import PeopleWatcher
 from mvit_video.cli.demo import _Work, build_page, launch
+from mvit_video.detection.overview import ObjectDemo
 from mvit_video.errors import DataError
 from mvit_video.prediction.overview import Demo
 from mvit_video.prediction.render import is_playable
@@ -274,4 +275,25 @@ def test_what_people_do_is_shown(tmp_path: Path) -> None:
     assert Path(timeline).stat().st_size > 1000
     demo.watcher = replace(watcher, find=lambda _: (torch.empty(0, 4), torch.empty(0)))
     with pytest.raises(DataError, match="nobody"):
+        demo.answer(str(film))
+
+
+def test_objects_are_shown(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    small: dict[str, Any] = {"embed_dim": 8, "stages": (1, 1, 1, 1), "channels": 8, "box_channels": 16}
+    small |= {"kv_strides": (), "min_size": 48, "max_size": 64, "box_score_thresh": 0.0}
+    detector = mv.create_detector("mask_rcnn_mvitv2_nano", num_classes=3, box_detections_per_img=5, **small)
+    film = write_numbered_video(tmp_path / "film.mp4", 45, fps=15, height=48, width=64)
+    finder = mv.ObjectRecognizer(detector, stride=1.0)
+    demo = ObjectDemo(finder, topk=2, max_seconds=5, open_file=mv.open_video)
+    assert build_page(demo, title=demo.title).title == demo.title
+    overview = demo.answer(str(film))
+    told = json.loads(Path(overview.json_file).read_text())["objects"]
+    assert {row["second"] for row in told} == {0, 1, 2}
+    assert next(iter(overview.scores.values())) == pytest.approx(max(row["score"] for row in told))
+    with mv.open_video(overview.annotated) as video:
+        assert video.num_frames == 3
+    assert Path(overview.timeline).stat().st_size > 1000
+    finder.min_score = 1.0
+    with pytest.raises(DataError, match="no object"):
         demo.answer(str(film))

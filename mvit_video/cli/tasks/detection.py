@@ -53,6 +53,7 @@ from mvit_video.training.resume import files_identity, model_identity
 from mvit_video.weights import weights_sha256
 from mvit_video.weights.reading import EXPORTED
 
+PAGE_STRIDE = 1.0  # seconds from one frame to the next
 MAX_TABLE = 100  # rows; the others are in the output
 
 log = logging.getLogger(__name__)
@@ -294,6 +295,17 @@ def _build_recognizer(config: DictConfig) -> tuple[ObjectRecognizer, Fingerprint
         open_file=app.build_decoder(config),
     )
     return recognizer, settings
+
+
+def build_finder(config: DictConfig) -> ObjectRecognizer:
+    """What the page detects with."""
+    return ObjectRecognizer(
+        config.weights,
+        stride=config.stride or PAGE_STRIDE,
+        device=app.choose_device(config.device),
+        precision=config.precision,
+        open_file=app.build_decoder(config),
+    )
 
 
 def _check_prediction(config: DictConfig, arguments: list[str]) -> None:
