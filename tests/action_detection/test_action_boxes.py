@@ -94,7 +94,7 @@ class Film:
         bgr = cells.repeat(8, 1).repeat(8, 2)[:, :height, :width]
         self.frames = torch.from_numpy(bgr[..., ::-1].copy()).permute(0, 3, 1, 2)  # RGB
 
-    def get_frames(self, indices: list[int], *, transform: Any) -> torch.Tensor:
+    def get_frames(self, indices: list[int], *, transform: Any = torch.clone) -> torch.Tensor:
         return transform(self.frames[indices])
 
 
