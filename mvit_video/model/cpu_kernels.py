@@ -25,7 +25,7 @@ Sizes = Sequence[int]  # (T, H, W)
 
 # Bytes of scores that a chunk of attention holds, and of hidden layer that a chunk of the MLP does, for each
 # thread. Of 256 kB to 8 MB with 1 MB of L2 a core, Zen 5 is as fast with 1 as with 4 MB, and up to a third
-# slower at the ends; on Zen 4 a training step takes 4 to 9 % less with 4 than with 1 MB.
+# slower at the ends; on Zen 4 a training step in bfloat16 takes 8 % less with 4 than with 1 MB.
 CHUNK = 2**22
 # Queries that a thread should have of a product; of smaller heads several are multiplied at once.
 ROWS = 128
