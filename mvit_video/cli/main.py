@@ -64,15 +64,17 @@ def _signals(command: str) -> Iterator[Callable[[], None]]:
     """
     # SIGHUP: a terminal is closed.
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    hook = sys.unraisablehook
 
     def end_now(*_: object) -> NoReturn:
         os.write(2, f"mvit-{command}: interrupted\n".encode())
         os._exit(128 + signal.SIGINT)
 
     def job_begins() -> None:
-        from mvit_video.io.console import begin_job, end_by_signal
+        from mvit_video.io.console import begin_job, end_by_signal, hide_dropped
 
         begin_job()
+        sys.unraisablehook = hide_dropped
         for number, handler in before.items():
             if handler in (signal.SIG_DFL, signal.default_int_handler):
                 signal.signal(number, end_by_signal)
@@ -84,3 +86,4 @@ def _signals(command: str) -> Iterator[Callable[[], None]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        sys.unraisablehook = hook

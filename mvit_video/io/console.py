@@ -158,6 +158,12 @@ def begin_job() -> None:
     _asked.clear()
 
 
+def hide_dropped(found: Any) -> None:
+    """In the place of ``sys.unraisablehook``: what ``end_if_asked`` raises again is no news."""
+    if found.exc_value not in _asked:
+        sys.__unraisablehook__(found)
+
+
 def track(
     items: Iterable[Item], total: int, *, done: int = 0, what: str, note: Callable[[], str] = str
 ) -> Iterator[Item]:

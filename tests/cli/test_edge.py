@@ -124,10 +124,11 @@ info()
 
 # A library may drop what a handler raises; then the job ends with the next item of its loop.
 DROPPED = """
-        import contextlib
         from mvit_video.io.console import track
-        with contextlib.suppress(BaseException):
-            {stop}
+        class Dropping:
+            def __del__(self):
+                {stop}
+        Dropping()
         for _ in track(range(9), 9, what=""):
             time.sleep(60)
 """
