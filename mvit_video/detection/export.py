@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mvit_video.detection.checkpoint import detector_metadata
 from mvit_video.detection.detector import Detector
 from mvit_video.errors import ConfigError
-from mvit_video.weights.export import export_onnx, open_onnx, require_trust, save_program
+from mvit_video.weights.export import export_onnx, open_onnx, reading, require_trust, save_program
 from mvit_video.weights.reading import EXPORTED
 
 LEVELS = ("p2", "p3", "p4", "p5", "p6")
@@ -61,9 +61,11 @@ def load_maps(path: str | Path, trust: bool = False) -> Callable[[Tensor], list[
     """What a file of ``export_backbone`` computes. ``trust`` and errors are those of ``load_exported``."""
     if Path(path).suffix != ".onnx":
         require_trust(path, trust)
-        module = torch.export.load(path).module()
+        with reading(path):
+            module = torch.export.load(path).module()
         return lambda images: list(module(images))
-    session = open_onnx(path)
+    with reading(path):
+        session = open_onnx(path)
 
     def run(images: Tensor) -> list[Tensor]:
         return [torch.from_numpy(found) for found in session.run(list(LEVELS), {"images": images.numpy()})]

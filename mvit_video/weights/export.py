@@ -11,7 +11,8 @@ import json
 import logging
 import warnings
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -130,15 +131,22 @@ def load_exported(path: str | Path, device: str | torch.device = "cpu", trust: b
     if path.suffix != ".onnx":
         require_trust(path, trust)
     load = _load_onnx if path.suffix == ".onnx" else _load_program
-    try:
+    with reading(path):
         run, metadata = load(path, str(device))
+    return ExportedModel(run, metadata, str(path))
+
+
+@contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """Whatever goes wrong with an exported file becomes a CheckpointError, which names it."""
+    try:
+        yield
     except ConfigError:
         raise
     except Exception as error:  # of other libraries, without a common base
         raise CheckpointError(
             f"{path}: damaged, no exported model, or made for another machine or version ({brief(error)})"
         ) from None
-    return ExportedModel(run, metadata, str(path))
 
 
 def require_trust(path: str | Path, trust: bool) -> None:

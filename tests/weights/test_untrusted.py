@@ -8,6 +8,7 @@ import json
 import math
 import reprlib
 import resource
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -356,6 +357,8 @@ def test_a_program_is_refused_before_it_is_opened(
     for read in (load_exported, load_maps, mv.Recognizer):
         with pytest.raises(mv.CheckpointError, match="trust=true"):
             read(path)
+        with pytest.raises(mv.CheckpointError, match=r"renamed\.onnx"):
+            read(shutil.copy(path, tmp_path / "renamed.onnx"))
     if not compiled:
         for name, argument in (("predict", str(two_classes)), ("eval", f"data.root={two_classes}")):
             assert "model.pt2" in error_line(command(name, argument, "weights=model.pt2"), name)
