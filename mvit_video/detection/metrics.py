@@ -103,10 +103,10 @@ def _precision(truth: Any, rows: list[dict[str, Any]], kind: str) -> Precision:
     evaluation.evaluate()
     evaluation.accumulate()
     evaluation.summarize()
-    # (IoU, recall, class) of all sizes; -1 for classes without objects
-    precision = np.where(evaluation.eval["precision"] < 0, np.nan, evaluation.eval["precision"])[
-        :, :, :, 0, -1
-    ]
+    # (IoU, recall, class) of all sizes; -1 for classes without objects, which pycocotools sorts by their ids
+    precision = evaluation.eval["precision"][:, :, :, 0, -1]
+    ids = [category["id"] for category in truth.dataset["categories"]]
+    precision = np.where(precision < 0, np.nan, precision)[:, :, np.argsort(np.argsort(ids))]
     known: NDArray[np.bool_] = np.asarray(~np.isnan(precision).all((0, 1)))
     per_class = np.full(len(known), np.nan)
     per_class[known] = precision[:, :, known].mean((0, 1))

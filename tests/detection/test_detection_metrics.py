@@ -56,7 +56,7 @@ def coco(tmp_path_factory: pytest.TempPathFactory) -> CocoImages:
     crowd = Annotation(1, (10.0, 10.0, 60.0, 60.0), None, True, 2500.0)
     first = images[0]
     images[0] = type(first)(first.id, first.path, first.height, first.width, (*first.annotations, crowd))
-    return CocoImages(tuple(images), ("a", "b", "c", "d"), (3, 5, 7, 9))
+    return CocoImages(tuple(images), ("a", "b", "c", "d"), (5, 9, 3, 7))
 
 
 def test_precision_is_that_of_torchmetrics(coco: CocoImages) -> None:
