@@ -24,6 +24,7 @@ from mvit_video.weights import LoadReport
 
 # Far above any detector's, far below what would fill a machine's memory.
 _MOST = {"num_classes": 2**16, "box_detections_per_img": 1000, "min_size": MAX_SIZE, "max_size": MAX_SIZE}
+_MOST |= dict.fromkeys(("rpn_batch_size_per_image", "box_batch_size_per_image"), 10**7)  # those there are
 PIXEL_MEAN, PIXEL_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of RGB in [0, 255]
 
 

@@ -62,7 +62,7 @@ def difference(found: Tensor, expected: dict[str, Any]) -> float:
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_parameters_and_blocks_are_those_of_the_official_models(name: str) -> None:
     with torch.device("meta"):
-        detector = create_detector(name)
+        detector = create_detector(name, rpn_batch_size_per_image=10**6, box_batch_size_per_image=10**6)
     assert sum(p.numel() for p in detector.parameters()) == PARAMETERS[name]
     assert name in list_detectors()
     plans = list(plan_blocks(detector.config.backbone))
