@@ -110,6 +110,7 @@ def test_ctrl_c_during_imports_ends_with_one_line(module: str, tmp_path: Path) -
 OWN_JOB = """
 import os, signal, sys, time, types
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored below nohup
 def job(config):
     try:
         {body}
