@@ -28,7 +28,7 @@ from mvit_video.evaluation.provenance import provenance_of
 from mvit_video.evaluation.run import score_data_set
 from mvit_video.evaluation.score_files import write_scores
 from mvit_video.evaluation.scores import ScoreTable, aligned, ensemble
-from mvit_video.io.writing import sole_writer
+from mvit_video.io.writing import keep_former, sole_writer
 from mvit_video.model.inference import prepare
 
 log = logging.getLogger(__name__)
@@ -111,6 +111,7 @@ def _report_files(config: DictConfig, output: Path) -> None:
         tables = aligned(tables)
     if config.ensemble and len(tables) > 1:
         tables = {"ensemble": ensemble(tables, config.combine)}
+    keep_former(output / "results.json")
     if len(tables) == 1:
         write_scores(next(iter(tables.values())), output / "scores.parquet")
     _report(tables, config, output)

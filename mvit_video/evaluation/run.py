@@ -34,10 +34,12 @@ from mvit_video.evaluation.scores import Combination, ScoreTable, combine
 from mvit_video.io.console import csv_cell, track
 from mvit_video.io.fingerprint import Fingerprint, read_fingerprint, require_same, write_fingerprint
 from mvit_video.io.journal import Entry, journal, read_journal
+from mvit_video.io.writing import keep_former
 from mvit_video.model import VideoModel
 
 log = logging.getLogger(__name__)
 
+RESULTS = ("results.json", "scores.parquet", "detections.json", "detections.csv")
 UNFINISHED = "unfinished"  # folder that a killed evaluation leaves: its identity, each process's journal
 # Which videos can be read may change, not what they give.
 _FREE = ("data.max_missing", "decoder.max_pixels", "decoder.index_cache")
@@ -126,6 +128,8 @@ def resumable(
     entries = {name: entry for name, entry, counts in _entries(folder, files, key) if counts}
     if not entries:
         raise DataError(f"no {what} could be read")
+    for result in RESULTS:
+        keep_former(output / result)
     return Outcome([entries[name] for name in files if name in entries], bad.found)
 
 

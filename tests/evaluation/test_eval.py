@@ -332,7 +332,10 @@ def test_what_others_put_beside_the_logs_stays(
 ) -> None:
     monkeypatch.setattr(run_module, "score_videos", score_videos)
     (killed / "unfinished" / "notes.txt").write_text("mine")
+    for name in ("results.json", "scores.parquet"):
+        (killed / name).write_text("another's")
     assert command("eval", *arguments, f"hydra.run.dir={killed}").code == 0
+    assert [file.read_text() for file in killed.glob("*.former")] == ["another's"] * 2
     assert [file.name for file in (killed / "unfinished").iterdir()] == ["notes.txt"]
 
 
@@ -460,7 +463,11 @@ def test_scores_give_the_same_report_without_videos(command: Command, scored: Pa
     assert again == first
     assert (tmp_path / "again" / "report.html").exists()
     for how in ("max", "logits"):
-        assert command("eval", f"scores={scored}/scores.parquet", f"combine={how}").code == 0
+        assert (
+            command("eval", f"scores={scored}/scores.parquet", f"combine={how}", "hydra.run.dir=again").code
+            == 0
+        )
+    assert json.loads((tmp_path / "again" / "results.json.former").read_text()) == first
     assert (
         "combine is 'min', expected mean or max or logits"
         in command("eval", f"scores={scored}/scores.parquet", "combine=min").err
