@@ -105,7 +105,11 @@ def _explain_unknown_key(key: str, command: str, arguments: Sequence[str]) -> st
     if f"~{key}" in arguments and OmegaConf.select(config, key, default=absent) is None:
         return f"~{key} isn't possible, for it is null; leave it out"
     parent, _, name = key.rpartition(".")
-    node = OmegaConf.select(config, parent, default=absent) if parent else config
+    node = (
+        OmegaConf.select(config, parent, default=absent, throw_on_resolution_failure=False)
+        if parent
+        else config
+    )
     if parent in groups(command) and node is absent:
         return f"there is no {key!r} without {parent}=...; it has: {', '.join(options(parent))}"
     if node is absent:
