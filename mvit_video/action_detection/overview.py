@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from av.video.frame import VideoFrame
@@ -16,10 +17,9 @@ from mvit_video.action_detection.prediction import (
     to_json,
     to_segments,
 )
-from mvit_video.data.datasets import OpenVideo
 from mvit_video.errors import DataError
 from mvit_video.io.writing import write_json
-from mvit_video.prediction.overview import NO_MAP, Demo, Overview, Progress
+from mvit_video.prediction.overview import Demo, Overview, Progress
 from mvit_video.prediction.render import Picture, plot_timeline, redraw_video
 from mvit_video.prediction.timeline import Timeline
 
@@ -30,28 +30,12 @@ class ActionDemo(Demo):
     has_choices = False
     title = "What people do"
 
-    def __init__(
-        self, watcher: PeopleWatcher, *, topk: int, max_seconds: float, open_file: OpenVideo
-    ) -> None:
-        super().__init__(watcher.detector, topk=topk, max_seconds=max_seconds, open_file=open_file)
-        self.watcher, self.topk = watcher, topk
+    def __init__(self, watcher: PeopleWatcher, **limits: Any) -> None:
+        super().__init__(watcher.detector, **limits)
+        self.watcher = watcher
 
-    def answer(
-        self,
-        path: str | None,
-        num_clips: int = 1,
-        explain: str = NO_MAP,
-        progress: Progress = lambda *_, **__: None,
-    ) -> Overview:
-        """What people do in a video; ``num_clips`` and ``explain`` say nothing here.
-
-        Raises:
-            DataError: there is no video, it is too long, or shows nobody.
-            VideoError: it can't be read.
-        """
-        if path is None:
-            raise DataError("Please upload a video first")
-        duration, every = self.check(path), self.watcher.every
+    def _overview(self, path: str, duration: float, progress: Progress, *_: Any) -> Overview:
+        every = self.watcher.every
         people: list[PersonActions] = []
         with self.open_file(path) as video:
             seconds = self.watcher.key_seconds(video)
@@ -82,6 +66,4 @@ class ActionDemo(Demo):
             "segments": [segment.__dict__ for segment in to_segments(people, every, SHOWN_SCORE)],
         }
         write_json(json_file := Path(f"{name}.json"), told)
-        best = surest.amax(0).topk(min(self.topk, surest.shape[1]))
-        scores = {timeline.class_names[i]: s for s, i in zip(*map(torch.Tensor.tolist, best), strict=True)}
-        return Overview(scores, str(copy), str(plot), None, None, str(json_file))
+        return Overview(self._likeliest(timeline), str(copy), str(plot), None, None, str(json_file))

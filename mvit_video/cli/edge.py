@@ -38,7 +38,7 @@ def run(command: str, load: Callable[[], Callable[..., Any]], arguments: list[st
     Args:
         load: imports the job, which takes the checked configuration, and for mvit-predict a list of files.
     """
-    before = os.environ.get("HYDRA_FULL_ERROR", "0")
+    before = os.environ.get("HYDRA_FULL_ERROR")
     full_error = before == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise instead of printing
     accept_all_text()
@@ -86,7 +86,8 @@ def run(command: str, load: Callable[[], Callable[..., Any]], arguments: list[st
         sys.stderr.write(f"mvit-{command}: error: {printable(text)}\n")
         _end(1)
     finally:
-        os.environ["HYDRA_FULL_ERROR"] = before
+        del os.environ["HYDRA_FULL_ERROR"]
+        os.environ |= {} if before is None else {"HYDRA_FULL_ERROR": before}
 
 
 def _checked(

@@ -7,12 +7,11 @@ from typing import Any, cast
 
 import torch
 
-from mvit_video.data.datasets import OpenVideo
 from mvit_video.detection.recognizer import ObjectRecognizer, video_writer
 from mvit_video.detection.writer import rows_of
 from mvit_video.errors import DataError
 from mvit_video.io.writing import write_json
-from mvit_video.prediction.overview import NO_MAP, Demo, Overview, Progress
+from mvit_video.prediction.overview import Demo, Overview, Progress
 from mvit_video.prediction.render import plot_timeline
 from mvit_video.prediction.timeline import Timeline
 
@@ -23,29 +22,12 @@ class ObjectDemo(Demo):
     has_choices = False
     title = "Objects"
 
-    def __init__(
-        self, recognizer: ObjectRecognizer, *, topk: int, max_seconds: float, open_file: OpenVideo
-    ) -> None:
-        model = cast("Any", recognizer.detector)
-        super().__init__(model, topk=topk, max_seconds=max_seconds, open_file=open_file)
-        self.finder, self.topk = recognizer, topk
+    def __init__(self, recognizer: ObjectRecognizer, **limits: Any) -> None:
+        super().__init__(cast("Any", recognizer.detector), **limits)
+        self.finder = recognizer
 
-    def answer(
-        self,
-        path: str | None,
-        num_clips: int = 1,
-        explain: str = NO_MAP,
-        progress: Progress = lambda *_, **__: None,
-    ) -> Overview:
-        """The objects of a video; ``num_clips`` and ``explain`` say nothing here.
-
-        Raises:
-            DataError: there is no video, it is too long, or shows no object.
-            VideoError: it can't be read.
-        """
-        if path is None:
-            raise DataError("Please upload a video first")
-        duration, names, every = self.check(path), self.finder.class_names, self.finder.stride
+    def _overview(self, path: str, duration: float, progress: Progress, *_: Any) -> Overview:
+        names, every = self.finder.class_names, self.finder.stride
         ids = self.finder.detector.category_ids or range(len(names))
         name = self._new_files(path)
         rows: list[dict[str, Any]] = []
@@ -65,6 +47,4 @@ class ObjectDemo(Demo):
         timeline = Timeline(Path(path).name, names, spans, torch.stack(likeliest), every)
         plot_timeline(timeline, (), plot := Path(f"{name}.timeline.png"))
         write_json(json_file := Path(f"{name}.json"), {"path": Path(path).name, "objects": rows})
-        scores, labels = timeline.scores.amax(0).topk(min(self.topk, len(names)))
-        told = {names[label]: score for score, label in zip(scores.tolist(), labels.tolist(), strict=True)}
-        return Overview(told, str(copy), str(plot), None, None, str(json_file))
+        return Overview(self._likeliest(timeline), str(copy), str(plot), None, None, str(json_file))

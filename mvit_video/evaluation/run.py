@@ -183,12 +183,16 @@ def score_data_set(
         what="video",
         note=note,
     )
-    if outcome is None:
-        return None
+    return None if outcome is None else _table_of(outcome, index, provenance)
+
+
+def _table_of(outcome: Outcome, index: VideoIndex, provenance: Fingerprint) -> ScoreTable:
+    """The scores of an outcome, whose entries lose them, so that they don't lie in memory twice."""
+    videos = {video.id: video for video in index.videos}
     spans = torch.tensor([entry["spans"] for entry in outcome.entries], dtype=torch.float64)
     scores = torch.empty(*spans.shape[:2], len(index.class_names))
-    for row, entry in zip(scores, outcome.entries, strict=True):
-        row.view(-1).numpy()[:] = np.frombuffer(base64.b64decode(entry.pop("scores")), np.float32)
+    for row, entry in zip(scores.flatten(1).numpy(), outcome.entries, strict=True):
+        row[:] = np.frombuffer(base64.b64decode(entry.pop("scores")), np.float32)
     return ScoreTable(
         tuple(videos[entry["id"]] for entry in outcome.entries),
         scores,

@@ -17,6 +17,7 @@ from mvit_video.model import VideoModel
 from mvit_video.prediction.recognizer import Recognizer
 from mvit_video.prediction.render import annotate_video, plot_timeline
 from mvit_video.prediction.saving import save_explanation
+from mvit_video.prediction.timeline import Timeline
 
 NO_MAP = "none"
 
@@ -46,7 +47,8 @@ class Demo:
     title = "Video classification"
 
     def __init__(self, model: VideoModel, *, topk: int, max_seconds: float, **recognizing: Any) -> None:
-        self.model, self.max_seconds, self.recognizing = model, max_seconds, {"topk": topk, **recognizing}
+        self.model, self.topk, self.max_seconds = model, topk, max_seconds
+        self.recognizing = {"topk": topk, **recognizing}
         self.open_file: OpenVideo = recognizing.get("open_file", open_video)
         self._files = tempfile.TemporaryDirectory(prefix="mvit-demo-")  # of the newest overview
 
@@ -67,25 +69,42 @@ class Demo:
         self._files = tempfile.TemporaryDirectory(prefix="mvit-demo-")
         return Path(self._files.name) / Path(path).stem
 
+    def _likeliest(self, timeline: Timeline) -> dict[str, float]:
+        """The highest scores of classes in any window, best first."""
+        best = timeline.scores.amax(0).topk(min(self.topk, len(timeline.class_names)))
+        pairs = zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        return {timeline.class_names[index]: score for score, index in pairs}
+
     def _recognizer(self, num_clips: int = 1) -> Recognizer:
         return Recognizer(self.model, num_clips=num_clips, **self.recognizing)
 
     def answer(
-        self, path: str | None, num_clips: int, explain: str, progress: Progress = lambda *_, **__: None
+        self,
+        path: str | None,
+        num_clips: int = 1,
+        explain: str = NO_MAP,
+        progress: Progress = lambda *_, **__: None,
     ) -> Overview:
-        """The classes of a video, as a whole and over time, and a map for ``explain`` other than "none".
+        """What is in a video, as a whole and over time, and a map for ``explain`` other than "none".
 
         The files of an overview stay until the next one, or the end of the process. What ``progress`` raises
         ends the work.
 
+        Args:
+            num_clips, explain: say something where there are ``has_choices``.
+
         Raises:
-            DataError: there is no video, it is too long, or its scores aren't finite.
+            DataError: there is no video, it is too long, shows nothing, or its scores aren't finite.
             VideoError: it can't be read.
         """
         if path is None:
             raise DataError("Please upload a video first")
+        return self._overview(path, self.check(path), progress, num_clips, explain)
+
+    def _overview(
+        self, path: str, duration: float, progress: Progress, num_clips: int, explain: str
+    ) -> Overview:
         progress(0, desc="classifying")
-        duration = self.check(path)
         recognizer = self._recognizer(int(num_clips))
 
         def reached(second: float, start: float, share: float, desc: str) -> None:
