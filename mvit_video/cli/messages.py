@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from hydra.errors import (
     ConfigCompositionException,
@@ -11,7 +12,7 @@ from hydra.errors import (
     InstantiationException,
     MissingConfigException,
 )
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import (
     ConfigAttributeError,
     ConfigKeyError,
@@ -24,6 +25,7 @@ from mvit_video.cli.conf import CONF_DIR, compose, groups, options, read
 from mvit_video.cli.schema import in_yaml, kinds_of
 from mvit_video.errors import MVitVideoError, did_you_mean
 
+_ABSENT = object()  # in the place of a value
 # What other toolkits call a key.
 _OTHER_NAMES = {
     "epochs": "max_epochs", "steps": "max_steps", "gpus": "devices", "workers": "num_workers",
@@ -98,23 +100,18 @@ def _explain_unknown_key(key: str, command: str, arguments: Sequence[str]) -> st
     taken = [a[1:] for a in arguments if a.startswith("~") and f"{key}.".startswith(f"{a[1:]}.")]
     if taken and f"~{key}" not in arguments:
         return f"there is no {key!r}: ~{taken[0]} takes it away"
-    config = compose(command, list(arguments))
+    config: Any = OmegaConf.to_container(compose(command, list(arguments)))  # as written: nothing is resolved
     if not key.startswith("hydra."):
-        config = OmegaConf.masked_copy(config, [str(name) for name in config if name != "hydra"])
-    absent = object()
-    if f"~{key}" in arguments and OmegaConf.select(config, key, default=absent) is None:
+        config.pop("hydra", None)
+    if f"~{key}" in arguments and _part(config, key) is None:
         return f"~{key} isn't possible, for it is null; leave it out"
     parent, _, name = key.rpartition(".")
-    node = (
-        OmegaConf.select(config, parent, default=absent, throw_on_resolution_failure=False)
-        if parent
-        else config
-    )
-    if parent in groups(command) and node is absent:
+    node = _part(config, parent)
+    if parent in groups(command) and node is _ABSENT:
         return f"there is no {key!r} without {parent}=...; it has: {', '.join(options(parent))}"
-    if node is absent:
+    if node is _ABSENT:
         return _explain_unknown_key(parent, command, arguments)
-    if not isinstance(node, DictConfig):
+    if not isinstance(node, dict):
         return f"there is no {key!r}: {parent} is a value ({in_yaml(node)})"
     known = {str(k) for k in node if not str(k).startswith("_")}
     if parent:
@@ -128,6 +125,15 @@ def _explain_unknown_key(key: str, command: str, arguments: Sequence[str]) -> st
         else did_you_mean(name, {*known, *groups(command)}, "{}")
     )
     return f"there is no {key!r}{near}; mvit-{command} --help shows the keys"
+
+
+def _part(node: Any, key: str) -> Any:
+    """What nested dictionaries have at a key such as ``a.b``, or ``_ABSENT``; all of them at ""."""
+    for name in filter(None, key.split(".")):
+        if not isinstance(node, dict) or name not in node:
+            return _ABSENT
+        node = node[name]
+    return node
 
 
 def _owners(key: str) -> str:

@@ -31,7 +31,7 @@ class TimmInterface:
 
     def reset_classifier(self: Any, num_classes: int) -> None:
         """Give the model a new head, initialised as ever, for other classes; their names are unknown."""
-        model = self
+        model = self  # mypy takes assignments to self for declarations
         old = model.head.projection
         new = nn.Linear(old.in_features, num_classes, device=old.weight.device, dtype=old.weight.dtype)
         nn.init.trunc_normal_(new.weight, std=0.02)

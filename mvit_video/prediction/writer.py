@@ -175,7 +175,7 @@ def rows_of_files(
     with sole_writer(path):
         if path.is_dir():
             raise ConfigError(f"{path} is a folder; name another output")
-        require_own(path, settings | _VERSION, resume=resume)
+        _require_own(path, settings | _VERSION, resume=resume)
         _keep_unknown(journal_file, run_file)
         known = {e["path"]: e["stamp"] for e in read_journal(journal_file) if resume and "stamp" in e}
         done = {file for file, stamp in known.items() if stamps.get(file, stamp) in ({}, stamp)}
@@ -203,7 +203,7 @@ def open_live_output(
     """A file that lines are appended to, behind those of the same settings; gives a function that does it."""
     path = Path(os.path.realpath(path))
     with sole_writer(path):
-        require_own(path, settings | _VERSION, resume=resume and path.exists())
+        _require_own(path, settings | _VERSION, resume=resume and path.exists())
         if not resume:
             path.unlink(missing_ok=True)
         elif path.exists():
@@ -265,7 +265,7 @@ def _take_up(
         raise ConfigError(f"{path} is {'no' if is_folder else 'a'} folder; name another output")
     begun = resume and (is_document or path.exists())
     is_ours = {"protocol", "videos"} <= read_fingerprint(path).keys() if is_document else None
-    require_own(path, settings | _VERSION, resume=begun, is_ours=is_ours)
+    _require_own(path, settings | _VERSION, resume=begun, is_ours=is_ours)
     _keep_unknown(_journal_of(path), _run_of(path))
     if is_folder:
         _clear_parts(path)
@@ -280,7 +280,7 @@ def _take_up(
     return done
 
 
-def require_own(path: Path, settings: Fingerprint, *, resume: bool, is_ours: bool | None = None) -> None:
+def _require_own(path: Path, settings: Fingerprint, *, resume: bool, is_ours: bool | None = None) -> None:
     """Refuse an output that wasn't written here or, to be resumed, has other settings. Raises ConfigError.
 
     Args:

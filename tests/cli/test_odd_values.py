@@ -94,6 +94,7 @@ def test_any_value_ends_well_or_with_one_line(
         ("train", "hydra.run=3", "hydra.run: "),
         ("train", "~trainer.limit_train_batches", "null"),
         ("train", "foo", "'foo' isn't KEY=VALUE"),
+        ("train", "logger.csv.save_dir.x=1", "logger.csv.save_dir is a value"),
     ],
 )
 def test_an_odd_value_is_explained(
