@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from mvit_video.cli.conf import read
+from mvit_video.cli.conf import bases, read
 
 ROOT = Path(__file__).parents[1]
 TARGET = ROOT / "docs" / "configuration.md"
@@ -33,8 +33,8 @@ def page(conf: Path) -> str:
 def _section(title: str, path: Path) -> Iterator[str]:
     about, values = read(path)
     yield title
-    if about:
-        yield about
+    if said := [*filter(None, [about]), *(f"Builds on `{base}`." for base in bases(path))]:
+        yield " ".join(said)
     if values:
         rows = [
             f"| `{v.key}` | {f'`{_cell(v.default)}`' if v.default else ''} | {_cell(v.meaning)} |"

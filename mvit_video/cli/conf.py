@@ -54,6 +54,20 @@ def options(group: str) -> list[str]:
     return sorted(file.stem for file in (CONF_DIR / group).glob("*.yaml") if not file.stem.startswith("_"))
 
 
+def bases(path: Path) -> list[str]:
+    """The options of the same group that a file builds on."""
+    entries = OmegaConf.select(OmegaConf.load(path), "defaults", default=[])
+    return [entry for entry in entries if isinstance(entry, str) and entry != "_self_"]
+
+
+def values_of(group: str, option: str) -> Iterator[Value]:
+    """The values of an option, those of what it builds on first."""
+    path = CONF_DIR / group / f"{option}.yaml"
+    for base in bases(path):
+        yield from values_of(group, base)
+    yield from read(path)[1]
+
+
 def defaults(command: str) -> Iterator[tuple[str, str]]:
     """Each dotted key of a command with each default, as it is written, that an option has for it."""
     for path in [

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator
-from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from mvit_video.cli.conf import CONF_DIR, groups, options, read
+from mvit_video.cli.conf import CONF_DIR, groups, options, read, values_of
 from mvit_video.cli.schema import in_yaml, kinds_of
 
 _WIDTH = 80
+_MORE = "--cfg job shows the whole config, --hydra-help all of Hydra's options."
 _ARGUMENTS = {"predict": "[FILE ...] ", "data": "prepare|check ", "info": "[system|speed] "}
 
 
 def help_page(command: str, config: DictConfig) -> str:
     """Every option of a command with its value in ``config``, which has Hydra's part, too; in 80 columns."""
-    own, (_, values) = config.hydra.help, read(CONF_DIR / f"{command}.yaml")
+    about, values = read(CONF_DIR / f"{command}.yaml")
     usage = f"Usage: mvit-{command} {_ARGUMENTS.get(command, '')}[KEY=VALUE ...] [GROUP=OPTION ...]"
-    lines = [*textwrap.wrap(own.header, _WIDTH), "", usage, ""]
+    lines = [*textwrap.wrap(about, _WIDTH), "", usage, ""]
     if values:
         lines.append("Options, with their defaults")
         for value in values:
@@ -28,7 +28,7 @@ def help_page(command: str, config: DictConfig) -> str:
     lines.append("Groups, with the keys of the option that is chosen")
     for group in groups(command):
         lines += ["", *_group_lines(command, group, config)]
-    return "\n".join([*lines, "", own.footer.rstrip()])
+    return "\n".join([*lines, "", config.hydra.help.footer, "", _MORE])
 
 
 def _group_lines(command: str, group: str, config: DictConfig) -> Iterator[str]:
@@ -37,22 +37,12 @@ def _group_lines(command: str, group: str, config: DictConfig) -> Iterator[str]:
     yield from textwrap.wrap(names, _WIDTH, initial_indent="  ", subsequent_indent="      ")
     node = OmegaConf.select(config, key)
     if isinstance(node, DictConfig):
-        meanings = {v.key: v.meaning for file in _files(group, chosen) for v in read(file)[1] if v.meaning}
+        meanings = {v.key: v.meaning for v in values_of(group, chosen) if v.meaning}
         own = {value.key for value in read(CONF_DIR / f"{command}.yaml")[1]}  # shown above
         leaves = _leaves(OmegaConf.to_container(node))
         for name, value in ((name, value) for name, value in leaves if f"{key}.{name}" not in own):
             kinds = kinds_of(command).get(f"{key}.{name}", ())
             yield from _line(f"{key}.{name}", value, meanings.get(name) or " or ".join(map(str, kinds)))
-
-
-def _files(group: str, option: str | None) -> Iterator[Path]:
-    """The files that an option is made of, those that it builds on first."""
-    file = CONF_DIR / group / f"{option}.yaml"
-    if file.is_file():
-        for base in OmegaConf.select(OmegaConf.load(file), "defaults", default=[]):
-            if isinstance(base, str):
-                yield from _files(group, base)
-        yield file
 
 
 def _leaves(node: object, parent: str = "") -> Iterator[tuple[str, object]]:

@@ -21,7 +21,7 @@ from omegaconf.errors import (
 )
 
 from mvit_video.cli.arguments import parsed
-from mvit_video.cli.conf import CONF_DIR, compose, groups, options, read
+from mvit_video.cli.conf import CONF_DIR, compose, groups, options, values_of
 from mvit_video.cli.schema import in_yaml, kinds_of
 from mvit_video.errors import MVitVideoError, did_you_mean
 
@@ -142,6 +142,6 @@ def _owners(key: str) -> str:
     found = [
         f"{group}={option}"
         for option in options(group)
-        if any(f"{v.key}.".startswith(f"{rest}.") for v in read(CONF_DIR / group / f"{option}.yaml")[1])
+        if any(f"{value.key}.".startswith(f"{rest}.") for value in values_of(group, option))
     ]
     return f" (did you mean {' or '.join(found[:3])}, which has it?)" if found else ""

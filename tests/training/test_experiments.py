@@ -17,7 +17,9 @@ from mvit_video.model.clip_spec import IMAGENET_MEAN, IMAGENET_STD, KINETICS_MEA
 
 FILES = (CONF_DIR / "experiment").glob("*.yaml")
 EXPERIMENTS = sorted(  # classification
-    path.stem for path in FILES if "\ntask:" not in path.read_text() and not path.stem.startswith("ava_")
+    path.stem
+    for path in FILES
+    if "\ntask:" not in path.read_text() and not path.stem.startswith(("ava_", "coco_"))
 )
 
 ADAMW = {
