@@ -133,17 +133,6 @@ def remove_unfinished(folder: Path) -> None:
         file.unlink(missing_ok=True)
 
 
-def next_number(folder: Path, pattern: str) -> int:
-    """One more than the highest number in the names of a folder's files, 0 where there is none.
-
-    Args:
-        pattern: of the names, with one ``*`` in the place of the number, such as ``"part-*.parquet"``.
-    """
-    before, _, after = pattern.partition("*")
-    numbers = [path.name.removeprefix(before).removesuffix(after) for path in folder.glob(pattern)]
-    return max((int(number) for number in numbers if number.isdecimal()), default=-1) + 1
-
-
 @contextmanager
 def sole_writer(path: str | Path) -> Iterator[None]:
     """Be the only run that writes to a file or folder; the lock ends with the process, however that ends.

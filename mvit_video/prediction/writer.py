@@ -39,11 +39,11 @@ from mvit_video.io.writing import (
     growing,
     keep_former,
     keep_whole_lines,
-    next_number,
     remove_unfinished,
     replacing,
     set_aside,
     sole_writer,
+    write_json,
 )
 from mvit_video.prediction.prediction import ClipPrediction, Prediction, Segment
 
@@ -170,17 +170,14 @@ def rows_of_files(
             it. OSError: with the file's name.
     """
     path = Path(os.path.realpath(path))
-    run_file, journal_file = _run_of(path), Path(f"{path}.objects.jsonl")
+    journal_file = Path(f"{path}.objects.jsonl")
     stamps = {file: file_stamp(file) for file in files}
     with sole_writer(path):
-        if path.is_dir():
-            raise ConfigError(f"{path} is a folder; name another output")
-        _require_own(path, settings | _VERSION, resume=resume)
-        _keep_unknown(journal_file, run_file)
+        _claim(path, settings, journal_file, resume=resume)
         known = {e["path"]: e["stamp"] for e in read_journal(journal_file) if resume and "stamp" in e}
         done = {file for file, stamp in known.items() if stamps.get(file, stamp) in ({}, stamp)}
         rewrite_journal(journal_file, (e for e in read_journal(journal_file) if e["path"] in done))
-        write_fingerprint(run_file, settings | _VERSION)
+        write_fingerprint(_run_of(path), settings | _VERSION)
         with journal(journal_file) as note:
 
             def finish(file: str) -> None:
@@ -203,7 +200,7 @@ def open_live_output(
     """A file that lines are appended to, behind those of the same settings; gives a function that does it."""
     path = Path(os.path.realpath(path))
     with sole_writer(path):
-        _require_own(path, settings | _VERSION, resume=resume and path.exists())
+        _claim(path, settings, None, resume=resume and path.exists())
         if not resume:
             path.unlink(missing_ok=True)
         elif path.exists():
@@ -261,12 +258,9 @@ def _take_up(
 ) -> set[str]:
     """Refuse what isn't ours, leave in the journal only what still counts, and say which videos that are."""
     is_folder, is_document = format == "parquet", format == "json"
-    if path.exists() and path.is_dir() != is_folder:
-        raise ConfigError(f"{path} is {'no' if is_folder else 'a'} folder; name another output")
     begun = resume and (is_document or path.exists())
     is_ours = {"protocol", "videos"} <= read_fingerprint(path).keys() if is_document else None
-    _require_own(path, settings | _VERSION, resume=begun, is_ours=is_ours)
-    _keep_unknown(_journal_of(path), _run_of(path))
+    _claim(path, settings, _journal_of(path), is_folder=is_folder, resume=begun, is_ours=is_ours)
     if is_folder:
         _clear_parts(path)
     elif begun and not is_document and not _begins(map(text_of, chain([None], _journaled(path))), path):
@@ -280,24 +274,32 @@ def _take_up(
     return done
 
 
-def _require_own(path: Path, settings: Fingerprint, *, resume: bool, is_ours: bool | None = None) -> None:
+def _claim(
+    path: Path,
+    settings: Fingerprint,
+    journal_file: Path | None,
+    *,
+    resume: bool,
+    is_folder: bool = False,
+    is_ours: bool | None = None,
+) -> None:
     """Refuse an output that wasn't written here or, to be resumed, has other settings. Raises ConfigError.
+
+    A journal of which nothing tells what run it is of may be somebody's file: it gets another name.
 
     Args:
         is_ours: whether a run has written it; None: what lies beside it tells.
     """
+    if path.exists() and path.is_dir() != is_folder:
+        raise ConfigError(f"{path} is {'no' if is_folder else 'a'} folder; name another output")
     before = read_fingerprint(_run_of(path))
-    holds_something = any(path.iterdir()) if path.is_dir() else path.exists() and path.stat().st_size > 0
-    if holds_something and not (bool(before) if is_ours is None else is_ours):
+    holds_something = any(path.iterdir()) if path.is_dir() else file_stamp(path).get("size")
+    if holds_something and not (before if is_ours is None else is_ours):
         raise ConfigError(f"{path} exists and mvit-predict hasn't written it; name another output")
     if before and resume:
         remedy = "name another output, or resume=false to write it anew"
-        require_same(before, settings, what=str(path), remedy=remedy, free=_FREE)
-
-
-def _keep_unknown(journal_file: Path, run_file: Path) -> None:
-    """Take no journal for this run's of which nothing tells what run it is of; it may be somebody's file."""
-    if not read_fingerprint(run_file) and journal_file.exists() and journal_file.stat().st_size:
+        require_same(before, settings | _VERSION, what=str(path), remedy=remedy, free=_FREE)
+    if journal_file and not before and file_stamp(journal_file).get("size"):
         keep_former(journal_file)
 
 
@@ -364,15 +366,15 @@ def _lines(path: Path, text_of: Callable[[Prediction | None], str]) -> Iterator[
 @contextmanager
 def _parts(path: Path, note: Callable[[Entry], None], *, per_clip: bool) -> Iterator[Add]:
     pending: list[Prediction] = []
-    num_clips, begun_at = 0, time.monotonic()
+    num_parts, num_clips, begun_at = 0, 0, time.monotonic()
     path.mkdir(exist_ok=True)
 
     def write_pending() -> None:
-        nonlocal num_clips, begun_at
-        number = next_number(path, _PARTS)
-        if pending or not number:  # the first part may be empty, which makes the folder readable
+        nonlocal num_parts, num_clips, begun_at
+        if pending or not num_parts:  # the first part may be empty, which makes the folder readable
             rows = [row for prediction in pending for row in rows_of(prediction, per_clip=per_clip)]
-            _write_part(rows, path / _PARTS.replace("*", f"{number:05d}"), note)
+            _write_part(rows, path / _PARTS.replace("*", f"{num_parts:05d}"), note)
+            num_parts += 1
         pending.clear()
         num_clips, begun_at = 0, time.monotonic()
 
@@ -415,8 +417,7 @@ def _document(path: Path, settings: Fingerprint) -> Iterator[Add]:
     yield lambda _: None
     videos = [_told(entry["prediction"]) for entry in _entries(path)]
     try:
-        with replacing(path, "w") as file:
-            json.dump(settings | {"videos": videos}, file, indent=2, allow_nan=False)
+        write_json(path, settings | {"videos": videos})
     except OSError:
         log.error("all predictions are in %s; the same command goes on from there", _journal_of(path))
         raise

@@ -19,7 +19,6 @@ from mvit_video.io.writing import (
     append,
     keep_former,
     keep_whole_lines,
-    next_number,
     remove_unfinished,
     replacing,
     set_aside,
@@ -113,13 +112,6 @@ def test_damaged_files_keep_their_content_under_other_names(tmp_path: Path) -> N
         (tmp_path / "part-0.parquet").write_text(content)
         names.add(set_aside(tmp_path / "part-0.parquet", "damaged"))
     assert {name.read_text() for name in names} == {"a", "b"}
-
-
-def test_numbers_go_on_behind_the_highest(tmp_path: Path) -> None:
-    assert next_number(tmp_path, "part-*.parquet") == 0
-    for name in ("part-00003.parquet", "part-00001.parquet", "part-x.parquet", "other.parquet"):
-        (tmp_path / name).touch()
-    assert next_number(tmp_path, "part-*.parquet") == 4
 
 
 def _try(path: Path, answers: multiprocessing.Queue[str]) -> None:

@@ -238,7 +238,7 @@ def write_until(moment: int, *arguments: Any, **settings: Any) -> bool:
                 return counted
 
             for module in (writer_module, journal_module, fingerprint_module):
-                for what in {"append", "replacing", "set_aside"} & vars(module).keys():
+                for what in {"append", "replacing", "set_aside", "write_json"} & vars(module).keys():
                     setattr(module, what, dying(getattr(module, what)))
             Path.unlink = dying(Path.unlink)  # type: ignore[method-assign]
             write(*arguments, **settings)
