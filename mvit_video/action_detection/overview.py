@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from av.video.frame import VideoFrame
 
 from mvit_video.action_detection.prediction import (
     SHOWN_SCORE,
@@ -20,7 +19,7 @@ from mvit_video.action_detection.prediction import (
 from mvit_video.errors import DataError
 from mvit_video.io.writing import write_json
 from mvit_video.prediction.overview import Demo, Overview, Progress
-from mvit_video.prediction.render import Picture, plot_timeline, redraw_video
+from mvit_video.prediction.render import plot_timeline, redraw_video
 from mvit_video.prediction.timeline import Timeline
 
 
@@ -53,13 +52,11 @@ class ActionDemo(Demo):
         timeline = Timeline(Path(path).name, tuple(people[0].scores), spans, surest, every)
         plot_timeline(timeline, (), plot := Path(f"{name}.timeline.png"))
 
-        draw = people_painter(people, every=every, min_score=SHOWN_SCORE)
-
-        def paint(picture: Picture, second: float) -> VideoFrame:
+        def reached(second: float) -> None:
             progress(0.7 + 0.3 * min(second / max(duration, 1e-6), 1), desc="writing the annotated video")
-            return draw(picture, second)
 
-        copy = redraw_video(path, paint, Path(f"{name}.annotated.mp4"))
+        painter = people_painter(people, every=every, min_score=SHOWN_SCORE)
+        copy = redraw_video(path, painter, Path(f"{name}.annotated.mp4"), progress=reached)
         told = {
             "path": Path(path).name,
             "people": [json.loads(to_json(one, 0.0)) | {"path": Path(path).name} for one in people],

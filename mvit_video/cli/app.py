@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from mvit_video.data import timing
 from mvit_video.data.datasets import OpenVideo
-from mvit_video.data.decode import device_of
+from mvit_video.data.decode import FREE_KEYS, device_of
 from mvit_video.data.loader import WORKER_TYPES
 from mvit_video.data.ranks import Ranks, process_group, use_own_gpu
 from mvit_video.errors import ConfigError
@@ -106,7 +106,7 @@ def build_decoder(config: DictConfig) -> OpenVideo:
 def decoding(config: DictConfig) -> dict[str, Any]:
     """The part of ``config.decoder`` that what is decoded depends on."""
     settings: Any = OmegaConf.to_container(config.decoder, resolve=True)
-    return {key: value for key, value in settings.items() if key not in ("index_cache", "max_pixels")}
+    return {key: value for key, value in settings.items() if f"decoder.{key}" not in FREE_KEYS}
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from torch import Tensor
 from mvit_video.data.bad_videos import BadVideos, allowed_bad_videos
 from mvit_video.data.batches import in_full_batches
 from mvit_video.data.datasets import BadVideo, OpenVideo, VideoViews, ViewDataset, validation_loader
-from mvit_video.data.decode import open_video
+from mvit_video.data.decode import FREE_KEYS, open_video
 from mvit_video.data.index import LabelledVideo, VideoIndex
 from mvit_video.data.loader import WORKER_TYPES
 from mvit_video.data.pixels import finish_clips
@@ -41,8 +41,7 @@ log = logging.getLogger(__name__)
 
 RESULTS = ("results.json", "scores.parquet", "detections.json", "detections.csv")
 UNFINISHED = "unfinished"  # folder that a killed evaluation leaves: its identity, each process's journal
-# Which videos can be read may change, not what they give.
-_FREE = ("data.max_missing", "decoder.max_pixels", "decoder.index_cache")
+_FREE = ("data.max_missing", *FREE_KEYS)  # which videos can be read, not what they give
 
 
 def output_folder(resume: str | None, output: Path) -> Path:

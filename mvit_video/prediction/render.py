@@ -7,7 +7,6 @@ import textwrap
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
-from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,7 @@ from av.error import FFmpegError
 from av.video.frame import VideoFrame
 from PIL import Image, ImageDraw, ImageFont
 
-from mvit_video.data.decode.container import MAX_PIXELS
+from mvit_video.data.decode.container import MAX_PIXELS, declared_rate
 from mvit_video.errors import VideoError
 from mvit_video.io.console import printable
 from mvit_video.io.figures import new_figure
@@ -88,43 +87,33 @@ def _set_times(axes: Axes, begin: float, end: float) -> None:
         axes.set(xlabel="h:mm:ss")
 
 
-def is_playable(source: str, *, max_pixels: int = MAX_PIXELS) -> bool:
+def is_playable(source: str) -> bool:
     """Whether every browser of today plays a file. Raises VideoError if it can't be read."""
     if Path(source).suffix.lower() not in (".mp4", ".webm"):
         return False
-    with open_stream(source, max_pixels=max_pixels) as (_, stream):
+    with open_stream(source) as (_, stream):
         context = stream.codec_context
         return context.codec.canonical_name in _OF_BROWSERS and context.pix_fmt in ("yuv420p", "yuvj420p")
 
 
-def playable_copy(source: str, path: Path, *, max_pixels: int = MAX_PIXELS) -> None:
+def playable_copy(source: str, path: Path) -> None:
     """An MP4 of a video for browsers, without sound; see ``redraw_video``."""
-    redraw_video(source, _Painter(()), path, max_pixels=max_pixels, sound=False)
+    redraw_video(source, _Painter(()), path, sound=False)
 
 
-def annotate_video(
-    source: str,
-    segments: Sequence[Segment],
-    path: Path,
-    *,
-    max_pixels: int = MAX_PIXELS,
-    progress: Callable[[float], None] = lambda _: None,
-) -> Path:
-    """A copy of a video with each segment's label and a bar of its score drawn in, see ``redraw_video``.
-
-    ``progress`` is told of each second of the video that has been reached.
-    """
-    painter = _Painter(segments)
-
-    def paint(picture: Picture, second: float) -> VideoFrame:
-        progress(second)
-        return painter(picture, second)
-
-    return redraw_video(source, paint, path, max_pixels=max_pixels)
+def annotate_video(source: str, segments: Sequence[Segment], path: Path, **options: Any) -> Path:
+    """A copy of a video with each segment's label and a bar of its score drawn in, see ``redraw_video``."""
+    return redraw_video(source, _Painter(segments), path, **options)
 
 
 def redraw_video(
-    source: str, paint: Paint, path: Path, *, max_pixels: int = MAX_PIXELS, sound: bool = True
+    source: str,
+    paint: Paint,
+    path: Path,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    sound: bool = True,
+    progress: Callable[[float], None] = lambda _: None,
 ) -> Path:
     """A copy of a video with something drawn into every frame; audio is copied as it is, or left out.
 
@@ -134,6 +123,7 @@ def redraw_video(
         path: of the copy; an audio codec that MP4 can't hold makes it a ``.mkv``. Another file of that name
             is kept, see ``io.writing.replacing``.
         max_pixels: of a frame; a source with larger ones is refused.
+        progress: is told of each second of the video that has been reached.
 
     Returns:
         the path that was written.
@@ -150,16 +140,18 @@ def redraw_video(
                 replacing(path, keep=True) as file,
                 av.open(file, "w", format=_FORMATS[path.suffix]) as copy,
             ):
-                if not _copy_with_labels(container, stream, audio, copy, paint):
+                if not _copy_with_labels(container, stream, audio, copy, paint, progress):
                     raise VideoError(source, "no frame can be decoded")
     except (FFmpegError, OSError) as error:
         raise VideoError(source, f"no copy could be written ({error})") from None
     return path
 
 
-def _copy_with_labels(container: Any, stream: Any, audio: Any, copy: Any, paint: Paint) -> bool:
+def _copy_with_labels(
+    container: Any, stream: Any, audio: Any, copy: Any, paint: Paint, progress: Callable[[float], None]
+) -> bool:
     """Draw into every frame; False where there is none."""
-    rate = stream.average_rate or stream.guessed_rate or Fraction(25)
+    rate = declared_rate(stream)
     tick = stream.time_base or 1 / rate
     video = copy.add_stream("libx264", rate=rate, options={"crf": "20", "preset": "veryfast"})
     video.pix_fmt, video.codec_context.time_base = "yuv420p", tick
@@ -185,7 +177,8 @@ def _copy_with_labels(container: Any, stream: Any, audio: Any, copy: Any, paint:
                 elif pts <= last:  # its time doesn't follow
                     continue
                 last = pts
-                drawn = paint(to_rgb(frame)[0].permute(1, 2, 0).numpy(), float((pts - first) * tick))
+                progress(second := float((pts - first) * tick))
+                drawn = paint(to_rgb(frame)[0].permute(1, 2, 0).numpy(), second)
                 drawn.pts, drawn.time_base = pts, tick
                 if pts == first:
                     video.height, video.width = drawn.height, drawn.width

@@ -32,6 +32,7 @@ from mvit_video.data.decode.container import (
     Origin,
     best_video_stream,
     check_file,
+    declared_rate,
     decoder_limit,
     is_encrypted,
     open_container,
@@ -214,7 +215,7 @@ def _iter_frames(source: Source, name: str, follow: float | None, max_pixels: in
     while True:
         try:
             with open_stream(source, follow=follow, max_pixels=max_pixels) as (container, stream):
-                rate, tick = rate_of(stream), float(stream.time_base or 0)
+                rate, tick = float(declared_rate(stream)), float(stream.time_base or 0)
                 if name.startswith("http") and (container.size > 0 or container.duration is not None):
                     again = False  # it is known how long it is: it would begin at its front, unlike a camera
                 offset: float | None = None  # of this connection's clock
@@ -239,11 +240,6 @@ def _iter_frames(source: Source, name: str, follow: float | None, max_pixels: in
             return
         log.warning("%s: no more frames; trying to reach it again", name)
         time.sleep(_PAUSE)
-
-
-def rate_of(stream: VideoStream) -> float:
-    """Frames a second, as the container says."""
-    return float(stream.average_rate or stream.guessed_rate or 25)
 
 
 def _decoded(container: InputContainer, stream: VideoStream, name: str) -> Iterator[VideoFrame]:

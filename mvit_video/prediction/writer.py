@@ -23,6 +23,7 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple, cast, get_args
 
+from mvit_video.data.decode import FREE_KEYS
 from mvit_video.errors import ConfigError
 from mvit_video.io.console import csv_cell, valid_text
 from mvit_video.io.fingerprint import (
@@ -53,7 +54,6 @@ Format = Literal["json", "jsonl", "csv", "parquet"]
 Add = Callable[[Prediction], None]
 COLUMNS = ("path", "part", "start", "end", "rank", "class", "score", "error")
 _VERSION = {"version": 2}  # of what lies beside the output
-_FREE = {"weights", "decoder.index_cache", "decoder.max_pixels"}  # they change no prediction
 _PARTS = "part-*.parquet"
 _CLIPS_PER_PART, _SECONDS_PER_PART = 4_000, 60.0  # of a Parquet file, about; what comes first
 
@@ -298,7 +298,7 @@ def _claim(
         raise ConfigError(f"{path} exists and mvit-predict hasn't written it; name another output")
     if before and resume:
         remedy = "name another output, or resume=false to write it anew"
-        require_same(before, settings | _VERSION, what=str(path), remedy=remedy, free=_FREE)
+        require_same(before, settings | _VERSION, what=str(path), remedy=remedy, free=("weights", *FREE_KEYS))
     if journal_file and not before and file_stamp(journal_file).get("size"):
         keep_former(journal_file)
 

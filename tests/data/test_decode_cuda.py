@@ -129,7 +129,7 @@ def test_a_decoder_is_told_how_far_pictures_are_out_of_order(tmp_path: Path, sof
     path = write_numbered_video(tmp_path / "a.mp4", 40, options=X264)
     with av.open(str(path)) as container:
         decoder = cuda.decoder_for(container.streams.video[0], "yuv420p", CPU)
-        assert decoder._context.reorder_depth == container.streams.video[0].codec_context.reorder_depth > 0
+        assert decoder.context.reorder_depth == container.streams.video[0].codec_context.reorder_depth > 0
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_av1_is_decoded_by_name(tmp_path: Path, software: None) -> None:
     )
     with av.open(str(path)) as container:
         decoder = cuda.decoder_for(container.streams.video[0], "yuv420p", CPU)
-        assert decoder._context.codec.name == "av1"
+        assert decoder.context.codec.name == "av1"
 
 
 def test_a_kept_decoder_gives_the_pictures_of_a_new_one(tmp_path: Path, software: None) -> None:
@@ -184,7 +184,7 @@ def test_a_kept_decoder_gives_the_pictures_of_a_new_one(tmp_path: Path, software
             with av.open(str(path)) as container:
                 stream = container.streams.video[0]
                 decoder = cuda.decoder_for(stream, "yuv420p", CPU)
-                contexts.add(id(decoder._context))
+                contexts.add(id(decoder.context))
                 decoder.flush_buffers()
                 container.seek(int(start / 25 / stream.time_base), stream=stream)
                 packets = [packet for packet in container.demux(stream) if packet.size]
@@ -261,7 +261,7 @@ def test_files_that_would_make_ffmpeg_create_its_decoder_anew_have_others(
             tmp_path / f"{number}.mp4", 5, codec=codec, options={"preset": "ultrafast", key: value}
         )
         container, decoder = _decoder(path)
-        contexts.append(decoder._context)
+        contexts.append(decoder.context)
         container.close()
     assert contexts[1] is contexts[3]
     assert len(set(map(id, contexts))) == 3

@@ -20,9 +20,10 @@ from mvit_video.data.decode.pyav import PyAVVideo
 from mvit_video.data.decode.video import Video
 from mvit_video.errors import ConfigError
 
-__all__ = ["BACKENDS", "Decoder", "Video", "device_of", "open_video"]
+__all__ = ["BACKENDS", "FREE_KEYS", "Decoder", "Video", "device_of", "open_video"]
 
 BACKENDS = ("auto", "pyav", "torchcodec", "decord")
+FREE_KEYS = ("decoder.index_cache", "decoder.max_pixels")  # which files can be read, not what they give
 
 
 @dataclass(frozen=True)

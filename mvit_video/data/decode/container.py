@@ -13,6 +13,7 @@ import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from fractions import Fraction
 from typing import IO, TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import av
@@ -102,6 +103,11 @@ def best_video_stream(container: InputContainer, name: str, max_pixels: int = MA
         _require_declared_pixels(name, max_pixels)
     codec.options = decoder_limit(max_pixels)
     return stream
+
+
+def declared_rate(stream: VideoStream) -> Fraction:
+    """Frames a second, as the container says."""
+    return stream.average_rate or stream.guessed_rate or Fraction(25)
 
 
 def _require_declared_pixels(path: str, max_pixels: int) -> None:

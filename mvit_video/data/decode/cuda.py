@@ -10,8 +10,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import TracebackType
-from typing import Any, Literal, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from av.bitstream import BitStreamFilterContext
@@ -60,7 +59,7 @@ _lacking: set[tuple[int, str, str, str | None]] = set()  # as an H100 lacks AV1,
 
 
 class HardwareDecoder:
-    """Used like a PyAV codec context, for the packets of the file that it was last got for.
+    """A ``context`` for the packets of the file that it was last got for, which ``decode`` filters first.
 
     As a context manager it is forgotten where it turns out to be of no use: one that went over to software
     would stay there.
@@ -71,46 +70,35 @@ class HardwareDecoder:
         device, codec, *_ = key.kind
         with _acceleration(device) as acceleration:
             created = CodecContext.create(codec, "r", hwaccel=acceleration)
-        self._context = cast(VideoCodecContext, created)
-        self._context.thread_count = 1
+        self.context = cast(VideoCodecContext, created)
+        self.context.thread_count = 1
         if extradata:
-            self._context.extradata = extradata
-        self._context.options = {"err_detect": "explode"}
+            self.context.extradata = extradata
+        self.context.options = {"err_detect": "explode"}
 
     def begin(self, stream: VideoStream) -> None:
         """Be ready for the packets of a file."""
         # The container may know better than the decoder how far pictures are out of order.
         depth = stream.codec_context.reorder_depth
-        self._context.reorder_depth = max(self._context.reorder_depth, depth)
+        self.context.reorder_depth = max(self.context.reorder_depth, depth)
         self._filter: BitStreamFilterContext | None = None
-        if self._context.name in ("h264", "hevc"):
+        if self.context.name in ("h264", "hevc"):
             # The parameter sets go before every key frame, or the decoder would use a former file's.
-            filters = f"{self._context.name}_mp4toannexb,dump_extra"
+            filters = f"{self.context.name}_mp4toannexb,dump_extra"
             self._filter = BitStreamFilterContext(filters, in_stream=stream)
 
     def __enter__(self) -> HardwareDecoder:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
         if error is not None:
             _thread.decoders.pop(self._key, None)
         if isinstance(error, torch.OutOfMemoryError):
             torch.cuda.empty_cache()  # FFmpeg can't take what PyTorch has in reserve
             raise NotOnHardware(_MEMORY_FULL) from error
 
-    @property
-    def skip_frame(self) -> Literal["DEFAULT", "NONREF"]:
-        """What may be dropped: nothing, or pictures that no other refers to."""
-        return cast(Any, self._context.skip_frame)
-
-    @skip_frame.setter
-    def skip_frame(self, value: Literal["DEFAULT", "NONREF"]) -> None:
-        self._context.skip_frame = value
-
     def flush_buffers(self) -> None:
-        self._context.flush_buffers()
+        self.context.flush_buffers()
 
     def decode(self, packet: Packet[VideoStream] | None) -> list[VideoFrame]:
         """Frames on the GPU; empties the packet.
@@ -119,16 +107,16 @@ class HardwareDecoder:
         """
         frames = self._decode(packet)
         if any(frame.format.name != "cuda" for frame in frames):
-            if self.is_new and self._context.width in _USUAL_SIZES and self._context.height in _USUAL_SIZES:
+            if self.is_new and self.context.width in _USUAL_SIZES and self.context.height in _USUAL_SIZES:
                 _lacking.add(self._key.kind)
-            raise NotOnHardware(f"NVDEC can't decode this kind of {self._context.name}")
+            raise NotOnHardware(f"NVDEC can't decode this kind of {self.context.name}")
         return frames
 
     def _decode(self, packet: Packet[VideoStream] | None) -> list[VideoFrame]:
         if self._filter is None or packet is None:
-            return self._context.decode(packet)
+            return self.context.decode(packet)
         packets = cast("list[Packet[VideoStream]]", self._filter.filter(packet))
-        return [frame for filtered in packets for frame in self._context.decode(filtered)]
+        return [frame for filtered in packets for frame in self.context.decode(filtered)]
 
 
 def decoder_for(

@@ -141,9 +141,7 @@ class FileIndex:
 
     @cached_property
     def _shown(self) -> Integers:
-        return (
-            self._pts[self.packets[self._order, _FLAGS] & _DISCARD == 0] if self.hides_frames else self._pts
-        )
+        return self._pts[self.packets[self._order, _FLAGS] & _DISCARD == 0]
 
     @cached_property
     def key_positions(self) -> list[int]:

@@ -28,6 +28,7 @@ from mvit_video.data.decode.container import (
     ENCRYPTED,
     MAX_PIXELS,
     check_file,
+    declared_rate,
     is_encrypted,
     or_too_large,
     require_pixels,
@@ -109,12 +110,11 @@ class PyAVVideo(Video):
 
     def _measure_times(self, index: FileIndex) -> FrameTimes:
         reader = self.reader
-        declared = float(reader.stream.average_rate or reader.stream.guessed_rate or 25)
         one_rate = reader.guesses_times and index.counted is not None  # as an AVI file has throughout
         return measure_times(
             np.full(len(index.pts), NO_TIME) if one_rate else index.pts,
             reader.stream.time_base or Fraction(1),
-            declared,
+            float(declared_rate(reader.stream)),
             clock_may_jump=reader.clock_may_jump,
         )
 
@@ -208,14 +208,15 @@ class PyAVVideo(Video):
         (self._hardware or reader.codec).flush_buffers()
         for packet in self._packets_of(index, range_):
             pts = None if packet is None else packet.pts  # decoding may empty the packet
-            decoder = self._hardware or reader.codec  # the latter may have been opened anew
+            # The reader may have opened its decoder anew.
+            codec = self._hardware.context if self._hardware else reader.codec
             try:
                 # Pictures that nobody wants or refers to are dropped undecoded: it is lossless. In a doubtful
                 # order all are decoded, and have to come in the order of their times. The key frame is asked
                 # for in any case: dav1d goes by what it is opened with.
                 needed = packet is None or pts in wanted or pts == key.pts or self.needs_reordering
-                decoder.skip_frame = "DEFAULT" if needed else "NONREF"
-                frames = decoder.decode(packet)
+                codec.skip_frame = "DEFAULT" if needed else "NONREF"
+                frames = (self._hardware or codec).decode(packet)
             except FFmpegError:
                 frames = []
                 if pts in positions:
