@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
 from itertools import chain
 from pathlib import Path
@@ -84,6 +84,35 @@ def write_silence(container: Any, stream: Any, seconds: float) -> None:
         frame.sample_rate, frame.pts, frame.time_base = 48_000, start, Fraction(1, 48_000)
         container.mux(stream.encode(frame))
     container.mux(stream.encode(None))
+
+
+def remux(
+    source: Path, path: Path, change: Callable[[Iterator[Any]], Iterable[Any]], **metadata: str
+) -> Path:
+    """Copy a video's packets to another file, as ``change`` gives them, without coding them anew."""
+    with av.open(str(source)) as old, av.open(str(path), "w") as new:
+        stream = new.add_stream_from_template(old.streams.video[0])
+        stream.metadata.update(metadata)
+        for packet in change(packet for packet in old.demux(video=0) if packet.size):
+            packet.stream = stream
+            new.mux(packet)
+    return path
+
+
+def copy_packet(packet: Any, data: bytes | None = None, **changed: Any) -> Any:
+    copy = av.Packet(bytes(packet) if data is None else data)
+    for name in ("pts", "dts", "time_base", "is_keyframe"):
+        setattr(copy, name, changed.get(name, getattr(packet, name)))
+    return copy
+
+
+def repeat(packets: Iterable[Any], times: int) -> Iterator[Any]:
+    """For `remux`: the same packets of equal duration again and again."""
+    kept = list(packets)
+    length = len(kept) * kept[0].duration
+    for shift in range(0, times * length, length):
+        for p in kept:
+            yield copy_packet(p, pts=p.pts + shift, dts=p.dts + shift)
 
 
 def numbered_frame(number: int, height: int = 120, width: int = 160) -> np.ndarray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,15 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from videos import numbered_frame, read_number, write_numbered_video, write_silence, write_video
+from videos import (
+    copy_packet,
+    numbered_frame,
+    read_number,
+    remux,
+    write_numbered_video,
+    write_silence,
+    write_video,
+)
 
 from mvit_video.data.decode import index_cache, open_video
 from mvit_video.data.decode.pyav import PyAVVideo
@@ -161,12 +169,7 @@ def test_times_that_hide_the_order_are_not_trusted(folder: Path, suffix: str) ->
     """B-frames whose times of showing are those of decoding, as old muxers wrote them."""
     source = write_numbered_video(folder / "ordered.mp4", 40, options=X264 | {"bf": "2", "g": "16"})
     path = folder / f"unordered{suffix}"
-    with av.open(str(source)) as old, av.open(str(path), "w") as new:
-        stream = new.add_stream_from_template(old.streams.video[0])
-        for packet in old.demux(video=0):
-            if packet.size:
-                packet.stream, packet.pts = stream, packet.dts
-                new.mux(packet)
+    remux(source, path, lambda packets: (copy_packet(p, pts=p.dts) for p in packets))
     for index in range(40):
         with open_video(path) as video:
             assert numbers(video.get_frames([index])) == [index]
@@ -178,12 +181,7 @@ def test_times_that_hide_the_order_are_not_trusted(folder: Path, suffix: str) ->
 def test_marks_of_key_frames_are_not_trusted(folder: Path, codec: str, suffix: str) -> None:
     source = write_numbered_video(folder / f"few_keys.{codec}.avi", 30, codec=codec, options={"g": "12"})
     path = folder / f"all_keys.{codec}{suffix}"
-    with av.open(str(source)) as old, av.open(str(path), "w") as new:
-        stream = new.add_stream_from_template(old.streams.video[0])
-        for packet in old.demux(video=0):
-            if packet.size:
-                packet.stream, packet.is_keyframe = stream, True
-                new.mux(packet)
+    remux(source, path, lambda packets: (copy_packet(p, is_keyframe=True) for p in packets))
     for index in (29, 14, 7):
         with open_video(path) as video:
             assert numbers(video.get_frames([index])) == [index]
@@ -286,15 +284,7 @@ def test_packed_b_frames_of_xvid_in_avi(folder: Path, between: int) -> None:
     """UCF101's files: two pictures in one packet, later an empty one. FFmpeg guesses their times wrongly."""
     options = {"bf": str(between), "g": "12", "sc_threshold": "1000000000"}
     source = write_numbered_video(folder / "unpacked.avi", 73, codec="mpeg4", options=options)
-    path = folder / f"packed{between}.avi"
-    with av.open(str(source)) as old, av.open(str(path), "w") as new:
-        packets = [(bytes(packet), packet.is_keyframe) for packet in old.demux(video=0) if packet.size]
-        stream = new.add_stream_from_template(old.streams.video[0])
-        for number, (data, is_key) in enumerate(_pack(packets)):
-            packet = av.Packet(data)
-            packet.stream, packet.pts, packet.dts, packet.time_base = stream, number, number, Fraction(1, 25)
-            packet.is_keyframe = is_key
-            new.mux(packet)
+    path = remux(source, folder / f"packed{between}.avi", lambda packets: _numbered(_pack(_parts(packets))))
     assert [read_number(picture) for picture in plain_decode(path)] == list(range(73))
     with open_video(path) as video:
         assert isinstance(video, PyAVVideo)
@@ -303,6 +293,16 @@ def test_packed_b_frames_of_xvid_in_avi(folder: Path, between: int) -> None:
         for indices in requests(73).values():
             assert numbers(video.get_frames(indices)) == indices
         assert video.index is not None  # it was not decoded from the front
+
+
+def _parts(packets: Iterator[Any]) -> list[tuple[bytes, bool]]:
+    return [(bytes(packet), packet.is_keyframe) for packet in packets]
+
+
+def _numbered(parts: Iterable[tuple[bytes, bool]]) -> Iterator[Any]:
+    for number, (data, is_key) in enumerate(parts):
+        time = {"pts": number, "dts": number, "time_base": Fraction(1, 25)}
+        yield copy_packet(av.Packet(data), **time, is_keyframe=is_key)
 
 
 def _pack(packets: list[tuple[bytes, bool]]) -> Iterator[tuple[bytes, bool]]:
@@ -325,16 +325,13 @@ def _is_b_frame(data: bytes) -> bool:
 def test_mpeg4_packets_without_a_picture_are_no_frames(folder: Path, suffix: str) -> None:
     """XviD leaves out pictures in which nothing changes."""
     source = write_numbered_video(folder / "mpeg4_all.avi", 30, codec="mpeg4", options={"g": "100"})
-    path = folder / f"mpeg4_left_out{suffix}"
-    with av.open(str(source)) as old, av.open(str(path), "w") as new:
-        packets = [(bytes(packet), packet.is_keyframe) for packet in old.demux(video=0) if packet.size]
-        packets[9:9] = packets[20:20] = [(_NOT_CODED, False)]
-        stream = new.add_stream_from_template(old.streams.video[0])
-        for number, (data, is_key) in enumerate(packets):
-            packet = av.Packet(data)
-            packet.stream, packet.pts, packet.dts, packet.time_base = stream, number, number, Fraction(1, 25)
-            packet.is_keyframe = is_key
-            new.mux(packet)
+
+    def left_out(packets: Iterator[Any]) -> Iterator[Any]:
+        parts = _parts(packets)
+        parts[9:9] = parts[20:20] = [(_NOT_CODED, False)]
+        return _numbered(parts)
+
+    path = remux(source, folder / f"mpeg4_left_out{suffix}", left_out)
     shown = [read_number(picture) for picture in plain_decode(path)]
     assert shown == list(range(30))
     with open_video(path) as video:
@@ -345,16 +342,14 @@ def test_mpeg4_packets_without_a_picture_are_no_frames(folder: Path, suffix: str
 
 def test_hidden_vp8_pictures_are_no_frames(folder: Path) -> None:
     source = write_numbered_video(folder / "vp8_shown.webm", 20, codec="libvpx", options=VP9)
-    path = folder / "vp8_hidden.webm"
-    with av.open(str(source)) as old, av.open(str(path), "w") as new:
-        stream = new.add_stream_from_template(old.streams.video[0])
-        for number, packet in enumerate(p for p in old.demux(video=0) if p.size):
-            data = bytearray(bytes(packet))
+
+    def hidden(packets: Iterator[Any]) -> Iterator[Any]:
+        for number, p in enumerate(packets):
+            data = bytearray(bytes(p))
             data[0] &= ~16 if number in (7, 12) else 255
-            copy = av.Packet(bytes(data))
-            copy.stream, copy.pts, copy.dts, copy.time_base = stream, packet.pts, packet.dts, packet.time_base
-            copy.is_keyframe = packet.is_keyframe
-            new.mux(copy)
+            yield copy_packet(p, bytes(data))
+
+    path = remux(source, folder / "vp8_hidden.webm", hidden)
     shown = [i for i in range(20) if i not in (7, 12)]
     with open_video(path) as video:
         assert video.num_frames == 18

@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import tracemalloc
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 import pytest
 from conftest import Command
 from test_decode import X264, numbers, settle
-from videos import write_numbered_video
+from videos import remux, repeat, write_numbered_video
 
 from mvit_video.data.decode import index_cache, open_video
 from mvit_video.data.decode.reader import PacketReader
@@ -148,23 +148,6 @@ def test_memory_of_kept_indices_is_bounded(tmp_path: Path, monkeypatch: pytest.M
     assert len(index_cache._memory._entries) == 2
 
 
-def _repeated(short: Path, path: Path, repeats: int) -> Path:
-    with av.open(str(short)) as source, av.open(str(path), "w") as target:
-        stream = source.streams.video[0]
-        copy = target.add_stream_from_template(stream)
-        packets = [packet for packet in source.demux(stream) if packet.size]
-        ticks = 50 * packets[0].duration
-        for repeat in range(repeats):
-            for packet in packets:
-                again = av.Packet(bytes(packet))
-                again.pts, again.dts = packet.pts + repeat * ticks, packet.dts + repeat * ticks
-                again.time_base, again.stream = packet.time_base, copy
-                again.is_keyframe = packet.is_keyframe
-                target.mux(again)
-    settle(path)
-    return path
-
-
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
 def test_a_clip_of_a_long_file_costs_no_more(
     tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
@@ -183,7 +166,8 @@ def test_a_clip_of_a_long_file_costs_no_more(
     monkeypatch.setattr(PacketReader, "_demux", counted)
     costs, peaks, kept = [], [], tmp_path / "kept"
     for repeats in (5, 300):
-        path = _repeated(short, tmp_path / f"{repeats}{suffix}", repeats)
+        path = remux(short, tmp_path / f"{repeats}{suffix}", partial(repeat, times=repeats))
+        settle(path)
         tracemalloc.start()
         with open_video(path, index_cache=kept) as video:
             video.get_frames([0])

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Command
-from videos import numbered_frame, read_number, write_numbered_video, write_video
+from videos import numbered_frame, read_number, remux, repeat, write_numbered_video, write_video
 
 import mvit_video as mv
 from mvit_video.data.pixels import resize_for_test
@@ -406,22 +406,6 @@ def test_a_stream_over_the_network(checkpoint: Path, tmp_path: Path) -> None:
         next(mv.Recognizer(checkpoint).watch(address, length=1, stride=1))
 
 
-def repeated(source: Path, times: int, path: Path) -> Path:
-    """The same packets again and again, without coding them anew."""
-    with av.open(str(source)) as file, av.open(str(path), "w") as out:
-        stream = out.add_stream_from_template(file.streams.video[0])
-        packets = [(bytes(p), p.pts, p.dts, p.is_keyframe) for p in file.demux(video=0) if p.size]
-        length = int(file.streams.video[0].duration)
-        base = file.streams.video[0].time_base
-        for turn in range(times):
-            for data, pts, dts, key in packets:
-                packet = av.Packet(data)
-                packet.stream, packet.time_base = stream, base
-                packet.pts, packet.dts, packet.is_keyframe = pts + turn * length, dts + turn * length, key
-                out.mux(packet)
-    return path
-
-
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_length(checkpoint: Path, tmp_path: Path) -> None:
     """An hour of video peaks where five minutes do (each in a process of its own)."""
@@ -434,7 +418,7 @@ def test_memory_does_not_grow_with_the_length(checkpoint: Path, tmp_path: Path) 
     )
     found = []
     for minutes in (5, 60):
-        path = repeated(source, minutes, tmp_path / f"{minutes}.mp4")
+        path = remux(source, tmp_path / f"{minutes}.mp4", partial(repeat, times=minutes))
         done = subprocess.run(
             [sys.executable, "-c", code, str(path)], capture_output=True, text=True, timeout=500
         )
