@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mvit_video.errors import ConfigError
 from mvit_video.model import ClipSpec, MViT, MViTConfig
 from mvit_video.model.attention import NORM_EPS
 from mvit_video.model.config import Grid, floor_divide, plan_blocks
@@ -50,11 +49,7 @@ class MaskFeat(MViT):
         protocol: ClipSpec | None = None,
     ) -> None:
         super().__init__(config, protocol)
-        if (
-            not depths
-            or sorted(set(depths)) != list(depths)
-            or not 0 <= depths[0] <= depths[-1] < len(self.blocks)
-        ):
+        if not depths or list(depths) != sorted({*depths} & {*range(len(self.blocks))}):
             raise ValueError(f"depths must be rising numbers from 0 to {len(self.blocks) - 1}, got {depths}")
         if features not in ("hog", "pixels"):
             raise ValueError(f"features must be hog or pixels, got {features!r}")
@@ -144,14 +139,12 @@ class MaskFeat(MViT):
         Raises:
             CheckpointError: the file can't be read, or names or shapes differ.
         """
-        if head not in ("strict", "new"):
-            raise ConfigError(f"head must be 'strict' or 'new', got {head!r}")
         name = "state dict" if isinstance(source, Mapping) else str(source)
         weights = find_weights(source if isinstance(source, Mapping) else read_checkpoint(source), name)[0]
         expected = self.state_dict()
-        own = tuple(key for key in expected if head == "new" and key.startswith("pred_head."))
+        own = [key for key in expected if head == "new" and key.startswith("pred_head.")]
         # Officially, the constants of HOG lie among the weights.
-        left_out = ("hogs.", "pred_head.") if own else ("hogs.",)
+        left_out = ("hogs.", "pred_head.") if own else "hogs."
         weights = {key: value for key, value in weights.items() if not key.startswith(left_out)}
         adapt = functools.partial(adapt_shape, grid=self.grid)
         fitted, report = fit_weights(expected, weights, name, kept=own, adapt=adapt)

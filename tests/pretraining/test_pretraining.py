@@ -26,7 +26,7 @@ from mvit_video.model.clip_spec import KINETICS_MEAN, KINETICS_STD
 from mvit_video.pretraining.data import MaskedTestViews, MaskedTrainingClips, collate_masked
 from mvit_video.pretraining.hog import cells_of, hog, hog_targets
 from mvit_video.pretraining.masks import Masking
-from mvit_video.pretraining.picture import render
+from mvit_video.pretraining.pretrainer import render
 
 SMALL = [
     "experiment=maskfeat_motion",
