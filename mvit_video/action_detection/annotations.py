@@ -13,8 +13,8 @@ import logging
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 Box = tuple[float, float, float, float]
 Files = str | Path | Sequence[str | Path]
 Source = tuple[Path, float | None]  # a box file, and the score below which its rows are left out
+Films = dict[str, tuple[str, float]]  # path and first second of each video
 
 # Clips of Kinetics are named by where they were cut out: o3lCwWyyc_s_000012_000022.mp4
 _CUT = re.compile(r"(?P<name>.+)_(?P<start>\d{6})_\d{6}")
@@ -167,24 +168,23 @@ def action_splits(
     """
     folder = existing(root, folder=True)
     given = folder / Path(str(videos)).expanduser() if videos else None
-    place = given or find_first(folder, "videos", "frames") or folder
-    source = _Films(existing(place, folder=True), start_second, max_missing)
-    lists = [_read_frame_list(folder / str(file), source.folder) for file in frame_lists or ()]
+    place = existing(given or find_first(folder, "videos", "frames") or folder, folder=True)
+    lists = [_read_frame_list(folder / str(file), place, start_second) for file in frame_lists or ()]
     train, true = _sources(folder, train_boxes), _sources(folder, val_boxes)
     names = _names(folder, class_names, [file for file, _ in train])
     within = tuple(map(float, seconds or (-math.inf, math.inf)))
 
     train += _sources(folder, train_persons, min_person_score)
     val = _sources(folder, val_persons, min_person_score) or true
-    key_frames = [
-        source.key_frames(_people(files, within, max(names)), pictures, files[0][0])
-        for files, pictures in zip((train, val), lists or (None, None), strict=True)
-    ]
-    rows = [row for file, _ in true for row in read_boxes(file) if row.class_id is not None]
+    indices = []
+    for files, listed in zip((train, val), lists or (None, None), strict=True):
+        people = _people(files, within, max(names))
+        films = _find_films(place, people, start_second) if listed is None else listed
+        indices.append(_key_frames(people, films, files[0][0], place, max_missing))
+    rows = tuple(row for file, _ in true for row in read_boxes(file) if row.class_id is not None)
     left_out = tuple(read_moments(folder / str(excluded))) if excluded else ()
-    return ActionSplits(
-        ActionIndex(key_frames[0]), ActionIndex(key_frames[1], tuple(rows), left_out), names, val_every
-    )
+    measured = replace(indices[1], ground_truth=rows, excluded=left_out)
+    return ActionSplits(indices[0], measured, names, val_every)
 
 
 def read_boxes(path: str | Path) -> list[BoxRow]:
@@ -264,73 +264,66 @@ def _people(files: Sequence[Source], seconds: tuple[float, ...], num_classes: in
     return people
 
 
-class _Films(NamedTuple):
-    """Where the videos are."""
-
-    folder: Path
-    start: float
-    max_missing: float
-
-    def key_frames(
-        self, people: People, pictures: dict[str, str] | None, source: Path
-    ) -> tuple[KeyFrame, ...]:
-        """The key frames in the order of a list of pictures, else of the box files; a video's by time."""
-        found = self._find(people) if pictures is None else {k: (v, self.start) for k, v in pictures.items()}
-        if not people:
-            raise DataError(f"{source}: has no rows that can be used")
-        order = list(found) if pictures is not None else list(people)
-        missing = [
-            name for name in people if name not in found or not Path(entry_on_disk(found[name][0])).exists()
-        ]
-        if len(missing) == len(people) or len(missing) > self.max_missing * len(people):
-            raise DataError(
-                f"{source}: {len(missing)} of its {len(people)} videos are missing in {self.folder}, such as "
-                f"{quoted(missing[0])}; set data.videos, or allow it: max_missing is the share allowed"
-            )
-        if missing:
-            log.warning("%s: %d videos are missing, such as %s", source, len(missing), missing[0])
-        return tuple(
+def _key_frames(people: People, films: Films, source: Path, place: Path, max_missing: float) -> ActionIndex:
+    """The key frames in the order of the films, a film's by time."""
+    if not people:
+        raise DataError(f"{source}: has no rows that can be used")
+    missing = {
+        name for name in people if name not in films or not Path(entry_on_disk(films[name][0])).exists()
+    }
+    if len(missing) == len(people) or len(missing) > max_missing * len(people):
+        raise DataError(
+            f"{source}: {len(missing)} of its {len(people)} videos are missing in {place}, such as "
+            f"{quoted(min(missing))}; set data.videos, or allow it: max_missing is the share allowed"
+        )
+    if missing:
+        log.warning("%s: %d videos are missing, such as %s", source, len(missing), min(missing))
+    return ActionIndex(
+        tuple(
             KeyFrame(
                 video,
-                found[video][0],
+                path,
                 second,
-                found[video][1],
+                start,
                 tuple(box for box, _ in moment.values()),
                 tuple(tuple(sorted(ids)) for _, ids in moment.values()),
             )
-            for video in order
+            for video, (path, start) in films.items()
             if video in people and video not in missing
             for second, moment in sorted(people[video].items())
         )
+    )
 
-    def _find(self, people: People) -> dict[str, tuple[str, float]]:
-        """Path and first second of the videos that are there."""
-        found: dict[str, tuple[str, float]] = {}
-        others = []
-        for name in names_in(self.folder):
-            path = self.folder / name
-            if path.is_dir() and name not in people:
-                others.append(path)
-            else:
-                self._take(str(path), people, found)
-        if len(found) < len(people):  # folders of classes, as Kinetics has
-            for folder in others:
-                for file in FileSearch().below(folder):
-                    self._take(file, people, found)
-        return found
 
-    def _take(self, path: str, people: People, found: dict[str, tuple[str, float]]) -> None:
+def _find_films(folder: Path, names: Collection[str], start: float) -> Films:
+    """Those of some videos that are in a folder or, as Kinetics has them, in folders of classes in it."""
+    found: Films = {}
+
+    def take(path: str) -> None:
         name = Path(path).name
         stem, suffix = os.path.splitext(name)  # noqa: PTH122
-        if name in people:
-            found[name] = (path, self.start)
-        elif suffix.lower() in VIDEO_EXTENSIONS and stem in people:
-            found[stem] = (path, self.start)
-        elif suffix.lower() in VIDEO_EXTENSIONS and (cut := _CUT.fullmatch(stem)) and cut["name"] in people:
+        if name in names:
+            found[name] = (path, start)
+        elif suffix.lower() not in VIDEO_EXTENSIONS:
+            return
+        elif stem in names:
+            found[stem] = (path, start)
+        elif (cut := _CUT.fullmatch(stem)) and cut["name"] in names:
             found[cut["name"]] = (path, float(cut["start"]))
 
+    others = []
+    for path in (folder / name for name in names_in(folder)):
+        if path.is_dir() and path.name not in names:
+            others.append(path)
+        else:
+            take(str(path))
+    for other in others if len(found) < len(names) else ():
+        for file in FileSearch().below(other):
+            take(file)
+    return {name: found[name] for name in names if name in found}
 
-def _read_frame_list(file: Path, folder: Path) -> dict[str, str]:
+
+def _read_frame_list(file: Path, folder: Path, start: float) -> Films:
     """Of each video of PySlowFast's list, the numbered run of its pictures."""
     ends: dict[str, list[str]] = {}
     for where, line in islice(lines_of(existing(file)), 1, None):  # below the names of the columns
@@ -339,12 +332,12 @@ def _read_frame_list(file: Path, folder: Path) -> dict[str, str]:
             raise DataError(f"{where}: expected original_vido_id video_id frame_id path labels")
         run = ends.setdefault(cells[0], [cells[3], cells[3]])
         run[1] = cells[3]
-    runs: dict[str, str] = {}
+    runs: Films = {}
     for name, (first, last) in ends.items():
         pattern = frame_pattern(str(folder / first), str(folder / last))
         if pattern is None:
             raise DataError(f"{file}: the pictures of {name} aren't numbered in order")
-        runs[name] = pattern
+        runs[name] = (pattern, start)
     return runs
 
 

@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torchvision.ops import clip_boxes_to_image
 
 from mvit_video.data.sampling import SpatialView, spatial_views
 from mvit_video.errors import ConfigError
@@ -48,8 +49,7 @@ def to_pixels(boxes: Tensor, height: int, width: int) -> Tensor:
 
 def clip_boxes(boxes: Tensor, height: int, width: int) -> Tensor:
     """Boxes (N, 4) within [0, width - 1] x [0, height - 1]; those beyond lie on the border, without area."""
-    most = boxes.new_tensor([width - 1, height - 1, width - 1, height - 1])
-    return torch.minimum(boxes.clamp(min=0), most)
+    return clip_boxes_to_image(boxes, (height - 1, width - 1))
 
 
 def resize_boxes(boxes: Tensor, height: int, width: int, short_side: int) -> Tensor:

@@ -19,7 +19,7 @@ from mvit_video.action_detection.annotations import KeyFrame
 from mvit_video.action_detection.boxes import PixelSplit, clip_view, key_frame_indices, move_boxes
 from mvit_video.data.datasets import BadVideo, OpenVideo, cat_clips, read_or_replace
 from mvit_video.data.decode import Video, open_video
-from mvit_video.data.pixels import PendingClips, cut_and_resize, finish_clips, normalise
+from mvit_video.data.pixels import Clips, PendingClips, cut_and_resize, finish_clips, normalise
 from mvit_video.data.sampling import SpatialView
 from mvit_video.errors import VideoError
 from mvit_video.model.clip_spec import ClipSpec
@@ -86,7 +86,7 @@ class ActionSample(NamedTuple):
     """A clip around a key frame.
 
     Attributes:
-        clip: float (3, T, H, W), or ``PendingClips``; empty where the video gave none.
+        clip: of one clip, float (1, 3, T, H, W), or a pending one; none where the video gave none.
         boxes: float (N, 4), pixels of the clip.
         targets: float (N, num_classes), 1 for what is done.
         bad: videos that it stands in for, or its own.
@@ -154,7 +154,7 @@ class ActionClips(Dataset[ActionSample]):
         epoch, index = key if isinstance(key, tuple) else (0, key)
         rng = random.Random(f"{self.seed} {epoch} {index}")
 
-        def read(index: int) -> tuple[Tensor | PendingClips, Tensor]:
+        def read(index: int) -> tuple[Clips, Tensor]:
             with self.open_file(self.key_frames[index].path) as video:
                 return self._read(video, self.key_frames[index], rng)
 
@@ -173,9 +173,7 @@ class ActionClips(Dataset[ActionSample]):
             targets[row, [number - 1 for number in ids]] = 1
         return ActionSample(self.key_frames[index], clip, boxes, targets, bad)
 
-    def _read(
-        self, video: Video, frame: KeyFrame, rng: random.Random
-    ) -> tuple[Tensor | PendingClips, Tensor]:
+    def _read(self, video: Video, frame: KeyFrame, rng: random.Random) -> tuple[Clips, Tensor]:
         height, width = video.size
         view, size = clip_view(
             height,
@@ -189,8 +187,8 @@ class ActionClips(Dataset[ActionSample]):
         )
         boxes = move_boxes(torch.tensor(frame.boxes).reshape(-1, 4), height, width, view, size)
         colours = Colours.draw(self.augment, rng) if self.split == "train" else Colours()
-        read = read_pending_clip if self.pending else read_clip
-        return read(video, frame, self.spec, view, size, colours), boxes
+        clip = read_clip(video, frame, self.spec, view, size, colours)
+        return clip if self.pending else finish_clips(clip), boxes
 
 
 def read_clip(
@@ -200,24 +198,19 @@ def read_clip(
     view: SpatialView,
     size: tuple[int, int],
     colours: Colours = Colours(),  # noqa: B008 (immutable)
-) -> Tensor:
-    """The clip around a key frame: what is seen by a view of (height, width) ``size``, float (3, T, H, W).
+) -> list[PendingClips | Tensor]:
+    """The clip around a key frame, what is seen by a view of (height, width) ``size``: (1, 3, T, H, W).
+
+    It is pending where the pictures' bytes aren't more than the floats of the clip.
 
     Raises:
         VideoError: the file can't give it.
     """
-    return finish_clip(read_pending_clip(video, frame, spec, view, size, colours))
-
-
-def read_pending_clip(
-    video: Video, frame: KeyFrame, spec: ClipSpec, view: SpatialView, size: tuple[int, int], colours: Colours
-) -> Tensor | PendingClips:
-    """The same, pending where the pictures' bytes aren't more than the floats of the clip."""
     look = partial(_look, view=view, size=size, colours=colours, spec=spec)
     numbers = frame_numbers(frame, video.times, spec)
     if math.prod(video.size) <= 4 * math.prod(size):
-        return PendingClips(video.get_frames(numbers), partial(_to_clips, look=look))
-    return video.get_frames(numbers, transform=look).transpose(0, 1)
+        return [PendingClips(video.get_frames(numbers), partial(_to_clips, look=look))]
+    return [video.get_frames(numbers, transform=look).transpose(0, 1)[None]]
 
 
 def _look(
@@ -228,11 +221,6 @@ def _look(
 
 def _to_clips(frames: Tensor, *, look: Callable[[Tensor], Tensor]) -> Tensor:
     return look(frames).transpose(0, 1)[None]
-
-
-def finish_clip(clip: Tensor | PendingClips, device: str | None = None) -> Tensor:
-    """Float (3, T, H, W) on a device, as ``finish_clips``."""
-    return clip.to(device) if isinstance(clip, Tensor) else finish_clips([clip], device)[0]
 
 
 def frame_numbers(frame: KeyFrame, times: Sequence[float] | np.ndarray, spec: ClipSpec) -> list[int]:
@@ -266,13 +254,13 @@ def frame_numbers(frame: KeyFrame, times: Sequence[float] | np.ndarray, spec: Cl
 
 def collate(samples: Sequence[ActionSample]) -> ActionBatch:
     """Clips of one size; bad videos leave none."""
-    good = [s for s in samples if not isinstance(s.clip, Tensor) or s.clip.numel()]
+    good = [sample for sample in samples if len(sample.clip)]
     rows = [
         torch.cat([torch.full((len(sample.boxes), 1), float(number)), sample.boxes.float()], 1)
         for number, sample in enumerate(good)
     ]
     return ActionBatch(
-        cat_clips([s.clip[None] if isinstance(s.clip, Tensor) else [s.clip] for s in good]),
+        cat_clips([sample.clip for sample in good]),
         torch.cat(rows) if rows else torch.empty(0, 5),
         torch.cat([sample.targets for sample in good]) if good else torch.empty(0),
         [sample.key_frame for sample in good],

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 from torchvision.utils import draw_bounding_boxes
 
+from mvit_video.action_detection.boxes import clip_boxes
 from mvit_video.io.console import printable
 
 
@@ -21,17 +21,11 @@ def draw_people(picture: Tensor, boxes: Tensor, texts: Sequence[str]) -> Tensor:
     if not len(boxes):
         return picture.clone()
     height, width = picture.shape[1:]
-    limits = boxes.new_tensor([width - 1, height - 1] * 2)
-    inside = torch.minimum(boxes.clamp(min=0), limits).round()
-    shown = [f" {printable(text)}" if text else "" for text in texts]
-    colours = ["#ffbe00"] * len(shown)
-    drawn: Tensor = draw_bounding_boxes(
+    return draw_bounding_boxes(
         picture,
-        inside,
-        shown,
-        colours,
+        clip_boxes(boxes, height, width).round(),
+        [f" {printable(text)}" if text else "" for text in texts],
+        "#ffbe00",
         width=max(1, min(height, width) // 160),
-        label_colors=["black"] * len(shown),
         fill_labels=True,
     )
-    return drawn

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from mvit_video.action_detection.annotations import ActionIndex, KeyFrame, write_boxes
-from mvit_video.action_detection.clips import ActionClips, ActionSample, collate, finish_clip
+from mvit_video.action_detection.clips import ActionClips, ActionSample, collate
 from mvit_video.action_detection.detector import ActionDetector
 from mvit_video.action_detection.metrics import Row, mean_average_precision
 from mvit_video.data.datasets import BadVideo, OpenVideo, validation_loader
+from mvit_video.data.pixels import finish_clips
 from mvit_video.data.ranks import Ranks
 from mvit_video.errors import DataError
 from mvit_video.evaluation.run import file_identity, resumable
@@ -73,7 +74,7 @@ def score_people(
     clips = ActionClips(key_frames, spec, num_classes, "test", open_file=open_file, pending=True)
     with closing(validation_loader(clips, list, batch_size=batch_size, **loading)) as loader:
         for samples in loader:
-            finished = (sample._replace(clip=finish_clip(sample.clip, device)) for sample in samples)
+            finished = (sample._replace(clip=finish_clips(sample.clip, device)) for sample in samples)
             for shape, same in groupby(finished, key=lambda sample: sample.clip.shape):
                 group = list(same)
                 if not math.prod(shape):

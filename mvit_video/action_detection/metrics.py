@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -55,19 +55,16 @@ def mean_average_precision(
     """
     if order not in ("score", "file"):
         raise ValueError(f"order must be 'score' or 'file', got {order!r}")
-    known = list(dict.fromkeys(int(number) for number in class_ids))
+    known = dict.fromkeys(map(int, class_ids))  # each once, in order
     left_out = {_moment(row) for row in excluded}
-    most = {"score": max_per_frame, "file": None}[order]
-    truth = _by_frame(ground_truth, known, left_out, by_score=order == "score", most=None)
-    found = _by_frame(detections, known, left_out, by_score=order == "score", most=most)
-    num_true = dict.fromkeys(known, 0)
-    for frame in truth.values():
-        for _, number, *_ in frame:
-            num_true[number] += 1
+    by_score = order == "score"
+    truth = _by_frame(ground_truth, known, left_out, by_score=by_score)
+    found = _by_frame(detections, known, left_out, by_score=by_score, most=max_per_frame)
+    num_true = Counter(number for frame in truth.values() for _, number, *_ in frame)
     marks = _mark(truth, found)
     precisions = {
-        number: _average_precision(marks.get(number, ()), count) if count else None
-        for number, count in num_true.items()
+        number: _average_precision(marks[number], num_true[number]) if num_true[number] else None
+        for number in known
     }
     defined = [value for value in precisions.values() if value is not None]
     return (float(np.mean(defined)) if defined else math.nan), precisions
@@ -78,10 +75,14 @@ def _moment(row: Row) -> Moment:
 
 
 def _by_frame(
-    rows: Iterable[Row], class_ids: Iterable[int], left_out: set[Moment], *, by_score: bool, most: int | None
+    rows: Iterable[Row],
+    wanted: Collection[int],
+    left_out: set[Moment],
+    *,
+    by_score: bool,
+    most: float = math.inf,
 ) -> dict[Moment, list[_Entry]]:
-    """The boxes of each frame in the order in which they are matched."""
-    wanted = set(class_ids)
+    """The boxes of each frame in the order in which they are matched, with ``by_score`` at ``most``."""
     frames: dict[Moment, list[_Entry]] = defaultdict(list)
     for row in rows:
         if row[6] in (None, ""):  # a person without an action
@@ -93,12 +94,11 @@ def _by_frame(
         score = 1.0 if len(row) < 8 or row[7] is None else float(row[7])
         if not math.isfinite(score):
             raise ValueError(f"the score of class {number} in {moment} is {score}")
-        entry = (score, number, y1, x1, y2, x2)
-        frame = frames[moment]
+        entry, frame = (score, number, y1, x1, y2, x2), frames[moment]
         # A heap even where all are kept: equal scores then come in the evaluator's own order.
         if not by_score:
             frame.append(entry)
-        elif most is None or len(frame) < most:
+        elif len(frame) < most:
             heapq.heappush(frame, entry)
         elif score > frame[0][0]:
             heapq.heapreplace(frame, entry)
@@ -122,9 +122,9 @@ def _mark(
             score, number, y1, x1, y2, x2 = entry
             if x1 >= x2 or y1 >= y2:
                 continue
-            overlaps = [_iou(entry, person) for person in people.get(number, ())]
-            best = overlaps.index(max(overlaps)) if overlaps else 0
-            right = bool(overlaps) and overlaps[best] >= IOU_THRESHOLD and (number, best) not in taken
+            overlaps = [(_iou(entry, person), -index) for index, person in enumerate(people[number])]
+            overlap, best = max(overlaps, default=(0.0, 0))  # of equal ones the first
+            right = overlap >= IOU_THRESHOLD and (number, best) not in taken
             if right:
                 taken.add((number, best))
             marks[number].append((score, right))
@@ -140,10 +140,9 @@ def _iou(one: _Entry, other: _Entry) -> float:
 
 def _average_precision(marks: Sequence[tuple[float, bool]], num_true: int) -> float:
     """Area under the falling envelope of precision over recall."""
-    scores = np.array([score for score, _ in marks])
-    right = np.array([is_right for _, is_right in marks], dtype=bool)
+    scores, right = np.array([*marks]).reshape(-1, 2).T
     # Of equal scores the last is first, as in both evaluators where numpy's sort keeps their order.
-    right = right[np.argsort(scores, kind="stable")[::-1]]
+    right = right[np.argsort(scores, kind="stable")[::-1]].astype(bool)
     hits: npt.NDArray[np.int64] = np.cumsum(right)
     precision = hits / np.arange(1, len(hits) + 1)
     envelope = np.maximum.accumulate(precision[::-1])[::-1]

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from mvit_video.action_detection.clips import read_clip
 from mvit_video.action_detection.detector import ActionDetector
 from mvit_video.action_detection.drawing import draw_people
 from mvit_video.data.decode import Video
+from mvit_video.data.pixels import finish_clips
 from mvit_video.errors import VideoError
 from mvit_video.prediction.follower import Follower
 from mvit_video.prediction.prediction import NOT_FINITE, Segment
@@ -54,8 +56,9 @@ class PersonActions:
     scores: dict[str, float]
 
     def likely(self, min_score: float) -> PersonActions:
-        """The same without what is less likely."""
-        return replace(self, scores={name: s for name, s in self.scores.items() if s >= min_score})
+        """The same without what is less likely, the likeliest action first."""
+        best = sorted(self.scores.items(), key=lambda pair: -pair[1])
+        return replace(self, scores={name: score for name, score in best if score >= min_score})
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,7 @@ class PeopleWatcher:
         spec = self.detector.protocol
         view, size = clip_view(height, width, spec, "test")
         frame = KeyFrame(Path(video.path).stem, video.path, at, 0.0, (), ())
-        clip = read_clip(video, frame, spec, view, size)[None].to(self.device)
+        clip = finish_clips(read_clip(video, frame, spec, view, size), self.device)
         boxes = torch.nn.functional.pad(move_boxes(people, height, width, view, size), (1, 0))
         with self.autocast:
             logits = self.detector(clip, boxes.to(self.device)).float().cpu()
@@ -182,8 +185,7 @@ def to_rows(people: Iterable[PersonActions], min_score: float) -> Iterator[tuple
 
 def to_json(one: PersonActions, min_score: float) -> str:
     """A line of JSON, the likeliest action first."""
-    likely = sorted(one.scores.items(), key=lambda pair: -pair[1])
-    return json.dumps({**asdict(one), "scores": {k: v for k, v in likely if v >= min_score}}, allow_nan=False)
+    return json.dumps(asdict(one.likely(min_score)), allow_nan=False)
 
 
 def people_painter(
@@ -212,5 +214,5 @@ def people_painter(
 
 def to_text(one: PersonActions, min_score: float, most: int = SHOWN) -> str:
     """A person's number and likeliest actions."""
-    likely = sorted(one.scores.items(), key=lambda pair: -pair[1])[:most]
-    return f"{one.person}: " + ", ".join(f"{n} {score:.0%}" for n, score in likely if score >= min_score)
+    likely = islice(one.likely(min_score).scores.items(), most)
+    return f"{one.person}: " + ", ".join(f"{name} {score:.0%}" for name, score in likely)

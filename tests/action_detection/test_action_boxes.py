@@ -23,6 +23,7 @@ from mvit_video.action_detection.boxes import (
     to_pixels,
 )
 from mvit_video.action_detection.clips import ActionAugment, Colours, read_clip
+from mvit_video.data.pixels import finish_clips
 from mvit_video.errors import ConfigError
 from mvit_video.model import ClipSpec
 
@@ -118,7 +119,7 @@ def test_boxes_and_pixels_are_the_official_ones(case: dict[str, Any]) -> None:
 
     film: Any = Film(height, width, case["tag"])
     frame = KeyFrame("film", "film", 1 / 30, 0.0, (), ())
-    clip = read_clip(film, frame, spec, view, size, Colours.draw(augment, rng))
+    (clip,) = finish_clips(read_clip(film, frame, spec, view, size, Colours.draw(augment, rng)))
     clip = clip.flip(0) if options.get("bgr") else clip  # as it can be turned on there
     # There resized pixels are rounded, which the change of colours enlarges.
     near = 1.4 * 0.5 / 255 / 0.225 + 1e-3
