@@ -25,6 +25,8 @@ TEST_SHORT_SIDE, MAX_SIDE = 800, 1333
 JITTER_SIZE = 1024
 PADDING = 128  # grey level
 
+Masks = list[list[NDArray[np.float64]]] | NDArray[np.bool_]
+
 
 @dataclass(frozen=True)
 class Objects:
@@ -39,27 +41,31 @@ class Objects:
     image: Image.Image
     boxes: NDArray[np.float64]
     labels: NDArray[np.int64]
-    masks: list[list[NDArray[np.float64]]] | NDArray[np.bool_]
+    masks: Masks
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the image, pixels."""
+        return self.image.height, self.image.width
 
     def resized(self, height: int, width: int) -> Objects:
         """Stretched to another size; bitmaps by their nearest pixels."""
         scale = np.array([width / self.image.width, height / self.image.height])
-        masks = self.masks
-        if isinstance(masks, np.ndarray):
-            stretched = [Image.fromarray(m).resize((width, height), Image.Resampling.NEAREST) for m in masks]
+        masks: Masks
+        if isinstance(self.masks, np.ndarray):
+            bitmaps = map(Image.fromarray, self.masks)
+            stretched = [bitmap.resize((width, height), Image.Resampling.NEAREST) for bitmap in bitmaps]
             masks = np.array([np.asarray(m) for m in stretched], bool).reshape(-1, height, width)
         else:
-            masks = [[part * scale for part in parts] for parts in masks]
-        image = self.image
-        if image.size != (width, height):
-            image = image.resize((width, height), Image.Resampling.BILINEAR)
+            masks = [[part * scale for part in parts] for parts in self.masks]
+        image = self.image.resize((width, height), Image.Resampling.BILINEAR)
         return replace(self, image=image, boxes=self.boxes * np.tile(scale, 2), masks=masks)
 
     def cropped(self, top: int, left: int, height: int, width: int) -> Objects:
         """The part of the image, and of the objects' masks, in a window."""
         offset = np.array([left, top], dtype=np.float64)
+        masks: Masks
         if isinstance(self.masks, np.ndarray):
-            masks: list[list[NDArray[np.float64]]] | NDArray[np.bool_]
             masks = self.masks[:, top : top + height, left : left + width]
         else:
             masks = [
@@ -74,8 +80,9 @@ class Objects:
         width = self.image.width
         boxes = self.boxes.copy()
         boxes[:, [0, 2]] = width - self.boxes[:, [2, 0]]
+        masks: Masks
         if isinstance(self.masks, np.ndarray):
-            masks: list[list[NDArray[np.float64]]] | NDArray[np.bool_] = self.masks[:, :, ::-1]
+            masks = self.masks[:, :, ::-1]
         else:
             masks = [[part * [-1, 1] + [width, 0] for part in parts] for parts in self.masks]
         image = self.image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -87,8 +94,7 @@ class Objects:
         canvas.paste(self.image, (0, 0))
         masks = self.masks
         if isinstance(masks, np.ndarray):
-            more = [(0, 0), (0, height - masks.shape[1]), (0, width - masks.shape[2])]
-            masks = np.pad(masks, more)
+            masks = np.pad(masks, [(0, 0), (0, height - masks.shape[1]), (0, width - masks.shape[2])])
         return replace(self, image=canvas, masks=masks)
 
     def target(self, *, boxes_from_masks: bool = False) -> tuple[Tensor, Target]:
@@ -99,10 +105,10 @@ class Objects:
         """
         limits = np.array([self.image.width, self.image.height] * 2)
         boxes = np.minimum(self.boxes.clip(min=0), limits).astype(np.float32)
-        if boxes_from_masks:
-            boxes = np.stack([_box_around(mask) for mask in self.masks]) if len(boxes) else boxes
-        kept = ((boxes[:, 2:] - boxes[:, :2]) > 1e-5).all(1)
-        kept &= np.array([np.any(m) if isinstance(m, np.ndarray) else len(m) > 0 for m in self.masks], bool)
+        kept = np.array([np.any(m) if isinstance(m, np.ndarray) else len(m) > 0 for m in self.masks], bool)
+        for i in np.flatnonzero(kept) if boxes_from_masks else ():
+            boxes[i] = _box_around(self.masks[i])
+        kept &= ((boxes[:, 2:] - boxes[:, :2]) > 1e-5).all(1)
         masks: Tensor | list[list[list[float]]]
         if isinstance(self.masks, np.ndarray):
             masks = torch.from_numpy(np.ascontiguousarray(self.masks[kept]))
@@ -146,7 +152,7 @@ class MultiScale:
         first = rng.choice(self.crop_short_sides) if rng.random() < self.crop_probability else None
         crop = None
         if first is not None:
-            height, width = shortest_edge(*_size(objects), first, math.inf)
+            height, width = shortest_edge(*objects.size, first, math.inf)
             low, high = self.crop_range
             crop_height, crop_width = (rng.randint(min(low, n), min(high, n)) for n in (height, width))
             top, left = rng.randint(0, height - crop_height), rng.randint(0, width - crop_width)
@@ -201,8 +207,8 @@ def multi_scale(
 ) -> tuple[Tensor, Target]:
     """Resize and crop to (top, left, height, width), or don't; then resize to ``short_side`` and flip."""
     if first is not None and crop is not None:
-        objects = objects.resized(*shortest_edge(*_size(objects), first, math.inf)).cropped(*crop)
-    objects = objects.resized(*shortest_edge(*_size(objects), short_side, max_side))
+        objects = objects.resized(*shortest_edge(*objects.size, first, math.inf)).cropped(*crop)
+    objects = objects.resized(*shortest_edge(*objects.size, short_side, max_side))
     return (objects.flipped() if flip else objects).target()
 
 
@@ -215,7 +221,7 @@ def large_scale_jitter(
         offset: in [0, 1], where the square lies in a larger image, along both sides.
     """
     objects = objects.flipped() if flip else objects
-    height, width = jittered_size(*_size(objects), scale, size)
+    height, width = jittered_size(*objects.size, scale, size)
     objects = objects.resized(height, width)
     top, left = (round(max(side - size, 0) * offset) for side in (height, width))
     objects = objects.cropped(top, left, min(height, size), min(width, size)).padded(size, size)
@@ -258,14 +264,6 @@ def _cut(
 def _box_around(mask: Sequence[NDArray[np.float64]] | NDArray[np.bool_]) -> NDArray[np.float32]:
     if isinstance(mask, np.ndarray):
         rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
-        if not len(rows):
-            return np.zeros(4, dtype=np.float32)
         return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], dtype=np.float32)
-    if not mask:
-        return np.zeros(4, dtype=np.float32)
     points = np.concatenate(mask)
     return np.concatenate([points.min(0), points.max(0)]).astype(np.float32)
-
-
-def _size(objects: Objects) -> tuple[int, int]:
-    return objects.image.height, objects.image.width

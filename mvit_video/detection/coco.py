@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import json
 import logging
+import os
 import random
 import re
 from collections import Counter
@@ -24,13 +25,14 @@ from PIL import Image, ImageOps
 from mvit_video.data.decode.container import open_picture
 from mvit_video.data.decode.images import to_rgb
 from mvit_video.data.files import existing, quoted
-from mvit_video.detection.augment import Objects
+from mvit_video.detection.augment import Masks, Objects
 from mvit_video.detection.masks import run_lengths, to_mask
 from mvit_video.errors import DataError, VideoError, brief
 
 log = logging.getLogger(__name__)
 
 MAX_PIXELS = 178_956_970  # of an image, as many as Pillow opens without an error
+OpenImage = Callable[[str], Image.Image]
 _MOST = 1e5  # no coordinate is larger; pycocotools takes memory for each pixel between two points
 
 
@@ -214,7 +216,7 @@ def _read_split(file: Path, root: Path, images: str | None, max_missing: float) 
     sample = [row for row in rows[:: max(len(rows) // 20, 1)] if isinstance(row, dict) and "file_name" in row]
     folder = max(
         places if images is None else [root / images],
-        key=lambda place: sum(is_file(_path_of(row, place)) for row in sample),
+        key=lambda place: sum(os.path.isfile(_path_of(row, place)) for row in sample),  # noqa: PTH113 (any name)
     )
     coco = read_coco(file, folder, content)
     if len(rows) - len(coco) > max_missing * len(rows):
@@ -313,57 +315,18 @@ def _noting(problems: list[Problem], kind: str, row: Any, number: int) -> Iterat
 def _path_of(row: Mapping[str, Any], folder: Path) -> Path:
     """Where an image lies; tools on Windows write backslashes."""
     path = folder / str(row["file_name"])
-    return path if is_file(path) else folder / str(row["file_name"]).replace("\\", "/")
+    is_there = os.path.isfile(path)  # noqa: PTH113 (any name)
+    return path if is_there else folder / str(row["file_name"]).replace("\\", "/")
 
 
 def _size(row: Mapping[str, Any], path: str) -> tuple[int, int]:
     """Height and width of an image as its row says, or its file. Raises VideoError too."""
-    if not is_file(Path(path)):
+    if not os.path.isfile(path):  # noqa: PTH113 (any name)
         raise VideoError(path, "no such file")
     height, width = (int(row.get(side) or 0) for side in ("height", "width"))
     if height <= 0 or width <= 0:
         width, height = read_image(path).size
     return height, width
-
-
-def open_listed(image: AnnotatedImage, open_file: Callable[[str], Image.Image] | None = None) -> Image.Image:
-    """An image's pixels, upright.
-
-    Raises:
-        VideoError: it can't be read, or has another size than its json file says.
-    """
-    pixels = (open_file or read_image)(image.path)
-    if pixels.size != (image.width, image.height):
-        reason = (
-            f"{pixels.width} x {pixels.height} pixels, {image.width} x {image.height} in the json file"
-            + ", which swaps them or leaves its EXIF orientation out"
-            * (pixels.size == (image.height, image.width))
-        )
-        raise VideoError(image.path, reason)
-    return pixels
-
-
-def load_objects(image: AnnotatedImage, open_file: Callable[[str], Image.Image] | None = None) -> Objects:
-    """Open an image, upright, with the objects that a detector is trained on.
-
-    Polygons stay polygons where all objects have them; else every object has a bitmap.
-
-    Raises:
-        VideoError: as of ``open_listed``.
-    """
-    pixels = open_listed(image, open_file)
-    used = [annotation for annotation in image.annotations if not annotation.crowd]
-    boxes = np.array([annotation.box for annotation in used], dtype=np.float64).reshape(-1, 4)
-    labels = np.array([annotation.label for annotation in used], dtype=np.int64)
-    segmentations = [annotation.outline for annotation in used]
-    masks: Any
-    if any(isinstance(segmentation, dict) for segmentation in segmentations):
-        masks = np.stack([to_mask(s, pixels.height, pixels.width) for s in segmentations])
-    else:
-        masks = [
-            [np.array(part, dtype=np.float64).reshape(-1, 2) for part in parts] for parts in segmentations
-        ]
-    return Objects(pixels, boxes, labels, masks)
 
 
 def read_image(path: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -377,12 +340,40 @@ def read_image(path: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise VideoError(path, f"can't be read as an image ({brief(error)})") from None
 
 
-def is_file(path: Path) -> bool:
-    """Whether it is; not for a name that no file can have."""
-    try:
-        return path.is_file()
-    except (OSError, ValueError):
-        return False
+def open_listed(image: AnnotatedImage, open_file: OpenImage = read_image) -> Image.Image:
+    """An image's pixels, upright.
+
+    Raises:
+        VideoError: it can't be read, or has another size than its json file says.
+    """
+    pixels = open_file(image.path)
+    if pixels.size != (image.width, image.height):
+        reason = f"{pixels.width} x {pixels.height} pixels, {image.width} x {image.height} in the json file"
+        if pixels.size == (image.height, image.width):
+            reason += ", which swaps them or leaves its EXIF orientation out"
+        raise VideoError(image.path, reason)
+    return pixels
+
+
+def load_objects(image: AnnotatedImage, open_file: OpenImage = read_image) -> Objects:
+    """Open an image, upright, with the objects that a detector is trained on.
+
+    Polygons stay polygons where all objects have them; else every object has a bitmap.
+
+    Raises:
+        VideoError: as of ``open_listed``.
+    """
+    pixels = open_listed(image, open_file)
+    used = [annotation for annotation in image.annotations if not annotation.crowd]
+    boxes = np.array([annotation.box for annotation in used], dtype=np.float64).reshape(-1, 4)
+    labels = np.array([annotation.label for annotation in used], dtype=np.int64)
+    outlines: list[Any] = [annotation.outline for annotation in used]
+    masks: Masks
+    if any(isinstance(outline, dict) for outline in outlines):
+        masks = np.stack([to_mask(outline, pixels.height, pixels.width) for outline in outlines])
+    else:
+        masks = [[np.array(part, float).reshape(-1, 2) for part in parts] for parts in outlines]
+    return Objects(pixels, boxes, labels, masks)
 
 
 def _whole(value: Any) -> int:
@@ -490,38 +481,24 @@ def summary(coco: CocoImages) -> dict[str, Any]:
     }
 
 
-def coco_dataset(
-    coco: CocoImages, sizes: Mapping[int, tuple[int, int]] | None = None
-) -> dict[str, Sequence[dict[str, Any]]]:
-    """The images as pycocotools' ``COCO.dataset``, for its evaluation: ids and labels as in the json file.
-
-    Args:
-        sizes: height and width of the images that are wanted, by id; None: all, as the json file has them.
-    """
-    if sizes is None:
-        sizes = {image.id: (image.height, image.width) for image in coco.images}
-    wanted = [image for image in coco.images if image.id in sizes]
-    annotations = [
-        {
-            "id": number,
-            "image_id": image.id,
-            "category_id": coco.category_ids[annotation.label],
-            "bbox": [
-                annotation.box[0],
-                annotation.box[1],
-                *np.subtract(annotation.box[2:], annotation.box[:2]),
-            ],
-            "area": annotation.area,
-            "iscrowd": int(annotation.crowd),
-            "segmentation": annotation.outline,
-        }
-        for number, (image, annotation) in enumerate(
-            ((image, annotation) for image in wanted for annotation in image.annotations), start=1
-        )
-    ]
+def coco_dataset(coco: CocoImages) -> dict[str, Sequence[dict[str, Any]]]:
+    """The images as pycocotools' ``COCO.dataset``, for its evaluation: ids and labels as in the json file."""
+    numbers = itertools.count(1)
     return {
-        "images": [{"id": i.id, "height": sizes[i.id][0], "width": sizes[i.id][1]} for i in wanted],
-        "annotations": annotations,
+        "images": [{"id": i.id, "height": i.height, "width": i.width} for i in coco.images],
+        "annotations": [
+            {
+                "id": next(numbers),
+                "image_id": image.id,
+                "category_id": coco.category_ids[annotation.label],
+                "bbox": [*annotation.box[:2], *np.subtract(annotation.box[2:], annotation.box[:2])],
+                "area": annotation.area,
+                "iscrowd": int(annotation.crowd),
+                "segmentation": annotation.outline,
+            }
+            for image in coco.images
+            for annotation in image.annotations
+        ],
         "categories": [
             {"id": number, "name": name}
             for number, name in zip(coco.category_ids, coco.class_names, strict=True)

@@ -3,38 +3,27 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision.transforms.functional import pil_to_tensor
 
 from mvit_video.data.datasets import BadVideo, read_or_replace, validation_loader
 from mvit_video.data.loader import ClipLoader
 from mvit_video.data.samplers import EpochBatches
-from mvit_video.detection.augment import Objects, shortest_edge
-from mvit_video.detection.coco import AnnotatedImage, load_objects, open_listed, read_image
+from mvit_video.detection.augment import LargeScaleJitter, MultiScale, Objects, shortest_edge
+from mvit_video.detection.coco import AnnotatedImage, OpenImage, load_objects, open_listed, read_image
 from mvit_video.detection.roi_heads import Target
 from mvit_video.errors import VideoError
 
-OpenImage = Callable[[str], Image.Image]
-Augmentation = Callable[[Objects, random.Random], tuple[Tensor, Target]]
-
-
-class TrainingSample(NamedTuple):
-    """An image, uint8 (3, H, W), its objects, and the images that it stands in for."""
-
-    image: Tensor
-    target: Target
-    bad: list[BadVideo]
-    path: str
-
 
 class ImageBatch(NamedTuple):
-    """Images of several sizes, uint8 RGB (3, H, W), and those that can't be read.
+    """Images of several sizes, uint8 RGB (3, H, W), and those that can't be read; samples are batches of one.
 
     Attributes:
         targets: the objects of each, in training.
@@ -49,89 +38,65 @@ class ImageBatch(NamedTuple):
     sizes: Sequence[tuple[int, int]] = ()
 
 
-class TestImage(NamedTuple):
-    """An image of the size that a detector takes, or an error."""
-
-    listed: AnnotatedImage
-    image: Tensor  # uint8 (3, H, W)
-    size: tuple[int, int]  # height and width on the disk
-    error: str | None = None
-
-
-class TrainingImages(Dataset[TrainingSample]):
+class TrainingImages(Dataset[ImageBatch]):
     """An augmented version of each image; keys are (epoch, index).
 
     Args:
         seed: random choices depend on it, the epoch and the image alone.
-        largest: pixels of the largest image that ``augment`` makes, for the bound on memory.
 
     Raises:
         DataError: when a sample is made, if many images in a row can't be read.
     """
 
     def __init__(
-        self,
-        images: Sequence[AnnotatedImage],
-        augment: Augmentation,
-        *,
-        seed: int,
-        open_file: OpenImage = read_image,
-        largest: int = 0,
+        self, images: Sequence[AnnotatedImage], augment: MultiScale | LargeScaleJitter, *, seed: int
     ) -> None:
-        self.images, self.augment, self.seed, self.open_file = images, augment, seed, open_file
-        self.sample_nbytes = 3 * largest
+        self.images, self.augment, self.seed = images, augment, seed
+        self.open_file: OpenImage = read_image
+        self.sample_nbytes = 3 * augment.largest
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, key: tuple[int, int]) -> TrainingSample:
+    def __getitem__(self, key: tuple[int, int]) -> ImageBatch:
         epoch, index = key
         rng = random.Random(f"{self.seed} {epoch} {index}")
-        objects, index, bad = read_or_replace(
-            lambda index: load_objects(self.images[index], self.open_file),
-            index,
-            len(self.images),
-            rng,
-            "images",
-        )
-        return TrainingSample(*self.augment(objects, rng), bad, self.images[index].path)
+
+        def read(index: int) -> Objects:
+            return load_objects(self.images[index], self.open_file)
+
+        objects, index, bad = read_or_replace(read, index, len(self.images), rng, "images")
+        image, target = self.augment(objects, rng)
+        return ImageBatch([image], bad, [self.images[index].path], [target])
 
 
-class TestImages(Dataset[TestImage]):
+class TestImages(Dataset[ImageBatch]):
     """Whole images, resized by their short side as ``shortest_edge`` does."""
 
     __test__ = False  # no test case, whatever pytest thinks of its name
 
-    def __init__(
-        self,
-        images: Sequence[AnnotatedImage],
-        *,
-        short_side: int,
-        max_side: int,
-        open_file: OpenImage = read_image,
-    ) -> None:
-        self.images, self.open_file = images, open_file
+    def __init__(self, images: Sequence[AnnotatedImage], *, short_side: int, max_side: int) -> None:
+        self.images, self.open_file = images, read_image
         self.short_side, self.max_side = short_side, max_side
         self.sample_nbytes = 3 * short_side * max_side
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> TestImage:
+    def __getitem__(self, index: int) -> ImageBatch:
         listed = self.images[index]
         try:
             image = open_listed(listed, self.open_file)
         except VideoError as error:
-            return TestImage(listed, torch.empty(0), (0, 0), error.reason)
-        return TestImage(listed, resized(image, self.short_side, self.max_side), (image.height, image.width))
+            return ImageBatch([], [BadVideo(listed.path, error.reason)], [])
+        pixels = resized(image, self.short_side, self.max_side)
+        return ImageBatch([pixels], [], [listed.path], (), [listed.id], [(image.height, image.width)])
 
 
 def resized(image: Image.Image, short_side: int, max_side: int) -> Tensor:
     """A picture as a detector takes it: uint8 (3, H, W)."""
     height, width = shortest_edge(image.height, image.width, short_side, max_side)
-    if image.size != (width, height):
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return pil_to_tensor(image.resize((width, height), Image.Resampling.BILINEAR))
 
 
 class AspectBatches(EpochBatches):
@@ -179,7 +144,7 @@ def training_loader(
     batches = AspectBatches(
         wide, batch_size, seed=dataset.seed, rank=rank, num_replicas=num_replicas, shuffle=shuffle
     )
-    return ClipLoader(dataset, batches, collate_training, device=torch.device("cpu"), **loading)
+    return ClipLoader(dataset, batches, collate, device=torch.device("cpu"), **loading)
 
 
 def whole_image_loader(dataset: TestImages, **loading: Any) -> ClipLoader[ImageBatch]:
@@ -188,25 +153,10 @@ def whole_image_loader(dataset: TestImages, **loading: Any) -> ClipLoader[ImageB
     ``loading`` as of ``validation_loader``.
     """
     alone = {"batch_size": 1, "device": torch.device("cpu")}
-    return validation_loader(dataset, collate_test, **(loading | alone))
+    return validation_loader(dataset, collate, **(loading | alone))
 
 
-def collate_training(samples: list[TrainingSample]) -> ImageBatch:
-    return ImageBatch(
-        [sample.image for sample in samples],
-        [bad for sample in samples for bad in sample.bad],
-        [sample.path for sample in samples],
-        targets=[sample.target for sample in samples],
-    )
-
-
-def collate_test(samples: list[TestImage]) -> ImageBatch:
-    """Without those that can't be read; a batch may have none."""
-    good = [sample for sample in samples if sample.error is None]
-    return ImageBatch(
-        [sample.image for sample in good],
-        [BadVideo(sample.listed.path, sample.error) for sample in samples if sample.error is not None],
-        [sample.listed.path for sample in good],
-        ids=[sample.listed.id for sample in good],
-        sizes=[sample.size for sample in good],
-    )
+def collate(samples: list[ImageBatch]) -> ImageBatch:
+    """All of them as one batch, which may have no images."""
+    nothing = ImageBatch([], [], [])
+    return ImageBatch(*(list(chain(*parts)) for parts in zip(nothing, *samples, strict=True)))

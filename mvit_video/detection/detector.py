@@ -10,12 +10,13 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.ops import clip_boxes_to_image
 
 from mvit_video.detection.augment import MAX_SIDE, TEST_SHORT_SIDE
 from mvit_video.detection.backbone import CHANNELS, DIVISOR, Backbone
 from mvit_video.detection.masks import paste_masks
-from mvit_video.detection.proposals import ProposalGenerator
-from mvit_video.detection.roi_heads import BOX_CHANNELS, BoxSettings, RoIHeads, Target
+from mvit_video.detection.proposals import ProposalGenerator, has_area
+from mvit_video.detection.roi_heads import BOX_CHANNELS, RoIHeads, Target
 from mvit_video.detection.weights import load_detector_weights
 from mvit_video.model import MViTConfig
 from mvit_video.model.clip_spec import MAX_SIZE
@@ -102,18 +103,15 @@ class Detector(nn.Module):
             post_nms_top_n=(config.rpn_post_nms_top_n_train, config.rpn_post_nms_top_n_test),
             batch_size_per_image=config.rpn_batch_size_per_image,
         )
-        settings = BoxSettings(
-            config.box_batch_size_per_image,
-            config.box_score_thresh,
-            config.box_nms_thresh,
-            config.box_detections_per_img,
-        )
         self.roi_heads = RoIHeads(
             config.channels,
             config.num_classes,
             box_channels=config.box_channels,
             cascade=config.cascade,
-            settings=settings,
+            batch_size_per_image=config.box_batch_size_per_image,
+            score_thresh=config.box_score_thresh,
+            nms_thresh=config.box_nms_thresh,
+            detections_per_img=config.box_detections_per_img,
         )
         self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN)[:, None, None], persistent=False)
         self.register_buffer("pixel_std", torch.tensor(PIXEL_STD)[:, None, None], persistent=False)
@@ -147,13 +145,11 @@ class Detector(nn.Module):
             raise ValueError("in training, a detector needs the targets of each image")
         batch, sizes = self.batched(images)
         maps = list(self.backbone(batch).values())
-        boxes = (
-            [target["boxes"].to(batch.device) for target in targets] if targets and self.training else None
-        )
-        proposals, losses = self.proposal_generator(maps, sizes, boxes)
-        if self.training:
-            assert targets is not None
+        if self.training and targets is not None:
+            boxes = [target["boxes"].to(batch.device) for target in targets]
+            proposals, losses = self.proposal_generator(maps, sizes, boxes)
             return losses | self.roi_heads.losses(maps, proposals, sizes, targets)
+        proposals, _ = self.proposal_generator(maps, sizes)
         found = self.roi_heads.detect(maps, proposals, sizes)
         return [
             _in_pixels(*detections, size, wanted)
@@ -190,9 +186,7 @@ def _in_pixels(
     """Detections on an image of ``size`` as those of the same image of another size."""
     height, width = wanted
     scale = boxes.new_tensor([width / size[1], height / size[0]] * 2)
-    limits = boxes.new_tensor([width, height] * 2)
-    boxes = torch.minimum((boxes * scale).clamp(min=0), limits)
-    kept = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
-    boxes = boxes[kept]
-    pasted = paste_masks(masks[kept], boxes, height, width)
-    return {"boxes": boxes, "scores": scores[kept], "labels": labels[kept], "masks": pasted}
+    boxes = clip_boxes_to_image(boxes * scale, wanted)
+    kept = has_area(boxes)
+    pasted = paste_masks(masks[kept], boxes[kept], height, width)
+    return {"boxes": boxes[kept], "scores": scores[kept], "labels": labels[kept], "masks": pasted}

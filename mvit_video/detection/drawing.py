@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import colorsys
-import io
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.transforms.functional import to_pil_image
+from torchvision.io import encode_png
+from torchvision.ops import clip_boxes_to_image
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make_grid
 
 from mvit_video.detection.masks import Polygons, to_mask
@@ -44,11 +44,9 @@ def draw_objects(
         names = [f"{name} {score:.2f}" for name, score in zip(names, scores.tolist(), strict=True)]
     colours = [class_colour(label) for label in (labels.tolist() if tracks is None else tracks)]
     drawn = draw_segmentation_masks(image, masks.cpu(), alpha=OPACITY, colors=colours)
-    limits = torch.tensor([width, height] * 2)
     line = max(1, round(min(height, width) / 300))
-    return draw_bounding_boxes(
-        drawn, torch.minimum(boxes.cpu().clamp(min=0), limits), names, colours, width=line
-    )
+    inside = clip_boxes_to_image(boxes.cpu(), (height, width))
+    return draw_bounding_boxes(drawn, inside, names, colours, width=line)
 
 
 def name_of_track(class_name: str, track: int) -> str:
@@ -74,6 +72,4 @@ def grid(images: Sequence[Tensor], columns: int = 4) -> Tensor:
 
 def as_png(image: Tensor) -> bytes:
     """A picture, uint8 (3, H, W), as the bytes of a file."""
-    buffer = io.BytesIO()
-    to_pil_image(image).save(buffer, "png")
-    return buffer.getvalue()
+    return encode_png(image).numpy().tobytes()

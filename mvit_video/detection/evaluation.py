@@ -57,10 +57,10 @@ def detect_in_images(
         Others, returns and errors: see ``resumable``.
     """
     images = {image.id: image for image in coco.images}
-    sides: dict[str, Any] = {"short_side": detector.config.min_size, "max_side": detector.config.max_size}
+    short_side, max_side = detector.config.min_size, detector.config.max_size
 
     def detect(ids: Sequence[int]) -> Iterator[Entry | BadVideo]:
-        dataset = TestImages([images[number] for number in ids], **sides)
+        dataset = TestImages([images[number] for number in ids], short_side=short_side, max_side=max_side)
         with closing(whole_image_loader(dataset, **loading)) as loader:
             for batch in loader:
                 yield from batch.bad
@@ -106,37 +106,24 @@ def report(
     if not any(image.annotations for image in coco.images):
         log.info("images without objects: only detections.json is written, in %s", output)
         return None
-    measured = measure(coco, results)
-    write_json(output / "results.json", _results(coco, results, measured, settings))
+    measured, counts = measure(coco, results), summary(coco)["objects"]
+    summaries = {
+        kind: {name: None if value < 0 else value for name, value in precision.summary.items()}
+        for kind, precision in measured.items()
+    }
+    per_class = {
+        name: {"objects": counts[name]}
+        | {
+            f"{kind}_AP": None if math.isnan(value := precision.per_class[label]) else float(value)
+            for kind, precision in measured.items()
+        }
+        for label, name in enumerate(coco.class_names)
+    }
+    told = {**settings, "images": len(results), "objects": sum(counts.values()), **summaries}
+    told |= {"per_class": per_class, "problems": [problem._asdict() for problem in coco.problems]}
+    write_json(output / "results.json", told)
     _write_page(coco, results, measured, output, settings=settings, num_worst=num_worst)
     return measured
-
-
-def _results(
-    coco: CocoImages,
-    results: Sequence[ImageResult],
-    measured: Mapping[str, Precision],
-    settings: Mapping[str, Any],
-) -> dict[str, Any]:
-    counts = summary(coco)
-    return {
-        **settings,
-        "images": len(results),
-        "objects": sum(counts["objects"].values()),
-        **{
-            kind: {name: None if value < 0 else value for name, value in precision.summary.items()}
-            for kind, precision in measured.items()
-        },
-        "per_class": {
-            name: {"objects": counts["objects"][name]}
-            | {
-                f"{kind}_AP": None if math.isnan(value := precision.per_class[label]) else float(value)
-                for kind, precision in measured.items()
-            }
-            for label, name in enumerate(coco.class_names)
-        },
-        "problems": [problem._asdict() for problem in coco.problems],
-    }
 
 
 def _write_page(

@@ -14,7 +14,6 @@ from mvit_video.detection.checkpoint import detector_metadata
 from mvit_video.detection.detector import Detector
 from mvit_video.errors import ConfigError
 from mvit_video.weights.export import export_onnx, open_onnx, reading, require_trust, save_program
-from mvit_video.weights.reading import EXPORTED
 
 LEVELS = ("p2", "p3", "p4", "p5", "p6")
 
@@ -40,11 +39,9 @@ def export_backbone(detector: Detector, path: str | Path, size: tuple[int, int])
         size: H and W, multiples of 32.
 
     Raises:
-        ConfigError: another suffix or size, or a package that this needs is missing.
+        ConfigError: another size, or a package that this needs is missing.
     """
     path = Path(path)
-    if path.suffix not in EXPORTED:
-        raise ConfigError(f"{path}: models are exported as {' or '.join(EXPORTED)}")
     if any(side % 32 or side < 32 for side in size):
         raise ConfigError(f"sides of {size[0]} x {size[1]} pixels must be multiples of 32")
     model, images = _Maps(detector.backbone).cpu().eval(), torch.zeros(1, 3, *size)

@@ -11,7 +11,7 @@ import contextlib
 import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -79,8 +79,9 @@ def measure(coco: CocoImages, results: Sequence[ImageResult]) -> dict[str, Preci
     """The precision of "box" and "mask" on the images that there are results of."""
     from pycocotools.coco import COCO
 
-    truth = COCO()
-    truth.dataset = coco_dataset(coco, {r.image_id: (r.height, r.width) for r in results})
+    truth, measured = COCO(), {result.image_id for result in results}
+    images = tuple(image for image in coco.images if image.id in measured)
+    truth.dataset = coco_dataset(replace(coco, images=images))
     rows = [row for result in results for row in result.detections]
     with contextlib.redirect_stdout(io.StringIO()):  # it tells what it does
         truth.createIndex()

@@ -47,7 +47,6 @@ class ProposalGenerator(nn.Module):
         super().__init__()
         self.head = RPNHead(channels, len(ANCHOR_RATIOS), conv_depth)
         self.pre_nms_top_n, self.post_nms_top_n = pre_nms_top_n, post_nms_top_n
-        self.batch_size_per_image = batch_size_per_image
         self._coder = BoxCoder((1.0, 1.0, 1.0, 1.0))
         self._matcher = Matcher(MATCH_HIGH, MATCH_LOW, allow_low_quality_matches=True)
         self._sampler = BalancedPositiveNegativeSampler(batch_size_per_image, POSITIVE_FRACTION)
@@ -111,7 +110,7 @@ class ProposalGenerator(nn.Module):
             none = image_boxes if len(image_boxes) else anchors[:1]
             targets.append(self._coder.encode_single(none[matched.clamp(min=0)], anchors))
         label, target = torch.stack(labels), torch.stack(targets)
-        count = self.batch_size_per_image * len(boxes)  # the configured number, as officially
+        count = self._sampler.batch_size_per_image * len(boxes)  # the configured number, as officially
         taken, positive = label >= 0, label == 1
         scores, offsets = torch.cat(logits, 1).float(), torch.cat(deltas, 1).float()
         objectness = F.binary_cross_entropy_with_logits(scores[taken], label[taken], reduction="sum")
@@ -136,6 +135,11 @@ def require_finite(*outputs: Tensor) -> None:
         raise FloatingPointError("NaN or infinite outputs")
 
 
+def has_area(boxes: Tensor) -> Tensor:
+    """Of each box (N, 4), whether it has."""
+    return (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+
+
 def match(matcher: Matcher, objects: Tensor, boxes: Tensor) -> Tensor:
     """For each box the object that it overlaps most, or a negative number of ``Matcher``: int64 (N,)."""
     if not len(objects):
@@ -146,6 +150,6 @@ def match(matcher: Matcher, objects: Tensor, boxes: Tensor) -> Tensor:
 def _suppressed(boxes: Tensor, scores: Tensor, levels: Tensor, size: tuple[int, int], most: int) -> Tensor:
     finite = boxes.isfinite().all(1) & scores.isfinite()
     boxes = clip_boxes_to_image(boxes, size)
-    kept = finite & (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+    kept = finite & has_area(boxes)
     boxes = boxes[kept]
     return boxes[batched_nms(boxes, scores[kept].float(), levels[kept], NMS_THRESH)[:most]]

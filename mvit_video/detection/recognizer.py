@@ -5,14 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import av
 import torch
 from av.error import FFmpegError
-from av.video.frame import VideoFrame
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
@@ -28,6 +25,7 @@ from mvit_video.detection.detector import Detector
 from mvit_video.detection.drawing import draw_objects
 from mvit_video.detection.metrics import LIKELY
 from mvit_video.errors import VideoError
+from mvit_video.io.clips import clip_writer
 from mvit_video.io.writing import replacing
 from mvit_video.model.inference import autocast
 from mvit_video.prediction.follower import Follower
@@ -162,16 +160,11 @@ def expand_files(arguments: str | Path | Iterable[str | Path]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def is_picture(file: str) -> bool:
-    """Whether a file is one picture and not a video."""
-    return file.lower().endswith(IMAGE_EXTENSIONS)
-
-
 def _open(
     file: str, stride: float, open_file: OpenVideo
 ) -> Iterator[tuple[Image.Image, int | None, float | None]]:
     """Upright pictures; of a video with the number of the frame and its second. Raises VideoError."""
-    if is_picture(file):
+    if file.lower().endswith(IMAGE_EXTENSIONS):
         yield read_image(file, getattr(open_file, "max_pixels", MAX_PIXELS)), None, None
         return
     with open_file(file) as video:
@@ -190,22 +183,9 @@ def _open(
 @contextlib.contextmanager
 def video_writer(path: Path) -> Iterator[Any]:
     """A function that adds a drawn picture, uint8 (3, H, W), and its second to a new MP4 file."""
-    with replacing(path, keep=True) as file, av.open(file, "w", format="mp4") as copy:
-        tick = Fraction(1, 90_000)
-        video: Any = copy.add_stream("libx264", options={"crf": "20", "preset": "veryfast"})
-        video.pix_fmt, video.codec_context.time_base = "yuv420p", tick
-
-        def add(image: Tensor, second: float) -> None:
-            height, width = (side // 2 * 2 for side in image.shape[1:])  # yuv420p is even
-            picture = image[:, :height, :width].permute(1, 2, 0).contiguous().numpy()
-            if not video.codec_context.is_open:
-                video.height, video.width = height, width
-            frame = VideoFrame.from_ndarray(picture, format="rgb24")
-            frame.pts, frame.time_base = round(second / tick), tick
-            copy.mux(video.encode(frame))
-
-        try:
-            yield add
-            copy.mux(video.encode(None))
-        except FFmpegError as error:
-            raise VideoError(str(path), f"can't be written ({error})") from None
+    options = {"crf": "20", "preset": "veryfast"}
+    try:
+        with replacing(path, keep=True) as file, clip_writer(file, **options) as add:
+            yield lambda image, second: add(image.permute(1, 2, 0).numpy(), second)
+    except FFmpegError as error:
+        raise VideoError(str(path), f"can't be written ({error})") from None

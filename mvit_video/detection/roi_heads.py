@@ -7,7 +7,6 @@ the background is C, the last.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple, TypedDict, cast
 
 import torch
@@ -19,7 +18,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.ops import batched_nms, clip_boxes_to_image, roi_align
 
 from mvit_video.detection.masks import Polygons, crop_masks
-from mvit_video.detection.proposals import STRIDES, Losses, match, require_finite
+from mvit_video.detection.proposals import STRIDES, Losses, has_area, match, require_finite
 
 BOX_CHANNELS = 1024  # in all published models
 BOX_SIZE, MASK_SIZE = 7, 14  # cells of a region that the heads see; masks come out twice as large
@@ -53,16 +52,6 @@ class Detections(NamedTuple):
     masks: Tensor  # (N, 28, 28)
 
 
-@dataclass(frozen=True)
-class BoxSettings:
-    """How boxes are sampled in training and chosen in testing."""
-
-    batch_size_per_image: int
-    score_thresh: float
-    nms_thresh: float
-    detections_per_img: int
-
-
 class Predictor(nn.Module):
     """Class logits (N, C + 1) and box offsets (N, 4), or (N, C * 4) where every class has its own."""
 
@@ -86,13 +75,24 @@ class RoIHeads(nn.Module):
         channels: of the pyramid's maps, and of convolutions here.
         box_channels: of the layers that classes and boxes are read from.
         cascade: three stages that refine each other's boxes, with batch normalisation, a box for all classes.
+        Others: the fields ``box_...`` of ``DetectorConfig``.
     """
 
     def __init__(
-        self, channels: int, num_classes: int, *, box_channels: int, cascade: bool, settings: BoxSettings
+        self,
+        channels: int,
+        num_classes: int,
+        *,
+        box_channels: int,
+        cascade: bool,
+        batch_size_per_image: int,
+        score_thresh: float,
+        nms_thresh: float,
+        detections_per_img: int,
     ) -> None:
         super().__init__()
-        self.num_classes, self.settings = num_classes, settings
+        self.num_classes, self.detections_per_img = num_classes, detections_per_img
+        self.score_thresh, self.nms_thresh = score_thresh, nms_thresh
         stages = 3 if cascade else 1
         size = (channels, BOX_SIZE, BOX_SIZE)
         self.box_head = nn.ModuleList(
@@ -111,6 +111,7 @@ class RoIHeads(nn.Module):
                 nn.init.kaiming_uniform_(module.weight, a=1)
                 nn.init.zeros_(module.bias)
         nn.init.normal_(cast(nn.Conv2d, self.mask_predictor.mask_fcn_logits).weight, std=0.001)
+        self._sampler = BalancedPositiveNegativeSampler(batch_size_per_image, POSITIVE_FRACTION)
         self._coders = [BoxCoder(weights) for weights in STAGE_WEIGHTS[:stages]]
         self._matchers = [Matcher(iou, iou, allow_low_quality_matches=False) for iou in STAGE_IOUS[:stages]]
 
@@ -130,18 +131,14 @@ class RoIHeads(nn.Module):
             boxes = [region.boxes for region in regions]
             logits, deltas = self._stage(stage, maps, boxes)
             suffix = f"_stage{number}" if len(self.box_head) > 1 else ""
-            for name, loss in self._box_losses(
-                regions, targets, logits, deltas, self._coders[number]
-            ).items():
-                losses[name + suffix] = loss
+            found = self._box_losses(regions, targets, logits, deltas, self._coders[number])
+            losses |= {name + suffix: loss for name, loss in found.items()}
             if number + 1 < len(self.box_head):
                 with torch.no_grad():
-                    refined = self._refine(boxes, deltas.detach(), sizes, number)
-                    refined = [found[_is_not_empty(found)] for found in refined]
-                    matcher = self._matchers[number + 1]
+                    refined = self._refine(boxes, deltas, sizes, number)
                     regions = [
-                        self._labelled(found, target, matcher)
-                        for found, target in zip(refined, targets, strict=True)
+                        self._labelled(kept[has_area(kept)], target, self._matchers[number + 1])
+                        for kept, target in zip(refined, targets, strict=True)
                     ]
         losses["loss_mask"] = self._mask_loss(maps, sampled, targets)
         return losses
@@ -178,8 +175,7 @@ class RoIHeads(nn.Module):
     def _sample(self, proposals: Tensor, target: Target) -> Regions:
         """Proposals and objects themselves, labelled, at most a quarter of them objects."""
         regions = self._labelled(torch.cat([proposals, target["boxes"]]), target, self._matchers[0])
-        sampler = BalancedPositiveNegativeSampler(self.settings.batch_size_per_image, POSITIVE_FRACTION)
-        (positive,), (negative,) = sampler([(regions.labels < self.num_classes).float()])
+        (positive,), (negative,) = self._sampler([(regions.labels < self.num_classes).float()])
         taken = torch.cat([positive.nonzero()[:, 0], negative.nonzero()[:, 0]])
         return Regions(*(values[taken] for values in regions))
 
@@ -227,9 +223,9 @@ class RoIHeads(nn.Module):
         require_finite(boxes, scores)
         scores = scores[:, :-1]
         boxes = clip_boxes_to_image(boxes.unflatten(1, (-1, 4)), size).expand(-1, scores.shape[1], -1)
-        row, label = (scores > self.settings.score_thresh).nonzero(as_tuple=True)
+        row, label = (scores > self.score_thresh).nonzero(as_tuple=True)
         boxes, scores = boxes[row, label], scores[row, label]
-        best = batched_nms(boxes, scores, label, self.settings.nms_thresh)[: self.settings.detections_per_img]
+        best = batched_nms(boxes, scores, label, self.nms_thresh)[: self.detections_per_img]
         return boxes[best], scores[best], label[best]
 
     def _mask_loss(self, maps: list[Tensor], regions: list[Regions], targets: Sequence[Target]) -> Tensor:
@@ -289,10 +285,6 @@ class _ScaleGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
         return grads[0] * ctx.scale, None
-
-
-def _is_not_empty(boxes: Tensor) -> Tensor:
-    return (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
 
 
 def _select(masks: Polygons | Tensor, index: Tensor) -> Polygons | Tensor:

@@ -15,14 +15,9 @@ def _backbone(
     stages: tuple[int, ...], drop_path: float, embed_dim: int = 96, num_heads: int = 1, **more: Any
 ) -> MViTConfig:
     """The layout of the image models, with windows except at the end of the last three stages (Hwin)."""
-    ends = [sum(stages[: number + 1]) - 1 for number in range(4)]
-    strides = []
-    for block in range(sum(stages)):
-        scale = next(number for number, end in enumerate(ends) if block <= end)
-        stride = (4, 2, 1, 1)[scale]
-        if block in ends[1:3]:
-            stride *= 2
-        strides.append((block, 1, stride, stride))
+    kv_strides: list[int] = []
+    for depth, stride, last in zip(stages, (4, 2, 1, 1), (4, 4, 2, 1), strict=True):
+        kv_strides += [stride] * (depth - 1) + [last]
     return MViTConfig(
         num_classes=1,
         num_frames=1,
@@ -34,7 +29,7 @@ def _backbone(
         patch_2d=True,
         pool_kernel=(1, 3, 3),
         kv_stride=(1, 4, 4),
-        kv_strides=tuple(strides),
+        kv_strides=tuple((block, 1, stride, stride) for block, stride in enumerate(kv_strides)),
         class_token=False,
         rel_pos_temporal=False,
         rel_pos_zero_init=True,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mvit_video.errors import CheckpointError, ConfigError, brief
+from mvit_video.errors import CheckpointError, brief
 from mvit_video.model import MViTConfig
 from mvit_video.weights.checkpoint import LoadReport, fit_weights
 from mvit_video.weights.description import describing, plain_metadata
@@ -28,6 +29,7 @@ _HEAD = re.compile(
 # Constants that detectron2 has written among the weights at times, and a classifier's own end.
 _NO_WEIGHTS = re.compile(r"^(pixel_(mean|std)$|proposal_generator\.anchor_generator\.)")
 _CLASSIFIER_ONLY = re.compile(r"^(norm\.|head\.|cls_token$)")
+_NORM_OF_SCALE = re.compile(r"\.scale\d_norm\.")
 Rule = tuple[str, str | Callable[[re.Match[str]], str]]
 _RULES: tuple[Rule, ...] = (
     (r"^backbone\.fpn_lateral(\d)\.", lambda m: f"backbone.fpn.inner_blocks.{int(m[1]) - 2}.0."),
@@ -67,8 +69,6 @@ def load_detector_weights(
     Raises:
         CheckpointError: the file can't be read, or names or shapes differ.
     """
-    if head not in ("strict", "new"):
-        raise ConfigError(f"head must be 'strict' or 'new', got {head!r}")
     name = "state dict" if isinstance(source, Mapping) else str(source)
     if not isinstance(source, Mapping):
         source = _read_arrays(Path(source)) if name.endswith(".pkl") else read_checkpoint(source)
@@ -82,28 +82,16 @@ def load_detector_weights(
             for key, value in to_pyslowfast_keys(weights, name).items()
             if not _CLASSIFIER_ONLY.match(key)
         }
-        fresh = [
-            key for key in expected if not key.startswith(BACKBONE) or re.search(r"\.scale\d_norm\.", key)
-        ]
+        fresh = [key for key in expected if not key.startswith(BACKBONE) or _NORM_OF_SCALE.search(key)]
     weights = {key: value for key, value in weights.items() if key not in fresh}
-    fitted, report = fit_weights(
-        expected,
-        weights,
-        name,
-        kept=fresh,
-        adapt=_adapt,
-        hint=lambda: (
-            _other_model(detector, source)
-            or "; other classes need head=new, a backbone that widens in its MLPs (published L) needs "
-            "dim_mul_in_attention=False"
-        ),
-    )
+    hint = partial(_other_model, detector, source)
+    fitted, report = fit_weights(expected, weights, name, kept=fresh, adapt=_adapt, hint=hint)
     detector.load_state_dict(fitted, strict=False)
     return report
 
 
 def _other_model(detector: Any, content: Mapping[str, Any]) -> str:
-    """Which other detector a checkpoint of this toolkit describes, as a part of an error; or nothing."""
+    """The end of an error: which other detector a checkpoint of this toolkit describes, or what may help."""
     from mvit_video.detection.checkpoint import TASK
     from mvit_video.detection.detector import DetectorConfig
     from mvit_video.detection.variants import DETECTORS
@@ -118,7 +106,10 @@ def _other_model(detector: Any, content: Mapping[str, Any]) -> str:
         if found != layout(detector.config):
             names = [f"model={name}" for name, config in DETECTORS.items() if layout(config) == found]
             return f"; the file is of {names[0] if names else f'another model, of {found[4]} blocks'}"
-    return ""
+    return (
+        "; other classes need head=new, a backbone that widens in its MLPs (published L) needs "
+        "dim_mul_in_attention=False"
+    )
 
 
 def _adapt(key: str, value: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, str] | None:
@@ -129,9 +120,7 @@ def _adapt(key: str, value: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, str
 def from_detectron2(name: str) -> str:
     """Our name of a tensor that detectron2 calls ``name``; other names stay."""
     for pattern, replacement in _RULES:
-        found, count = re.subn(pattern, replacement, name)
-        if count:
-            return found
+        name = re.sub(pattern, replacement, name)
     return name
 
 

@@ -123,12 +123,12 @@ def test_a_broken_image_is_replaced_and_named(tmp_path: Path) -> None:
     images = [listed(tmp_path / "b.png"), listed(tmp_path / "a.png")]
     recipe = MultiScale(short_sides=(32,), crop_probability=0.0)
     sample = TrainingImages(images, recipe, seed=0)[0, 0]
-    assert sample.path == str(tmp_path / "a.png")
+    assert sample.paths == [str(tmp_path / "a.png")]
     assert {bad.path for bad in sample.bad} == {str(tmp_path / "b.png")}
     whole = TestImages(images, short_side=60, max_side=70)
-    assert "image" in str(whole[0].error)
-    assert whole[1].image.shape == (3, 53, 70)
-    assert whole[1].size == (30, 40)
+    assert "image" in whole[0].bad[0].reason
+    assert whole[1].images[0].shape == (3, 53, 70)
+    assert whole[1].sizes == [(30, 40)]
     with pytest.raises(DataError, match=r"b\.png"):
         TrainingImages(images[:1], recipe, seed=0)[0, 0]
 

@@ -90,9 +90,7 @@ def train(config: DictConfig, trainer: pl.Trainer) -> Training:
         raise DataError(f"no training image has a usable object; {crowds} are crowds (iscrowd=1 in its json)")
     shuffle = not config.trainer.overfit_batches
     training = training_loader(
-        TrainingImages(trained.images, augment, seed=config.seed, largest=augment.largest),
-        shuffle=shuffle,
-        **loading,
+        TrainingImages(trained.images, augment, seed=config.seed), shuffle=shuffle, **loading
     )
     whole = TestImages(
         splits.val.images, short_side=detector.config.min_size, max_side=detector.config.max_size
