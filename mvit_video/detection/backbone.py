@@ -46,7 +46,7 @@ class Pyramid(FeaturePyramidNetwork):  # type: ignore[misc]
     """torchvision's, which holds less at once; on CPUs in inference no two maps of the finest size."""
 
     def forward(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Maps, the finest first, which are taken out of ``x``, and the coarsest one halved as "pool"."""
+        """Maps, the finest first, which are taken out of ``x``, and the coarsest one halved as "p6"."""
         names, coarser = list(x), None
         found: dict[str, Tensor] = {}
         for name, inner, layer in reversed([*zip(names, self.inner_blocks, self.layer_blocks, strict=True)]):
@@ -57,7 +57,7 @@ class Pyramid(FeaturePyramidNetwork):  # type: ignore[misc]
             if coarser is not None:
                 merged = merged + F.interpolate(coarser, size=merged.shape[-2:])
             found[name], coarser = layer(merged), merged
-        return {name: found[name] for name in names} | {"pool": F.max_pool2d(found[names[-1]], 1, 2)}
+        return {name: found[name] for name in names} | {"p6": F.max_pool2d(found[names[-1]], 1, 2)}
 
 
 def _in_strips(inner: nn.Module, layer: nn.Sequential, x: Tensor, coarser: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ class Projections(nn.ModuleDict):
 
     def forward(self, maps: dict[str, Tensor]) -> dict[str, Tensor]:
         projected = {name: self[name](level) for name, level in maps.items()}
-        return projected | {"pool": F.max_pool2d(list(projected.values())[-1], 1, 2)}
+        return projected | {"p6": F.max_pool2d(projected["p5"], 1, 2)}
 
 
 class Backbone(nn.Module):
@@ -113,7 +113,4 @@ class Backbone(nn.Module):
                 nn.init.kaiming_uniform_(module.weight, a=1)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        scales = {f"p{number}": level for number, level in enumerate(self.bottom_up(images), start=2)}
-        maps = self.fpn(scales)
-        maps["p6"] = maps.pop("pool")
-        return maps
+        return self.fpn({f"p{number}": level for number, level in enumerate(self.bottom_up(images), start=2)})

@@ -43,21 +43,18 @@ def load_detector(path: str | Path) -> Detector:
         config = DetectorConfig(MViTConfig(**values.pop("backbone")), **values)
         if depth != sum(config.backbone.stages):
             raise CheckpointError(f"{name}: its description has other blocks than its weights ({depth})")
-        names, ids = metadata["class_names"], metadata["category_ids"]
-        for listed, kind in ((names, str), (ids, int)):
-            if listed is not None and (
-                len(listed) != config.num_classes or not all(type(entry) is kind for entry in listed)
-            ):
-                raise ValueError("class_names and category_ids must be one of each class")
-        if len(set(ids or ())) < len(ids or ()) or any(abs(number) >= 2**63 for number in ids or ()):
+        names = distinct_names(metadata["class_names"] or ()) or None
+        ids = tuple(metadata["category_ids"] or ()) or None
+        if any(len(listed) != config.num_classes for listed in (names, ids) if listed is not None):
+            raise ValueError("class_names and category_ids must be one of each class")
+        if ids and (len({*ids}) < len(ids) or not all(type(n) is int and abs(n) < 2**63 for n in ids)):
             raise ValueError("category_ids must be different numbers of 64 bits")
-        names = distinct_names(names) if names else None
         with torch.device("meta"):  # memory is taken once both fit together
             expected = Detector(config).state_dict()
     fitted, _ = fit_weights(expected, weights, name, kept=())
     detector = Detector(config)
     detector.load_state_dict(fitted)
-    detector.class_names, detector.category_ids = names, tuple(ids) if ids else None
+    detector.class_names, detector.category_ids = names, ids
     return detector.eval()
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
-from torchvision.ops import roi_align
+from torchvision.ops import clip_boxes_to_image, roi_align
 
 Polygons = Sequence[Sequence[Sequence[float]]]  # objects, their parts, x0, y0, x1, y1, ... in pixels
 FAR = 1e4  # pixels; no point is farther away, for pycocotools takes memory for each pixel between two
@@ -94,13 +94,9 @@ def paste_masks(masks: Tensor, boxes: Tensor, height: int, width: int) -> Tensor
         bool (N, height, width)
     """
     pasted = torch.zeros(len(masks), height, width, dtype=torch.bool, device=masks.device)
-    low = boxes[:, :2].floor().long() - 1
-    high = boxes[:, 2:].ceil().long() + 1
-    limits = torch.tensor([width, height], device=boxes.device)
-    low, high = low.clamp(min=0), torch.minimum(high, limits)
-    for mask, box, target, (x0, y0), (x1, y1) in zip(
-        masks, boxes, pasted, low.tolist(), high.tolist(), strict=True
-    ):
+    around = torch.cat([boxes[:, :2].floor() - 1, boxes[:, 2:].ceil() + 1], 1)
+    corners = clip_boxes_to_image(around, (height, width)).long().tolist()
+    for mask, box, target, (x0, y0, x1, y1) in zip(masks, boxes, pasted, corners, strict=True):
         if x1 <= x0 or y1 <= y0:
             continue
         x = torch.arange(x0, x1, device=boxes.device, dtype=torch.float32) + 0.5

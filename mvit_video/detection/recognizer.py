@@ -183,9 +183,8 @@ def _open(
 @contextlib.contextmanager
 def video_writer(path: Path) -> Iterator[Any]:
     """A function that adds a drawn picture, uint8 (3, H, W), and its second to a new MP4 file."""
-    options = {"crf": "20", "preset": "veryfast"}
     try:
-        with replacing(path, keep=True) as file, clip_writer(file, **options) as add:
+        with replacing(path, keep=True) as file, clip_writer(file, crf="20", preset="veryfast") as add:
             yield lambda image, second: add(image.permute(1, 2, 0).numpy(), second)
     except FFmpegError as error:
         raise VideoError(str(path), f"can't be written ({error})") from None

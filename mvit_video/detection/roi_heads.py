@@ -7,7 +7,7 @@ the background is C, the last.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypedDict, cast
+from typing import NamedTuple, TypedDict, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler, BoxCoder, Matcher
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.ops import batched_nms, clip_boxes_to_image, roi_align
+from torchvision.ops import batched_nms, box_area, clip_boxes_to_image, roi_align
+from torchvision.ops._utils import convert_boxes_to_roi_format
 
 from mvit_video.detection.masks import Polygons, crop_masks
 from mvit_video.detection.proposals import STRIDES, Losses, has_area, match, require_finite
@@ -127,15 +128,15 @@ class RoIHeads(nn.Module):
             sampled = [self._sample(boxes, target) for boxes, target in zip(proposals, targets, strict=True)]
         losses: Losses = {}
         regions = sampled
-        for number, stage in enumerate(zip(self.box_head, self.box_predictor, strict=True)):
+        for number, coder in enumerate(self._coders):
             boxes = [region.boxes for region in regions]
-            logits, deltas = self._stage(stage, maps, boxes)
-            suffix = f"_stage{number}" if len(self.box_head) > 1 else ""
-            found = self._box_losses(regions, targets, logits, deltas, self._coders[number])
+            logits, deltas = self._stage(number, maps, boxes)
+            suffix = f"_stage{number}" if len(self._coders) > 1 else ""
+            found = self._box_losses(regions, targets, logits, deltas, coder)
             losses |= {name + suffix: loss for name, loss in found.items()}
-            if number + 1 < len(self.box_head):
+            if number + 1 < len(self._coders):
                 with torch.no_grad():
-                    refined = self._refine(boxes, deltas, sizes, number)
+                    refined = _clipped(self._decode(number, boxes, deltas), sizes)
                     regions = [
                         self._labelled(kept[has_area(kept)], target, self._matchers[number + 1])
                         for kept, target in zip(refined, targets, strict=True)
@@ -148,16 +149,14 @@ class RoIHeads(nn.Module):
         self, maps: list[Tensor], proposals: list[Tensor], sizes: list[tuple[int, int]]
     ) -> list[Detections]:
         """The objects of each image, boxes in pixels of the padded batch, clipped to the image."""
-        boxes, probabilities = proposals, []
-        counts = [len(found) for found in boxes]
-        for number, stage in enumerate(zip(self.box_head, self.box_predictor, strict=True)):
-            logits, deltas = self._stage(stage, maps, boxes)
+        decoded, probabilities = proposals, []
+        for number in range(len(self.box_head)):
+            boxes = _clipped(decoded, sizes) if number else proposals
+            logits, deltas = self._stage(number, maps, boxes)
             probabilities.append(logits.float().softmax(-1))
-            decoded = self._coders[number].decode_single(deltas.float(), torch.cat(boxes))
-            if number + 1 < len(self.box_head):
-                boxes = self._refine(boxes, deltas, sizes, number)
-        scores = torch.stack(probabilities).mean(0).split(counts)
-        found = [self._choose(*image) for image in zip(decoded.split(counts), scores, sizes, strict=True)]
+            decoded = self._decode(number, boxes, deltas)
+        scores = torch.stack(probabilities).mean(0).split([len(found) for found in proposals])
+        found = [self._choose(*image) for image in zip(decoded, scores, sizes, strict=True)]
         logits = self._mask_logits(maps, [boxes for boxes, _, _ in found])
         labels = torch.cat([labels for _, _, labels in found])
         masks = logits[torch.arange(len(labels), device=labels.device), labels].float().sigmoid()
@@ -165,12 +164,17 @@ class RoIHeads(nn.Module):
         parts = masks.split([len(boxes) for boxes, _, _ in found])
         return [Detections(*image, mask) for image, mask in zip(found, parts, strict=True)]
 
-    def _stage(self, stage: Any, maps: list[Tensor], boxes: list[Tensor]) -> tuple[Tensor, Tensor]:
-        head, predictor = stage
-        pooled = pool_regions(maps, boxes, BOX_SIZE)
-        if self.training and len(self.box_head) > 1:
-            pooled = _ScaleGradient.apply(pooled, 1 / len(self.box_head))
-        return predictor(head(pooled))
+    def _stage(self, number: int, maps: list[Tensor], boxes: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Class logits and box offsets of all images' boxes."""
+        pooled, share = pool_regions(maps, boxes, BOX_SIZE), 1 / len(self.box_head)
+        if self.training and share < 1 and pooled.requires_grad:
+            pooled.register_hook(lambda gradient: gradient * share)
+        return self.box_predictor[number](self.box_head[number](pooled))
+
+    def _decode(self, number: int, boxes: list[Tensor], deltas: Tensor) -> list[Tensor]:
+        """The boxes of each image that a stage makes of its own."""
+        decoded = self._coders[number].decode_single(deltas.float(), torch.cat(boxes))
+        return list(decoded.split([len(found) for found in boxes]))
 
     def _sample(self, proposals: Tensor, target: Target) -> Regions:
         """Proposals and objects themselves, labelled, at most a quarter of them objects."""
@@ -209,14 +213,6 @@ class RoIHeads(nn.Module):
         classification = F.cross_entropy(logits.float(), labels, reduction="sum") / max(len(labels), 1)
         location = F.l1_loss(offsets.float(), wanted, reduction="sum") / max(len(labels), 1)
         return {"loss_cls": classification, "loss_box_reg": location}
-
-    def _refine(
-        self, boxes: list[Tensor], deltas: Tensor, sizes: list[tuple[int, int]], number: int
-    ) -> list[Tensor]:
-        """The boxes that a class-agnostic stage makes of its own, clipped."""
-        counts = [len(found) for found in boxes]
-        decoded = self._coders[number].decode_single(deltas.float(), torch.cat(boxes)).split(counts)
-        return [clip_boxes_to_image(found, size) for found, size in zip(decoded, sizes, strict=True)]
 
     def _choose(self, boxes: Tensor, scores: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
         """Boxes (N, C*4 or 4), scores (N, C + 1) -> boxes, scores and classes of the best."""
@@ -258,33 +254,21 @@ def pool_regions(maps: list[Tensor], boxes: list[Tensor], size: int) -> Tensor:
         maps: p2 to p5 and maybe more, (B, C, H, W).
         boxes: of each image, (N, 4) xyxy pixels.
     """
-    images = torch.cat([found.new_full((len(found), 1), number) for number, found in enumerate(boxes)])
-    corners = torch.cat(boxes)
     exact = torch.promote_types(maps[0].dtype, torch.float32)  # half precision would move boxes by pixels
-    rois = torch.cat([images, corners], 1).to(exact)
-    side = ((corners[:, 2] - corners[:, 0]) * (corners[:, 3] - corners[:, 1])).sqrt()
+    rois, side = convert_boxes_to_roi_format(boxes).to(exact), box_area(torch.cat(boxes)).sqrt()
     level = (4 + (side / 224 + 1e-8).log2()).floor().clamp(2, 5).long() - 2
     pooled = maps[0].new_zeros(len(rois), maps[0].shape[1], size, size)
     for number, (features, stride) in enumerate(zip(maps[:4], STRIDES, strict=False)):
         index = (level == number).nonzero()[:, 0]
-        if not len(index):
-            continue
-        regions = roi_align(features.to(exact), rois[index], size, 1 / stride, sampling_ratio=0, aligned=True)
-        pooled = pooled.index_copy(0, index, regions.to(pooled.dtype))
+        if len(index):
+            align = {"spatial_scale": 1 / stride, "sampling_ratio": 0, "aligned": True}
+            regions = roi_align(features.to(exact), rois[index], size, **align)
+            pooled = pooled.index_copy(0, index, regions.to(pooled.dtype))
     return pooled
 
 
-class _ScaleGradient(torch.autograd.Function):
-    """The same values; their gradient multiplied: a cascade's stages share it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
-        ctx.scale = scale
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
-        return grads[0] * ctx.scale, None
+def _clipped(boxes: list[Tensor], sizes: list[tuple[int, int]]) -> list[Tensor]:
+    return [clip_boxes_to_image(found, size) for found, size in zip(boxes, sizes, strict=True)]
 
 
 def _select(masks: Polygons | Tensor, index: Tensor) -> Polygons | Tensor:
