@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -91,7 +90,6 @@ def clip_view(
     *,
     short_side_range: tuple[int, int] | None = None,
     flip_probability: float = 0.5,
-    flip: bool = False,
     rng: random.Random | None = None,
 ) -> tuple[SpatialView, tuple[int, int]]:
     """What is seen of a picture, and height and width of that.
@@ -103,7 +101,6 @@ def clip_view(
     Args:
         short_side_range: smallest and largest short side in training; None: 256 to 320 for crops of 224, and
             in proportion.
-        flip: "val" and "test" take the mirrored picture.
         rng: for "train".
 
     Raises:
@@ -112,11 +109,10 @@ def clip_view(
     if split == "test":
         view = spatial_views(height, width, short_side=spec.short_side, crop=1)[0]
         size = (view.resized_height, view.resized_width)
-        return SpatialView(*size, top=0, left=0, crop=min(size), flip=flip), size
+        return SpatialView(*size, top=0, left=0, crop=min(size)), size
     square = (spec.crop, spec.crop)
     if split == "val":
-        middle = spatial_views(height, width, short_side=spec.crop, crop=spec.crop)[0]
-        return replace(middle, flip=flip), square
+        return spatial_views(height, width, short_side=spec.crop, crop=spec.crop)[0], square
     assert rng is not None
     low, high = short_side_range or (round(spec.crop * 256 / 224), round(spec.crop * 320 / 224))
     if low < spec.crop or high < low:

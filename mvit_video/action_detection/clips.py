@@ -8,10 +8,12 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -82,29 +84,12 @@ class Colours(NamedTuple):
         return frames + frames.new_tensor(self.shift)[:, None, None] if any(self.shift) else frames
 
 
-class ActionSample(NamedTuple):
-    """A clip around a key frame.
-
-    Attributes:
-        clip: of one clip, float (1, 3, T, H, W), or a pending one; none where the video gave none.
-        boxes: float (N, 4), pixels of the clip.
-        targets: float (N, num_classes), 1 for what is done.
-        bad: videos that it stands in for, or its own.
-    """
-
-    key_frame: KeyFrame
-    clip: Any
-    boxes: Tensor
-    targets: Tensor
-    bad: list[BadVideo]
-
-
 class ActionBatch(NamedTuple):
-    """Clips of one size with their people."""
+    """Clips of one size with their people, and videos that gave none; samples are batches of one."""
 
     clips: Any  # float (B, 3, T, H, W); ``Clips`` until they are where the model is
     boxes: Tensor  # float (R, 5): clip, x1, y1, x2, y2 in pixels
-    targets: Tensor  # float (R, num_classes)
+    targets: Tensor  # float (R, num_classes), 1 for what is done
     key_frames: list[KeyFrame]
     bad: list[BadVideo]
 
@@ -113,13 +98,12 @@ class ActionBatch(NamedTuple):
         return [frame.path for frame in self.key_frames]
 
 
-class ActionClips(Dataset[ActionSample]):
+class ActionClips(Dataset[ActionBatch]):
     """The clip around each key frame; keys are (epoch, index), or an index where nothing is random.
 
     Args:
         split: which pixels are seen, see ``clip_view``. In "train" a bad video is replaced by another.
         augment: of "train".
-        flip: "val" and "test" take mirrored pictures.
         seed: random choices depend on it, the epoch and the index alone.
         pending: leave what comes after decoding to ``finish_clips``, on the model's device.
 
@@ -136,13 +120,12 @@ class ActionClips(Dataset[ActionSample]):
         split: PixelSplit,
         *,
         augment: ActionAugment = ActionAugment(),
-        flip: bool = False,
         seed: int = 0,
         open_file: OpenVideo = open_video,
         pending: bool = False,
     ) -> None:
         self.key_frames, self.spec, self.num_classes, self.split = key_frames, spec, num_classes, split
-        self.augment, self.flip, self.seed, self.open_file = augment, flip, seed, open_file
+        self.augment, self.seed, self.open_file = augment, seed, open_file
         self.pending = pending
         side = spec.short_side if split == "test" else spec.crop
         self.sample_nbytes = 4 * 3 * spec.clip_frames * side * side * (2 if split == "test" else 1)
@@ -150,13 +133,15 @@ class ActionClips(Dataset[ActionSample]):
     def __len__(self) -> int:
         return len(self.key_frames)
 
-    def __getitem__(self, key: tuple[int, int] | int) -> ActionSample:
+    def __getitem__(self, key: tuple[int, int] | int) -> ActionBatch:
         epoch, index = key if isinstance(key, tuple) else (0, key)
         rng = random.Random(f"{self.seed} {epoch} {index}")
 
         def read(index: int) -> tuple[Clips, Tensor]:
-            with self.open_file(self.key_frames[index].path) as video:
-                return self._read(video, self.key_frames[index], rng)
+            frame = self.key_frames[index]
+            with self.open_file(frame.path) as video:
+                clip, boxes = read_key_frame(video, frame, self.spec, self.split, self.augment, rng)
+            return clip if self.pending else finish_clips(clip), boxes
 
         bad: list[BadVideo] = []
         if self.split == "train":
@@ -166,29 +151,32 @@ class ActionClips(Dataset[ActionSample]):
                 clip, boxes = read(index)
             except VideoError as error:
                 bad = [BadVideo(error.path, error.reason)]
-                nothing = torch.empty(0, 4), torch.empty(0, self.num_classes)
-                return ActionSample(self.key_frames[index], torch.empty(0), *nothing, bad)
+                return ActionBatch(torch.empty(0), torch.empty(0, 5), torch.empty(0), [], bad)
         targets = torch.zeros(len(boxes), self.num_classes)
         for row, ids in enumerate(self.key_frames[index].class_ids):
             targets[row, [number - 1 for number in ids]] = 1
-        return ActionSample(self.key_frames[index], clip, boxes, targets, bad)
+        return ActionBatch(clip, boxes, targets, [self.key_frames[index]], bad)
 
-    def _read(self, video: Video, frame: KeyFrame, rng: random.Random) -> tuple[Clips, Tensor]:
-        height, width = video.size
-        view, size = clip_view(
-            height,
-            width,
-            self.spec,
-            self.split,
-            short_side_range=self.augment.short_side_range,
-            flip_probability=self.augment.flip_probability,
-            flip=self.flip,
-            rng=rng,
-        )
-        boxes = move_boxes(torch.tensor(frame.boxes).reshape(-1, 4), height, width, view, size)
-        colours = Colours.draw(self.augment, rng) if self.split == "train" else Colours()
-        clip = read_clip(video, frame, self.spec, view, size, colours)
-        return clip if self.pending else finish_clips(clip), boxes
+
+def read_key_frame(
+    video: Video,
+    frame: KeyFrame,
+    spec: ClipSpec,
+    split: PixelSplit = "test",
+    augment: ActionAugment = ActionAugment(),
+    rng: random.Random | None = None,
+) -> tuple[list[PendingClips | Tensor], Tensor]:
+    """The clip around a key frame, see ``read_clip``, and its people's boxes as ``ActionBatch`` has them.
+
+    Args:
+        split, rng: see ``clip_view``.
+    """
+    sides, flip_probability = augment.short_side_range, augment.flip_probability
+    how: dict[str, Any] = {"short_side_range": sides, "flip_probability": flip_probability, "rng": rng}
+    view, size = clip_view(*video.size, spec, split, **how)
+    boxes = move_boxes(torch.tensor(frame.boxes).reshape(-1, 4), *video.size, view, size)
+    colours = Colours() if rng is None else Colours.draw(augment, rng)
+    return read_clip(video, frame, spec, view, size, colours), F.pad(boxes, (1, 0))
 
 
 def read_clip(
@@ -252,17 +240,12 @@ def frame_numbers(frame: KeyFrame, times: Sequence[float] | np.ndarray, spec: Cl
     return [max(int(index), 0) for index in shown]
 
 
-def collate(samples: Sequence[ActionSample]) -> ActionBatch:
-    """Clips of one size; bad videos leave none."""
-    good = [sample for sample in samples if len(sample.clip)]
-    rows = [
-        torch.cat([torch.full((len(sample.boxes), 1), float(number)), sample.boxes.float()], 1)
-        for number, sample in enumerate(good)
-    ]
-    return ActionBatch(
-        cat_clips([sample.clip for sample in good]),
-        torch.cat(rows) if rows else torch.empty(0, 5),
-        torch.cat([sample.targets for sample in good]) if good else torch.empty(0),
-        [sample.key_frame for sample in good],
-        [bad for sample in samples for bad in sample.bad],
-    )
+def collate(samples: Sequence[ActionBatch]) -> ActionBatch:
+    """Samples of one size as a batch; bad videos leave no clip."""
+    bad = [bad for sample in samples for bad in sample.bad]
+    good = [sample for sample in samples if len(sample.clips)]
+    if not good:
+        return ActionBatch(torch.empty(0), torch.empty(0, 5), torch.empty(0), [], bad)
+    clips, boxes, targets, key_frames, _ = zip(*good, strict=True)
+    rows = [own + own.new_tensor([number, 0, 0, 0, 0]) for number, own in enumerate(boxes)]
+    return ActionBatch(cat_clips(clips), torch.cat(rows), torch.cat(targets), list(chain(*key_frames)), bad)

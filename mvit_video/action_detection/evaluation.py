@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mvit_video.action_detection.annotations import ActionIndex, KeyFrame, write_boxes
-from mvit_video.action_detection.clips import ActionClips, ActionSample, collate
+from mvit_video.action_detection.clips import ActionBatch, ActionClips, collate
 from mvit_video.action_detection.detector import ActionDetector
 from mvit_video.action_detection.metrics import Row, mean_average_precision
 from mvit_video.data.datasets import BadVideo, OpenVideo, validation_loader
@@ -59,7 +59,7 @@ def score_people(
     autocast: Any,
     open_file: OpenVideo,
     **loading: Any,
-) -> Iterator[tuple[ActionSample, Tensor]]:
+) -> Iterator[tuple[ActionBatch, Tensor]]:
     """Each key frame, in order, with the scores (boxes, num_classes) of its people; none of a bad video.
 
     Args:
@@ -74,8 +74,8 @@ def score_people(
     clips = ActionClips(key_frames, spec, num_classes, "test", open_file=open_file, pending=True)
     with closing(validation_loader(clips, list, batch_size=batch_size, **loading)) as loader:
         for samples in loader:
-            finished = (sample._replace(clip=finish_clips(sample.clip, device)) for sample in samples)
-            for shape, same in groupby(finished, key=lambda sample: sample.clip.shape):
+            finished = (sample._replace(clips=finish_clips(sample.clips, device)) for sample in samples)
+            for shape, same in groupby(finished, key=lambda sample: sample.clips.shape):
                 group = list(same)
                 if not math.prod(shape):
                     yield from ((sample, torch.empty(0, num_classes)) for sample in group)
@@ -116,9 +116,9 @@ def score_index(
 
     def score(keys: Sequence[tuple[str, float]]) -> Iterator[Entry | BadVideo]:
         for sample, scores in score_people(detector, [key_frames[key] for key in keys], **running):
-            frame = sample.key_frame
-            place = {"video": frame.video, "second": frame.second}
-            yield sample.bad[0] if sample.bad else {**place, "scores": scores.tolist()}
+            yield from sample.bad
+            for frame in sample.key_frames:
+                yield {"video": frame.video, "second": frame.second, "scores": scores.tolist()}
 
     outcome = resumable(
         output,

@@ -17,8 +17,7 @@ from av.video.frame import VideoFrame
 from torch import Tensor
 
 from mvit_video.action_detection.annotations import Box, BoxRow, KeyFrame
-from mvit_video.action_detection.boxes import clip_view, move_boxes
-from mvit_video.action_detection.clips import read_clip
+from mvit_video.action_detection.clips import read_key_frame
 from mvit_video.action_detection.detector import ActionDetector
 from mvit_video.action_detection.drawing import draw_people
 from mvit_video.data.decode import Video
@@ -133,17 +132,15 @@ class PeopleWatcher:
         numbers, names = follow(people), self.detector.class_names
         if not numbers:
             return []
-        spec = self.detector.protocol
-        view, size = clip_view(height, width, spec, "test")
-        frame = KeyFrame(Path(video.path).stem, video.path, at, 0.0, (), ())
-        clip = finish_clips(read_clip(video, frame, spec, view, size), self.device)
-        boxes = torch.nn.functional.pad(move_boxes(people, height, width, view, size), (1, 0))
+        given: Any = people.tolist()
+        frame = KeyFrame(Path(video.path).stem, video.path, at, 0.0, given, ())
+        clip, boxes = read_key_frame(video, frame, self.detector.protocol)
         with self.autocast:
-            logits = self.detector(clip, boxes.to(self.device)).float().cpu()
+            logits = self.detector(finish_clips(clip, self.device), boxes.to(self.device)).float().cpu()
         if not logits.isfinite().all():
             raise VideoError(video.path, NOT_FINITE)
         names = names or tuple(str(number) for number in range(1, logits.shape[1] + 1))
-        rows = zip(numbers, people.tolist(), certain, logits.sigmoid().tolist(), strict=True)
+        rows = zip(numbers, given, certain, logits.sigmoid().tolist(), strict=True)
         return [
             PersonActions(video.path, second, number, tuple(box), score, dict(zip(names, row, strict=True)))
             for number, box, score, row in rows

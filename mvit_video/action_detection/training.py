@@ -72,9 +72,8 @@ class ActionDetectorTraining(TrainingModule):
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()
         mine, self._scored = {one.key: one for one in self._scored}, []
-        scored: dict[tuple[str, float], Scored] = {}
-        for part in Ranks(self.trainer.global_rank, self.trainer.world_size).all_gather(mine):
-            scored |= part
+        parts = Ranks(self.trainer.global_rank, self.trainer.world_size).all_gather(mine)
+        scored = {key: one for part in parts for key, one in part.items()}
         # In the order of the index, whoever scored them: it decides between equal scores.
         order = [(frame.video, frame.second) for frame in self.validation.key_frames]
         mean, _ = mean_average_precision(

@@ -149,22 +149,15 @@ class MultiScale:
         return max(self.short_sides) * self.max_side
 
     def __call__(self, objects: Objects, rng: random.Random) -> tuple[Tensor, Target]:
-        first = rng.choice(self.crop_short_sides) if rng.random() < self.crop_probability else None
-        crop = None
-        if first is not None:
-            height, width = shortest_edge(*objects.size, first, math.inf)
+        if rng.random() < self.crop_probability:
+            short_side = rng.choice(self.crop_short_sides)
+            objects = objects.resized(*shortest_edge(*objects.size, short_side, math.inf))
             low, high = self.crop_range
-            crop_height, crop_width = (rng.randint(min(low, n), min(high, n)) for n in (height, width))
-            top, left = rng.randint(0, height - crop_height), rng.randint(0, width - crop_width)
-            crop = (top, left, crop_height, crop_width)
-        return multi_scale(
-            objects,
-            first=first,
-            crop=crop,
-            short_side=rng.choice(self.short_sides),
-            flip=rng.random() < self.flip_probability,
-            max_side=self.max_side,
-        )
+            height, width = (rng.randint(min(low, side), min(high, side)) for side in objects.size)
+            top, left = objects.size[0] - height, objects.size[1] - width
+            objects = objects.cropped(rng.randint(0, top), rng.randint(0, left), height, width)
+        objects = objects.resized(*shortest_edge(*objects.size, rng.choice(self.short_sides), self.max_side))
+        return (objects.flipped() if rng.random() < self.flip_probability else objects).target()
 
 
 @dataclass(frozen=True)
@@ -187,45 +180,13 @@ class LargeScaleJitter:
         return self.size**2
 
     def __call__(self, objects: Objects, rng: random.Random) -> tuple[Tensor, Target]:
-        return large_scale_jitter(
-            objects,
-            flip=rng.random() < self.flip_probability,
-            scale=rng.uniform(*self.scales),
-            offset=rng.random(),
-            size=self.size,
-        )
-
-
-def multi_scale(
-    objects: Objects,
-    *,
-    first: int | None,
-    crop: tuple[int, int, int, int] | None,
-    short_side: int,
-    flip: bool,
-    max_side: int = MAX_SIDE,
-) -> tuple[Tensor, Target]:
-    """Resize and crop to (top, left, height, width), or don't; then resize to ``short_side`` and flip."""
-    if first is not None and crop is not None:
-        objects = objects.resized(*shortest_edge(*objects.size, first, math.inf)).cropped(*crop)
-    objects = objects.resized(*shortest_edge(*objects.size, short_side, max_side))
-    return (objects.flipped() if flip else objects).target()
-
-
-def large_scale_jitter(
-    objects: Objects, *, flip: bool, scale: float, offset: float, size: int = JITTER_SIZE
-) -> tuple[Tensor, Target]:
-    """Flip, resize to ``scale`` times a square of ``size``, cut out or pad to that square (arXiv 2012.07177).
-
-    Args:
-        offset: in [0, 1], where the square lies in a larger image, along both sides.
-    """
-    objects = objects.flipped() if flip else objects
-    height, width = jittered_size(*objects.size, scale, size)
-    objects = objects.resized(height, width)
-    top, left = (round(max(side - size, 0) * offset) for side in (height, width))
-    objects = objects.cropped(top, left, min(height, size), min(width, size)).padded(size, size)
-    return objects.target(boxes_from_masks=True)
+        """Flip, resize, cut out of what is larger or pad what is smaller (arXiv 2012.07177)."""
+        objects = objects.flipped() if rng.random() < self.flip_probability else objects
+        objects = objects.resized(*jittered_size(*objects.size, rng.uniform(*self.scales), self.size))
+        offset, (height, width) = rng.random(), objects.size
+        top, left = (round(max(side - self.size, 0) * offset) for side in (height, width))
+        objects = objects.cropped(top, left, min(height, self.size), min(width, self.size))
+        return objects.padded(self.size, self.size).target(boxes_from_masks=True)
 
 
 def shortest_edge(

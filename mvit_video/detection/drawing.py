@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import colorsys
+import io
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.io import encode_png
 from torchvision.ops import clip_boxes_to_image
+from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make_grid
 
-from mvit_video.detection.masks import Polygons, to_mask
+from mvit_video.detection.masks import to_mask
 from mvit_video.io.console import printable
 from mvit_video.prediction.follower import LOST
 
@@ -24,12 +26,16 @@ def draw_objects(
     image: Tensor,
     boxes: Tensor,
     labels: Tensor,
-    masks: Tensor | Polygons,
+    masks: Tensor | Sequence[Any],
     class_names: Sequence[str],
     scores: Tensor | None = None,
     tracks: Sequence[int] | None = None,
 ) -> Tensor:
-    """A copy of an image, uint8 (3, H, W), with boxes, masks and names; a class or track has one colour."""
+    """A copy of an image, uint8 (3, H, W), with boxes, masks and names; a class or track has one colour.
+
+    Args:
+        masks: bool (M, H, W), or of each object what ``to_mask`` takes.
+    """
     if not len(boxes):
         return image.clone()
     height, width = image.shape[1:]
@@ -72,4 +78,6 @@ def grid(images: Sequence[Tensor], columns: int = 4) -> Tensor:
 
 def as_png(image: Tensor) -> bytes:
     """A picture, uint8 (3, H, W), as the bytes of a file."""
-    return encode_png(image).numpy().tobytes()
+    buffer = io.BytesIO()
+    to_pil_image(image).save(buffer, "png")
+    return buffer.getvalue()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torchvision.ops import box_convert
 
 from mvit_video.data.datasets import BadVideo
 from mvit_video.data.ranks import Ranks
@@ -19,7 +20,6 @@ from mvit_video.detection.coco import CocoImages, load_objects, summary
 from mvit_video.detection.data import TestImages, whole_image_loader
 from mvit_video.detection.detector import Detector
 from mvit_video.detection.drawing import as_png, draw_objects, grid
-from mvit_video.detection.masks import to_mask
 from mvit_video.detection.metrics import LIKELY, ImageResult, Precision, measure, to_result
 from mvit_video.errors import DataError, VideoError
 from mvit_video.evaluation.run import file_identity, resumable
@@ -137,8 +137,13 @@ def _write_page(
 ) -> None:
     figures = []
     for kind, precision in measured.items():
-        curves = output / f"{kind}_curves.png"
-        _plot_curves(precision, curves)
+        with new_figure(curves := output / f"{kind}_curves.png", (5.5, 4)) as figure:
+            axes = figure.subplots()
+            for iou in CURVE_IOUS:
+                axes.plot([i / 100 for i in range(101)], precision.curves[iou], label=f"IoU {iou:g}")
+            axes.set(xlabel="recall", ylabel="precision (mean of the classes)", xlim=(0, 1), ylim=(0, 1.02))
+            axes.legend(loc="lower left")
+            axes.grid(alpha=0.3)
         figures.append({"title": f"Precision of each {kind}", "uri": data_uri(curves.read_bytes())})
     mistakes = measured["box"].mistakes
     worst = sorted(results, key=lambda result: -mistakes.get(result.image_id, 0))[:num_worst]
@@ -164,16 +169,6 @@ def _write_page(
     )
 
 
-def _plot_curves(precision: Precision, path: Path) -> None:
-    with new_figure(path, (5.5, 4)) as figure:
-        axes = figure.subplots()
-        for iou in CURVE_IOUS:
-            axes.plot([i / 100 for i in range(101)], precision.curves[iou], label=f"IoU {iou:g}")
-        axes.set(xlabel="recall", ylabel="precision (mean of the classes)", xlim=(0, 1), ylim=(0, 1.02))
-        axes.legend(loc="lower left")
-        axes.grid(alpha=0.3)
-
-
 def _drawn(coco: CocoImages, result: ImageResult) -> Iterator[tuple[str, bytes]]:
     """The objects of an image on the left, likely detections on the right; nothing where it is gone."""
     listed = next(image for image in coco.images if image.id == result.image_id)
@@ -182,16 +177,11 @@ def _drawn(coco: CocoImages, result: ImageResult) -> Iterator[tuple[str, bytes]]
     except VideoError:
         return
     rows = [row for row in result.detections if row["score"] >= LIKELY]
-    labels = {number: label for label, number in enumerate(coco.category_ids)}
-    size = (result.height, result.width)
-    boxes = torch.tensor([row["bbox"] for row in rows]).reshape(-1, 4)
-    boxes[:, 2:] += boxes[:, :2]
-    masks = [torch.from_numpy(to_mask(row["segmentation"], *size)) for row in rows]
     found = draw_objects(
         image,
-        boxes,
-        torch.tensor([labels[row["category_id"]] for row in rows], dtype=torch.long),
-        torch.stack(masks) if masks else torch.zeros(0, *size, dtype=torch.bool),
+        box_convert(torch.tensor([row["bbox"] for row in rows]).reshape(-1, 4), "xywh", "xyxy"),
+        torch.tensor([coco.category_ids.index(row["category_id"]) for row in rows]),
+        [row["segmentation"] for row in rows],
         coco.class_names,
         torch.tensor([row["score"] for row in rows]),
     )

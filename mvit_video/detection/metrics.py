@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
+from torchvision.ops import box_convert
 
 from mvit_video.detection.coco import CocoImages, coco_dataset
 
@@ -56,8 +57,7 @@ def to_result(
     """A detector's output for an image, masks run-length encoded as text."""
     from pycocotools import mask as coco
 
-    boxes = found["boxes"].double().cpu()
-    boxes[:, 2:] -= boxes[:, :2]
+    boxes = box_convert(found["boxes"].double().cpu(), "xyxy", "xywh")
     masks = np.asfortranarray(found["masks"].permute(1, 2, 0).cpu().numpy(), dtype=np.uint8)
     encoded = coco.encode(masks) if len(boxes) else []
     rows = [

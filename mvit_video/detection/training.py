@@ -90,9 +90,9 @@ class DetectorTraining(TrainingModule):
 
     def on_validation_epoch_end(self) -> None:
         self.on_train_epoch_start()  # the time of validation doesn't count
-        results, self._results = self._results, []
-        ranks = Ranks(self.trainer.global_rank, self.trainer.world_size)
-        results = [result for part in ranks.all_gather(results) for result in part]
+        mine, self._results = self._results, []
+        parts = Ranks(self.trainer.global_rank, self.trainer.world_size).all_gather(mine)
+        results = [result for part in parts for result in part]
         if not results:
             if not self.trainer.sanity_checking:
                 raise DataError("no validation image can be read")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +110,9 @@ def test_boxes_and_pixels_are_the_official_ones(case: dict[str, Any]) -> None:
         lighting=0.1 * options.get("color", False),
     )
     rng = NumpyRandom(case["numpy_seed"])
-    sides, flip = augment.short_side_range, options.get("force", False)
-    view, size = clip_view(height, width, spec, case["split"], short_side_range=sides, flip=flip, rng=rng)
+    sides = augment.short_side_range
+    view, size = clip_view(height, width, spec, case["split"], short_side_range=sides, rng=rng)
+    view = replace(view, flip=view.flip or options.get("force", False))
     boxes = torch.tensor(case["boxes_in_0_1"], dtype=torch.float64)
     expected = case["backends"]["cv2"]
     assert [3, case["frames"], *size] == expected["image_shape_CTHW"]

@@ -209,10 +209,10 @@ def test_clips_do_not_depend_on_who_makes_them(films: Path) -> None:
     spec = mv.ClipSpec(clip_frames=4, stride=4, short_side=48, crop=32)
     clips = ActionClips(splits.train.key_frames, spec, splits.num_classes, "train", seed=3)
     one, again, other = clips[0, 2], clips[0, 2], clips[1, 2]
-    assert torch.equal(one.clip, again.clip)
+    assert torch.equal(one.clips, again.clips)
     assert torch.equal(one.boxes, again.boxes)
     assert not torch.equal(one.boxes, other.boxes)
-    assert one.clip.shape == (1, 3, 4, 32, 32)
+    assert one.clips.shape == (1, 3, 4, 32, 32)
     augment = ActionAugment(colour_jitter=0.4, lighting=0.1)
     varied = {"augment": augment, "seed": 3}
     clips, pending = (
@@ -226,7 +226,7 @@ def test_clips_do_not_depend_on_who_makes_them(films: Path) -> None:
     batch = collate([one, other])
     assert batch.boxes[:, 0].tolist() == [0, 0, 0, 1, 1, 1]
     uncut = ActionClips(splits.val.key_frames, spec, splits.num_classes, "test")[0]
-    assert uncut.clip.shape == (1, 3, 4, 48, 48)
+    assert uncut.clips.shape == (1, 3, 4, 48, 48)
 
 
 def test_frames_of_thirty_a_second_are_shown_whatever_the_rate(tmp_path: Path) -> None:

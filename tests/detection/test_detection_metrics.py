@@ -15,7 +15,7 @@ from torchmetrics.detection import MeanAveragePrecision
 from mvit_video.cli import app
 from mvit_video.cli.help import CONF_DIR
 from mvit_video.cli.schema import check
-from mvit_video.detection.coco import Annotation, CocoImages, coco_splits
+from mvit_video.detection.coco import AnnotatedImage, Annotation, CocoImages, coco_splits
 from mvit_video.detection.masks import to_mask
 from mvit_video.detection.metrics import ImageResult, measure, to_result
 from mvit_video.detection.training import DetectorTraining
@@ -34,17 +34,35 @@ def guesses(coco: CocoImages, seed: int) -> list[dict[str, torch.Tensor]]:
         labels = np.array([a.label for a in image.annotations for _ in range(2)])
         labels = np.where(rng.random(len(labels)) < 0.2, rng.integers(0, 4, len(labels)), labels)
         outlines = [[[x0, y0, x1, y0, x1, y1, x0, y1]] for x0, y0, x1, y1 in boxes]
-        masks = np.stack([to_mask(outline, image.height, image.width) for outline in outlines])
-        scores = torch.from_numpy(rng.random(len(boxes)).astype(np.float32))
         found.append(
             {
                 "boxes": torch.from_numpy(boxes.astype(np.float32)),
-                "scores": scores,
+                "scores": torch.from_numpy(rng.random(len(boxes)).astype(np.float32)),
                 "labels": torch.from_numpy(labels),
-                "masks": torch.from_numpy(masks),
+                "masks": masks_of(image, outlines),
             }
         )
     return found
+
+
+def masks_of(image: AnnotatedImage, outlines: list[Any]) -> torch.Tensor:
+    masks = [to_mask(outline, image.height, image.width) for outline in outlines]
+    return torch.from_numpy(np.stack(masks))
+
+
+def truth_of(image: AnnotatedImage) -> dict[str, torch.Tensor]:
+    return {
+        "boxes": torch.tensor([a.box for a in image.annotations]),
+        "labels": torch.tensor([a.label for a in image.annotations]),
+        "masks": masks_of(image, [a.outline for a in image.annotations]),
+    }
+
+
+def results_of(coco: CocoImages, found: list[dict[str, torch.Tensor]]) -> list[ImageResult]:
+    return [
+        to_result(image.id, (image.height, image.width), objects, coco.category_ids)
+        for image, objects in zip(coco.images, found, strict=True)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -63,29 +81,19 @@ def test_precision_is_that_of_torchmetrics(coco: CocoImages) -> None:
     found = guesses(coco, 0)
     theirs = MeanAveragePrecision(iou_type=("bbox", "segm"), class_metrics=True)
     for image, objects in zip(coco.images, found, strict=True):
-        truth = {
-            "boxes": torch.tensor([a.box for a in image.annotations]),
-            "labels": torch.tensor([a.label for a in image.annotations]),
+        truth = truth_of(image) | {
             "iscrowd": torch.tensor([int(a.crowd) for a in image.annotations]),
             "area": torch.tensor([a.area for a in image.annotations]),
-            "masks": torch.from_numpy(
-                np.stack([to_mask(a.outline, image.height, image.width) for a in image.annotations])
-            ),
         }
         theirs.update([objects], [truth])
     expected = theirs.compute()
-    results = [
-        to_result(image.id, (image.height, image.width), objects, coco.category_ids)
-        for image, objects in zip(coco.images, found, strict=True)
-    ]
+    results = results_of(coco, found)
     measured = measure(coco, results)
     for kind, prefix in (("box", "bbox"), ("mask", "segm")):
         for name, key in NAMES.items():
             value = float(expected[f"{prefix}_{key}"])
-            assert measured[kind].summary[name] == pytest.approx(value, abs=1e-3), (
-                kind,
-                name,
-            )  # theirs rounds recalls
+            # Theirs rounds recalls.
+            assert measured[kind].summary[name] == pytest.approx(value, abs=1e-3), (kind, name)
         known = expected[f"{prefix}_map_per_class"].numpy()
         per_class = np.nan_to_num(measured[kind].per_class, nan=-1)
         np.testing.assert_allclose(per_class[np.unique(expected["classes"].numpy())], known, atol=1e-3)
@@ -100,23 +108,8 @@ def test_perfect_and_empty_detections(coco: CocoImages) -> None:
     assert measured["box"].summary["AP"] == 0
     objects = {image.id: sum(not a.crowd for a in image.annotations) for image in coco.images}
     assert measured["box"].mistakes == objects
-    perfect = [
-        to_result(
-            image.id,
-            (image.height, image.width),
-            {
-                "boxes": torch.tensor([a.box for a in image.annotations]),
-                "scores": torch.ones(len(image.annotations)),
-                "labels": torch.tensor([a.label for a in image.annotations]),
-                "masks": torch.from_numpy(
-                    np.stack([to_mask(a.outline, image.height, image.width) for a in image.annotations])
-                ),
-            },
-            coco.category_ids,
-        )
-        for image in coco.images
-    ]
-    measured = measure(coco, perfect)
+    perfect = [truth_of(image) | {"scores": torch.ones(len(image.annotations))} for image in coco.images]
+    measured = measure(coco, results_of(coco, perfect))
     assert measured["box"].summary["AP"] == pytest.approx(1)
     assert measured["mask"].summary["AP"] == pytest.approx(1)
     assert set(measured["mask"].mistakes.values()) == {0}
@@ -171,17 +164,12 @@ def test_recipes_are_the_published_ones(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "overrides",
-    [
-        ("mixing=mixup_cutmix",),
-        ("augment=light",),
-        ("model=mvitv2_t_224",),
-        ("augment.crop_probability=2",),
-    ],
+    "override",
+    ["mixing=mixup_cutmix", "augment=light", "model=mvitv2_t_224", "augment.crop_probability=2"],
 )
-def test_what_detection_does_not_take_is_named(command: Any, tmp_path: Path, overrides: tuple[str]) -> None:
+def test_what_detection_does_not_take_is_named(command: Any, tmp_path: Path, override: str) -> None:
     generate(tmp_path / "s", "train", 2)
     generate(tmp_path / "s", "val", 2)
-    result = command("train", "experiment=shapes", f"data.root={tmp_path / 's'}", *overrides)
+    result = command("train", "experiment=shapes", f"data.root={tmp_path / 's'}", override)
     assert result.code == 1
-    assert overrides[0].partition("=")[0].partition(".")[0] in result.err.splitlines()[-1]
+    assert override.partition("=")[0].partition(".")[0] in result.err.splitlines()[-1]

@@ -19,14 +19,32 @@ from mvit_video.detection.augment import (
     MultiScale,
     Objects,
     jittered_size,
-    large_scale_jitter,
-    multi_scale,
     shortest_edge,
 )
 from mvit_video.detection.masks import to_mask
 from mvit_video.detection.roi_heads import Target
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "reference" / "detection" / "augmentation.json").read_text())
+
+
+class Drawn(random.Random):
+    """Numbers that were drawn before, whatever is asked for."""
+
+    def __init__(self, *numbers: float) -> None:
+        super().__init__()
+        self._numbers = iter(numbers)
+
+    def random(self) -> float:
+        return next(self._numbers)
+
+    def choice(self, seq: Any) -> Any:
+        return next(self._numbers)
+
+    def randint(self, a: int, b: int) -> int:
+        return int(next(self._numbers))
+
+    def uniform(self, a: float, b: float) -> float:
+        return next(self._numbers)
 
 
 def objects_of(height: int, width: int) -> Objects:
@@ -64,21 +82,16 @@ def test_sizes_of_large_scale_jitter(case: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("case", GOLDEN["lsj"])
 def test_large_scale_jitter(case: dict[str, Any]) -> None:
-    given = {name: case[name] for name in ("flip", "scale", "offset", "size")}
-    check(large_scale_jitter(objects_of(case["h"], case["w"]), **given), case, "boxes_recomputed")
+    drawn = Drawn(not case["flip"], case["scale"], case["offset"])
+    found = LargeScaleJitter(size=case["size"])(objects_of(case["h"], case["w"]), drawn)
+    check(found, case, "boxes_recomputed")
 
 
 @pytest.mark.parametrize("case", GOLDEN["resize_crop_resize_flip"])
 def test_multi_scale(case: dict[str, Any]) -> None:
-    window = case["crop_x0_y0_w_h"]
-    crop = window and (window[1], window[0], window[3], window[2])
-    found = multi_scale(
-        objects_of(case["h"], case["w"]),
-        first=case["first_short"],
-        crop=crop,
-        short_side=case["short"],
-        flip=case["flip"],
-    )
+    left, top, width, height = case["crop_x0_y0_w_h"] or [0] * 4
+    crop = (0, case["first_short"], height, width, top, left) if width else (1,)
+    found = MultiScale()(objects_of(case["h"], case["w"]), Drawn(*crop, case["short"], not case["flip"]))
     check(found, case, "boxes")
 
 
