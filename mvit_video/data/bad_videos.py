@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import logging
 import os
 from collections.abc import Iterable
@@ -12,7 +11,7 @@ from pathlib import Path
 
 from mvit_video.data.datasets import BadVideo
 from mvit_video.errors import ConfigError, DataError
-from mvit_video.io.console import csv_cell, printable
+from mvit_video.io.console import csv_cell, csv_text, printable
 from mvit_video.io.writing import append, keep_whole_lines
 
 log = logging.getLogger(__name__)
@@ -71,19 +70,13 @@ class BadVideos:
     def _append(self, video: BadVideo) -> None:
         # Headers and rows go out in one piece each, to the end of the file: processes share it.
         with suppress(FileExistsError), open(self.file, "xb", opener=_for_appending) as file:
-            append(file, _line(BadVideo._fields))
+            append(file, csv_text([BadVideo._fields], "\r\n").encode())
         with self.file.open("ab") as file:
-            append(file, _line(map(csv_cell, video)))
+            append(file, csv_text([video], "\r\n").encode())
 
 
 def _for_appending(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_APPEND, 0o666)
-
-
-def _line(cells: Iterable[str]) -> bytes:
-    line = io.StringIO(newline="")
-    csv.writer(line).writerow(cells)
-    return line.getvalue().encode()
 
 
 def allowed_bad_videos(max_bad_videos: float, total: int) -> int:

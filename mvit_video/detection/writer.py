@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -13,7 +11,7 @@ from typing import Any
 
 from mvit_video.detection.metrics import to_result
 from mvit_video.detection.recognizer import FoundObjects
-from mvit_video.io.console import csv_cell, valid_text
+from mvit_video.io.console import csv_text, valid_text
 from mvit_video.io.fingerprint import Fingerprint
 from mvit_video.io.writing import replacing
 from mvit_video.prediction.follower import LOST
@@ -46,11 +44,7 @@ def as_text(rows: Iterable[dict[str, Any]], format: Format) -> str:
     """Rows as lines of a csv file, or of JSON."""
     if format != "csv":
         return "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(
-        [csv_cell(flat[name]) for name in COLUMNS] for flat in map(_flat, rows)
-    )
-    return text.getvalue()
+    return csv_text([flat[name] for name in COLUMNS] for flat in map(_flat, rows))
 
 
 def open_objects(

@@ -74,10 +74,17 @@ def csv_cell(value: Any) -> Any:
     return f"'{value}" if value.startswith(_FORMULA) else value
 
 
+def csv_text(rows: Iterable[Iterable[Any]], lineterminator: str = "\n") -> str:
+    """Lines of a csv file, each cell a ``csv_cell``."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator=lineterminator).writerows(map(csv_cell, row) for row in rows)
+    return text.getvalue()
+
+
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Replace a csv file by one with these cells, each a ``csv_cell``."""
+    """Replace a csv file by one with these rows, see ``csv_text``."""
     with replacing(path, "w", newline="") as file:
-        csv.writer(file).writerows([columns, *(map(csv_cell, row) for row in rows)])
+        file.write(csv_text([columns, *rows], "\r\n"))
 
 
 def caption(text: str) -> str:

@@ -75,9 +75,6 @@ class Demo:
         pairs = zip(best.values.tolist(), best.indices.tolist(), strict=True)
         return {timeline.class_names[index]: score for score, index in pairs}
 
-    def _recognizer(self, num_clips: int = 1) -> Recognizer:
-        return Recognizer(self.model, num_clips=num_clips, **self.recognizing)
-
     def answer(
         self,
         path: str | None,
@@ -105,7 +102,7 @@ class Demo:
         self, path: str, duration: float, progress: Progress, num_clips: int, explain: str
     ) -> Overview:
         progress(0, desc="classifying")
-        recognizer = self._recognizer(int(num_clips))
+        recognizer = Recognizer(self.model, num_clips=int(num_clips), **self.recognizing)
 
         def reached(second: float, start: float, share: float, desc: str) -> None:
             progress(start + share * min(second / max(duration, 1e-6), 1), desc=desc)
@@ -117,7 +114,7 @@ class Demo:
         progress(0.2, desc="classes over time")
         spec = self.model.protocol
         length = spec.clip_frames * spec.stride / spec.target_fps
-        timeline = self._recognizer().timeline(
+        timeline = Recognizer(self.model, num_clips=1, **self.recognizing).timeline(
             path,
             length=length,
             stride=length / 4,
@@ -130,12 +127,12 @@ class Demo:
         copy = Path(f"{name}.annotated.mp4")
         told_of = partial(reached, start=0.6, share=0.3, desc="writing the annotated video")
         copy = annotate_video(path, segments, copy, max_pixels=recognizer.max_pixels, progress=told_of)
-        files: tuple[Path, ...] = ()
+        strip = overlay = None
         if explain != NO_MAP:
             progress(0.9, desc="explaining")
-            files = save_explanation(recognizer.explain(path, method=explain), name)  # type: ignore[arg-type]
+            explanation = recognizer.explain(path, method=explain)  # type: ignore[arg-type]
+            strip, overlay = map(str, save_explanation(explanation, name))
         told = asdict(prediction) | {"path": Path(path).name, "segments": [asdict(s) for s in segments]}
         write_json(json_file := Path(f"{name}.json"), told)
         scores = dict(zip(prediction.classes, prediction.scores, strict=True))
-        strip, overlay = map(str, files) if files else (None, None)
         return Overview(scores, str(copy), str(plot), strip, overlay, str(json_file))

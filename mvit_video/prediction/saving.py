@@ -64,10 +64,7 @@ def save_timeline(
 
     Raises OSError. A video that can't be annotated is only logged.
     """
-    if "srt" in kinds:
-        write_srt(segments, Path(f"{name}.srt"))
-    if "vtt" in kinds:
-        write_vtt(segments, Path(f"{name}.vtt"))
+    write_subtitles(segments, name, kinds)
     if "png" in kinds:
         plot_timeline(timeline, segments, Path(f"{name}.timeline.png"))
     if "video" in kinds:
@@ -85,23 +82,18 @@ def save_explanation(explanation: Explanation, name: Path) -> tuple[Path, Path]:
     return strip, overlay
 
 
-def write_srt(segments: Sequence[Segment], path: Path) -> None:
-    """SubRip subtitles, one for each segment."""
-    blocks = (f"{number}\n{_block(segment, ',')}" for number, segment in enumerate(segments, start=1))
-    with replacing(path, "w", keep=True) as file:
-        file.write("\n".join(blocks))
-
-
-def write_vtt(segments: Sequence[Segment], path: Path) -> None:
-    """WebVTT subtitles, one for each segment."""
-    with replacing(path, "w", keep=True) as file:
-        file.write("\n".join(["WEBVTT\n", *(_block(segment, ".", escape=True) for segment in segments)]))
-
-
-def _block(segment: Segment, point: str, *, escape: bool = False) -> str:
-    line = f"{caption(segment.class_name)} ({segment.score:.0%})"
-    line = html.escape(line, quote=False) if escape else line
-    return f"{_clock(segment.start, point)} --> {_clock(segment.end, point)}\n{line}\n"
+def write_subtitles(segments: Sequence[Segment], name: Path, kinds: Collection[str]) -> None:
+    """A subtitle for each segment: SubRip if "srt" is among ``kinds``, WebVTT if "vtt" is."""
+    for kind in sorted({"srt", "vtt"} & set(kinds)):
+        is_vtt = kind == "vtt"
+        blocks = ["WEBVTT\n"] * is_vtt
+        for number, segment in enumerate(segments, start=1):
+            start, end = (_clock(second, "." if is_vtt else ",") for second in (segment.start, segment.end))
+            line = f"{caption(segment.class_name)} ({segment.score:.0%})"
+            cue = f"{start} --> {end}\n{html.escape(line, quote=False) if is_vtt else line}\n"
+            blocks.append(cue if is_vtt else f"{number}\n{cue}")
+        with replacing(f"{name}.{kind}", "w", keep=True) as file:
+            file.write("\n".join(blocks))
 
 
 def _clock(seconds: float, point: str) -> str:

@@ -8,7 +8,6 @@ it.
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import io
 import json
@@ -25,7 +24,7 @@ from typing import IO, Any, Literal, NamedTuple, cast, get_args
 
 from mvit_video.data.decode import FREE_KEYS
 from mvit_video.errors import ConfigError
-from mvit_video.io.console import csv_cell, valid_text
+from mvit_video.io.console import csv_text, valid_text
 from mvit_video.io.fingerprint import (
     Fingerprint,
     file_sha256,
@@ -238,10 +237,9 @@ def as_text(prediction: Prediction | None, format: Format, *, per_clip: bool) ->
     """One video's lines of a csv file or, with all its clips, of a file of JSON lines; of None, the head."""
     if format != "csv":
         return "" if prediction is None else json.dumps(_told(asdict(prediction)), allow_nan=False) + "\n"
-    text = io.StringIO()
-    rows = [COLUMNS] if prediction is None else [r.values() for r in rows_of(prediction, per_clip=per_clip)]
-    csv.writer(text, lineterminator="\n").writerows(map(csv_cell, row) for row in rows)
-    return text.getvalue()
+    if prediction is None:
+        return csv_text([COLUMNS])
+    return csv_text(row.values() for row in rows_of(prediction, per_clip=per_clip))
 
 
 # What is there from before

@@ -23,7 +23,7 @@ import mvit_video as mv
 from mvit_video.data.pixels import resize_for_test
 from mvit_video.prediction.prediction import Segment
 from mvit_video.prediction.render import annotate_video, plot_timeline
-from mvit_video.prediction.saving import write_srt, write_vtt
+from mvit_video.prediction.saving import write_subtitles
 from mvit_video.prediction.stream import iter_windows
 from mvit_video.prediction.timeline import Timeline
 
@@ -195,13 +195,13 @@ def test_windows_of_several_classes_have_segments_that_overlap(tmp_path: Path) -
 def test_subtitles(tmp_path: Path) -> None:
     (tmp_path / "a.srt").write_text("of a film")
     segments = [Segment(0, 2.5, "cats & <dogs>", 0.934), Segment(3599.9996, 3661.25, "birds", 0.5)]
-    write_srt(segments, tmp_path / "a.srt")
+    write_subtitles(segments, tmp_path / "a", ["srt"])
     assert (tmp_path / "a.srt").read_text() == (
         "1\n00:00:00,000 --> 00:00:02,500\ncats & <dogs> (93%)\n\n"
         "2\n01:00:00,000 --> 01:01:01,250\nbirds (50%)\n"
     )
     for _ in range(2):
-        write_vtt(segments, tmp_path / "a.vtt")
+        write_subtitles(segments, tmp_path / "a", ["vtt"])
     text = (tmp_path / "a.vtt").read_text()
     assert text.startswith("WEBVTT\n\n00:00:00.000 --> 00:00:02.500\ncats &amp; &lt;dogs&gt; (93%)\n\n")
     with av.open(str(tmp_path / "a.vtt")) as file:  # FFmpeg reads it

@@ -46,7 +46,7 @@ from mvit_video.io.writing import replacing
 from mvit_video.model.inference import autocast
 from mvit_video.prediction.inputs import expand
 from mvit_video.prediction.render import redraw_video
-from mvit_video.prediction.saving import output_names, write_srt, write_vtt
+from mvit_video.prediction.saving import output_names, write_subtitles
 from mvit_video.prediction.writer import Rows, format_of, open_live_output, rows_of_files
 from mvit_video.training.module import Training
 from mvit_video.training.recipe import freeze
@@ -378,10 +378,7 @@ def _save(config: DictConfig, path: str, people: list[PersonActions], name: Path
     """Subtitles and an annotated copy, where ``save`` asks for them."""
     segments = to_segments(people, every, _least(config))
     name.parent.mkdir(parents=True, exist_ok=True)
-    if "srt" in config.save:
-        write_srt(segments, Path(f"{name}.srt"))
-    if "vtt" in config.save:
-        write_vtt(segments, Path(f"{name}.vtt"))
+    write_subtitles(segments, name, config.save)
     if "video" in config.save:
         try:
             painter = people_painter(people, every=every, min_score=_least(config))

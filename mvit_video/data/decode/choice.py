@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -49,15 +50,10 @@ def resolve(device: str, *, nvdec_possible: bool = True) -> tuple[torch.device, 
 
 
 def _parse(device: str) -> torch.device:
-    try:
-        target = torch.device(device)
-    except (RuntimeError, TypeError):
-        target = torch.device("meta")
-    if target.type != "cuda":
+    if not re.fullmatch(r"cuda(:\d+)?", device):
         raise ConfigError(f"decoder device {device!r} is not possible, choose 'auto', 'cpu' or 'cuda'")
-    if ":" in device:
-        return target
-    return torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_available() else 0)
+    current = torch.cuda.current_device() if torch.cuda.is_available() else 0
+    return torch.device(device if ":" in device else f"cuda:{current}")
 
 
 @functools.cache
@@ -106,11 +102,11 @@ def _is_right(device: torch.device) -> bool:
 
 @functools.cache
 def _best() -> tuple[torch.device, bool]:
-    reason = why_no_gpu() or why_no_nvdec(_parse("cuda").index)
+    gpu = _parse("cuda")
+    reason = why_no_gpu() or why_no_nvdec(gpu.index)
     if reason is not None:
         log.info("decoding with PyAV on the CPU: %s", reason)
         return CPU, False
-    gpu = _parse("cuda")
     on_cpu, on_gpu = _clips_a_second(CPU, nvdec=False), _clips_a_second(gpu, nvdec=True)
     chosen = gpu if on_gpu > on_cpu else CPU
     log.info("decoding with PyAV on %s: %.0f small clips/s on %s, %.0f on cpu", chosen, on_gpu, gpu, on_cpu)

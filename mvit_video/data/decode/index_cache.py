@@ -26,6 +26,7 @@ from mvit_video.io.fingerprint import Fingerprint, file_stamp
 from mvit_video.io.writing import replacing
 
 log = logging.getLogger(__name__)
+_warn_once = functools.cache(log.warning)
 
 _MADE_WITH = [3, av.__version__, str(av.ffmpeg_version_info)]  # others may see other packets in a file
 _MAX_FRAMES = 2_000_000  # in memory, of all files together; a frame takes about 60 bytes
@@ -100,13 +101,8 @@ class IndexCache:
             try:
                 _write(self._file, self._stamp, index)
             except (OSError, ValueError) as error:  # a null byte in its name
-                _warn_not_kept(str(self._file.parent.parent), getattr(error, "strerror", None) or str(error))
-
-
-@functools.cache
-def _warn_not_kept(folder: str, reason: str) -> None:
-    """Once a folder and reason."""
-    log.warning("indices of packets can't be kept in %s: %s", folder, reason)
+                reason = getattr(error, "strerror", None) or str(error)
+                _warn_once("indices of packets can't be kept in %s: %s", self._file.parent.parent, reason)
 
 
 def _write(file: Path, stamp: Fingerprint, index: FileIndex) -> None:

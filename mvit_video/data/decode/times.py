@@ -17,9 +17,8 @@ Integers: TypeAlias = npt.NDArray[np.int64]
 NO_TIME = -(1 << 63)  # as FFmpeg has it
 _GAP_SECONDS, _GAP_RATIO = 1.0, 10.0  # a gap is as long and as many usual distances
 _MAX_GAPS = 0.05  # of all distances; where there are more, the rate just varies
-_MAX_DISCONTINUITY = (
-    10.0  # seconds: as in FFmpeg's command line, formats with clocks that jump have no longer gaps
-)
+# Seconds: as in FFmpeg's command line, formats with clocks that jump have no longer gaps.
+_MAX_DISCONTINUITY = 10.0
 
 
 class FrameTimes(NamedTuple):
@@ -85,9 +84,5 @@ def measure_times(pts: Integers, tick: Fraction, declared_fps: float, *, clock_m
 def warn_of_jumps(path: str, num_jumps: int, fps: float) -> None:
     """Once a file and process."""
     places = "1 place" if num_jumps == 1 else f"{num_jumps} places"
-    log.warning(
-        "%s: its clock restarts or jumps in %s; %.6g frames a second by the usual distance of two frames",
-        path,
-        places,
-        fps,
-    )
+    rate = f"{fps:.6g} frames a second by the usual distance of two frames"
+    log.warning("%s: its clock restarts or jumps in %s; %s", path, places, rate)
