@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -91,6 +92,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     weights = {f"model.{name}": value for name, value in model.state_dict().items()}
     torch.save({"state_dict": weights, METADATA_KEY: model_metadata(model)}, path)
     return path
+
+
+@pytest.fixture
+def predict(command: Command, checkpoint: Path) -> Command:
+    """``mvit-predict`` with these weights."""
+    return partial(command, "predict", f"weights={checkpoint}")
 
 
 @pytest.fixture(scope="module")

@@ -112,11 +112,11 @@ def test_grad_cam_finds_what_decides() -> None:
 
 @pytest.mark.parametrize("method", ["gradcam", "rollout"])
 def test_the_command_leaves_pictures_and_videos(
-    command: Command, two_classes: Path, checkpoint: Path, tmp_path: Path, method: str
+    predict: Command, two_classes: Path, checkpoint: Path, tmp_path: Path, method: str
 ) -> None:
     (tmp_path / "broken.mp4").write_text("no video")
     files = [two_classes / "cats" / "5.mp4", "broken.mp4"]
-    result = command("predict", *files, f"weights={checkpoint}", f"explain={method}")
+    result = predict(*files, f"explain={method}")
     assert result.code == 0, result.err
     saved = sorted(path.name for path in (tmp_path / "saved").rglob("*.*"))
     assert saved == [f"5.{method}.mp4", f"5.{method}.png"]
@@ -146,8 +146,8 @@ def test_names_are_no_formulas(two_classes: Path, checkpoint: Path, tmp_path: Pa
     assert {path.read_bytes()[:4] for path in tmp_path.iterdir()} == {b"\x89PNG"}
 
 
-def test_what_can_not_be_explained_is_said(command: Command, two_classes: Path, checkpoint: Path) -> None:
+def test_what_can_not_be_explained_is_said(predict: Command, two_classes: Path) -> None:
     for arguments in (["explain=why"], ["explain=gradcam", "window=1"]):
-        result = command("predict", two_classes, f"weights={checkpoint}", *arguments)
+        result = predict(two_classes, *arguments)
         assert result.code == 1
         assert "explain" in result.err

@@ -82,11 +82,11 @@ WHOLE = [(0, [*range(25)]), (1, [*range(25, 50)]), (2, [*range(50, 75)])]
 BY_RTSP = [*WHOLE[:2], (2, [*range(50, 74)])]  # FFmpeg waits for the packet after the last frame
 
 
-def test_rtsp(broadcast: bytes, checkpoint: Path, command: Command) -> None:
+def test_rtsp(broadcast: bytes, predict: Command) -> None:
     assert shown(iter_windows(RtspServer(broadcast).address, length=1, stride=1)) == BY_RTSP
     address = RtspServer(broadcast).address.replace("//", "//user:secret@")
     options = ["window=1", "stride=1", "live=true", "format=jsonl", "batch_size=1"]
-    result = command("predict", address, f"weights={checkpoint}", *options)
+    result = predict(address, *options)
     assert result.code == 0, result.err
     told = [json.loads(line) for line in result.out.splitlines()]
     assert told  # a slow machine may leave windows out
@@ -234,9 +234,7 @@ def test_a_camera_that_falls_silent_ends(broadcast: bytes, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("scheme", ["rtsp", "http", "tcp", "udp"])
-def test_nothing_answers(
-    command: Command, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, scheme: str
-) -> None:
+def test_nothing_answers(predict: Command, monkeypatch: pytest.MonkeyPatch, scheme: str) -> None:
     """Nobody is there, or somebody who says nothing: an error with the address, within seconds."""
     monkeypatch.setattr(stream, "_TIMEOUT", 1.5)
     with socket.create_server(("127.0.0.1", 0)) as silent:
@@ -244,12 +242,12 @@ def test_nothing_answers(
         started = time.monotonic()
         for follow in ("null", "30"):
             options = ["window=1", "live=true", f"follow={follow}"]
-            result = command("predict", address, f"weights={checkpoint}", *options)
+            result = predict(address, *options)
             assert result.code == 1
             assert f"mvit-predict: error: {address}: can't be opened: there was no answer" in result.err
         assert time.monotonic() - started < 60
     if scheme != "udp":
-        result = command("predict", address, f"weights={checkpoint}", "window=1", "live=true")
+        result = predict(address, "window=1", "live=true")
         assert result.code == 1
         assert f"error: {address}: can't be opened: Connection refused; is the address right" in result.err
 

@@ -49,11 +49,9 @@ def test_random_weights_are_said_to_be_random(command: Command, two_classes: Pat
         ("upright.mp4", {"height": 96, "width": 48}),
     ],
 )
-def test_any_file_that_pyav_reads(
-    command: Command, checkpoint: Path, tmp_path: Path, name: str, options: dict
-) -> None:
+def test_any_file_that_pyav_reads(predict: Command, tmp_path: Path, name: str, options: dict) -> None:
     write_numbered_video(tmp_path / name, 20, **options)
-    result = command("predict", name, f"weights={checkpoint}", "num_workers=0", "output=answer.json")
+    result = predict(name, "num_workers=0", "output=answer.json")
     assert result.code == 0, result.err
     (video,) = json.loads((tmp_path / "answer.json").read_text())["videos"]
     assert video["path"] == name
@@ -74,9 +72,9 @@ def test_any_length(checkpoint: Path, tmp_path: Path, num_frames: int) -> None:
 
 
 def test_python_gives_what_the_command_gives(
-    command: Command, two_classes: Path, checkpoint: Path, tmp_path: Path
+    predict: Command, two_classes: Path, checkpoint: Path, tmp_path: Path
 ) -> None:
-    command("predict", two_classes, f"weights={checkpoint}", "output=answer.json", "views=1x3_segment")
+    predict(two_classes, "output=answer.json", "views=1x3_segment")
     told = json.loads((tmp_path / "answer.json").read_text())["videos"]
     model = mv.load_model(checkpoint)
     protocol = model.protocol
@@ -126,18 +124,16 @@ def test_arguments_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert split_files(rest) == (["a.mp4", "-b.mp4", "x=1.mp4", "folder"], overrides)
 
 
-def test_a_place_that_can_not_be_written_is_said(
-    command: Command, two_classes: Path, checkpoint: Path, tmp_path: Path
-) -> None:
+def test_a_place_that_can_not_be_written_is_said(predict: Command, two_classes: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    arguments = [two_classes / "cats" / "0.mp4", f"weights={checkpoint}", "num_workers=0"]
+    arguments = [two_classes / "cats" / "0.mp4", "num_workers=0"]
     for options in (
         ["window=1", "save=[srt]", "save_dir=file/saved"],
         ["explain=gradcam", "save_dir=file/saved"],
         ["window=1", "live=true", "output=file/live"],
         ["window=1", "output=file/a.csv"],
     ):
-        result = command("predict", *arguments, *options)
+        result = predict(*arguments, *options)
         assert result.code == 1
         assert "mvit-predict: error: " in result.err
         assert "file/" in result.err
@@ -159,13 +155,13 @@ def test_a_reader_that_has_had_enough_ends_it(two_classes: Path, checkpoint: Pat
 
 
 def test_a_pipe_that_breaks_elsewhere_is_an_error(
-    command: Command, two_classes: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    predict: Command, two_classes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: object) -> None:
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
     monkeypatch.setattr(predict_module, "_predict_here", broken)
-    result = command("predict", two_classes, f"weights={checkpoint}", "format=jsonl")
+    result = predict(two_classes, "format=jsonl")
     assert result.code == 1
     assert "mvit-predict: error: " in result.err
 
@@ -226,17 +222,15 @@ def test_each_video_saves_to_a_name_of_its_own(
     assert [str(path) for path in output_names(videos).values()] == names
 
 
-def test_names_that_are_too_long_for_a_suffix(
-    command: Command, two_classes: Path, checkpoint: Path, tmp_path: Path
-) -> None:
+def test_names_that_are_too_long_for_a_suffix(predict: Command, two_classes: Path, tmp_path: Path) -> None:
     source = two_classes / "cats" / "0.mp4"
     for letter in "ab":
         shutil.copy(source, tmp_path / f"{'x' * 245}{letter}.mp4")
     shutil.copy(source, tmp_path / "~x.mp4")
-    arguments = ["~x.mp4", "~y.mp4", "@list.txt", f"weights={checkpoint}", "window=1", "save=[srt,png]"]
+    arguments = ["~x.mp4", "~y.mp4", "@list.txt", "window=1", "save=[srt,png]"]
     (tmp_path / "list.txt").write_text("\n".join(sorted(p.name for p in tmp_path.glob("*.mp4"))))
-    assert "~y.mp4 does not exist" in error_line(command("predict", *arguments), "predict")
-    result = command("predict", *arguments[:1], *arguments[2:])
+    assert "~y.mp4 does not exist" in error_line(predict(*arguments), "predict")
+    result = predict(*arguments[:1], *arguments[2:])
     assert result.code == 0, result.err
     assert "3 predictions, 0 errors" in result.err
     assert str(tmp_path / "saved") in result.err
@@ -253,22 +247,18 @@ def test_a_video_on_standard_input_is_no_list(checkpoint: Path, tmp_path: Path, 
             expand("-")
 
 
-def test_an_address_needs_a_window_and_keeps_its_secrets(
-    command: Command, checkpoint: Path, tmp_path: Path
-) -> None:
-    arguments = ["http://me:secret@127.0.0.1:9/live", f"weights={checkpoint}", "output=a.csv"]
-    assert "window=" in error_line(command("predict", *arguments), "predict")
-    result = command("predict", *arguments, "window=1", "save=[srt]", "resume=false")
+def test_an_address_needs_a_window_and_keeps_its_secrets(predict: Command, tmp_path: Path) -> None:
+    arguments = ["http://me:secret@127.0.0.1:9/live", "output=a.csv"]
+    assert "window=" in error_line(predict(*arguments), "predict")
+    result = predict(*arguments, "window=1", "save=[srt]", "resume=false")
     assert "127.0.0.1:9/live" in error_line(result, "predict")
     written = "".join(path.read_text() for path in tmp_path.iterdir())
     assert "secret" not in written + result.err + result.out
 
 
-def test_errors_are_counted_and_shown(
-    command: Command, two_classes: Path, checkpoint: Path, tmp_path: Path
-) -> None:
+def test_errors_are_counted_and_shown(predict: Command, two_classes: Path, tmp_path: Path) -> None:
     (tmp_path / "broken.mp4").write_text("no video")
-    result = command("predict", two_classes / "cats", "broken.mp4", f"weights={checkpoint}")
+    result = predict(two_classes / "cats", "broken.mp4")
     assert result.code == 0
     assert "7 predictions, 1 error" in result.err
     assert "1 of 7 videos failed, the first: broken.mp4" in result.err
@@ -322,21 +312,9 @@ def test_a_locale_without_the_letters(
     two_classes: Path, checkpoint: Path, tmp_path: Path, options: list
 ) -> None:
     shutil.copy(two_classes / "cats" / "0.mp4", tmp_path / "\u8996\u983b ü.mp4")
-    program = [
-        sys.executable,
-        "-m",
-        "mvit_video.predict",
-        "\u8996\u983b ü.mp4",
-        f"weights={checkpoint}",
-        *options,
-    ]
-    done = subprocess.run(
-        program,
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONIOENCODING": "latin-1"},
-        capture_output=True,
-        timeout=300,
-    )
+    program = [sys.executable, "-m", "mvit_video.predict", "\u8996\u983b ü.mp4", f"weights={checkpoint}"]
+    latin = os.environ | {"PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run([*program, *options], cwd=tmp_path, env=latin, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert b"Traceback" not in done.stderr
     if options == ["format=csv"]:

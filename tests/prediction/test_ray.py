@@ -21,28 +21,13 @@ def found_by_actors(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-def test_ray_gives_what_the_plain_command_gives(
-    command: Command, two_classes: Path, checkpoint: Path, tmp_path: Path
-) -> None:
+def test_ray_gives_what_the_plain_command_gives(predict: Command, two_classes: Path, tmp_path: Path) -> None:
     (tmp_path / "broken.mp4").write_text("no video")
-    arguments = [
-        "predict",
-        "broken.mp4",
-        two_classes,
-        f"weights={checkpoint}",
-        "num_workers=1",
-        "per_clip=true",
-    ]
+    arguments = ["broken.mp4", two_classes, "num_workers=1", "per_clip=true", "resume=false"]
     for options in ([], ["window=0.5", "save=[srt]"]):
         for engine in ("local", "ray"):
-            extra = [
-                f"engine={engine}",
-                "per_clip=true",
-                f"output={engine}.parquet",
-                f"save_dir={engine}",
-                "resume=false",
-            ]
-            result = command(*arguments, *options, *extra)
+            extra = [f"engine={engine}", f"output={engine}.parquet", f"save_dir={engine}"]
+            result = predict(*arguments, *options, *extra)
             assert result.code == 0, result.err
         plain, by_ray = rows_in(tmp_path / "local.parquet"), rows_in(tmp_path / "ray.parquet")
         assert len(plain) == len(by_ray)
@@ -83,9 +68,9 @@ def test_what_a_dead_actor_had_is_done_again(tmp_path: Path) -> None:
     assert [prediction.path for prediction in found] == files
 
 
-def test_what_ray_can_not_do_is_said(command: Command, two_classes: Path, checkpoint: Path) -> None:
+def test_what_ray_can_not_do_is_said(predict: Command, two_classes: Path) -> None:
     for options, reason in ((["engine=spark"], "engine"), (["engine=ray", "actors=0"], "actors")):
-        result = command("predict", two_classes, f"weights={checkpoint}", *options)
+        result = predict(two_classes, *options)
         assert result.code == 1
         assert reason in result.err
 

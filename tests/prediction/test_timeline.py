@@ -60,7 +60,7 @@ def test_windows_on_a_gpu_are_those_of_the_cpu(tmp_path: Path) -> None:
 
 
 def test_windows_larger_than_half_of_the_memory_are_refused(
-    command: Command, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    predict: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     good = write_numbered_video(tmp_path / "good.mp4", 20, fps=10)
     with av.open(str(good)) as container:
@@ -70,7 +70,7 @@ def test_windows_larger_than_half_of_the_memory_are_refused(
     assert len(list(iter_windows(good, length=1.0, stride=1.0))) == 2
     with pytest.raises(mv.VideoError, match="shorter window"):
         list(iter_windows(good, length=2.0, stride=1.0))
-    result = command("predict", str(good), f"weights={checkpoint}", "window=2", "format=jsonl")
+    result = predict(str(good), "window=2", "format=jsonl")
     assert "shorter window" in json.loads(result.out.splitlines()[-1])["error"]
 
 
@@ -245,16 +245,16 @@ def test_annotated_copies_keep_pictures_times_and_sound(tmp_path: Path, suffix: 
 
 
 def test_a_run_keeps_what_others_left_and_the_decoder_s_limits(
-    command: Command, two_classes: Path, checkpoint: Path, tmp_path: Path
+    predict: Command, two_classes: Path, tmp_path: Path
 ) -> None:
     """Pictures and copies of the same name become .former; the copy refuses what the decoder refuses."""
     names = ["0.annotated.mp4", "0.timeline.png", "0.srt"]
     (tmp_path / "saved").mkdir()
     for name in names:
         (tmp_path / "saved" / name).write_text("mine")
-    arguments = [two_classes / "cats" / "0.mp4", f"weights={checkpoint}", "window=1", "save=[srt,png,video]"]
+    arguments = [two_classes / "cats" / "0.mp4", "window=1", "save=[srt,png,video]"]
     for _ in range(2):  # the second writes the same, which leaves nothing behind
-        assert command("predict", *arguments).code == 0
+        assert predict(*arguments).code == 0
     former = {path.name for path in (tmp_path / "saved").iterdir()}
     assert former == {*names, *(f"{name}.former" for name in names)}
     assert {(tmp_path / "saved" / f"{name}.former").read_text() for name in names} == {"mine"}
@@ -265,43 +265,32 @@ def test_a_run_keeps_what_others_left_and_the_decoder_s_limits(
         patch.setattr(
             "mvit_video.prediction.saving.annotate_video", lambda *_, max_pixels: seen.append(max_pixels)
         )
-        assert command("predict", *arguments, "decoder.max_pixels=5000").code == 0
+        assert predict(*arguments, "decoder.max_pixels=5000").code == 0
     assert seen == [5000]
 
 
 def test_a_copy_that_can_not_be_written_costs_no_answer(
-    command: Command, two_classes: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    predict: Command, two_classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> bool:
         raise av.error.OSError(28, "No space left on device")
 
     monkeypatch.setattr(sys.modules["mvit_video.prediction.render"], "_copy_with_labels", full)
-    arguments = [two_classes / "cats" / "0.mp4", f"weights={checkpoint}", "window=1", "save=[srt,video]"]
-    result = command("predict", *arguments, "format=jsonl")
+    arguments = [two_classes / "cats" / "0.mp4", "window=1", "save=[srt,video]"]
+    result = predict(*arguments, "format=jsonl")
     assert result.code == 0, result.err
     assert json.loads(result.out)["segments"]
     assert "No space left" in result.err
     assert [path.name for path in (tmp_path / "saved").iterdir()] == ["0.srt"]
-    result = command("predict", "-", *arguments[1:])
+    result = predict("-", *arguments[1:])
     assert result.code == 1
     assert "pipe" in result.err
 
 
-def test_the_command_leaves_all_of_it(
-    command: Command, two_classes: Path, checkpoint: Path, tmp_path: Path
-) -> None:
+def test_the_command_leaves_all_of_it(predict: Command, two_classes: Path, tmp_path: Path) -> None:
     (tmp_path / "broken.mp4").write_text("no video")
-    result = command(
-        "predict",
-        two_classes / "cats",
-        "broken.mp4",
-        f"weights={checkpoint}",
-        "window=0.5",
-        "save=[png,srt,vtt,video]",
-        "smoothing=1",
-        "output=a.jsonl",
-        "per_clip=true",
-    )
+    options = ["window=0.5", "save=[png,srt,vtt,video]", "smoothing=1", "output=a.jsonl", "per_clip=true"]
+    result = predict(two_classes / "cats", "broken.mp4", *options)
     assert result.code == 0, result.err
     lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     assert [bool(line["error"]) for line in lines] == [False] * 6 + [True]
@@ -318,10 +307,8 @@ def test_the_command_leaves_all_of_it(
 @pytest.mark.parametrize(
     "arguments", [["save=[png]"], ["window=1", "save=[gif]"], ["live=true"], ["window=-1"]]
 )
-def test_what_does_not_fit_is_said(
-    command: Command, two_classes: Path, checkpoint: Path, arguments: list[str]
-) -> None:
-    result = command("predict", two_classes, f"weights={checkpoint}", *arguments)
+def test_what_does_not_fit_is_said(predict: Command, two_classes: Path, arguments: list[str]) -> None:
+    result = predict(two_classes, *arguments)
     assert result.code == 1
     assert result.err.count("\n") <= 2
     assert "window" in result.err or "gif" in result.err
@@ -330,18 +317,8 @@ def test_what_does_not_fit_is_said(
 def test_a_pipe_is_seen_live(checkpoint: Path, tmp_path: Path) -> None:
     path = write_numbered_video(tmp_path / "v.ts", 100, fps=25, height=48, width=64, options={"g": "10"})
     code = "from mvit_video.cli.main import predict; predict()"
-    arguments = [
-        sys.executable,
-        "-c",
-        code,
-        "-",
-        f"weights={checkpoint}",
-        "window=1",
-        "stride=1",
-        "live=true",
-        "topk=1",
-        "format=jsonl",
-    ]
+    options = ["window=1", "stride=1", "live=true", "topk=1", "format=jsonl"]
+    arguments = [sys.executable, "-c", code, "-", f"weights={checkpoint}", *options]
     with path.open("rb") as pipe:
         done = subprocess.run(
             arguments, stdin=pipe, capture_output=True, text=True, cwd=tmp_path, timeout=120

@@ -55,9 +55,9 @@ def test_inputs_of_every_kind(videos: Path, monkeypatch: pytest.MonkeyPatch, tmp
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet", "a.json"])
 def test_formats_tell_the_same(
-    command: Command, videos: Path, checkpoint: Path, tmp_path: Path, name: str
+    predict: Command, videos: Path, checkpoint: Path, tmp_path: Path, name: str
 ) -> None:
-    result = command("predict", videos, f"weights={checkpoint}", f"output={name}", "per_clip=true", "topk=1")
+    result = predict(videos, f"output={name}", "per_clip=true", "topk=1")
     assert result.code == 0, result.err
     expected = {p.path: p for p in mv.predict([videos], checkpoint, topk=1, batch_size=3)}
     rows = rows_in(tmp_path / name)
@@ -100,10 +100,8 @@ def whole_videos(path: Path) -> list[dict]:
 
 
 @pytest.mark.parametrize("format", ["jsonl", "csv"])
-def test_lines_on_standard_output_are_nothing_else(
-    command: Command, videos: Path, checkpoint: Path, format: str
-) -> None:
-    result = command("predict", videos, f"weights={checkpoint}", f"format={format}")
+def test_lines_on_standard_output_are_nothing_else(predict: Command, videos: Path, format: str) -> None:
+    result = predict(videos, f"format={format}")
     assert result.code == 0, result.err
     lines = result.out.splitlines()
     if format == "jsonl":
@@ -114,18 +112,16 @@ def test_lines_on_standard_output_are_nothing_else(
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet"])
-def test_a_second_run_does_what_is_left(
-    command: Command, videos: Path, checkpoint: Path, tmp_path: Path, name: str
-) -> None:
+def test_a_second_run_does_what_is_left(predict: Command, videos: Path, tmp_path: Path, name: str) -> None:
     output = tmp_path / name
-    arguments = [videos, f"weights={checkpoint}", f"output={name}", "num_workers=0"]
-    assert command("predict", *arguments).code == 0
+    arguments = [videos, f"output={name}", "num_workers=0"]
+    assert predict(*arguments).code == 0
     complete = whole_videos(output)
     if name != "a.parquet":  # as after a kill: some videos are missing, the last line is half there
         text = output.read_text()
         output.write_text(text[: int(len(text) * 0.7)])
     write_numbered_video(videos / "new.mp4", 9, height=48, width=64)
-    result = command("predict", *arguments)
+    result = predict(*arguments)
     assert result.code == 0, result.err
     assert "in a." in result.err
     rows = whole_videos(output)
@@ -135,20 +131,18 @@ def test_a_second_run_does_what_is_left(
     told = {(row["path"], row.get("class"), row["error"] or None) for row in complete}
     assert told == {(r["path"], r.get("class"), r["error"] or None) for r in rows if "new" not in r["path"]}
 
-    refused = command("predict", *arguments, "topk=1")
+    refused = predict(*arguments, "topk=1")
     assert refused.code == 1
     assert "topk 5 -> 1" in refused.err
     assert whole_videos(output) == rows
-    anew = command("predict", *arguments, "topk=1", "resume=false")
+    anew = predict(*arguments, "topk=1", "resume=false")
     assert anew.code == 0, anew.err
     assert len(whole_videos(output)) == 6
 
 
-def test_unknown_formats_are_refused_before_the_work(
-    command: Command, videos: Path, checkpoint: Path
-) -> None:
+def test_unknown_formats_are_refused_before_the_work(predict: Command, videos: Path) -> None:
     for argument in ("output=a.txt", "output=a.csv format=xml"):
-        result = command("predict", videos, f"weights={checkpoint}", *argument.split())
+        result = predict(videos, *argument.split())
         assert result.code == 1
         assert "parquet" in result.err
 
@@ -172,7 +166,7 @@ def test_names_between_nulls_are_taken_as_they_are(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
 def test_names_of_all_kinds_are_found_told_and_skipped(
-    command: Command, checkpoint: Path, tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+    predict: Command, tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "300")  # of the terminal
     video = write_numbered_video(tmp_path / "v.mp4", 3, height=48, width=64).read_bytes()
@@ -181,17 +175,17 @@ def test_names_of_all_kinds_are_found_told_and_skipped(
     for file in files:
         Path(os.fsdecode(file)).write_bytes(video)
     (tmp_path / "list.txt").write_bytes(b"\0".join(files))  # as of find -print0
-    arguments = [f"weights={checkpoint}", "window=1", "save=[srt]", f"output=a.{suffix}"]
+    arguments = ["window=1", "save=[srt]", f"output=a.{suffix}"]
     if suffix == "csv":  # pictures with these names once
-        result = command("predict", "in", *arguments, "save=[png]")
+        result = predict("in", *arguments, "save=[png]")
         assert "Glyph" not in result.err
         assert len(list((tmp_path / "saved").glob("*.png"))) == len(NAMES)
     for given in ("in", "@list.txt"):
-        result = command("predict", given, *arguments, "resume=false")
+        result = predict(given, *arguments, "resume=false")
         assert result.code == 0, result.err
         assert "7 predictions, 0 errors" in result.err
         assert "[x]*?.mp4" in result.out
-    result = command("predict", "@list.txt", *arguments)
+    result = predict("@list.txt", *arguments)
     assert "0 predictions" in result.err
     told = {row["path"] for row in rows_in(tmp_path / f"a.{suffix}")}
     assert {Path(path).name for path in told} == {name.decode("utf-8", "backslashreplace") for name in NAMES}
