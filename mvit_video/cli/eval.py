@@ -82,7 +82,6 @@ def _score_data_set(
         command=shlex.join(["mvit-eval", *HydraConfig.get().overrides.task]),
     )
     prepare(model, device, precision=config.precision, compiled=config.compile, batch_size=config.batch_size)
-    provenance["precision"] = str(next(model.parameters()).dtype).removeprefix("torch.")
     return score_data_set(
         model,
         index,

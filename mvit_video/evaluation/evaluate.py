@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -62,16 +61,21 @@ def evaluate(
     model.protocol = change_views(own, num_clips=num_clips, num_crops=num_crops)
     try:
         settings = dict.fromkeys(("class_map", "model_classes", "decoder", "split", "data"))
-        settings["precision"] = str(next(model.parameters()).dtype).removeprefix("torch.")
-        provenance = provenance_of(model, "given in Python", **settings)
-        scoring: dict[str, Any] = {"max_bad_videos": max_bad_videos, "combination": combine}
-        scoring |= {"batch_size": batch_size, "num_workers": num_workers, "device": device}
         with sole_writer(output):
-            table = score_data_set(model, videos, output, provenance=provenance, **scoring)
+            table = score_data_set(
+                model,
+                videos,
+                output,
+                provenance=provenance_of(model, "given in Python", **settings),
+                max_bad_videos=max_bad_videos,
+                combination=combine,
+                batch_size=batch_size,
+                num_workers=num_workers,
+                device=device,
+            )
             assert table is not None  # of one process
             write_scores(table, output / "scores.parquet")
-            shown: dict[str, Any] = {"seed": 0, "num_mistakes": 12, "open_file": open_video}
-            metrics = report({"": table}, output, how=combine, **shown)
+            metrics = report({"": table}, output, how=combine, seed=0, num_mistakes=12, open_file=open_video)
             assert metrics is not None  # of one table
             remove_journals(output)
             return metrics

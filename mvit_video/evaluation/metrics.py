@@ -14,9 +14,9 @@ from torch import Tensor
 from mvit_video.errors import DataError
 from mvit_video.evaluation.scores import Combination, ScoreTable, combine, log_scores
 
-CALIBRATION_BINS = 15
-VIEW_ORDERS = 10  # random orders that accuracy against views is averaged over
-BOOTSTRAP_SAMPLES = 1000
+_CALIBRATION_BINS = 15
+_VIEW_ORDERS = 10  # random orders that accuracy against views is averaged over
+_BOOTSTRAP_SAMPLES = 1000
 _SAMPLES_AT_ONCE = 50  # of tens of thousands of videos each
 
 
@@ -50,7 +50,7 @@ class Metrics:
     @property
     def rates(self) -> ClassRates:
         """Precision, recall and F1 of each class."""
-        return class_rates(self.confusion.diagonal(), self.confusion.sum(1), self.confusion.sum(0))
+        return _class_rates(self.confusion.diagonal(), self.confusion.sum(1), self.confusion.sum(0))
 
     @property
     def per_class(self) -> Tensor:
@@ -87,8 +87,8 @@ def measure(table: ScoreTable, how: Combination = "mean", *, seed: int = 0) -> M
     number, classes = scores.shape
     if classes < 2:
         raise DataError(f"there is only one class ({table.class_names[0]}); accuracy needs two or more")
-    of_videos = {f"video_top{k}": topk_correct(scores, labels, k) for k in (1, 5)}
-    of_clips = {f"clip_top{k}": topk_correct(table.views, labels[:, None], k) for k in (1, 5)}
+    of_videos = {f"video_top{k}": _topk_correct(scores, labels, k) for k in (1, 5)}
+    of_clips = {f"clip_top{k}": _topk_correct(table.views, labels[:, None], k) for k in (1, 5)}
     predicted = scores.argmax(-1)
     confusion = torch.bincount(labels * classes + predicted, minlength=classes**2).view(classes, classes)
     wilson = {name: wilson_interval(int(correct.sum()), number) for name, correct in of_videos.items()}
@@ -104,7 +104,7 @@ def measure(table: ScoreTable, how: Combination = "mean", *, seed: int = 0) -> M
     )
 
 
-def topk_correct(scores: Tensor, labels: Tensor, k: int) -> Tensor:
+def _topk_correct(scores: Tensor, labels: Tensor, k: int) -> Tensor:
     """bool (...): the right class is among the k likeliest of (..., C); all of them where there are fewer.
 
     torchmetrics counts in float32, which can't tell 19,999,999 from 20,000,000 right views.
@@ -116,8 +116,7 @@ def topk_correct(scores: Tensor, labels: Tensor, k: int) -> Tensor:
 
 def wilson_interval(correct: int, number: int) -> Interval:
     """95 % interval of a share (Wilson, 1927); it has a width for 6 of 6 too."""
-    interval = binomtest(correct, number).proportion_ci(0.95, method="wilson")
-    return Interval(float(interval.low), float(interval.high))
+    return Interval(*map(float, binomtest(correct, number).proportion_ci(0.95, method="wilson")))
 
 
 class ClassRates(NamedTuple):
@@ -134,7 +133,7 @@ class ClassRates(NamedTuple):
     f1: Tensor
 
 
-def class_rates(right: Tensor, videos: Tensor, predicted: Tensor) -> ClassRates:
+def _class_rates(right: Tensor, videos: Tensor, predicted: Tensor) -> ClassRates:
     """From counts (..., C): videos of a class that are predicted as it, all of it, all predicted as it."""
     right = right.double()  # 0 / 0 is nan
     return ClassRates(right / predicted, right / videos, 2 * right / (videos + predicted))
@@ -145,7 +144,7 @@ def bootstrap_intervals(
 ) -> dict[str, Interval]:
     """95 % intervals of mean_class_accuracy, macro_f1 and means over videos, by resampling the videos.
 
-    Percentiles of the metrics of ``BOOTSTRAP_SAMPLES`` samples with replacement (Efron, 1979); of macro_f1,
+    Percentiles of the metrics of 1000 samples with replacement (Efron, 1979); of macro_f1,
     which samples underestimate where classes have few videos, bias-corrected ones (Efron, 1981). One that
     is the same in every sample is left out: from videos that are all right, a bootstrap can't tell.
 
@@ -157,12 +156,12 @@ def bootstrap_intervals(
     generator = torch.Generator().manual_seed(seed)
     found: dict[str, list[Tensor]] = {name: [] for name in ("mean_class_accuracy", "macro_f1", *shares)}
     right = labels[labels == predicted]
-    for _ in range(BOOTSTRAP_SAMPLES // _SAMPLES_AT_ONCE):
+    for _ in range(_BOOTSTRAP_SAMPLES // _SAMPLES_AT_ONCE):
         drawn = torch.randint(number, (_SAMPLES_AT_ONCE, number), generator=generator)
         times = torch.zeros(drawn.shape, dtype=torch.float64)  # how often each video is in each sample
         times.scatter_add_(1, drawn, torch.ones_like(times))
         none = torch.zeros(_SAMPLES_AT_ONCE, classes, dtype=torch.float64)
-        rates = class_rates(
+        rates = _class_rates(
             none.index_add(1, right, times[:, labels == predicted]),
             none.index_add(1, labels, times),
             none.index_add(1, predicted, times),
@@ -173,9 +172,9 @@ def bootstrap_intervals(
             found[name].append(times @ share / number)
     ends = torch.tensor((0.025, 0.975), dtype=torch.float64)
     samples = {name: torch.cat(values) for name, values in found.items()}
-    own = class_rates(*(torch.bincount(x, minlength=classes) for x in (right, labels, predicted)))
+    own = _class_rates(*(torch.bincount(x, minlength=classes) for x in (right, labels, predicted)))
     below = (samples["macro_f1"] < own.f1.nanmean()).double().mean()
-    bias = torch.special.ndtri(below.clamp(1 / BOOTSTRAP_SAMPLES, 1 - 1 / BOOTSTRAP_SAMPLES))
+    bias = torch.special.ndtri(below.clamp(1 / _BOOTSTRAP_SAMPLES, 1 - 1 / _BOOTSTRAP_SAMPLES))
     corrected = torch.special.ndtr(2 * bias + torch.special.ndtri(ends))
     intervals = {
         name: values.quantile(corrected if name == "macro_f1" else ends).tolist()
@@ -191,14 +190,14 @@ def accuracy_by_views(views: Tensor, labels: Tensor, how: Combination, *, seed: 
     totals = torch.zeros(count, dtype=torch.float64)
     terms = log_scores(views) if how == "logits" else views
     rows = torch.arange(number)
-    for _ in range(VIEW_ORDERS):
+    for _ in range(_VIEW_ORDERS):
         order = torch.rand(number, count, generator=generator).argsort(1)
         running = torch.zeros_like(terms[:, 0]) if how != "max" else terms[rows, order[:, 0]]
         for k in range(count):
             view = terms[rows, order[:, k]]
             running = torch.maximum(running, view) if how == "max" else running.add_(view)
             totals[k] += (running.argmax(-1) == labels).double().mean()
-    return (totals / VIEW_ORDERS).tolist()
+    return (totals / _VIEW_ORDERS).tolist()
 
 
 class Bin(NamedTuple):
@@ -213,7 +212,7 @@ def reliability(scores: Tensor, labels: Tensor) -> list[Bin]:
     """The bins of the calibration error that have videos."""
     confidence, predicted = scores.double().max(-1)
     correct = (predicted == labels).double()
-    where = (confidence * CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1)
+    where = (confidence * _CALIBRATION_BINS).long().clamp(max=_CALIBRATION_BINS - 1)
     inside = [where == index for index in where.unique()]
     return [Bin(int(m.sum()), float(confidence[m].mean()), float(correct[m].mean())) for m in inside]
 

@@ -18,7 +18,7 @@ from mvit_video.model import VideoModel
 from mvit_video.model.variants import VARIANTS
 from mvit_video.weights.description import NOT_ARCHITECTURE, weights_sha256
 
-PACKAGES = ("mvit-video", "torch", "torchvision", "torchmetrics", "av", "numpy")
+_PACKAGES = ("mvit-video", "torch", "torchvision", "torchmetrics", "av", "numpy")
 
 
 def provenance_of(model: VideoModel, weights: str | None, **settings: Any) -> Fingerprint:
@@ -33,7 +33,7 @@ def provenance_of(model: VideoModel, weights: str | None, **settings: Any) -> Fi
         weights=weights or "random",
         weights_sha256=file_sha256(file) if file.is_file() else None,
         model_sha256=weights_sha256(model),
-        model_name=known_as(model),
+        model_name=_known_as(model),
         model=asdict(model.config),
         protocol=asdict(model.protocol),
         protocol_text=str(model.protocol),
@@ -53,7 +53,7 @@ def identity(provenance: Fingerprint, class_names: Sequence[str]) -> Fingerprint
     }
 
 
-def known_as(model: VideoModel) -> str:
+def _known_as(model: VideoModel) -> str:
     """The variant whose architecture a model has, else its class."""
     free = dict.fromkeys(NOT_ARCHITECTURE)
     own = asdict(model.config)
@@ -63,6 +63,6 @@ def known_as(model: VideoModel) -> str:
 
 def versions() -> dict[str, str]:
     """Of Python, FFmpeg and the packages that numbers depend on."""
-    packages = {name: version(name) for name in PACKAGES}
+    packages = {name: version(name) for name in _PACKAGES}
     packages["torch"] = torch.__version__  # tells the build too
     return {"python": platform.python_version(), **packages, "ffmpeg": av.ffmpeg_version_info}

@@ -27,11 +27,11 @@ from mvit_video.io.console import printable
 from mvit_video.io.figures import new_figure
 from mvit_video.io.pages import data_uri, write_page
 
-MAX_NAMED_CLASSES = 60  # more names than this don't fit beside a matrix or below bars
-MAX_COUNTED_CLASSES = 20  # more numbers than this don't fit into a matrix
-LISTED_PAIRS = 20
-STRIP_FRAMES, STRIP_HEIGHT = 6, 96  # of a worst mistake; pixels
-CLIP_FRAMES, CLIP_HEIGHT = 16, 160
+_MAX_NAMED_CLASSES = 60  # more names than this don't fit beside a matrix or below bars
+_MAX_COUNTED_CLASSES = 20  # more numbers than this don't fit into a matrix
+_LISTED_PAIRS = 20
+_STRIP_FRAMES, _STRIP_HEIGHT = 6, 96  # of a worst mistake; pixels
+_CLIP_FRAMES, _CLIP_HEIGHT = 16, 160
 
 _BLUE, _RED, _GRAY = "#2f6db5", "#c0392b", "#888888"
 
@@ -52,7 +52,7 @@ def write_report(
         num_mistakes: how many of the worst mistakes to show; with frames, where ``open_file`` is given.
     """
     names = table.class_names
-    pairs = most_confused(metrics.confusion, names, LISTED_PAIRS)
+    pairs = most_confused(metrics.confusion, names, _LISTED_PAIRS)
     per_class = sorted(results["per_class"].items(), key=lambda row: row[1]["top1"])
     titles = {
         "confusion": "Confusion matrix",
@@ -60,17 +60,17 @@ def write_report(
         "calibration": "Calibration",
         "views": "Accuracy against the number of views",
     }
-    plot_confusion(folder / "confusion.png", metrics.confusion, names, pairs)
+    _plot_confusion(folder / "confusion.png", metrics.confusion, names, pairs)
     accuracies = [(name, row["top1"]) for name, row in per_class]
     mean = metrics.mean_class_accuracy
     plot_per_class(folder / "per_class.png", accuracies, mean, "top-1 accuracy", "mean class accuracy")
-    plot_calibration(folder / "calibration.png", metrics)
-    plot_views(folder / "views.png", metrics.by_views, len(metrics.labels))
+    _plot_calibration(folder / "calibration.png", metrics)
+    _plot_views(folder / "views.png", metrics.by_views, len(metrics.labels))
     confused = list(dict.fromkeys(name for pair in pairs for name in (pair.true, pair.predicted)))
-    if len(names) > MAX_NAMED_CLASSES and confused:
-        confused = confused[:MAX_NAMED_CLASSES]
+    if len(names) > _MAX_NAMED_CLASSES and confused:
+        confused = confused[:_MAX_NAMED_CLASSES]
         chosen = [names.index(name) for name in confused]
-        plot_confusion(folder / "confusion_part.png", metrics.confusion[chosen][:, chosen], confused, ())
+        _plot_confusion(folder / "confusion_part.png", metrics.confusion[chosen][:, chosen], confused, ())
         titles["confusion_part"] = "The classes that are most confused"
     mistakes: list[dict[str, Any]] = [
         {
@@ -88,7 +88,7 @@ def write_report(
         for row in worst_mistakes(metrics.scores, metrics.labels, num_mistakes)
     ]
     if any(mistake["strip"] for mistake in mistakes):
-        plot_mistakes(folder / "worst_mistakes.png", mistakes)
+        _plot_mistakes(folder / "worst_mistakes.png", mistakes)
     for mistake in mistakes:
         for what, kind in (("strip", "image/jpeg"), ("clip", "video/mp4")):
             mistake[what] = mistake[what] and data_uri(mistake[what], kind)
@@ -107,12 +107,12 @@ def write_comparison(
     folder: Path, class_names: Sequence[str], measured: Mapping[str, Metrics], *, results: Mapping[str, Any]
 ) -> None:
     """Write report.html on several models' scores of the same videos, and comparison.png."""
-    plot_comparison(folder / "comparison.png", measured, class_names)
+    _plot_comparison(folder / "comparison.png", measured, class_names)
     differences = []
     for comparison in results["comparisons"]:
         found = [row for row in comparison["per_class"].items() if row[1]]
         found.sort(key=lambda row: -abs(row[1]))
-        differences.append({**comparison, "classes": found[:LISTED_PAIRS]})
+        differences.append({**comparison, "classes": found[:_LISTED_PAIRS]})
     titles = {"comparison": "Accuracy of each class"}
     _render(folder, titles, results=results, comparisons=results["comparisons"], differences=differences)
 
@@ -128,22 +128,20 @@ def most_wrong_view(table: ScoreTable, row: int) -> tuple[float, float]:
 def frames_of(path: str, span: tuple[float, float], open_file: OpenVideo) -> dict[str, bytes]:
     """What is shown of a video: a strip of the whole of it, and a clip that plays; {} if it can't be read.
 
-    - strip: JPEG of ``STRIP_FRAMES`` frames, evenly spaced, side by side.
-    - clip: MP4 of ``CLIP_FRAMES`` frames, evenly spaced in ``span`` (seconds), as fast as they were.
+    - strip: JPEG of ``_STRIP_FRAMES`` frames, evenly spaced, side by side.
+    - clip: MP4 of ``_CLIP_FRAMES`` frames, evenly spaced in ``span`` (seconds), as fast as they were.
     """
     try:
         with open_file(path) as video:
-            last = video.num_frames - 1
-            first, final = (round(second * video.fps) if isfinite(second) else None for second in span)
-            first, final = (
-                (0, last) if first is None or final is None else (min(first, last), min(final, last))
-            )
+            first, final = 0, (last := video.num_frames - 1)
+            if all(map(isfinite, span)):
+                first, final = (min(round(second * video.fps), last) for second in span)
             if final <= first:  # of a still, or where no view has a length
                 first, final = 0, last
-            strip, clip = _spaced(0, last, STRIP_FRAMES), _spaced(first, final, CLIP_FRAMES)
+            strip, clip = _spaced(0, last, _STRIP_FRAMES), _spaced(first, final, _CLIP_FRAMES)
             small, larger = (
                 video.get_frames(numbers, transform=partial(_resized, height=height)).cpu()
-                for numbers, height in ((strip, STRIP_HEIGHT), (clip, CLIP_HEIGHT))
+                for numbers, height in ((strip, _STRIP_HEIGHT), (clip, _CLIP_HEIGHT))
             )
             rate = len(clip) * video.fps / (final - first + 1)
     except VideoError:
@@ -176,7 +174,7 @@ def _resized(frames: Tensor, height: int) -> Tensor:
 # Figures
 
 
-def plot_confusion(
+def _plot_confusion(
     path: Path, counts: Tensor, class_names: Sequence[str], pairs: Sequence[Confusion]
 ) -> None:
     """``counts[i, j]`` videos of class i were predicted as class j; rows shown as shares.
@@ -185,7 +183,7 @@ def plot_confusion(
     """
     num_classes = len(class_names)
     shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
-    named = num_classes <= MAX_NAMED_CLASSES
+    named = num_classes <= _MAX_NAMED_CLASSES
     labels = [_short(name, 28) for name in class_names] if named else []
     beside = 0.09 * max(map(len, labels), default=0)  # inches that names take at the left and below
     size = min(max(4.0, 0.45 * num_classes), 14.0) if named else 9.0  # inches, without the names
@@ -201,21 +199,21 @@ def plot_confusion(
         if named:
             axes.set_xticks(range(num_classes), labels, rotation=90)
             axes.set_yticks(range(num_classes), labels)
-        if num_classes <= MAX_COUNTED_CLASSES:
+        if num_classes <= _MAX_COUNTED_CLASSES:
             for i, j in counts.nonzero().tolist():
                 colour = "white" if shares[i, j] > 0.5 else "black"
                 axes.text(j, i, str(int(counts[i, j])), ha="center", va="center", color=colour)
-        is_free = _Places(0.04, 0.03)
+        taken: list[tuple[float, float]] = []
         lines = ["most confused (true → predicted)\n"] if pairs else []
         for number, pair in enumerate(pairs, start=1):
             lines.append(
                 f"{number}. {_short(pair.true, 36)} → {_short(pair.predicted, 36)}: "
                 f"{pair.videos} ({pair.share:.0%})"
             )
-            if num_classes > MAX_COUNTED_CLASSES:
+            if num_classes > _MAX_COUNTED_CLASSES:
                 x, y = class_names.index(pair.predicted), class_names.index(pair.true)
                 axes.scatter(x, y, s=90, facecolors="none", edgecolors=_RED, linewidths=1)
-                if is_free((x / num_classes, y / num_classes)):
+                if _take((x / num_classes, y / num_classes), taken, 0.04, 0.03):
                     offset: Any = {"xytext": (6, 4), "textcoords": "offset points"}
                     axes.annotate(str(number), (x, y), color=_RED, fontsize=9, **offset)
         text_axes.text(0, 1, "\n".join(lines), va="top", fontsize=9, linespacing=1.6)
@@ -225,8 +223,8 @@ def plot_per_class(
     path: Path, values: Sequence[tuple[str, float]], mean: float, what: str, mean_is: str
 ) -> None:
     """Bars by class, worst first; of many classes the worst and the best."""
-    half, rows = MAX_NAMED_CLASSES // 2, list(values)
-    cut = len(rows) > MAX_NAMED_CLASSES
+    half, rows = _MAX_NAMED_CLASSES // 2, list(values)
+    cut = len(rows) > _MAX_NAMED_CLASSES
     if cut:
         rows = rows[:half] + rows[-half:]
     with new_figure(path, (9, 1.5 + 0.2 * len(rows))) as figure:
@@ -241,7 +239,7 @@ def plot_per_class(
         figure.legend(loc="outside lower right")
 
 
-def plot_calibration(path: Path, metrics: Metrics) -> None:
+def _plot_calibration(path: Path, metrics: Metrics) -> None:
     """Accuracy against confidence in bins, and how many videos each bin has."""
     bins = reliability(metrics.scores, metrics.labels)
     confidences = [b.confidence for b in bins]
@@ -255,7 +253,7 @@ def plot_calibration(path: Path, metrics: Metrics) -> None:
         below.set(xlabel="confidence", ylabel="videos")
 
 
-def plot_views(path: Path, by_views: Sequence[float], num_videos: int) -> None:
+def _plot_views(path: Path, by_views: Sequence[float], num_videos: int) -> None:
     """Top-1 against the number of views, at a scale on which two videos are no trend."""
     middle = (min(by_views) + max(by_views)) / 2
     reach = max(0.6 * (max(by_views) - min(by_views)), 0.03, 3 / num_videos)
@@ -268,7 +266,7 @@ def plot_views(path: Path, by_views: Sequence[float], num_videos: int) -> None:
         axes.grid(alpha=0.3)
 
 
-def plot_mistakes(path: Path, mistakes: Sequence[Mapping[str, Any]]) -> None:
+def _plot_mistakes(path: Path, mistakes: Sequence[Mapping[str, Any]]) -> None:
     """The strips of the worst mistakes below each other."""
     shown = [mistake for mistake in mistakes if mistake["strip"]]
     with new_figure(path, (9, 1.9 * len(shown))) as figure:
@@ -279,19 +277,19 @@ def plot_mistakes(path: Path, mistakes: Sequence[Mapping[str, Any]]) -> None:
             axes.set_title(printable(text), fontsize=9)
 
 
-def plot_comparison(path: Path, measured: Mapping[str, Metrics], class_names: Sequence[str]) -> None:
+def _plot_comparison(path: Path, measured: Mapping[str, Metrics], class_names: Sequence[str]) -> None:
     """Each class's accuracy with the first model against that with the others."""
     (first_name, first), *others = measured.items()
     with new_figure(path, (6.5, 6)) as figure:
         axes = figure.subplots()
         _draw_diagonal(axes)
-        is_free = _Places(0.4, 0.03)
+        taken: list[tuple[float, float]] = []
         for name, metrics in others:
             axes.scatter(first.per_class, metrics.per_class, s=18, alpha=0.6, label=printable(name))
             gain = (metrics.per_class - first.per_class).nan_to_num(0)
             for index in gain.abs().topk(min(8, len(class_names))).indices.tolist():
                 point = (float(first.per_class[index]), float(metrics.per_class[index]))
-                if gain[index] and is_free(point):
+                if gain[index] and _take(point, taken, 0.4, 0.03):
                     left = point[0] > 0.5  # of the point, lest the name leaves the figure
                     label = _short(class_names[index], 36)
                     offset: Any = {"xytext": (-4 if left else 4, 3), "textcoords": "offset points"}
@@ -307,19 +305,11 @@ def _short(name: str, length: int) -> str:
     return name if len(name) <= length else f"{name[: length // 2]}…{name[-(length // 2 - 1) :]}"
 
 
-class _Places:
-    """Where a figure has its labels: whether another one, of a width and height, is clear of them."""
-
-    def __init__(self, width: float, height: float) -> None:
-        self._width, self._height, self._taken = width, height, list[tuple[float, float]]()
-
-    def __call__(self, point: tuple[float, float]) -> bool:
-        """If so, it is taken from now on."""
-        for x, y in self._taken:
-            if abs(x - point[0]) < self._width and abs(y - point[1]) < self._height:
-                return False
-        self._taken.append(point)
-        return True
+def _take(point: tuple[float, float], taken: list[tuple[float, float]], width: float, height: float) -> bool:
+    """Whether a label of a size is clear of those at points that are taken; then it takes its own."""
+    is_free = all(abs(x - point[0]) >= width or abs(y - point[1]) >= height for x, y in taken)
+    taken += [point] * is_free
+    return is_free
 
 
 def _draw_diagonal(axes: Axes) -> None:

@@ -16,12 +16,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mvit_video.data.datasets import OpenVideo
+from mvit_video.errors import ConfigError
 from mvit_video.evaluation.metrics import Metrics, compare, measure, wilson_interval
-from mvit_video.evaluation.multi_label import MultiLabelMetrics, report_multi_label
+from mvit_video.evaluation.multi_label import MultiLabelMetrics, measure_multi_label
 from mvit_video.evaluation.provenance import versions
-from mvit_video.evaluation.report import write_comparison, write_report
+from mvit_video.evaluation.report import write_comparison, write_multi_label_report, write_report
 from mvit_video.evaluation.scores import Combination, ScoreTable
-from mvit_video.evaluation.tables import write_comparison_tables, write_tables
+from mvit_video.evaluation.tables import write_comparison_tables, write_multi_label_tables, write_tables
 from mvit_video.io.console import print_table
 from mvit_video.io.writing import replacing, write_json
 
@@ -44,33 +45,27 @@ def report(
 ) -> Metrics | MultiLabelMetrics | None:
     """Report a table, or compare several by their names, which gives no metrics.
 
+    Writes results.json, tables, report.html and its pictures, of one table videos.parquet too.
+
     Args:
         how: see ``combine``.
         seed: see ``measure``.
         num_mistakes: how many of the worst mistakes to show; with frames, where ``open_file`` is given.
+
+    Raises:
+        ConfigError: tables to compare, where a video may be of several classes.
+        DataError: see ``measure`` and ``measure_multi_label``.
     """
-    first, *others = tables.values()
+    (_, table), *others = tables.items()
     if any(table.multi_label for table in tables.values()):
-        return report_multi_label(tables, output, how)
+        if others:
+            raise ConfigError(
+                "of several classes a video there is no comparison; ensemble=true averages scores"
+            )
+        return _report_multi_label(table, output, how)
     if others:
-        report_comparison(tables, output, how=how, seed=seed)
+        _report_comparison(tables, output, how, seed)
         return None
-    return report_table(first, output, how=how, seed=seed, num_mistakes=num_mistakes, open_file=open_file)
-
-
-def report_table(
-    table: ScoreTable,
-    output: Path,
-    *,
-    how: Combination,
-    seed: int,
-    num_mistakes: int,
-    open_file: OpenVideo | None = None,
-) -> Metrics:
-    """Write results.json, videos.parquet, tables, report.html and its pictures, and print the accuracies.
-
-    Arguments as of ``report``.
-    """
     metrics = measure(table, how, seed=seed)
     results = _results(table, metrics, how, seed)
     _write_videos(table, metrics, output / "videos.parquet")
@@ -85,10 +80,29 @@ def report_table(
     return metrics
 
 
-def report_comparison(tables: Mapping[str, ScoreTable], output: Path, *, how: Combination, seed: int) -> None:
-    """Compare tables of the same videos, pair by pair: results.json, report.html, comparison.png, tables."""
+def _report_multi_label(table: ScoreTable, output: Path, how: Combination) -> MultiLabelMetrics:
+    metrics = measure_multi_label(table, how)
+    counts, found = metrics.targets.sum(0).tolist(), metrics.per_class.tolist()
+    per_class = {
+        name: {"videos": count, "average_precision": value}
+        for name, count, value in zip(table.class_names, counts, found, strict=True)
+        if count
+    }
+    results = {**_describe(table, how), **metrics.accuracy, "per_class": per_class}
+    write_json(output / "results.json", results)
+    write_multi_label_tables(output, results)
+    write_multi_label_report(output, results=results)
+    rows = [(name, row["videos"], row["average_precision"]) for name, row in per_class.items()]
+    print_table(f"{len(table)} videos; {results['protocol']}", ("class", "videos", "AP"), rows)
+    text = "mAP %.4f over %d classes; results.json and report.html are in %s"
+    log.info(text, results["map"], len(rows), output)
+    return metrics
+
+
+def _report_comparison(tables: Mapping[str, ScoreTable], output: Path, how: Combination, seed: int) -> None:
+    """Of tables of the same videos, pair by pair."""
     measured = {name: measure(table, how, seed=seed) for name, table in tables.items()}
-    first_table = next(iter(tables.values()))
+    (first_table, *_) = tables.values()
     comparisons = []
     for first, second in combinations(measured, 2):
         found = compare(measured[first], measured[second])
@@ -122,7 +136,7 @@ def report_comparison(tables: Mapping[str, ScoreTable], output: Path, *, how: Co
     log.info("results.json and report.html are in %s", output)
 
 
-def describe(table: ScoreTable, how: Combination) -> dict[str, Any]:
+def _describe(table: ScoreTable, how: Combination) -> dict[str, Any]:
     """What the scores of a table come from, as ``results.json`` has it."""
     known = table.provenance
     bad = known.get("bad_videos", [])
@@ -153,7 +167,7 @@ def _results(table: ScoreTable, metrics: Metrics, how: Combination, seed: int) -
     if "mean_class_accuracy" in intervals:
         intervals["balanced_accuracy"] = intervals["mean_class_accuracy"]
     return {
-        **describe(table, how),
+        **_describe(table, how),
         "seed": seed,
         **measured,
         **{f"{name}_interval": intervals.get(name) for name in measured},

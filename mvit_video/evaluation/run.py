@@ -39,8 +39,8 @@ from mvit_video.model import VideoModel
 
 log = logging.getLogger(__name__)
 
-RESULTS = ("results.json", "scores.parquet", "detections.json", "detections.csv")
-UNFINISHED = "unfinished"  # folder that a killed evaluation leaves: its identity, each process's journal
+_RESULTS = ("results.json", "scores.parquet", "detections.json", "detections.csv")
+_UNFINISHED = "unfinished"  # folder that a killed evaluation leaves: its identity, each process's journal
 _FREE = ("data.max_missing", *FREE_KEYS)  # which videos can be read, not what they give
 
 
@@ -54,12 +54,12 @@ def output_folder(resume: str | None, output: Path) -> Path:
         return output
     if resume == "last":
         runs = output.parents[1]
-        found = sorted(runs.glob(f"*/*/{UNFINISHED}"), key=lambda path: path.stat().st_mtime)
+        found = sorted(runs.glob(f"*/*/{_UNFINISHED}"), key=lambda path: path.stat().st_mtime)
         if not found:
             raise ConfigError(f"resume=last: no evaluation below {runs} is unfinished")
         return found[-1].parent
-    if not (Path(resume) / UNFINISHED).is_dir():
-        raise ConfigError(f"resume={resume}: no evaluation there is unfinished (there is no {UNFINISHED}/)")
+    if not (Path(resume) / _UNFINISHED).is_dir():
+        raise ConfigError(f"resume={resume}: no evaluation there is unfinished (there is no {_UNFINISHED}/)")
     return Path(resume)
 
 
@@ -100,7 +100,7 @@ def resumable(
         ConfigError: what lies in ``output`` is of other work; the error says what differs.
         DataError: more files are unreadable than allowed, or all.
     """
-    folder, bad_file = output / UNFINISHED, output / "bad_videos.csv"
+    folder, bad_file = output / _UNFINISHED, output / "bad_videos.csv"
     files = ranks.broadcast_from_rank0(describe)
     total = len({file["path"] for file in files.values()})
     allowed = allowed_bad_videos(max_bad_videos, total)
@@ -127,7 +127,7 @@ def resumable(
     entries = {name: entry for name, entry, counts in _entries(folder, files, key) if counts}
     if not entries:
         raise DataError(f"no {what} could be read")
-    for result in RESULTS:
+    for result in _RESULTS:
         keep_former(output / result)
     return Outcome([entries[name] for name in files if name in entries], bad.found)
 
@@ -147,7 +147,7 @@ def score_data_set(
     """Score every video of an index once.
 
     Args:
-        provenance: see ``provenance_of``; with precision.
+        provenance: see ``provenance_of``; the model's precision is added.
         combination: of the accuracy in the progress bar.
         matrix, loading: as of ``score_videos``.
         Others, returns and errors: see ``resumable``.
@@ -171,6 +171,7 @@ def score_data_set(
         return f"{rate:.2f} videos/s, top-1 {num_right / max(num_read, 1):.4f}"
 
     log.info("%d videos; %s", len(index), model.protocol)
+    provenance = provenance | {"precision": str(next(model.parameters()).dtype).removeprefix("torch.")}
     outcome = resumable(
         output,
         identity(provenance, index.class_names),
@@ -255,10 +256,10 @@ def score_videos(
 
 def remove_journals(output: Path) -> None:
     """Remove what would be resumed, when an evaluation's scores are written."""
-    for file in (output / UNFINISHED).glob("*.json*"):
+    for file in (output / _UNFINISHED).glob("*.json*"):
         file.unlink()
     with suppress(OSError):  # it holds files of somebody else
-        (output / UNFINISHED).rmdir()
+        (output / _UNFINISHED).rmdir()
 
 
 def file_identity(path: str) -> Fingerprint:

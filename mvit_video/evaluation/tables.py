@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from mvit_video.io.console import printable, write_csv
 from mvit_video.io.writing import replacing
 
-METRICS = {
+_METRICS = {
     "video_top1": "top-1",
     "video_top5": "top-5",
     "clip_top1": "top-1 of single views",
@@ -18,6 +18,7 @@ METRICS = {
     "mean_class_accuracy": "mean class accuracy",
     "macro_f1": "macro F1",
 }
+_NAMES = ("class", "metric", "scores", "first", "second")  # columns of names
 _CLASS_COLUMNS = ("class", "support", "precision", "recall", "recall_low", "recall_high", "f1")
 _LATEX = {character: f"\\{character}" for character in "&%$#_{}"} | {
     "\\": r"\textbackslash{}",
@@ -30,11 +31,11 @@ _LATEX = {character: f"\\{character}" for character in "&%$#_{}"} | {
 
 
 class Table(NamedTuple):
-    """Rows of a name, or several, and then numbers as text."""
+    """Rows of names and then numbers: a float is a share, shown in %, a list the interval of one."""
 
     title: str
     columns: tuple[str, ...]
-    rows: Sequence[tuple[str, ...]]
+    rows: Sequence[Sequence[Any]]
 
 
 def write_tables(folder: Path, results: Mapping[str, Any]) -> None:
@@ -43,25 +44,19 @@ def write_tables(folder: Path, results: Mapping[str, Any]) -> None:
     Args:
         results: what results.json holds.
     """
+    headline = [(label, results[key], results[f"{key}_interval"]) for key, label in _METRICS.items()]
     classes = [
-        (name, row["support"], row["precision"], row["recall"], *row["recall_interval"], row["f1"])
+        (name, row["support"], row["precision"], row["recall"], row["recall_interval"], row["f1"])
         for name, row in results["per_class"].items()
     ]
-    write_csv(folder / "per_class.csv", _CLASS_COLUMNS, classes)
-    headline = [
-        (label, _percent(results[key]), _interval(results[f"{key}_interval"]))
-        for key, label in METRICS.items()
-    ]
-    per_class = [
-        (name, str(support), _percent(precision), _percent(recall), _interval((low, high)), _percent(f1))
-        for name, support, precision, recall, low, high, f1 in classes
-    ]
-    title = f"{results['videos']} videos; {results['protocol']}"
+    cells = [(*others, *interval, f1) for *others, interval, f1 in classes]
+    write_csv(folder / "per_class.csv", _CLASS_COLUMNS, cells)
     columns = ("class", "support", "precision", "recall", "95 % interval", "F1")
+    title = f"{results['videos']} videos; {results['protocol']}"
     _write(
         folder,
         Table(title, ("metric", "%", "95 % interval"), headline),
-        Table("Classes, in %", columns, per_class),
+        Table("Classes, in %", columns, classes),
     )
 
 
@@ -70,27 +65,21 @@ def write_multi_label_tables(folder: Path, results: Mapping[str, Any]) -> None:
     classes = [(name, row["videos"], row["average_precision"]) for name, row in results["per_class"].items()]
     write_csv(folder / "per_class.csv", ("class", "support", "average_precision"), classes)
     title = f"{results['videos']} videos; {results['protocol']}"
-    rows = [(name, str(support), _percent(value)) for name, support, value in classes]
     _write(
         folder,
-        Table(title, ("metric", "%"), [("mAP", _percent(results["map"]))]),
-        Table("Classes, in %", ("class", "support", "AP"), rows),
+        Table(title, ("metric", "%"), [("mAP", results["map"])]),
+        Table("Classes, in %", ("class", "support", "AP"), classes),
     )
 
 
 def write_comparison_tables(folder: Path, results: Mapping[str, Any]) -> None:
     """Write tables.md and tables.tex with the headline of each model and the differences."""
-    models = [
-        (
-            name,
-            *(_percent(model["video_top1"]), _interval(model["video_top1_interval"])),
-            *(_percent(model[key]) for key in ("video_top5", "mean_class_accuracy", "macro_f1")),
-        )
-        for name, model in results["models"].items()
-    ]
+    keys = ("video_top1", "video_top1_interval", "video_top5", "mean_class_accuracy", "macro_f1")
+    models = [(name, *(model[key] for key in keys)) for name, model in results["models"].items()]
     differences = [
         (
-            *(c["first"], c["second"], f"{100 * c['difference']:+.2f}", _interval(c["interval"], "+.2f")),
+            *(c["first"], c["second"], f"{100 * c['difference']:+.2f}"),
+            "{:+.2f} to {:+.2f}".format(*(100 * end for end in c["interval"])),
             f"{c['p_value']:.3g}",
         )
         for c in results["comparisons"]
@@ -104,43 +93,40 @@ def write_comparison_tables(folder: Path, results: Mapping[str, Any]) -> None:
     )
 
 
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.2f}"
-
-
-def _interval(pair: Sequence[float] | None, form: str = ".2f") -> str:
-    return "–" if pair is None else f"{100 * pair[0]:{form}} to {100 * pair[1]:{form}}"
-
-
 def _write(folder: Path, *tables: Table) -> None:
-    for name, form in (("tables.md", markdown), ("tables.tex", latex)):
+    for name, form in (("tables.md", _as_markdown), ("tables.tex", _as_latex)):
         with replacing(folder / name, "w") as file:
             file.write("\n".join(form(table) for table in tables))
 
 
-def markdown(table: Table) -> str:
-    """A table as GitHub and the Hub show it, under its title."""
-    rule = [
-        "---" if column.isalpha() and index == 0 else "---:" for index, column in enumerate(table.columns)
-    ]
+def _as_markdown(table: Table) -> str:
+    """As GitHub and the Hub show it, under its title."""
+    rule = " | ".join("---" if column in _NAMES else "---:" for column in table.columns)
     lines = (" | ".join(map(_markdown, row)) for row in (table.columns, *table.rows))
     first, *rest = (f"| {line} |" for line in lines)
-    return "\n".join([f"**{_markdown(table.title)}**", "", first, f"| {' | '.join(rule)} |", *rest, ""])
+    return "\n".join([f"**{_markdown(table.title)}**", "", first, f"| {rule} |", *rest, ""])
 
 
-def latex(table: Table) -> str:
+def _as_latex(table: Table) -> str:
     """A longtable, which breaks over pages; needs the packages booktabs and longtable."""
-    names = sum(1 for column in table.columns if column in ("class", "metric", "scores", "first", "second"))
-    form = "l" * names + "r" * (len(table.columns) - names)
+    form = "".join("l" if column in _NAMES else "r" for column in table.columns)
     first, *rest = (f"{' & '.join(map(_latex, row))} \\\\" for row in (table.columns, *table.rows))
     head = [rf"\begin{{longtable}}{{{form}}}", rf"\caption{{{_latex(table.title)}}} \\", r"\toprule", first]
     lines = [*head, r"\midrule", r"\endhead", *rest, r"\bottomrule", r"\end{longtable}", ""]
     return "\n".join(["% \\usepackage{booktabs,longtable}", *lines])
 
 
-def _markdown(text: str) -> str:
-    return re.sub(r"([\\`*_\[\]<>|&#~])", r"\\\1", printable(text))
+def _markdown(cell: Any) -> str:
+    return re.sub(r"([\\`*_\[\]<>|&#~])", r"\\\1", _text(cell))
 
 
-def _latex(text: str) -> str:
-    return "".join(_LATEX.get(character, character) for character in printable(text)).replace("–", "--")
+def _latex(cell: Any) -> str:
+    return "".join(_LATEX.get(character, character) for character in _text(cell)).replace("–", "--")
+
+
+def _text(cell: Any) -> str:
+    if cell is None:
+        return "–"
+    if isinstance(cell, list):
+        return " to ".join(map(_text, cell))
+    return f"{100 * cell:.2f}" if isinstance(cell, float) else printable(cell)

@@ -23,7 +23,7 @@ from videos import read_number, write_numbered_video
 
 from mvit_video.data.decode import open_video
 from mvit_video.evaluation.report import frames_of, most_wrong_view
-from mvit_video.evaluation.results import report_comparison, report_table
+from mvit_video.evaluation.results import report
 
 VOID = {"meta", "link", "img", "br"}
 
@@ -81,7 +81,7 @@ def folder_of_400(tmp_path_factory: pytest.TempPathFactory) -> Path:
     names[0] = "counting $5 <b>&amp; $6"
     provenance = {"bad_videos": [{"id": "x", "path": "/nowhere/<x>.mp4", "reason": "no frames"}]}
     table = replace(table_of_400_classes(), class_names=tuple(names), provenance=provenance)
-    report_table(table, folder, how="mean", seed=0, num_mistakes=5)
+    report({"": table}, folder, how="mean", seed=0, num_mistakes=5)
     return folder
 
 
@@ -124,7 +124,7 @@ def test_mistakes_are_shown_with_frames(tmp_path: Path) -> None:
     videos = tuple(replace(v, path=p) for v, p in zip(table.videos, paths, strict=True))
     spans = torch.tensor([[0.4, 1.4]], dtype=torch.float64).expand(3, 1, 2)
     table = replace(table, videos=videos, spans=spans)
-    report_table(table, tmp_path, how="mean", seed=0, num_mistakes=9, open_file=open_video)
+    report({"": table}, tmp_path, how="mean", seed=0, num_mistakes=9, open_file=open_video)
     page = Page(tmp_path / "report.html")
     assert page.text.count("predicted as") == 2
     strips = [uri for alt, uri in page.images.items() if alt.startswith("frames of")]
@@ -158,7 +158,7 @@ def test_without_a_usable_span_the_clip_is_of_the_whole_video(
 def test_tables_to_paste(tmp_path: Path) -> None:
     names = ("=1+1", "50% | a_b & {c}", "x\\y", "café")
     table = replace(score_table(torch.eye(4)[[0, 1, 1, 2]][:, None], [0, 1, 2, 2]), class_names=names)
-    report_table(table, tmp_path, how="mean", seed=0, num_mistakes=0)
+    report({"": table}, tmp_path, how="mean", seed=0, num_mistakes=0)
     with (tmp_path / "per_class.csv").open(encoding="utf-8", newline="") as file:
         rows = {row.pop("class"): row for row in csv.DictReader(file)}
     assert list(rows) == ["'=1+1", names[1], names[2]]  # no formula for a spreadsheet
@@ -185,7 +185,7 @@ def test_the_page_says_what_was_measured_and_how(tmp_path: Path) -> None:
     known = {"date": "2026-01-02T03:04:05", "model_name": "a_model", "weights": "best.ckpt"}
     known |= {"command": "mvit-eval data.root='my videos'", "data": {"root": "/data/my videos"}}
     table = replace(score_table(torch.eye(2)[:, None], [0, 1]), provenance=known)
-    report_table(table, tmp_path, how="mean", seed=0, num_mistakes=0)
+    report({"": table}, tmp_path, how="mean", seed=0, num_mistakes=0)
     told = dict(Page(tmp_path / "report.html").tables["about"])
     assert told == {
         "model": "a_model",
@@ -194,7 +194,7 @@ def test_the_page_says_what_was_measured_and_how(tmp_path: Path) -> None:
         "date": "2026-01-02T03:04:05",
         "command": "mvit-eval data.root='my videos'",
     }
-    report_table(replace(table, provenance={}), tmp_path, how="mean", seed=0, num_mistakes=0)
+    report({"": replace(table, provenance={})}, tmp_path, how="mean", seed=0, num_mistakes=0)
     assert Page(tmp_path / "report.html").tables["about"] == [["data", "/videos"]]
 
 
@@ -204,8 +204,8 @@ def test_figures_of_long_names_are_no_larger_than_a_screen_can_show(tmp_path: Pa
     scores = torch.eye(count)[torch.where(torch.arange(len(labels)) % 4 == 0, (labels + 1) % count, labels)]
     names = tuple(f"something {index} into something with a rather long name" for index in range(count))
     table = replace(score_table(scores[:, None], labels.tolist()), class_names=names)
-    report_table(table, tmp_path, how="mean", seed=0, num_mistakes=0)
-    report_comparison({"a": table, "b": table}, tmp_path / "two", how="mean", seed=0)
+    report({"": table}, tmp_path, how="mean", seed=0, num_mistakes=0)
+    report({"a": table, "b": table}, tmp_path / "two", how="mean", seed=0, num_mistakes=0)
     for name in ("confusion.png", "per_class.png", "two/comparison.png"):
         width, height = Image.open(tmp_path / name).size
         assert max(width, height) < 3000
@@ -213,7 +213,7 @@ def test_figures_of_long_names_are_no_larger_than_a_screen_can_show(tmp_path: Pa
 
 
 def test_a_perfect_model_has_a_page_too(tmp_path: Path) -> None:
-    report_table(score_table(torch.eye(2)[:, None], [0, 1]), tmp_path, how="mean", seed=0, num_mistakes=3)
+    report({"": score_table(torch.eye(2)[:, None], [0, 1])}, tmp_path, how="mean", seed=0, num_mistakes=3)
     page = Page(tmp_path / "report.html")
     assert page.tables["summary"][1][1] == "100.00 %"
     assert "no mistakes" in page.text
@@ -224,7 +224,7 @@ def comparison(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("comparison")
     table = table_of_400_classes()
     first_views = replace(table, views=table.views[:, :1], spans=table.spans[:, :1])  # all are right
-    report_comparison({"a": table, "b": first_views}, folder, how="mean", seed=0)
+    report({"a": table, "b": first_views}, folder, how="mean", seed=0, num_mistakes=0)
     return folder
 
 
