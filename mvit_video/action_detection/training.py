@@ -67,7 +67,7 @@ class ActionDetectorTraining(TrainingModule):
         scores = logits.sigmoid().cpu().split(counts)
         self._scored += [Scored(*pair) for pair in zip(batch.key_frames, scores, strict=True)]
         loss = F.binary_cross_entropy_with_logits(logits, batch.targets)
-        return Losses({"loss": loss}, count=len(batch.clips), to_save={})
+        return Losses({"loss": loss}, count=len(batch.clips))
 
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()

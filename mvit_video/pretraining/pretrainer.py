@@ -52,7 +52,7 @@ class Pretrainer(TrainingModule):
         pairs = self(batch.clips, batch.masks)
         if self._first is None:
             self._first = batch.clips[:_SHOWN], batch.masks[:_SHOWN], pairs[-1][0].float()
-        return Losses({"loss": self.model.loss_of(pairs)}, count=len(batch.clips), to_save={})
+        return Losses({"loss": self.model.loss_of(pairs)}, count=len(batch.clips))
 
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()

@@ -16,29 +16,12 @@ import pytorch_lightning as pl
 from pytorch_lightning.profilers import Profiler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mvit_video.data.bad_videos import BadVideos
 from mvit_video.data.timing import clock
 from mvit_video.io.console import end_by_signal, end_if_asked
 from mvit_video.model.inference import is_faster_compiled
 from mvit_video.training.sharding import FullySharded
 
 log = logging.getLogger(__name__)
-
-
-class BadVideoPolicy(pl.Callback):
-    """Notes the unreadable videos of every batch. Raises DataError as soon as they are too many.
-
-    Attributes:
-        bad_videos: where to; it is set before training, when the number of videos is known.
-    """
-
-    bad_videos: BadVideos
-
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, *_: Any) -> None:
-        self.bad_videos.note(batch.bad)
-
-    def on_validation_batch_start(self, *arguments: Any) -> None:
-        self.on_train_batch_start(*arguments)
 
 
 class CompileIfFaster(pl.Callback):
@@ -141,7 +124,10 @@ class Interrupts(pl.Callback):
 
 
 class EpochProgress(pl.Callback):
-    """A bar for the epoch or its validation, below the log; only on terminals."""
+    """A bar for the epoch or its validation, below the log; only on terminals.
+
+    Lightning's own reads the metrics after every step, which waits for the GPU.
+    """
 
     def __init__(self) -> None:
         text, metrics = TextColumn("{task.description}"), TextColumn("{task.fields[metrics]}")

@@ -100,14 +100,14 @@ class Classifier(TrainingModule):
         logits = self(batch.clips)
         if not logits.isfinite().all():
             self.stop_validation()
-        hits = logits.topk(min(5, logits.shape[1])).indices == batch.labels[:, None]
-        metrics = {
-            "loss": F.cross_entropy(logits, batch.labels),
-            "top1": hits[:, 0].float().mean(),
-            "top5": hits.any(1).float().mean(),
-        }
-        self.val_scores.update(logits, batch.labels)
-        return Losses(metrics, count=len(batch.labels), to_save={})
+        return Losses(self.validation_metrics(logits, batch.labels), count=len(batch.labels))
+
+    def validation_metrics(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """The loss and what else is told of a validation batch, whose scores are collected."""
+        self.val_scores.update(logits, labels)
+        hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+        top1, top5 = hits[:, 0].float().mean(), hits.any(1).float().mean()
+        return {"loss": F.cross_entropy(logits, labels), "top1": top1, "top5": top5}
 
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()
@@ -149,18 +149,15 @@ class MultiLabelClassifier(Classifier):
         return {"loss": F.binary_cross_entropy_with_logits(logits, targets)}
 
     def validation_losses(self, batch: Batch) -> Losses | None:
-        num_classes = self.model.config.num_classes
         if not len(batch.labels):  # all processes have something to gather
-            nothing = torch.empty(0, num_classes, device=self.device)
+            nothing = torch.empty(0, self.model.config.num_classes, device=self.device)
             self.val_scores.update(nothing, nothing.long())
-            return None
-        logits = self(batch.clips).float()
-        if not logits.isfinite().all():
-            self.stop_validation()
-        targets = hard_targets(batch.labels, num_classes)
-        self.val_scores.update(logits.sigmoid(), targets.long())
-        loss = F.binary_cross_entropy_with_logits(logits, targets)
-        return Losses({"loss": loss}, count=len(batch.labels), to_save={})
+        return super().validation_losses(batch)
+
+    def validation_metrics(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        targets = hard_targets(labels, logits.shape[1])
+        self.val_scores.update(logits.float().sigmoid(), targets.long())
+        return {"loss": F.binary_cross_entropy_with_logits(logits.float(), targets)}
 
 
 def classification_training(

@@ -49,7 +49,7 @@ def fit(
             raise KeyboardInterrupt from None
         raise
     except (RuntimeError, ValueError, KeyError) as error:
-        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             raise TrainingError(
                 "out of memory: lower batch_size (trainer.accumulate_grad_batches makes up for that), or set "
                 "model.checkpoint_blocks=true or trainer.precision=bf16-mixed"
@@ -85,11 +85,6 @@ def tame_lightning() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a device, or the CPU, had too little memory."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _first_line(error: BaseException) -> str:

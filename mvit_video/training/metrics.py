@@ -51,40 +51,32 @@ class ResumableMetrics(pl.Callback):
     def __init__(self) -> None:
         self._of_cut_epoch: dict[str, dict[str, Tensor]] | None = None  # sums
 
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         checkpoint[MEANS_KEY] = self._of_cut_epoch or self._sums(trainer, pl_module)
 
-    def _sums(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, dict[str, Tensor]]:
+    def _sums(self, trainer: pl.Trainer, pl_module: Any) -> dict[str, dict[str, Tensor]]:
         """Of all processes."""
         return {
             name: {
                 state: trainer.strategy.reduce(value.clone(), reduce_op="sum")
                 for state, value in metric.metric_state.items()
             }
-            for name, metric in _train_means(pl_module).items()
+            for name, metric in pl_module.train_means.items()
         }
 
-    def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         if not trainer.is_global_zero:  # the first process takes up the sums of all
             return
         for name, states in checkpoint.get(MEANS_KEY, {}).items():
-            metric = _train_means(pl_module)[name]
+            metric = pl_module.train_means[name]
             metric.update(torch.empty(0))  # else it would warn that it has seen nothing
             for state, value in states.items():
                 setattr(metric, state, value.to(metric.device))
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._of_cut_epoch = self._sums(trainer, pl_module) if is_cut(trainer) else None
-        for name, mean in _train_means(pl_module).take().items():
+        for name, mean in pl_module.train_means.take().items():
             pl_module.log(f"{name}_epoch", mean)
-
-
-def _train_means(module: pl.LightningModule) -> Any:
-    return module.train_means
 
 
 def is_cut(trainer: pl.Trainer) -> bool:

@@ -9,7 +9,7 @@ import time
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, cast
 
@@ -48,7 +48,7 @@ class Losses:
 
     metrics: Mapping[str, Tensor]
     count: int
-    to_save: Mapping[str, Any]
+    to_save: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def loss(self) -> Tensor:

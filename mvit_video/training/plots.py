@@ -6,14 +6,14 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from mvit_video.data.pixels import RGB, denormalise
 from mvit_video.io.console import printable
-from mvit_video.io.writing import replacing
+from mvit_video.io.figures import new_figure
 
 
 def plot_history(epochs: Sequence[dict[str, float]], path: Path, *, monitor: str) -> None:
@@ -21,22 +21,19 @@ def plot_history(epochs: Sequence[dict[str, float]], path: Path, *, monitor: str
     metrics = {"loss": "loss", monitor.removeprefix("val/"): monitor.removeprefix("val/")}
     if "top1" in metrics:
         metrics["top1"] = "top-1 accuracy"
-    figure = Figure(figsize=(5 * len(metrics), 4), layout="constrained")
-    panels = figure.subplots(1, len(metrics), squeeze=False)[0]
-    for axes, (metric, label) in zip(panels, metrics.items(), strict=True):
-        for split, style in (("train", "--"), ("val", "-")):
-            points = [
-                (row["epoch"], row[f"{split}/{metric}"]) for row in epochs if f"{split}/{metric}" in row
-            ]
-            if points:
-                axes.plot(*zip(*points, strict=True), style, marker=".", label=split)
-        axes.set(xlabel="epoch", ylabel=label)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend()
-    with replacing(path) as file:
-        figure.savefig(file, format="png", dpi=120)
+    with new_figure(path, (5 * len(metrics), 4)) as figure:
+        panels = figure.subplots(1, len(metrics), squeeze=False)[0]
+        for axes, (metric, label) in zip(panels, metrics.items(), strict=True):
+            for split, style in (("train", "--"), ("val", "-")):
+                name = f"{split}/{metric}"
+                points = [(row["epoch"], row[name]) for row in epochs if name in row]
+                if points:
+                    axes.plot(*zip(*points, strict=True), style, marker=".", label=split)
+            axes.set(xlabel="epoch", ylabel=label)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+            axes.grid(alpha=0.3)
+            if axes.lines:
+                axes.legend()
 
 
 def plot_batch(
@@ -58,21 +55,19 @@ def plot_batch(
     """
     times = torch.linspace(0, clips.shape[2] - 1, min(8, clips.shape[2])).round().int().tolist()
     shown = clips[:6, :, times].detach().float().cpu()
-    figure = Figure(figsize=(1.6 * len(times), 1.9 * len(shown)), layout="constrained")
-    rows = figure.subfigures(len(shown), squeeze=False)[:, 0]
     pairs = zip(shown, labels.tolist(), labels.flip(0).tolist(), strict=False)
-    for row, (clip, label, partner) in zip(rows, pairs, strict=True):
-        frames = denormalise(clip.movedim(1, 0), mean, std).movedim(1, -1)  # (T, H, W, 3)
-        for axes, frame in zip(row.subplots(1, len(times), squeeze=False)[0], frames, strict=True):
-            axes.imshow(frame.numpy())
-            axes.set_axis_off()
-        name, other = (_names(found, class_names) for found in (label, partner))
-        title = name if lam == 1 else f"{lam:.2f} {name} + {1 - lam:.2f} {other}"
-        row.suptitle(title, x=0.01, ha="left", fontsize=8)
-    mixed = "" if lam == 1 else ", each clip mixed with another: its shares of both"
-    figure.suptitle(f"The first batch as the model sees it{mixed}", fontsize=10)
-    with replacing(path) as file:
-        figure.savefig(file, format="png", dpi=100)
+    with new_figure(path, (1.6 * len(times), 1.9 * len(shown))) as figure:
+        rows = figure.subfigures(len(shown), squeeze=False)[:, 0]
+        for row, (clip, label, partner) in zip(rows, pairs, strict=True):
+            frames = denormalise(clip.movedim(1, 0), mean, std).movedim(1, -1)  # (T, H, W, 3)
+            for axes, frame in zip(row.subplots(1, len(times), squeeze=False)[0], frames, strict=True):
+                axes.imshow(frame.numpy())
+                axes.set_axis_off()
+            name, other = (_names(found, class_names) for found in (label, partner))
+            title = name if lam == 1 else f"{lam:.2f} {name} + {1 - lam:.2f} {other}"
+            row.suptitle(title, x=0.01, ha="left", fontsize=8)
+        mixed = "" if lam == 1 else ", each clip mixed with another: its shares of both"
+        figure.suptitle(f"The first batch as the model sees it{mixed}", fontsize=10)
 
 
 def _names(label: int | list[int], class_names: Sequence[str] | None) -> str:
@@ -83,10 +78,8 @@ def _names(label: int | list[int], class_names: Sequence[str] | None) -> str:
 
 def describe_labels(labels: Sequence[int], class_names: Sequence[str]) -> str:
     """How many videos each class has, a line each; of more than 20 classes the rarest and commonest."""
-    counts = [0] * len(class_names)
-    for label in labels:
-        counts[label] += 1
-    order = sorted(range(len(counts)), key=lambda index: counts[index])
+    counts = np.bincount(labels, minlength=len(class_names)).tolist()
+    order = sorted(range(len(counts)), key=counts.__getitem__)
     lines = []
     if len(order) > 20:
         middle = counts[order[len(order) // 2]]

@@ -60,12 +60,11 @@ def overrides(arguments: Sequence[str]) -> list[str]:
 
 
 def _common_folder(rank: int) -> str:
-    by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and "MASTER_ADDR" in os.environ
-    if not (by_torchrun if "RANK" in os.environ else os.environ.get("SLURM_JOB_ID")):
-        raise ConfigError("several processes need a common folder: give each the same hydra.run.dir=FOLDER")
-    if "RANK" not in os.environ:
+    if "RANK" not in os.environ and os.environ.get("SLURM_JOB_ID"):
         return f"outputs/train/slurm/{os.environ['SLURM_JOB_ID']}"
-    # torchrun keeps a store for its processes.
+    has_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's, for its processes
+    if not (has_store and {"RANK", "MASTER_ADDR"} <= os.environ.keys()):
+        raise ConfigError("several processes need a common folder: give each the same hydra.run.dir=FOLDER")
     host, port = os.environ["MASTER_ADDR"], whole_number("MASTER_PORT", 1)
     store = TCPStore(host, port, is_master=False, timeout=timedelta(minutes=5))
     if rank == 0:
@@ -75,10 +74,9 @@ def _common_folder(rank: int) -> str:
 
 def choose_devices(devices: Any, num_nodes: int) -> tuple[Any, int]:
     """Resolve ``trainer.devices=auto``: one for each process that was started, and one without a launcher."""
-    _, size = rank_and_size()
     if devices != "auto":
         return devices, num_nodes
-    if size > 1:
+    if (size := rank_and_size()[1]) > 1:
         here = processes_per_node()
         if size % here:
             raise ConfigError(
@@ -86,21 +84,18 @@ def choose_devices(devices: Any, num_nodes: int) -> tuple[Any, int]:
                 "use --ntasks-per-node=N"
             )
         return here, size // here
-    if torch.cuda.device_count() > 1:
-        count = torch.cuda.device_count()
-        log.info(
-            "using one of %d GPUs; for all: torchrun --nproc_per_node=%d -m mvit_video.train", count, count
-        )
+    if (count := torch.cuda.device_count()) > 1:
+        torchrun = f"torchrun --nproc_per_node={count} -m mvit_video.train"
+        log.info("using one of %d GPUs; for all: %s", count, torchrun)
     return 1, num_nodes
 
 
 def check_processes(trainer: pl.Trainer, arguments: Sequence[str]) -> None:
     """ConfigError where Lightning would start processes itself, or expects other than were started."""
     _, size = rank_and_size()
-    strategy = trainer.strategy
     if trainer.world_size == size:
         return
-    if size == 1 and isinstance(strategy, ParallelStrategy):
+    if size == 1 and isinstance(trainer.strategy, ParallelStrategy):
         here = trainer.world_size // trainer.num_nodes
         nodes = f" --nnodes={trainer.num_nodes}" if trainer.num_nodes > 1 else ""
         raise ConfigError(

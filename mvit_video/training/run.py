@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import Callback, EarlyStopping
+from pytorch_lightning.callbacks import Callback, EarlyStopping, LambdaCallback
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from mvit_video.data.bad_videos import BadVideos, allowed_bad_videos
@@ -49,7 +49,7 @@ def make_callbacks(
         early_stopping: validations without a better ``monitor`` that end the training; None: none do.
     """
     # Means are logged before others read them, and Lightning puts checkpoints last.
-    used: list[Callback] = [ResumableMetrics(), EpochLogger(), callbacks.BadVideoPolicy()]
+    used: list[Callback] = [ResumableMetrics(), EpochLogger()]
     used.append(callbacks.BatchPicture(output / "batch.png"))
     if checkpoints:
         folder = output / CHECKPOINTS
@@ -103,13 +103,19 @@ def run(
             keep_former(folder)
         if resume_from is None:
             keep_former(bad_file)
-    history, policy = _callback(trainer, EpochLogger), _callback(trainer, callbacks.BadVideoPolicy)
-    policy.bad_videos = bad_videos = BadVideos(
+    bad_videos = BadVideos(
         bad_file,
         allowed=allowed_bad_videos(max_bad_videos, training.num_files),
         total=training.num_files,
         go_on=resume_from is not None,
     )
+    accompanying: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    history = next(found for found in accompanying if isinstance(found, EpochLogger))
+
+    def note(trainer: pl.Trainer, module: pl.LightningModule, batch: Any, *_: Any) -> None:
+        bad_videos.note(batch.bad)  # raises DataError as soon as they are too many
+
+    accompanying.append(LambdaCallback(on_train_batch_start=note, on_validation_batch_start=note))
     try:
         fit(trainer, module, training.training, training.validation, resume_from)
     except SIGTERMException:
@@ -126,7 +132,3 @@ def run(
     value = float(best.best_model_score)
     log.info("best checkpoint: %s (%s)", best.best_model_path, history.describe(monitor, value))
     return value
-
-
-def _callback(trainer: pl.Trainer, kind: type[Any]) -> Any:
-    return next(found for found in trainer.callbacks if isinstance(found, kind))  # type: ignore[attr-defined]

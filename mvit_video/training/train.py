@@ -104,7 +104,16 @@ def _fit(
             stack.enter_context(show_log())
             stack.enter_context(sole_writer(output / CHECKPOINTS))
         pl.seed_everything(module.seed, workers=True, verbose=False)
-        built = _build_trainer(output, monitor, trainer)
+        with tame_lightning():
+            built = pl.Trainer(
+                callbacks=make_callbacks(output, monitor),
+                plugins=[AtomicCheckpoints()],
+                default_root_dir=str(output),
+                **{"logger": False, "gradient_clip_val": 1.0, "num_sanity_val_steps": 0, **trainer},
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                use_distributed_sampler=False,
+            )
         training = classification_training(
             module,
             splits,
@@ -116,8 +125,8 @@ def _fit(
             num_replicas=built.world_size,
             pin_memory=torch.cuda.is_available() and num_workers > 0,
         )
-        stack.enter_context(closing(training.training))
-        stack.enter_context(closing(training.validation))
+        for loader in (training.training, training.validation):
+            stack.enter_context(closing(loader))
         same = fingerprint(
             batch={"size": module.batch_size * built.world_size},
             optim=recipe,
@@ -130,16 +139,3 @@ def _fit(
         options: dict[str, Any] = {"run_fingerprint": same, "resume_from": found, "max_bad_videos": 0.2}
         run(built, training, output, monitor=monitor, **options)
     module.model.eval()
-
-
-def _build_trainer(output: Path, monitor: str, arguments: Mapping[str, Any]) -> pl.Trainer:
-    with tame_lightning():
-        return pl.Trainer(
-            callbacks=make_callbacks(output, monitor),
-            plugins=[AtomicCheckpoints()],
-            default_root_dir=str(output),
-            **{"logger": False, "gradient_clip_val": 1.0, "num_sanity_val_steps": 0, **arguments},
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-        )
