@@ -240,7 +240,6 @@ def plot_per_class(
 
 
 def _plot_calibration(path: Path, metrics: Metrics) -> None:
-    """Accuracy against confidence in bins, and how many videos each bin has."""
     bins = reliability(metrics.scores, metrics.labels)
     confidences = [b.confidence for b in bins]
     with new_figure(path, (5, 5.5)) as figure:
@@ -267,7 +266,6 @@ def _plot_views(path: Path, by_views: Sequence[float], num_videos: int) -> None:
 
 
 def _plot_mistakes(path: Path, mistakes: Sequence[Mapping[str, Any]]) -> None:
-    """The strips of the worst mistakes below each other."""
     shown = [mistake for mistake in mistakes if mistake["strip"]]
     with new_figure(path, (9, 1.9 * len(shown))) as figure:
         for axes, mistake in zip(figure.subplots(len(shown), squeeze=False)[:, 0], shown, strict=True):

@@ -108,7 +108,7 @@ def _report_comparison(tables: Mapping[str, ScoreTable], output: Path, how: Comb
         found = compare(measured[first], measured[second])
         differences = zip(first_table.class_names, found.per_class.tolist(), strict=True)
         per_class = {name: value for name, value in differences if value == value}  # no nan: it has videos
-        pair = {"first": first, "second": second, "interval": list(found.interval), "per_class": per_class}
+        pair = {"first": first, "second": second, "per_class": per_class}
         comparisons.append(asdict(found) | pair)
     results = {
         "models": {name: _results(table, measured[name], how, seed) for name, table in tables.items()},
@@ -158,19 +158,15 @@ def _describe(table: ScoreTable, how: Combination) -> dict[str, Any]:
 
 
 def _results(table: ScoreTable, metrics: Metrics, how: Combination, seed: int) -> dict[str, Any]:
-    measured = metrics.accuracy | {
-        "mean_class_accuracy": metrics.mean_class_accuracy,
-        "balanced_accuracy": metrics.mean_class_accuracy,
-        "macro_f1": metrics.macro_f1,
-    }
-    intervals = {name: list(interval) for name, interval in metrics.intervals.items()}
-    if "mean_class_accuracy" in intervals:
-        intervals["balanced_accuracy"] = intervals["mean_class_accuracy"]
+    of_classes = {"mean_class_accuracy": metrics.mean_class_accuracy, "macro_f1": metrics.macro_f1}
+    measured: dict[str, Any] = metrics.accuracy | of_classes
+    measured |= {f"{name}_interval": metrics.intervals.get(name) for name in measured}
+    for suffix in ("", "_interval"):  # it has two names
+        measured[f"balanced_accuracy{suffix}"] = measured[f"mean_class_accuracy{suffix}"]
     return {
         **_describe(table, how),
         "seed": seed,
         **measured,
-        **{f"{name}_interval": intervals.get(name) for name in measured},
         "calibration_error": metrics.calibration_error,
         "top1_by_views": metrics.by_views,
         "per_class": _per_class(table.class_names, metrics),
@@ -185,7 +181,7 @@ def _per_class(class_names: Sequence[str], metrics: Metrics) -> dict[str, dict[s
             precision, recall, f1 = (float(rate[index]) for rate in rates)
             interval = wilson_interval(int(metrics.confusion[index, index]), videos)
             found[name] = {"videos": videos, "top1": recall, "support": videos, "recall": recall}
-            found[name] |= {"recall_interval": list(interval), "f1": f1}
+            found[name] |= {"recall_interval": interval, "f1": f1}
             found[name] |= {"precision": None if isnan(precision) else precision}
     return found
 

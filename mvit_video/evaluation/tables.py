@@ -31,7 +31,7 @@ _LATEX = {character: f"\\{character}" for character in "&%$#_{}"} | {
 
 
 class Table(NamedTuple):
-    """Rows of names and then numbers: a float is a share, shown in %, a list the interval of one."""
+    """Rows of names and then numbers: a float is a share, shown in %, a tuple the interval of one."""
 
     title: str
     columns: tuple[str, ...]
@@ -127,6 +127,6 @@ def _latex(cell: Any) -> str:
 def _text(cell: Any) -> str:
     if cell is None:
         return "–"
-    if isinstance(cell, list):
+    if isinstance(cell, tuple):
         return " to ".join(map(_text, cell))
     return f"{100 * cell:.2f}" if isinstance(cell, float) else printable(cell)

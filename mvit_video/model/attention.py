@@ -51,7 +51,7 @@ class PoolingAttention(nn.Module):
             present, stride = (
                 (plan.pools_q, plan.q_stride) if name == "q" else (plan.pools_kv, plan.kv_stride)
             )
-            pool = make_pool(config, self.pooled_width, stride) if present else None
+            pool = _make_pool(config, self.pooled_width, stride) if present else None
             norm = nn.LayerNorm(self.pooled_width, eps=NORM_EPS) if isinstance(pool, nn.Conv3d) else None
             setattr(self, f"pool_{name}", pool)
             setattr(self, f"norm_{name}", norm)
@@ -127,7 +127,7 @@ class PoolingAttention(nn.Module):
         if stride == pool.stride:
             return x, grid, None
         axes = (grid, pool.kernel_size, pool.stride, pool.padding)
-        index, kv_grid = constant(tokens_read, self.num_prefix_tokens, *axes, like=x)
+        index, kv_grid = constant(_tokens_read, self.num_prefix_tokens, *axes, like=x)
         return x.index_select(1, index), kv_grid, stride
 
     def _pool(self, x: Tensor, grid: Grid, name: str, stride: Grid | None) -> tuple[Tensor, Grid]:
@@ -165,7 +165,7 @@ class PoolingAttention(nn.Module):
         return tables
 
 
-def tokens_read(
+def _tokens_read(
     prefix: int, grid: Grid, kernel: Grid, stride: Grid, padding: Grid, *, device: Any, dtype: Any
 ) -> tuple[Tensor, Grid]:
     """Indices of the tokens, prefix first, that a pooling reads, and the grid that they are on."""
@@ -179,7 +179,7 @@ def tokens_read(
     return torch.cat([torch.arange(prefix, device=device), cells.flatten()]), (len(t), len(h), len(w))
 
 
-def make_pool(config: MViTConfig, width: int, stride: Grid) -> nn.Module | None:
+def _make_pool(config: MViTConfig, width: int, stride: Grid) -> nn.Module | None:
     """A pooling over (B, width, T, H, W), padded by half its kernel; None where it would change nothing."""
     kernel = config.pooling_kernel(stride)
     if max(kernel) == max(stride) == 1:
@@ -187,11 +187,11 @@ def make_pool(config: MViTConfig, width: int, stride: Grid) -> nn.Module | None:
     if config.pool_mode == "max":
         return nn.MaxPool3d(kernel, stride, same_padding(kernel))
     if config.pool_mode == "avg":
-        return AveragePool(kernel, stride)
+        return _AveragePool(kernel, stride)
     return nn.Conv3d(width, width, kernel, stride, same_padding(kernel), groups=width, bias=False)
 
 
-class AveragePool(nn.Module):
+class _AveragePool(nn.Module):
     """Mean over windows of a (B, C, T, H, W) volume, in which padding counts as zeros.
 
     torch's own has no half precision on CPUs, and takes no volume smaller than its kernel.

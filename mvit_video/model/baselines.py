@@ -13,7 +13,7 @@ from mvit_video.model.base import VideoModel, require_clips
 from mvit_video.model.clip_spec import MAX_SIZE, ClipSpec
 from mvit_video.model.fields import check_types
 
-SLOWFAST_ALPHA = 4  # the fast pathway has so many times the frames of the slow one
+_SLOWFAST_ALPHA = 4  # the fast pathway has so many times the frames of the slow one
 
 _TEN_BY_THREE = ClipSpec(num_clips=10, num_crops=3)
 _TORCHVISION = ClipSpec(sampling="torchvision", pixels="torchvision")
@@ -56,8 +56,8 @@ class BaselineConfig:
                 raise ValueError(f"{field} must be from 1 to {MAX_SIZE}, got {getattr(self, field)}")
         if self.num_classes < 1:
             raise ValueError(f"num_classes must be positive, got {self.num_classes}")
-        if self.name == "slowfast_r50" and self.num_frames % SLOWFAST_ALPHA:
-            raise ValueError(f"num_frames must be a multiple of {SLOWFAST_ALPHA}, got {self.num_frames}")
+        if self.name == "slowfast_r50" and self.num_frames % _SLOWFAST_ALPHA:
+            raise ValueError(f"num_frames must be a multiple of {_SLOWFAST_ALPHA}, got {self.num_frames}")
         if self.head_dropout is not None and not 0 <= self.head_dropout < 1:
             raise ValueError(f"head_dropout must be in [0, 1), got {self.head_dropout}")
         if self.name == "r2plus1d_18" and self.head_dropout:
@@ -83,7 +83,7 @@ class Baseline(VideoModel):
         if self.config.name != "slowfast_r50":
             return self.net(clips)
         frames = clips.shape[2]
-        slow = torch.linspace(0, frames - 1, frames // SLOWFAST_ALPHA, device=clips.device).long()
+        slow = torch.linspace(0, frames - 1, frames // _SLOWFAST_ALPHA, device=clips.device).long()
         return self.net([clips.index_select(2, slow), clips])
 
 
@@ -145,7 +145,7 @@ def _build(config: BaselineConfig) -> nn.Module:
         case "slowfast_r50":
             from pytorchvideo.models.slowfast import create_slowfast
 
-            pools = tuple((length, last_side, last_side) for length in (frames // SLOWFAST_ALPHA, frames))
+            pools = tuple((length, last_side, last_side) for length in (frames // _SLOWFAST_ALPHA, frames))
             return create_slowfast(
                 slowfast_fusion_conv_kernel_size=(7, 1, 1),
                 head_pool_kernel_sizes=pools,

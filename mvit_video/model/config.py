@@ -15,7 +15,7 @@ MAX_TOKENS = 2**22  # of a clip, or of a window of it
 _MAX_KERNEL = 2**16  # tokens that are pooled into one
 
 Grid = tuple[int, int, int]  # (T, H, W): tokens, frames and pixels, or strides along time, height and width
-AttentionKind = Literal[
+_AttentionKind = Literal[
     "pooling",
     "pooling_shifted_window",
     "pooling_hybrid_window",
@@ -24,9 +24,6 @@ AttentionKind = Literal[
     "shifted_window",
     "hybrid_window",
 ]
-PoolMode = Literal["conv", "conv_unshared", "max", "avg"]
-JointPositions = Literal["none", "space", "space_time"]
-AbsolutePositions = Literal["none", "joint", "separable"]
 
 
 @dataclass(frozen=True)
@@ -91,22 +88,22 @@ class MViTConfig:
     patch_padding: Grid | None = None
     patch_2d: bool = False
     pool_kernel: Grid | Literal["stride"] = (3, 3, 3)
-    pool_mode: PoolMode = "conv"
+    pool_mode: Literal["conv", "conv_unshared", "max", "avg"] = "conv"
     pool_first: bool = False
     pool_q_every_block: bool = True
     separate_qkv: bool = False
     q_stride: Grid = (1, 2, 2)
     kv_stride: Grid = (1, 8, 8)
-    attention: AttentionKind = "pooling"
+    attention: _AttentionKind = "pooling"
     window: Grid = (8, 28, 28)
     window_padding: bool = False
     class_token: bool = True
     mean_pooling: bool = False
     residual_pooling: bool = True
-    abs_pos: AbsolutePositions = "none"
+    abs_pos: Literal["none", "joint", "separable"] = "none"
     rel_pos_temporal: bool = True
     rel_pos_spatial: bool = True
-    rel_pos_joint: JointPositions = "none"
+    rel_pos_joint: Literal["none", "space", "space_time"] = "none"
     rel_pos_zero_init: bool = False
     norm_stem: bool = False
     dim_mul_in_attention: bool = True
@@ -288,22 +285,18 @@ def block_factors(config: MViTConfig) -> tuple[dict[int, float], dict[int, float
 
 def pooling_strides(config: MViTConfig) -> tuple[dict[int, Grid], dict[int, Grid]]:
     """Strides of the blocks that pool queries, and of those that pool keys and values."""
-    pooling = config.attention.startswith("pooling")
-    blocks = range(sum(config.stages))
-    one = (1, 1, 1)
+    blocks, one = range(sum(config.stages)), (1, 1, 1)
+    q_strides = dict.fromkeys(blocks, one) if config.pool_q_every_block else {}
+    q_strides |= dict.fromkeys(config.stage_starts[1:], config.q_stride)
     if config.q_strides is not None:
         q_strides = {index: (t, h, w) for index, t, h, w in config.q_strides}
-    else:
-        q_strides = dict.fromkeys(blocks, one) if config.pool_q_every_block else {}
-        q_strides |= dict.fromkeys(config.stage_starts[1:], config.q_stride)
+    kv_strides, stride = {}, config.kv_stride
+    for index in blocks:
+        stride = floor_divide(stride, q_strides.get(index, one))
+        kv_strides[index] = stride
     if config.kv_strides is not None:
         kv_strides = {index: (t, h, w) for index, t, h, w in config.kv_strides}
-    else:
-        kv_strides, stride = {}, config.kv_stride
-        for index in blocks:
-            stride = floor_divide(stride, q_strides.get(index, one))
-            kv_strides[index] = stride
-    if pooling:
+    if config.attention.startswith("pooling"):
         return q_strides, kv_strides
     return {index: stride for index, stride in q_strides.items() if stride != one}, {}
 

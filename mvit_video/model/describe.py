@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -56,22 +57,17 @@ def describe(config: MViTConfig) -> Summary:
     macs: Counter[int | None] = Counter()  # by block; None: before and behind the blocks
     grids: list[Grid] = []  # that come in
 
-    def count(module: nn.Module, index: int | None) -> None:
-        def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            if isinstance(layer, nn.LayerNorm):
-                macs[index] += 5 * output.numel()
-            else:
-                macs[index] += output.numel() * layer.get_parameter("weight")[0].numel()
+    def count(block: int | None, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        each = 5 if isinstance(layer, nn.LayerNorm) else layer.get_parameter("weight")[0].numel()
+        macs[block] += output.numel() * each
 
-        for layer in module.modules():
-            if isinstance(layer, nn.Linear | nn.Conv2d | nn.Conv3d | nn.LayerNorm):
-                layer.register_forward_hook(hook)
-
-    for name, part in model.named_children():
-        for index, module in enumerate(model.blocks) if name == "blocks" else [(None, part)]:
-            count(module, index)
-    for block in model.blocks:
-        block.register_forward_pre_hook(lambda _, inputs: grids.append(inputs[1]))
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d | nn.Conv3d | nn.LayerNorm):
+            part, _, rest = name.partition(".")
+            block = int(rest.partition(".")[0]) if part == "blocks" else None
+            layer.register_forward_hook(partial(count, block))
+    for module in model.blocks:
+        module.register_forward_pre_hook(lambda _, inputs: grids.append(inputs[1]))
     model(clip)
 
     plans = list(plan_blocks(config))

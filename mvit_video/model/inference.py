@@ -16,7 +16,7 @@ from mvit_video.model import MViT
 
 log = logging.getLogger(__name__)
 
-PRECISIONS = ("auto", "bf16", "fp32")
+_PRECISIONS = ("auto", "bf16", "fp32")
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -40,8 +40,8 @@ def prepare(
     Raises:
         ConfigError: for another precision.
     """
-    if precision not in PRECISIONS:
-        raise ConfigError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if precision not in _PRECISIONS:
+        raise ConfigError(f"precision must be one of {', '.join(_PRECISIONS)}, got {precision!r}")
     if precision == "auto":
         bf16 = isinstance(model, MViT) and multiplies_bf16(torch.device(device))
         precision = "bf16" if bf16 else "fp32"

@@ -5,8 +5,9 @@ MViTv2: arXiv 2112.01526. MViT: arXiv 2104.11227.
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,14 +28,13 @@ from mvit_video.model.config import (
     plan_blocks,
     same_padding,
 )
-from mvit_video.model.interface import TimmInterface
 from mvit_video.model.kernels import Linear
 from mvit_video.model.positions import ABSOLUTE_TABLES, absolute_lengths, joint_table, resize_table
 
-MAX_KINDS = 64  # of blocks that are compiled: by sizes, in training or not, for one clip or several
+_MAX_KINDS = 64  # of blocks that are compiled: by sizes, in training or not, for one clip or several
 
 
-class MViT(TimmInterface, VideoModel):
+class MViT(VideoModel):
     """MViT from a config: float clips (B, 3, T, H, W) -> logits (B, num_classes).
 
     Parameter names are those of the official PySlowFast checkpoints. ``protocol`` says how clips for this
@@ -121,13 +121,8 @@ class MViT(TimmInterface, VideoModel):
 
     def embed(self, clips: Tensor) -> tuple[Tensor, Grid]:
         """Float clips (B, 3, T, H, W) -> tokens (B, N, C), class token first, and their grid (T', H', W')."""
-        x, grid = self.embed_patches(clips)
+        x, grid = self.patch_embed(clips)
         return self.add_positions(x, grid), grid
-
-    def embed_patches(self, clips: Tensor) -> tuple[Tensor, Grid]:
-        """Float clips (B, 3, T, H, W) -> tokens of their patches (B, N, C) and their grid (T', H', W')."""
-        require_clips(clips)
-        return self.patch_embed(clips)
 
     def add_positions(self, x: Tensor, grid: Grid) -> Tensor:
         """Tokens of patches (B, N, C) -> tokens as the first block takes them, class token first."""
@@ -149,10 +144,64 @@ class MViT(TimmInterface, VideoModel):
         """
         from torch import _dynamo  # takes two seconds
 
-        _dynamo.config.recompile_limit = max(_dynamo.config.recompile_limit, MAX_KINDS)
+        _dynamo.config.recompile_limit = max(_dynamo.config.recompile_limit, _MAX_KINDS)
         for block in self.blocks:
             block.compile(*args, **{"dynamic": False, **kwargs})
         self.is_compiled = True
+
+    # What timm's users expect of a model, by timm's names.
+
+    @property
+    def num_classes(self) -> int:
+        return self.config.num_classes
+
+    @property
+    def num_features(self) -> int:
+        """Channels of what the head reads, ``forward_features``."""
+        return self.norm.normalized_shape[0]
+
+    def get_classifier(self) -> nn.Linear:
+        return self.head.projection
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Give the model a new head, initialised as ever, for other classes; their names are unknown."""
+        old = self.head.projection
+        new = nn.Linear(old.in_features, num_classes, device=old.weight.device, dtype=old.weight.dtype)
+        self.head.projection = new.apply(_init_module)
+        self.config, self.class_names = replace(self.config, num_classes=num_classes), None
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that timm's optimizers leave without decay. (The official video recipe decays them.)"""
+        names = [name for name, _ in self.named_parameters()]
+        return {name for name in names if name.startswith(("pos_embed", "cls_token")) or "rel_pos" in name}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep the inputs of blocks alone for the backward pass, which computes the rest again."""
+        self.config = replace(self.config, checkpoint_blocks=enable)
+
+    def forward_intermediates(
+        self,
+        clips: Tensor,
+        indices: Sequence[int] | int | None = None,
+        *,
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """The maps of stages, (B, C, T', H', W') each, and what the head reads, (B, C).
+
+        Args:
+            clips: float (B, 3, T, H, W).
+            indices: of the stages, from 0; a number n: the last n; None: all.
+            intermediates_only: give the maps alone.
+
+        Raises:
+            IndexError: there is no such stage.
+        """
+        tokens, maps = self.run_blocks(clips, after=self.config.stage_ends)
+        if isinstance(indices, int):
+            maps = maps[-indices:]
+        elif indices is not None:
+            maps = [maps[index] for index in indices]
+        return maps if intermediates_only else (self.pool_tokens(tokens), maps)
 
     def _run(self, block: nn.Module, x: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
         if self.is_compiled and not torch.compiler.is_compiling():
@@ -180,6 +229,35 @@ def layer_groups(model: MViT) -> list[list[str]]:
     return groups
 
 
+class StageFeatures(nn.Module):
+    """A model without its head: float clips (B, 3, T, H, W) -> the maps of stages, (B, C, T', H', W') each.
+
+    Attributes:
+        feature_info: of each map, the channels ("num_chs") and the stride in frames and pixels ("reduction").
+
+    Raises:
+        IndexError: ``out_indices`` (None: all) names a stage that isn't there.
+    """
+
+    def __init__(self, model: MViT, out_indices: Sequence[int] | None = None) -> None:
+        super().__init__()
+        model.head = cast(Any, nn.Identity())
+        self.model = model
+        info: list[dict[str, Any]] = []
+        stride = model.config.patch_stride
+        for index, plan in enumerate(plan_blocks(model.config)):
+            t, h, w = (a * b for a, b in zip(stride, plan.q_stride, strict=True))
+            stride = (t, h, w)
+            if index in model.config.stage_ends:
+                info.append({"num_chs": plan.dim_out, "reduction": stride, "module": f"blocks.{index}"})
+        self.out_indices = tuple(range(len(info)) if out_indices is None else out_indices)
+        self.feature_info = [info[index] for index in self.out_indices]
+
+    def forward(self, clips: Tensor) -> list[Tensor]:
+        maps = self.model.forward_stages(clips)
+        return [maps[index] for index in self.out_indices]
+
+
 class PatchEmbed(nn.Module):
     """Cut a clip into overlapping space-time patches: one strided convolution."""
 
@@ -194,8 +272,9 @@ class PatchEmbed(nn.Module):
     def forward(self, clips: Tensor) -> tuple[Tensor, Grid]:
         """(B, 3, T, H, W) -> tokens (B, T'*H'*W', C) and their grid.
 
-        Raises ValueError for clips that are smaller than a patch.
+        Raises ValueError for another shape, and for clips that are smaller than a patch.
         """
+        require_clips(clips)
         size = zip(clips.shape[2:], self.kernel, self.padding, strict=True)
         if any(length + 2 * pad < kernel for length, kernel, pad in size):
             raise ValueError(

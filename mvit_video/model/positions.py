@@ -64,7 +64,7 @@ def relative_positions(table: Tensor, q_lengths: Sequence[int], k_lengths: Seque
         (queries of each axis..., c, keys of each axis...), a view of the table where one length of an axis is
         a multiple of the other.
     """
-    table = resize_relative(table, [2 * max(q, k) - 1 for q, k in zip(q_lengths, k_lengths, strict=True)])
+    table = _resize_relative(table, [2 * max(q, k) - 1 for q, k in zip(q_lengths, k_lengths, strict=True)])
     for axis, (q, k) in enumerate(zip(q_lengths, k_lengths, strict=True)):
         if q % k and k % q:
             index = constant(relative_index, q, k, like=table).flip(1)
@@ -108,7 +108,7 @@ def one_hot_keys(
     return F.pad(keys, (0, width - keys.shape[1], prefix, 0))
 
 
-def resize_relative(table: Tensor, lengths: Sequence[int]) -> Tensor:
+def _resize_relative(table: Tensor, lengths: Sequence[int]) -> Tensor:
     """Interpolate a table (L of each axis..., c) linearly to other lengths."""
     if list(table.shape[:-1]) == list(lengths):
         return table

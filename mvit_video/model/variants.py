@@ -22,7 +22,7 @@ class Variant:
     protocol: ClipSpec
 
 
-IMAGENET = ClipSpec(mean=IMAGENET_MEAN, std=IMAGENET_STD)
+_IMAGENET = ClipSpec(mean=IMAGENET_MEAN, std=IMAGENET_STD)
 
 # Kinetics-400. MViTv2 paper, table 1, and the official configurations.
 _S = MViTConfig(embed_dim=96, num_heads=1, stages=(1, 2, 11, 2), drop_path=0.2)
@@ -30,7 +30,7 @@ _B = MViTConfig(embed_dim=96, num_heads=1, stages=(2, 3, 16, 3), drop_path=0.3, 
 _L = MViTConfig(
     embed_dim=144, num_heads=2, stages=(2, 6, 36, 4), drop_path=0.75, num_frames=40, crop_size=312
 )
-_L_CLIPS = replace(IMAGENET, clip_frames=40, stride=3, num_crops=3, short_side=312, crop=312)
+_L_CLIPS = replace(_IMAGENET, clip_frames=40, stride=3, num_crops=3, short_side=312, crop=312)
 
 # Kinetics-400. MViT paper (arXiv 2104.11227): no relative positions, no residual, widening in MLPs.
 _V1_B = MViTConfig(
@@ -56,7 +56,7 @@ _IMAGE = MViTConfig(
     rel_pos_temporal=False,
     head_dropout=0.0,
 )
-_IMAGE_PROTOCOL = replace(IMAGENET, clip_frames=1, stride=1, num_clips=1, pixels="image")
+_IMAGE_PROTOCOL = replace(_IMAGENET, clip_frames=1, stride=1, num_clips=1, pixels="image")
 # Not from the paper: small enough to train on two CPU cores in minutes.
 _NANO = MViTConfig(
     embed_dim=32,

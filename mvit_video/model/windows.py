@@ -12,12 +12,12 @@ from torch import Tensor
 
 from mvit_video.model.config import BlockPlan, Grid
 
-Span = tuple[int, int]  # first cell and the one behind the last
+_Span = tuple[int, int]  # first cell and the one behind the last
 
 
 def axis_windows(
     plan: BlockPlan, axis: int, grid: Grid, q_grid: Grid, k_grid: Grid
-) -> list[tuple[Span, Span]]:
+) -> list[tuple[_Span, _Span]]:
     """Cut one axis of the grid before pooling into windows: spans of query cells and of key cells.
 
     The last window is smaller where they don't divide the axis. Shifted windows have their edges half a
@@ -68,7 +68,7 @@ def cut_windows(
     return Windows(q_cells, q_slots, k_cells, k_valid)
 
 
-def _cells(axes: list[list[Span]], grid: Grid, device: torch.device) -> tuple[Tensor, Tensor | None]:
+def _cells(axes: list[list[_Span]], grid: Grid, device: torch.device) -> tuple[Tensor, Tensor | None]:
     """Flat cells (windows, size) of the boxes that the spans of three axes make, and which aren't padding."""
     cells = torch.zeros((), dtype=torch.int64, device=device)
     valid = torch.ones((), dtype=torch.bool, device=device)

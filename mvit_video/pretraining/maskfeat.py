@@ -110,7 +110,7 @@ class MaskFeat(MViT):
 
     def predict(self, clips: Tensor, masks: Tensor) -> list[tuple[Tensor, Grid]]:
         """For each depth, predictions (B, N, features) for all tokens, and their grid; see ``forward``."""
-        x, grid = self.embed_patches(clips)
+        x, grid = self.patch_embed(clips)
         hidden = resize_masks(masks, grid).unsqueeze(-1).to(x.dtype)  # (B, N, 1)
         if len(hidden) != len(x):
             raise ValueError(f"{len(masks)} masks for {len(clips)} clips")

@@ -55,13 +55,10 @@ class LastCheckpoint(Checkpoint):
 
     def __init__(self, folder: Path, every_n_steps: int | None) -> None:
         self.path, self.every_n_steps = folder / LAST, every_n_steps
-        self._step = 0  # of the optimizer, after the batch before
-        self._gathering = False  # gradients of several batches, which aren't saved
         self._terminated = self._requeues = False  # asked to end by SIGTERM, by SIGUSR1
         self._leads_to_validation = self._ends_cut_epoch = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._step = trainer.global_step
         # In the place of Lightning's handlers, which save in the middle of a step, and after which processes
         # may wait for one another in vain.
         if threading.current_thread() is threading.main_thread():
@@ -84,15 +81,13 @@ class LastCheckpoint(Checkpoint):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        step = trainer.global_step
-        self._gathering = step == self._step
-        self._step = step
         loop = trainer.fit_loop
         validates = loop.epoch_loop._should_check_val_fx(cast(Any, loop._data_fetcher))
-        if self._gathering or validates or batch_idx + 1 == trainer.num_training_batches:
+        if _is_gathering(trainer) or validates or batch_idx + 1 == trainer.num_training_batches:
             return
-        end = (trainer.world_size == 1 or step % _ASK_EVERY == 0) and self._ends(trainer)
-        if end or self._is_due():
+        asks = trainer.world_size == 1 or trainer.global_step % _ASK_EVERY == 0
+        end = asks and self._ends(trainer)
+        if end or self._is_due(trainer):
             self._save(trainer)
         if end:
             self._end(trainer)
@@ -102,7 +97,7 @@ class LastCheckpoint(Checkpoint):
             return
         end = self._ends(trainer)
         in_epoch = trainer.fit_loop.batch_idx + 1 < trainer.num_training_batches
-        if end or (in_epoch and self._is_due()):
+        if end or (in_epoch and self._is_due(trainer)):
             self._save_in_validation(trainer)
         if end:
             self._end(trainer)
@@ -129,8 +124,8 @@ class LastCheckpoint(Checkpoint):
             progress = {"total": begun, "current": dict.fromkeys(begun, 0), "is_last_batch": False}
             checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"] = progress
 
-    def _is_due(self) -> bool:
-        return self.every_n_steps is not None and self._step % self.every_n_steps == 0
+    def _is_due(self, trainer: pl.Trainer) -> bool:
+        return self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0
 
     def _ends(self, trainer: pl.Trainer) -> bool:
         """Whether any process was asked to end."""
@@ -142,7 +137,7 @@ class LastCheckpoint(Checkpoint):
         raise SIGTERMException
 
     def _save_in_validation(self, trainer: pl.Trainer) -> None:
-        if self._gathering or trainer.global_step == trainer.max_steps:
+        if _is_gathering(trainer) or trainer.global_step == trainer.max_steps:
             return  # nothing would lead to it; the checkpoint before does
         self._leads_to_validation = True
         self._save(trainer)
@@ -151,6 +146,11 @@ class LastCheckpoint(Checkpoint):
     def _save(self, trainer: pl.Trainer) -> None:
         if not cast(Any, trainer).fast_dev_run:
             trainer.save_checkpoint(self.path)
+
+
+def _is_gathering(trainer: pl.Trainer) -> bool:
+    """Gradients of several batches, which aren't saved."""
+    return trainer.fit_loop.epoch_loop._should_accumulate()
 
 
 def _uncount_epoch(trainer: pl.Trainer, loops: dict[str, Any]) -> None:

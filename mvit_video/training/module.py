@@ -33,7 +33,7 @@ from mvit_video.weights.checkpoint import write_checkpoint
 
 log = logging.getLogger(__name__)
 
-REMEDIES = "Lower optim.lr, lengthen optim.warmup, set trainer.gradient_clip_val=1"
+_REMEDIES = "Lower optim.lr, lengthen optim.warmup, set trainer.gradient_clip_val=1"
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ class TrainingModule(pl.LightningModule):
         """Raises TrainingError."""
         raise TrainingError(
             f"the model's output isn't finite in the validation of epoch {self.current_epoch + 1}: its "
-            f"weights or the data aren't. {REMEDIES}"
+            f"weights or the data aren't. {_REMEDIES}"
         )
 
     def configure_optimizers(self) -> Any:
@@ -254,7 +254,7 @@ class TrainingModule(pl.LightningModule):
             write_checkpoint(dict(unchecked.losses.to_save), path)
             raise TrainingError(
                 f"the loss isn't finite in epoch {self.current_epoch + 1}, step {unchecked.step}; the batch "
-                f"is saved in {path}. {REMEDIES} or another trainer.precision (now {self.trainer.precision})"
+                f"is saved in {path}. {_REMEDIES} or another trainer.precision (now {self.trainer.precision})"
             )
 
 

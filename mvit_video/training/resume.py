@@ -28,15 +28,12 @@ from mvit_video.weights import METADATA_KEY
 log = logging.getLogger(__name__)
 
 FINGERPRINT_KEY = "run_fingerprint"  # of a checkpoint
-FREE = ("settings", "file_times")  # parts of a fingerprint that may change when a run goes on
+_FREE = ("settings", "file_times")  # parts of a fingerprint that may change when a run goes on
 
 
 def videos_sha256(videos: Iterable[LabelledVideo]) -> str:
     """Of the names and labels of videos, in their order."""
-    digest = hashlib.sha256()
-    for video in videos:
-        digest.update(f"{video.id}\0{video.label}\n".encode(errors="surrogateescape"))
-    return digest.hexdigest()
+    return _sha256("".join(f"{video.id}\0{video.label}\n" for video in videos))
 
 
 def model_identity(config: Any) -> dict[str, Any]:
@@ -57,8 +54,8 @@ def files_identity(**splits: Iterable[Any]) -> dict[str, dict[str, str]]:
     for split, samples in splits.items():
         paths = dict.fromkeys(sample.path for sample in samples)
         stamps = [file_stamp(file) for path in paths for file in _first_and_last(path)]
-        sizes[f"{split}_sizes"] = _sha256(stamp.get("size") for stamp in stamps)
-        times[f"{split}_file_times"] = _sha256(stamp.get("mtime_ns") for stamp in stamps)
+        sizes[f"{split}_sizes"] = _sha256(" ".join(str(stamp.get("size")) for stamp in stamps))
+        times[f"{split}_file_times"] = _sha256(" ".join(str(stamp.get("mtime_ns")) for stamp in stamps))
     return {"files": sizes, "file_times": times}
 
 
@@ -70,8 +67,8 @@ def _first_and_last(path: str) -> tuple[str, ...]:
     return (files[0], files[-1]) if len(files) > 1 else (files[0],)
 
 
-def _sha256(values: Iterable[int | None]) -> str:
-    return hashlib.sha256(" ".join(map(str, values)).encode()).hexdigest()
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
 
 
 def resume(
@@ -95,14 +92,10 @@ def resume(
         now = {part: {key: now[part][key] for key in values} for part, values in before.items()}
     now = {part: value for part, value in now.items() if part in before}  # older versions noted fewer
     free: dict[str, str] = {}
-    for part in FREE:
+    for part in _FREE:
         free |= differences(before.pop(part, {}), now.pop(part, {}))
-    require_same(
-        before,
-        now,
-        what=str(path),
-        remedy=f"give those of before, or start a new run with weights={path}",
-    )
+    remedy = f"give those of before, or start a new run with weights={path}"
+    require_same(before, now, what=str(path), remedy=remedy)
     fit_loop = checkpoint["loops"]["fit_loop"]
     done = fit_loop["epoch_progress"]["current"]["processed"]
     for unit, most, made in (("epochs", max_epochs, done), ("steps", max_steps, checkpoint["global_step"])):

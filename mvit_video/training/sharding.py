@@ -33,10 +33,10 @@ class FullySharded(ModelParallelStrategy):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         assert self.lightning_module is not None
-        return gathered(self.lightning_module.state_dict())
+        return _gathered(self.lightning_module.state_dict())
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        return gathered(optimizer.state_dict())
+        return _gathered(optimizer.state_dict())
 
     # Every process reads the whole file and takes its share.
     @property
@@ -49,14 +49,14 @@ class FullySharded(ModelParallelStrategy):
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         assert self.lightning_module is not None
         own = self.lightning_module.state_dict()
-        self.lightning_module.load_state_dict(sharded(checkpoint["state_dict"], own), strict=strict)
+        self.lightning_module.load_state_dict(_sharded(checkpoint["state_dict"], own), strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             numbers = [n for group in state["param_groups"] for n in group["params"]]
             of_each = {
-                number: sharded(state["state"][number], dict.fromkeys(state["state"][number], parameter))
+                number: _sharded(state["state"][number], dict.fromkeys(state["state"][number], parameter))
                 for number, parameter in zip(numbers, parameters, strict=True)
                 if number in state["state"]
             }
@@ -74,7 +74,7 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> None:
         fully_shard(part, mesh=mesh, reshard_after_forward=True)
 
 
-def gathered(state: Any) -> Any:
+def _gathered(state: Any) -> Any:
     """A copy of a (nested) state dict with whole tensors, on the first process's CPU; all have to call it.
 
     In the others these tensors are empty.
@@ -89,7 +89,7 @@ def gathered(state: Any) -> Any:
     return tree_map(whole, dict(state))
 
 
-def sharded(state: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
+def _sharded(state: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of a state dict with each tensor cut up as the one of that name and shape in ``like`` is."""
 
     def share(value: Any, other: Any) -> Any:
@@ -122,7 +122,7 @@ class AveragedWeights(EMAWeightAveraging):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
-        checkpoint["state_dict"] = gathered(checkpoint["state_dict"])
+        checkpoint["state_dict"] = _gathered(checkpoint["state_dict"])
         if self._swapped:  # in the middle of a validation
             average, current = checkpoint["current_model_state"], checkpoint["state_dict"]
             checkpoint["state_dict"], checkpoint["current_model_state"] = average, current
@@ -132,5 +132,5 @@ class AveragedWeights(EMAWeightAveraging):
     ) -> None:
         own = pl_module.state_dict()
         names = {"state_dict", "current_model_state"} & checkpoint.keys()
-        states = {name: sharded(checkpoint[name], own) for name in names}
+        states = {name: _sharded(checkpoint[name], own) for name in names}
         super().on_load_checkpoint(trainer, pl_module, {**checkpoint, **states})

@@ -8,8 +8,7 @@ from typing import Any, Literal, overload
 
 from mvit_video.errors import ConfigError, look_up
 from mvit_video.model.config import MViTConfig
-from mvit_video.model.interface import StageFeatures
-from mvit_video.model.mvit import MViT
+from mvit_video.model.mvit import MViT, StageFeatures
 from mvit_video.model.variants import VARIANTS, Variant, build
 from mvit_video.weights import published
 from mvit_video.weights.checkpoint import from_slowfast, load_weights
