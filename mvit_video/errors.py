@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -54,6 +55,20 @@ def look_up(name: str, known: Mapping[str, Found], what: str) -> Found:
         names = ", ".join(sorted(known))
         raise ConfigError(f"unknown {what} {name!r}{did_you_mean(name, known)}; known: {names}")
     return known[name]
+
+
+@contextmanager
+def refusing(kind: type[MVitVideoError], what: str, but: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Whatever a file or a library makes go wrong becomes an error of a kind: what, and in brackets why.
+
+    Those of this kind, and ``but`` those, stay as they are.
+    """
+    try:
+        yield
+    except (kind, *but):
+        raise
+    except Exception as error:  # without a common base
+        raise kind(f"{what} ({brief(error)})") from None
 
 
 def brief(error: BaseException) -> str:

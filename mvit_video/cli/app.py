@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -16,9 +16,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from mvit_video.data import timing
-from mvit_video.data.datasets import OpenVideo
+from mvit_video.data.datasets import OpenVideo, training_loader, validation_loader
 from mvit_video.data.decode import FREE_KEYS, device_of
-from mvit_video.data.loader import WORKER_TYPES
+from mvit_video.data.loader import WORKER_TYPES, ClipLoader
 from mvit_video.data.ranks import Ranks, process_group, use_own_gpu
 from mvit_video.errors import ConfigError
 from mvit_video.io.writing import sole_writer
@@ -146,6 +146,17 @@ def loading(config: DictConfig, trainer: Any) -> dict[str, Any]:
         "worker_type": WORKER_TYPES[config.loader],
         "pin_memory": torch.cuda.is_available() and config.num_workers > 0,
     }
+
+
+def build_loaders(
+    config: DictConfig, trainer: Any, training: Any, validation: Any, collate: Callable[[list[Any]], Any]
+) -> tuple[ClipLoader[Any], ClipLoader[Any]]:
+    """The loaders of a training's two data sets."""
+    shared, shuffle = loading(config, trainer), not config.trainer.overfit_batches
+    return (
+        training_loader(training, collate, shuffle=shuffle, **shared),
+        validation_loader(validation, collate, **shared),
+    )
 
 
 def texts(value: Any) -> list[str]:

@@ -14,35 +14,34 @@ import torch
 from omegaconf import DictConfig
 
 from mvit_video.cli import app
-from mvit_video.errors import ConfigError, brief
+from mvit_video.errors import ConfigError, refusing
 from mvit_video.io.console import print_table
 from mvit_video.io.writing import replacing
 from mvit_video.model import MViT
 from mvit_video.weights import hub
-from mvit_video.weights.export import ExportedModel, export_model, load_exported
+from mvit_video.weights.export import ExportedModel, export_model, load_exported, require_exported_suffix
 from mvit_video.weights.model_card import push_to_hub
-from mvit_video.weights.reading import EXPORTED
 
 log = logging.getLogger(__name__)
 
 
 def export_and_check(config: DictConfig) -> None:
     """Write ``config.output``, compare it with the model that it was made of, and time both."""
-    if (task := app.task_of(config)) != "classification":
+    task, path = app.task_of(config), Path(config.output)
+    to_hub = task == "classification" and config.output.startswith(hub.PREFIX)
+    if not to_hub:
+        require_exported_suffix(path)
+    if task != "classification":
         importlib.import_module(f"mvit_video.cli.tasks.{task}").export(config)
         return
     model = app.build_model(config)
     if not isinstance(model, MViT):
         raise ConfigError(f"only MViT models can be exported, not {type(model).__name__}")
-    if config.output.startswith(hub.PREFIX):
-        address = push_to_hub(
-            model, config.output, results=_read_results(config.results), licence=config.licence
-        )
+    if to_hub:
+        results = _read_results(config.results)
+        address = push_to_hub(model, config.output, results=results, licence=config.licence)
         log.info("%s (private until you publish it there)", address)
         return
-    path = Path(config.output)
-    if path.suffix not in EXPORTED:
-        raise ConfigError(f"output={path}: models are exported as {' or '.join(EXPORTED)}")
     with replacing(path) as file:  # a wrong file is never taken for a good one
         export_model(model, file.name, compiled=config.compiled)
         exported = load_exported(file.name, trust=True)  # just written
@@ -64,13 +63,11 @@ def _read_results(path: str | None) -> dict[str, Any] | None:
     """The results.json of an evaluation."""
     if path is None:
         return None
-    try:
-        results = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"results={path}: not a results.json of mvit-eval ({brief(error)})") from None
-    if not isinstance(results, dict) or not isinstance(results.get("video_top1"), float):
-        raise ConfigError(f"results={path}: not a results.json of mvit-eval")
-    return results
+    with refusing(ConfigError, f"results={path}: not a results.json of mvit-eval"):
+        results: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(results["video_top1"], float):
+            raise ValueError("no video_top1")
+        return results
 
 
 @torch.inference_mode()

@@ -151,22 +151,20 @@ def _models(
         loss.backward()
         model.zero_grad()
 
+    @torch.inference_mode()
+    def infer(dtype: torch.dtype) -> float | None:
+        model.to(dtype).eval()
+        return watch.per_second(1, model, clip.to(dtype))
+
     for name, dtype in _DTYPES.items():
-        with torch.inference_mode():
-            model.to(dtype).eval()
-            inference[name] = watch.per_second(1, model, clip.to(dtype))
+        inference[name] = infer(dtype)
         model.float().train()
         training[name] = watch.per_second(1, step, dtype)
-    for name, dtype in _DTYPES.items():
-        with torch.inference_mode(), kernels.plain():
-            model.to(dtype).eval()
-            inference[f"{name}, plain"] = watch.per_second(1, model, clip.to(dtype))
+    with kernels.plain():
+        inference |= {f"{name}, plain": infer(dtype) for name, dtype in _DTYPES.items()}
     if compiled:
         model.compile()
-        for name, dtype in _DTYPES.items():
-            with torch.inference_mode():
-                model.to(dtype).eval()
-                inference[f"{name}, compiled"] = watch.per_second(1, model, clip.to(dtype))
+        inference |= {f"{name}, compiled": infer(dtype) for name, dtype in _DTYPES.items()}
     return inference, training
 
 

@@ -12,6 +12,7 @@ import pytorch_lightning as pl
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
+from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf, open_dict
 from pytorch_lightning.accelerators import CPUAccelerator
 from pytorch_lightning.callbacks import LearningRateMonitor
@@ -52,12 +53,12 @@ def train(config: DictConfig) -> float | None:
     Returns the best value of ``monitor``, for sweepers; None without a validation.
     """
     task = importlib.import_module(f"mvit_video.cli.tasks.{config.task}")
-    several = config.data.get("multi_label")  # classes a video
-    monitor = config.monitor or (MultiLabelClassifier.monitor if several else task.MONITOR)
     if config.task != "classification":
         with open_dict(config.data):
             if config.data.pop("balance", None):
                 raise ConfigError(f"data.balance is for task=classification, not {config.task}")
+        if OmegaConf.select(config, "mixing.probability"):
+            raise ConfigError(f"mixing is for task=classification; {config.task} takes mixing=none")
     if config.fresh and (config.task != "classification" or not config.weights):
         raise ConfigError("fresh is for a classifier that starts from weights=FILE")
     output = Path(HydraConfig.get().runtime.output_dir)
@@ -68,6 +69,9 @@ def train(config: DictConfig) -> float | None:
         pl.seed_everything(config.seed, workers=True, verbose=False)
         use_own_gpu()
         task.check(config)
+        several = config.data.get("multi_label")  # classes a video
+        module: Any = MultiLabelClassifier if several else get_class(config.optim._target_)
+        monitor = config.monitor or module.monitor
         resume_from = find_checkpoint(config.ckpt_path, output, own_only=_has_own_folder())
         trainer = _build_trainer(config, output, monitor)
 

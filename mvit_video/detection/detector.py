@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +20,6 @@ from mvit_video.detection.weights import load_detector_weights
 from mvit_video.model import MViTConfig
 from mvit_video.model.clip_spec import MAX_SIZE
 from mvit_video.model.fields import check_types
-from mvit_video.weights import LoadReport
 
 # Far above any detector's, far below what would fill a machine's memory.
 _MOST = {"num_classes": 2**16, "box_detections_per_img": 1000, "min_size": MAX_SIZE, "max_size": MAX_SIZE}
@@ -160,11 +158,7 @@ class Detector(nn.Module):
         """The backbone alone: how much the rest computes depends on its detections."""
         self.backbone.compile(*args, **kwargs)
 
-    def load_weights(
-        self, source: str | Path | Mapping[str, Any], *, head: Literal["strict", "new"] = "strict"
-    ) -> LoadReport:
-        """See ``mvit_video.detection.weights.load_detector_weights``."""
-        return load_detector_weights(self, source, head=head)
+    load_weights = load_detector_weights
 
     def batched(self, images: Sequence[Tensor]) -> tuple[Tensor, list[tuple[int, int]]]:
         """Images, normalised and padded with zeros to one size, and the height and width of each."""

@@ -6,15 +6,15 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mvit_video.errors import CheckpointError, brief
+from mvit_video.errors import CheckpointError, refusing
 from mvit_video.io.fingerprint import file_sha256
 from mvit_video.model.base import VideoModel
 from mvit_video.model.baselines import Baseline, BaselineConfig
@@ -82,17 +82,9 @@ def model_metadata(model: VideoModel) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def describing(name: str, what: str = "model") -> Iterator[None]:
+def describing(name: str, what: str = "model") -> AbstractContextManager[None]:
     """Whatever the description in a file makes go wrong becomes a CheckpointError, which names the file."""
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except Exception as error:  # a file can hold anything in the place of anything
-        raise CheckpointError(
-            f"{name}: its description of the {what} can't be used ({brief(error)})"
-        ) from None
+    return refusing(CheckpointError, f"{name}: its description of the {what} can't be used")
 
 
 def plain_metadata(metadata: Any, name: str, *tasks: str) -> dict[str, Any]:

@@ -11,8 +11,8 @@ import json
 import logging
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from mvit_video.errors import CheckpointError, ConfigError, brief
+from mvit_video.errors import CheckpointError, ConfigError, refusing
 from mvit_video.model.base import VideoModel
 from mvit_video.model.config import MViTConfig
 from mvit_video.model.mvit import MViT
@@ -57,12 +57,8 @@ class ExportedModel(VideoModel):
                 f"{self.path} was exported for clips of {size}, got {tuple(clips.shape[1:])}; "
                 "export it with these views"
             )
-        try:
+        with refusing(CheckpointError, f"{self.path}: its program fails", but=(torch.OutOfMemoryError,)):
             logits = torch.cat([self._run(part) for part in clips.split(MAX_BATCH)])
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # of a program: anything
-            raise CheckpointError(f"{self.path}: its program fails ({brief(error)})") from None
         if tuple(logits.shape) != (expected := (len(clips), self.config.num_classes)):
             raise CheckpointError(f"{self.path}: gives {tuple(logits.shape)}, its description {expected}")
         return logits
@@ -78,8 +74,7 @@ def export_model(model: MViT, path: str | Path, *, compiled: bool = False) -> No
         ConfigError: another suffix, or a package that this needs is missing.
     """
     path = Path(path)
-    if path.suffix not in EXPORTED:
-        raise ConfigError(f"{path}: models are exported as {' or '.join(EXPORTED)}")
+    require_exported_suffix(path)
     if compiled and path.suffix != ".pt2":
         raise ConfigError(f"{path}: only a .pt2 can be compiled")
     model = model.cpu().eval()
@@ -95,16 +90,18 @@ def export_model(model: MViT, path: str | Path, *, compiled: bool = False) -> No
         program = torch.export.export(model, (clips,), dynamic_shapes=shapes)
         if compiled:
             settings = {"aot_inductor.metadata": {METADATA_KEY: metadata}}
-            try:
+            with refusing(ConfigError, f"{path}: can't be compiled; compiled=true needs a C++ compiler"):
                 torch._inductor.aoti_compile_and_package(
                     program, package_path=str(path), inductor_configs=settings
                 )
-            except RuntimeError as error:  # of a compiler that isn't there, or fails
-                raise ConfigError(
-                    f"{path}: can't be compiled ({brief(error)}); compiled=true needs a C++ compiler"
-                ) from None
         else:
             save_program(program, path, metadata)
+
+
+def require_exported_suffix(path: Path) -> None:
+    """Raises ConfigError for a file that no model is exported as."""
+    if path.suffix not in EXPORTED:
+        raise ConfigError(f"{path}: models are exported as {' or '.join(EXPORTED)}")
 
 
 def save_program(program: ExportedProgram, path: Path, metadata: str) -> None:
@@ -136,17 +133,10 @@ def load_exported(path: str | Path, device: str | torch.device = "cpu", trust: b
     return ExportedModel(run, metadata, str(path))
 
 
-@contextmanager
-def reading(path: str | Path) -> Iterator[None]:
+def reading(path: str | Path) -> AbstractContextManager[None]:
     """Whatever goes wrong with an exported file becomes a CheckpointError, which names it."""
-    try:
-        yield
-    except ConfigError:
-        raise
-    except Exception as error:  # of other libraries, without a common base
-        raise CheckpointError(
-            f"{path}: damaged, no exported model, or made for another machine or version ({brief(error)})"
-        ) from None
+    what = f"{path}: damaged, no exported model, or made for another machine or version"
+    return refusing(CheckpointError, what, but=(ConfigError,))
 
 
 def require_trust(path: str | Path, trust: bool) -> None:

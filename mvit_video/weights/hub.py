@@ -6,12 +6,10 @@ What comes from there is data as any other file is: nothing but tensors and plai
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mvit_video.errors import CheckpointError, ConfigError, brief
+from mvit_video.errors import CheckpointError, ConfigError, refusing
 from mvit_video.io.console import printable
 
 PREFIX = "hf://"
@@ -30,7 +28,8 @@ def download(address: str) -> Path:
         ConfigError: huggingface_hub isn't installed.
     """
     repo, revision, file = parse(address)
-    with hub_errors(address) as hub:
+    hub = imported(address)
+    with refusing(CheckpointError, address):
         return Path(hub.hf_hub_download(repo, file or WEIGHTS, revision=revision))
 
 
@@ -42,16 +41,10 @@ def parse(address: str) -> tuple[str, str | None, str | None]:
     return match[1], match[2], match[3]
 
 
-@contextmanager
-def hub_errors(address: str) -> Iterator[Any]:
-    """Gives the module; what goes wrong inside is told as one line."""
+def imported(address: str) -> Any:
+    """The package that an address needs. Raises ConfigError where it isn't installed."""
     try:
         import huggingface_hub
     except ImportError:
         raise ConfigError(f"{address} needs huggingface_hub: pip install 'mvit-video[hub]'") from None
-    try:
-        yield huggingface_hub
-    except (CheckpointError, ConfigError):
-        raise
-    except Exception as error:  # of the network, of the Hub, of its cache
-        raise CheckpointError(f"{address}: {brief(error)}") from None
+    return huggingface_hub

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from mvit_video.errors import CheckpointError, brief
+from mvit_video.errors import CheckpointError, brief, refusing
 from mvit_video.model.clip_spec import ClipSpec
 from mvit_video.model.config import (
     Grid,
@@ -137,10 +137,8 @@ def parse_cfg(cfg: Any, name: str, weight_names: Iterable[str] = ()) -> Descript
         CheckpointError: the configuration is malformed, or has an option that can't be built; names it.
     """
     if isinstance(cfg, str):
-        try:
+        with refusing(CheckpointError, f"{name}: its cfg is no plain yaml"):
             cfg = yaml.safe_load(cfg)  # tags that would make objects are refused
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise CheckpointError(f"{name}: its cfg is no plain yaml ({brief(error)})") from None
     if not isinstance(cfg, Mapping) or not isinstance(cfg.get("MVIT"), Mapping):
         raise CheckpointError(f"{name}: its cfg is no MViT configuration, it has no section MVIT")
     try:

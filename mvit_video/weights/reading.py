@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from mvit_video.errors import CheckpointError, brief
+from mvit_video.errors import CheckpointError, brief, refusing
 from mvit_video.weights import hub
 
 METADATA_KEY = "mvit_video"  # in our checkpoints: config, protocol and class names beside the weights
@@ -84,12 +84,12 @@ def _require_file(path: Path) -> None:
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-            metadata = (file.metadata() or {}).get(METADATA_KEY)
-    except Exception as error:  # of its Rust part, of types that torch lacks
-        raise CheckpointError(f"{path}: not a safetensors file, or damaged ({brief(error)})") from None
+    with (
+        refusing(CheckpointError, f"{path}: not a safetensors file, or damaged"),
+        safe_open(path, framework="pt") as file,
+    ):
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        metadata = (file.metadata() or {}).get(METADATA_KEY)
     return {"model_state": weights} | ({METADATA_KEY: metadata} if metadata else {})
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from mvit_video.action_detection.annotations import ActionIndex, ActionSplits, box_lines, read_boxes
 from mvit_video.action_detection.checkpoint import load_action_detector
@@ -35,9 +35,8 @@ from mvit_video.action_detection.training import ActionDetectorTraining
 from mvit_video.cli import app
 from mvit_video.cli.tasks.persons import PUBLISHED, find_people
 from mvit_video.data.class_names import check_same_classes
-from mvit_video.data.datasets import training_loader, validation_loader
 from mvit_video.data.decode.container import MAX_PIXELS
-from mvit_video.data.loader import WORKER_TYPES, ClipLoader
+from mvit_video.data.loader import WORKER_TYPES
 from mvit_video.errors import ConfigError, DataError, VideoError
 from mvit_video.evaluation.provenance import versions
 from mvit_video.io.console import print_table, printable, track
@@ -57,13 +56,9 @@ log = logging.getLogger(__name__)
 
 MAX_TABLE = 100  # rows; the others are in the output
 
-MONITOR = ActionDetectorTraining.monitor
-
 
 def check(config: DictConfig) -> None:
     """ConfigError for what can be refused before data are read."""
-    if OmegaConf.select(config, "mixing.probability"):
-        raise ConfigError("mixing is for classification; action detection takes mixing=none")
     if not isinstance(app.build(config.augment), ActionAugment):
         raise ConfigError("augment= is for classification; action detection takes augment=action")
     app.build_decoder(config)
@@ -88,7 +83,12 @@ def train(config: DictConfig, trainer: pl.Trainer) -> Training:
             f"nobody does anything at validation seconds divisible by val_every={splits.val_every}"
         )
     module.validation, module.names = val, splits.names
-    training, validation = _build_loaders(config, detector, splits.train, val, trainer)
+    spec, count = detector.protocol, detector.config.num_classes
+    reading = {"seed": config.seed, "open_file": app.build_decoder(config), "pending": True}
+    augment = app.build(config.augment)
+    clips = ActionClips(splits.train.key_frames, spec, count, "train", augment=augment, **reading)
+    middle = ActionClips(val.key_frames, spec, count, "val", **reading)
+    loaders = app.build_loaders(config, trainer, clips, middle, collate)
     _describe(detector, splits.train, val, splits.class_names)
     identity = {
         "data": {
@@ -101,7 +101,7 @@ def train(config: DictConfig, trainer: pl.Trainer) -> Training:
         **files_identity(train=splits.train.key_frames, val=val.key_frames),
     }
     files = {frame.path for index in (splits.train, val) for frame in index.key_frames}
-    return Training(module, training, validation, len(files), identity)
+    return Training(module, *loaders, len(files), identity)
 
 
 def evaluate(config: DictConfig) -> None:
@@ -178,21 +178,6 @@ def _build_splits(config: DictConfig) -> ActionSplits:
     if not isinstance(splits, ActionSplits):
         raise ConfigError("task=action_detection needs videos with boxes: data=ava, ava_kinetics or actions")
     return splits
-
-
-def _build_loaders(
-    config: DictConfig, detector: ActionDetector, train: ActionIndex, val: ActionIndex, trainer: pl.Trainer
-) -> tuple[ClipLoader[Any], ClipLoader[Any]]:
-    loading = app.loading(config, trainer)
-    reading = {"seed": config.seed, "open_file": app.build_decoder(config), "pending": True}
-    spec, count = detector.protocol, detector.config.num_classes
-    augment, shuffle = app.build(config.augment), not config.trainer.overfit_batches
-    clips = ActionClips(train.key_frames, spec, count, "train", augment=augment, **reading)
-    middle = ActionClips(val.key_frames, spec, count, "val", **reading)
-    return (
-        training_loader(clips, collate, shuffle=shuffle, **loading),
-        validation_loader(middle, collate, **loading),
-    )
 
 
 def _describe(

@@ -22,7 +22,6 @@ from mvit_video.weights import build_for_weights
 
 log = logging.getLogger(__name__)
 
-MONITOR = Classifier.monitor
 FEW_VIDEOS, FEW_OF_A_CLASS = 1000, 50
 MANY_PARAMETERS = 5e6
 

@@ -51,21 +51,15 @@ from mvit_video.training.module import Training
 from mvit_video.training.recipe import freeze
 from mvit_video.training.resume import files_identity, model_identity
 from mvit_video.weights import weights_sha256
-from mvit_video.weights.reading import EXPORTED
 
 PAGE_STRIDE = 1.0  # seconds from one frame to the next
 MAX_TABLE = 100  # rows; the others are in the output
 
 log = logging.getLogger(__name__)
 
-MONITOR = DetectorTraining.monitor
-
 
 def check(config: DictConfig) -> None:
     """ConfigError for what can be refused before data are read."""
-    mixing = app.build(config.mixing)
-    if mixing is not None and mixing.probability:
-        raise ConfigError("mixing is for classification; detection takes mixing=none")
     if not callable(app.build(config.augment)):
         raise ConfigError("augment= is for videos; detection takes augment=multi_scale or large_scale_jitter")
     with torch.device("meta"):
@@ -383,8 +377,6 @@ def export(config: DictConfig) -> None:
         )
     detector, path = _trained_detector(config), Path(config.output)
     size = (config.image_size[0], config.image_size[1])
-    if path.suffix not in EXPORTED:
-        raise ConfigError(f"output={path}: models are exported as {' or '.join(EXPORTED)}")
     images = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
     with replacing(path) as file:  # a wrong file is never taken for a good one
         export_backbone(detector, file.name, size)
@@ -393,7 +385,9 @@ def export(config: DictConfig) -> None:
             theirs = load_maps(file.name, trust=True)(images)  # just written
         worst = max(float((a - b).abs().max()) for a, b in zip(ours.values(), theirs, strict=True))
         if not worst <= config.tolerance:
-            raise ConfigError(f"{path}: its maps differ by {worst:.2g}, more than {config.tolerance=}")
+            raise ConfigError(
+                f"{path}: its maps differ by {worst:.2g}, more than tolerance={config.tolerance}"
+            )
     log.info("%s: %.1f MB; its maps differ by %.1e at most", path, path.stat().st_size / 1e6, worst)
 
 

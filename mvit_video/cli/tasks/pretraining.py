@@ -12,7 +12,6 @@ import torch
 from omegaconf import DictConfig
 
 from mvit_video.cli import app
-from mvit_video.data.datasets import training_loader, validation_loader
 from mvit_video.data.index import VideoSplits
 from mvit_video.errors import ConfigError
 from mvit_video.model.config import Grid
@@ -26,15 +25,11 @@ from mvit_video.training.resume import files_identity, model_identity, videos_sh
 
 log = logging.getLogger(__name__)
 
-MONITOR = Pretrainer.monitor
-
 
 def check(config: DictConfig) -> None:
     """ConfigError for what can be refused before data are read."""
     app.build(config.augment)
     app.build_decoder(config)
-    if config.mixing is not None and config.mixing.probability:
-        raise ConfigError("mixing is for classes, and a pre-training has none: mixing=none")
     with torch.device("meta"):
         sketch = app.build(config.model)
     if not isinstance(sketch, MaskFeat):
@@ -71,10 +66,7 @@ def train(config: DictConfig, trainer: pl.Trainer) -> Training:
     clips = MaskedTrainingClips(splits.train.videos, model.protocol, app.build(config.augment), **drawing)
     one_view = replace(model.protocol, num_clips=1, num_crops=1)
     held_out = MaskedTestViews(splits.val.videos, one_view, **drawing)
-    loading = app.loading(config, trainer)
-    shuffle = not config.trainer.overfit_batches
-    training = training_loader(clips, collate_masked, shuffle=shuffle, **loading)
-    validation = validation_loader(held_out, collate_masked, **loading)
+    loaders = app.build_loaders(config, trainer, clips, held_out, collate_masked)
     log.info(
         "%.1f M parameters, %d training and %d held-out videos; %s; masks of %d x %d x %d cells; "
         "after each epoch, %s shows what is predicted",
@@ -93,7 +85,7 @@ def train(config: DictConfig, trainer: pl.Trainer) -> Training:
         "model": model_identity(model.config) | about,
         **files_identity(train=splits.train.videos, val=splits.val.videos),
     }
-    return Training(pretrainer, training, validation, len(splits.train) + len(splits.val), identity)
+    return Training(pretrainer, *loaders, len(splits.train) + len(splits.val), identity)
 
 
 def _masking(config: DictConfig, model: MaskFeat) -> tuple[Masking, Grid]:
