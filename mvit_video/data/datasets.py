@@ -1,4 +1,4 @@
-"""From a video file to clips for the model: plan the views, decode once, transform.
+"""Data sets of clips, their batches, and the batches that a model takes them in.
 
 A dataset here never raises for a bad video: training replaces it, testing returns the reason in its place.
 """
@@ -6,15 +6,14 @@ A dataset here never raises for a bad video: training replaces it, testing retur
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
-from torch.utils.data._utils.pin_memory import pin_memory
 
 from mvit_video.data.augment import Augment
 from mvit_video.data.clips import read_pending_views, read_training_clips
@@ -53,8 +52,7 @@ class Batch(NamedTuple):
     paths: Sequence[str] = ()  # of each clip, in training
 
 
-@dataclass(frozen=True)
-class VideoViews:
+class VideoViews(NamedTuple):
     """All test views of one video, or why there are none.
 
     Attributes:
@@ -65,12 +63,8 @@ class VideoViews:
 
     video: LabelledVideo
     clips: Any
-    spans: list[tuple[float, float]] = field(default_factory=list)
+    spans: Sequence[tuple[float, float]] = ()
     error: str | None = None
-
-    def pin_memory(self) -> VideoViews:
-        """A copy with its clips where a GPU fetches them fast; ``DataLoader`` asks for it by this name."""
-        return replace(self, clips=pin_memory(self.clips))
 
 
 class ClipDataset(Dataset[TrainingSample]):
@@ -181,9 +175,6 @@ class ViewDataset(Dataset[VideoViews]):
         return VideoViews(video, clips if self.pending else finish_clips(clips), spans)
 
 
-TrainingClips, TestViews = ClipDataset, ViewDataset  # their names until version 0.2
-
-
 def _clip_nbytes(protocol: ClipSpec) -> int:
     return 4 * 3 * protocol.clip_frames * protocol.crop**2  # float32 RGB
 
@@ -263,3 +254,39 @@ def cat_clips(parts: Sequence[Clips]) -> Clips:
     if len(tensors) < len(pending):
         return pending
     return torch.cat(tensors) if tensors else torch.empty(0)
+
+
+def in_full_batches(
+    videos: Iterable[VideoViews], run: Callable[[Tensor], Tensor], batch_size: int
+) -> Iterator[tuple[VideoViews, Tensor]]:
+    """Send the views of many videos through a model, exactly ``batch_size`` clips at once but for the last.
+
+    Args:
+        run: makes a row for each clip of a batch (B, 3, T, H, W).
+
+    Yields:
+        Each video, in order and as soon as it is done, without its clips but with its rows (V, ...).
+    """
+    unfinished: deque[VideoViews] = deque()  # videos whose rows aren't complete
+    clips: list[Tensor] = []  # that haven't been run; one tensor for each video
+    rows: list[Tensor] = []  # that no video has got yet, one for each clip
+
+    def finished() -> Iterator[tuple[VideoViews, Tensor]]:
+        while unfinished and len(unfinished[0].spans) <= len(rows):
+            views = unfinished.popleft()
+            count = len(views.spans)
+            yield views, torch.stack(rows[:count]) if count else torch.empty(0)
+            del rows[:count]
+
+    for views in videos:
+        unfinished.append(views._replace(clips=torch.empty(0)))
+        if views.error is None:
+            clips.append(views.clips)
+        while sum(map(len, clips)) >= batch_size:
+            waiting = torch.cat(clips) if len(clips) > 1 else clips[0]
+            rows += run(waiting[:batch_size])
+            clips = [waiting[batch_size:]] if len(waiting) > batch_size else []
+        yield from finished()
+    if clips:
+        rows += run(torch.cat(clips))
+    yield from finished()

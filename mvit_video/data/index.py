@@ -48,10 +48,6 @@ class LabelledVideo:
         return self.label if isinstance(self.label, tuple) else () if self.label is None else (self.label,)
 
 
-class NothingThereError(DataError):
-    """None of the videos of a list exist."""
-
-
 class LeftOut(NamedTuple):
     """A video that a list names and that can't be used."""
 
@@ -151,7 +147,7 @@ def leave_out(
         remedy: what to do about it, the end of the error.
 
     Raises:
-        NothingThereError: no video is left. DataError: more than `max_missing` are missing.
+        DataError: no video is left, or more than `max_missing` are missing.
         ConfigError: `max_missing` isn't a share.
     """
     if not 0 <= max_missing <= 1:
@@ -161,7 +157,7 @@ def leave_out(
         return index
     first, total = f"the first is {out[0].video.path}: {out[0].reason}", len(index.videos)
     if len(out) == total:
-        raise NothingThereError(f"{source}: none of its {total} videos can be read, {first}; {remedy}")
+        raise DataError(f"{source}: none of its {total} videos can be read, {first}; {remedy}")
     message = f"{source}: {len(out)} of its {total} videos can't be read, {first}"
     if len(out) > max_missing * total:
         raise DataError(f"{message}; {remedy}, or allow it: max_missing={max_missing} is the share allowed")
@@ -226,15 +222,12 @@ def folder_splits(
         if others:
             log.warning("%s: folders beside the splits are ignored: %s", root, ", ".join(sorted(others)))
         train = _index_of_folder(folders["train"], root, search, names)
-        val = _index_of_folder(
-            folders["val" if "val" in folders else "test"], root, search, train.class_names
-        )
-        test = None
-        if "val" in folders and "test" in of_classes:
+        held_out = folders.get("val") or folders.pop("test")
+        val, test = _index_of_folder(held_out, root, search, train.class_names), None
+        if "test" in folders and "test" in of_classes:
             test = _index_of_folder(folders["test"], root, search, train.class_names)
-        elif "val" in folders and "test" in folders and (files := search.below(folders["test"])):
-            videos = (LabelledVideo(path, None, relative(path, root)) for path in files)
-            test = VideoIndex(tuple(videos), train.class_names)
+        elif "test" in folders and (videos := _videos_below(folders["test"], root, search, None)):
+            test = VideoIndex(videos, train.class_names)
         splits = VideoSplits(train, val, test)
     search.report(root)
     return splits
@@ -260,12 +253,9 @@ def unlabelled_splits(root: str | Path, *, val_fraction: float = 0.05, seed: int
     root, search = existing(root, folder=True), FileSearch()
 
     def index_of(folder: Path) -> VideoIndex:
-        files = search.below(folder)
-        if not files:
-            raise DataError(f"no videos found in {folder}; expected files such as {folder / 'video.mp4'}")
-        return VideoIndex(
-            tuple(LabelledVideo(path, 0, relative(path, root)) for path in files), ("unlabelled",)
-        )
+        if videos := _videos_below(folder, root, search, 0):
+            return VideoIndex(videos, ("unlabelled",))
+        raise DataError(f"no videos found in {folder}; expected files such as {folder / 'video.mp4'}")
 
     train, val = split_folder(root, "train"), split_folder(root, "val")
     if train and val:
@@ -314,6 +304,12 @@ def _folders_in(folder: Path) -> list[str]:
     return [name for name in names_in(folder) if (folder / name).is_dir()]
 
 
+def _videos_below(
+    folder: Path, root: Path, search: FileSearch, label: int | None
+) -> tuple[LabelledVideo, ...]:
+    return tuple(LabelledVideo(path, label, relative(path, root)) for path in search.below(folder))
+
+
 def _index_of_folder(
     folder: Path, root: Path, search: FileSearch, class_names: tuple[str, ...] | None
 ) -> VideoIndex:
@@ -332,16 +328,15 @@ def _index_of_folder(
     label_of = LabelOf(class_names or found)
     videos: list[LabelledVideo] = []
     for name in found:
-        label = label_of(name, str(folder / name))
-        files = search.below(folder / name)
-        if not files and class_names is None:
+        of_class = _videos_below(folder / name, root, search, label_of(name, str(folder / name)))
+        if not of_class and class_names is None:
             hint = "add some or remove it"
             if FileSearch(IMAGE_EXTENSIONS).below(folder / name):
                 hint = "pictures need data=imagenet, folders of frames a list (data=csv, a folder a line)"
             raise DataError(f"no videos found in class folder {folder / name}; {hint}")
-        if not files:
+        if not of_class:
             log.warning("no videos found in class folder %s", folder / name)
-        videos += [LabelledVideo(path, label, relative(path, root)) for path in files]
+        videos += of_class
     if not videos:
         raise DataError(f"no videos found in {folder}; expected {expected}")
     return VideoIndex(tuple(videos), class_names or tuple(found))

@@ -11,7 +11,6 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,6 @@ from mvit_video.data.files import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, existing, 
 from mvit_video.data.index import (
     Label,
     LabelledVideo,
-    NothingThereError,
     VideoIndex,
     VideoSplits,
     check_videos,
@@ -148,10 +146,11 @@ def splits_of_lists(
     """
     found: dict[str, VideoIndex] = {}
     for split, video_list in lists.items():
-        with suppress(NothingThereError) if video_list.optional else nullcontext():
-            found[split] = _index_of_list(video_list, names, max_missing, labels=split != "test")
-        if split not in found:
+        index = _index_of_list(video_list, names, max_missing, labels=split != "test")
+        if index is None:
             log.info("no %s split: none of the videos of %s exists", split, video_list.file)
+        else:
+            found[split] = index
     if draw is not None and "val" not in lists:
         drawn = draw(found["train"])
         found |= {"train": drawn.train, "val": drawn.val}
@@ -163,8 +162,11 @@ def splits_of_lists(
 
 def _index_of_list(
     video_list: VideoList, names: tuple[str, ...], max_missing: float, *, labels: bool
-) -> VideoIndex:
-    """The videos of a list that exist; without `labels` rows may lack one, and all videos but one may."""
+) -> VideoIndex | None:
+    """The videos of a list that exist; without `labels` rows may lack one, and all videos but one may.
+
+    None where none of an optional list exists.
+    """
     base = os.path.abspath(video_list.base or video_list.file.parent)  # noqa: PTH100 (or in the current folder)
     if not video_list.rows:
         raise DataError(f"no videos found in {video_list.file}; it lists none")
@@ -180,6 +182,8 @@ def _index_of_list(
     check_videos(videos, len(names), lambda number: video_list.rows[number].where)
     there = _existing(entry_on_disk(video.path) for video in videos)
     missing = {video.id: NO_FILE for video in videos if entry_on_disk(video.path) not in there}
+    if video_list.optional and len(missing) == len(videos):
+        return None
     remedy = video_list.remedy or f"relative paths start at root={base}"
     if missing and any("\\" in row.path for row in video_list.rows):
         remedy = f"paths have `\\` between folders, where this system has `/`; {remedy}"

@@ -22,7 +22,6 @@ from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
-from dataclasses import fields, is_dataclass
 from functools import cached_property
 from multiprocessing import connection
 from pathlib import Path
@@ -31,7 +30,7 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import torch
 import torch.multiprocessing  # tensors go from process to process without being copied
-from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.data._utils.pin_memory import pin_memory as pinned  # of whole batches
 
 from mvit_video.data import timing
@@ -61,9 +60,6 @@ class Batches(Protocol):
     def __len__(self) -> int: ...
 
     def __iter__(self) -> Iterator[list[Any]]: ...
-
-    def set_epoch(self, epoch: int) -> None:
-        """The Trainer calls it before each epoch."""
 
 
 class Clips(Protocol):
@@ -118,7 +114,7 @@ class ClipLoader(Generic[Collated]):
         pin_memory: bool = False,
     ) -> None:
         self.batches = batches
-        self.batch_sampler = SimpleNamespace(sampler=batches)  # where Lightning looks for ``set_epoch``
+        self.batch_sampler = SimpleNamespace(sampler=batches)  # where Lightning finds its ``set_epoch``
         self._dataset, self._collate = dataset, collate
         self._num_workers, self._worker_type, self._prefetch = num_workers, worker_type, prefetch
         self._samples_on, self._pin_memory = device, pin_memory
@@ -328,21 +324,11 @@ class _Threads:
 
 def _hand_over(sample: Any, made: torch.cuda.Event) -> None:
     """Let the current stream use what another one has made: the GPU waits, not this thread."""
-    for tensor in filter(lambda tensor: tensor.is_cuda, _tensors(sample)):  # a bad video's placeholder isn't
-        current = torch.cuda.current_stream(tensor.device)
-        current.wait_event(made)
-        tensor.record_stream(current)  # its memory is free after this stream's work on it
-
-
-def _tensors(sample: Any) -> Iterator[Tensor]:
-    """All tensors in tuples, lists and dataclasses."""
-    if isinstance(sample, Tensor):
-        yield sample
-    elif isinstance(sample, tuple | list):
-        for part in sample:
-            yield from _tensors(part)
-    elif is_dataclass(sample):
-        yield from _tensors([getattr(sample, field.name) for field in fields(sample)])
+    for part in tree_leaves(sample):
+        if isinstance(part, torch.Tensor) and part.is_cuda:  # a bad video's placeholder isn't
+            current = torch.cuda.current_stream(part.device)
+            current.wait_event(made)
+            part.record_stream(current)  # its memory is free after this stream's work on it
 
 
 class _Processes:

@@ -99,9 +99,6 @@ class AllVideos:
         self._batch_size = batch_size
         self._length = math.ceil(math.ceil(num_videos / num_replicas) / batch_size)
 
-    def set_epoch(self, epoch: int) -> None:
-        """It is the same in all epochs."""
-
     def __len__(self) -> int:
         return self._length
 

@@ -8,7 +8,6 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
-from dataclasses import replace
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,8 +17,14 @@ import torch
 from torch import Tensor
 
 from mvit_video.data.bad_videos import BadVideos, allowed_bad_videos
-from mvit_video.data.batches import in_full_batches
-from mvit_video.data.datasets import BadVideo, OpenVideo, VideoViews, ViewDataset, validation_loader
+from mvit_video.data.datasets import (
+    BadVideo,
+    OpenVideo,
+    VideoViews,
+    ViewDataset,
+    in_full_batches,
+    validation_loader,
+)
 from mvit_video.data.decode import FREE_KEYS, open_video
 from mvit_video.data.index import LabelledVideo, VideoIndex
 from mvit_video.data.loader import WORKER_TYPES
@@ -236,7 +241,7 @@ def score_videos(
     def arriving() -> Iterator[VideoViews]:
         for views in videos_views:
             with stage("transfer"):
-                views = replace(views, clips=finish_clips(views.clips, device))
+                views = views._replace(clips=finish_clips(views.clips, device))
             yield views
 
     @torch.inference_mode()

@@ -15,9 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mvit_video.data.batches import in_full_batches
 from mvit_video.data.clips import centre_views, read_test_views
-from mvit_video.data.datasets import OpenVideo, VideoViews, ViewDataset
+from mvit_video.data.datasets import OpenVideo, VideoViews, ViewDataset, in_full_batches
 from mvit_video.data.decode import device_of, open_video
 from mvit_video.data.decode.container import MAX_PIXELS
 from mvit_video.data.index import LabelledVideo
