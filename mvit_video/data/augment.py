@@ -11,7 +11,6 @@ import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,14 +18,7 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
-from mvit_video.data.pixels import (
-    RGB,
-    PendingClips,
-    cut,
-    cut_and_resize,
-    normalise,
-    resize_bytes,
-)
+from mvit_video.data.pixels import RGB, PendingClips, cut, cut_and_resize, normalise, resize_bytes
 from mvit_video.data.sampling import CropBox, SpatialView, random_resized_crop, random_short_side_crop
 
 
@@ -104,14 +96,40 @@ class Augment:
         _spatial_view(8, 8, 1, self, random.Random(0))
 
 
+@dataclass(frozen=True)
+class _Finish:
+    """What is left to do with one version of a clip when its bytes are where the model is."""
+
+    view: CropBox | SpatialView
+    size: int
+    mean: RGB
+    std: RGB
+    erased: list[CropBox]
+    noise_seed: int
+
+    def to_clip(self, frames: Tensor) -> Tensor:
+        return self.erase(self.to_floats(frames))
+
+    def to_floats(self, frames: Tensor) -> Tensor:
+        return normalise(cut_and_resize(frames, self.view, self.size), self.mean, self.std)
+
+    def erase(self, frames: Tensor) -> Tensor:
+        """Frames (T, 3, H, W) -> a clip (1, 3, T, H, W), with independent N(0, 1) noise in the boxes."""
+        clip = frames.transpose(0, 1)[None].contiguous()
+        if self.erased:
+            generator = torch.Generator(clip.device).manual_seed(self.noise_seed)
+            for box in self.erased:
+                area = cut(clip, box)
+                area.copy_(torch.randn(area.shape[1:], generator=generator, device=clip.device))
+        return clip
+
+
 class _Plan(NamedTuple):
     """The random choices for one version of a clip."""
 
-    view: CropBox | SpatialView
     operations: list[tuple[Operation, float, float]]  # with level and sign
     colours: list[tuple[Callable[[Tensor, float], Tensor], float]]  # with factor
-    erased: list[CropBox]
-    noise_seed: int
+    finish: _Finish
 
 
 class ClipAugmentation:
@@ -129,15 +147,13 @@ class ClipAugmentation:
     def __init__(self, augment: Augment, size: int, *, mean: RGB, std: RGB, rng: random.Random) -> None:
         self._augment, self._size, self._mean, self._std, self._rng = augment, size, mean, std, rng
         self._plans: list[_Plan] = []
-        self._pending: list[tuple[CropBox | SpatialView, torch.Size]] = []  # of each version: view, picture
+        self._pending: list[tuple[_Finish, torch.Size]] = []  # of each version, with its pictures' shape
 
     def __call__(self, frames: Tensor) -> Tensor:
         """uint8 (n, 3, H, W) -> what ``to_clips`` takes, (n, ...)."""
         if self._augment.short_side is not None:
-            height, width = frames.shape[-2:]
-            height, width = (
-                side * self._augment.short_side // min(height, width) for side in (height, width)
-            )
+            sides = frames.shape[-2:]
+            height, width = (side * self._augment.short_side // min(sides) for side in sides)
             frames = resize_bytes(frames, height, width, "bilinear")
         if not self._plans:
             height, width = frames.shape[-2:]
@@ -145,27 +161,21 @@ class ClipAugmentation:
         changed = [self._change(plan, frames) for plan in self._plans]
         floats = 4 * 3 * self._size**2 * len(self._plans)  # bytes
         if sum(frames[0].numel() for frames, _ in changed) > floats:
-            return torch.stack(
-                [normalise(cut_and_resize(*each, self._size), self._mean, self._std) for each in changed], 1
-            )
-        self._pending = [(view, frames.shape[1:]) for frames, view in changed]
+            return torch.stack([finish.to_floats(frames) for frames, finish in changed], 1)
+        self._pending = [(finish, frames.shape[1:]) for frames, finish in changed]
         # With the channels last, as they come.
         return torch.cat([frames.permute(0, 2, 3, 1).flatten(1) for frames, _ in changed], 1)
 
     def to_clips(self, frames: Tensor) -> list[PendingClips | Tensor]:
         """All frames of the clip, in order -> each version, (1, 3, T, size, size)."""
         if not self._pending:
-            return [
-                _to_clip(floats, plan.erased, plan.noise_seed)
-                for floats, plan in zip(frames.unbind(1), self._plans, strict=True)
-            ]
-        clips: list[PendingClips | Tensor] = []
+            versions = zip(frames.unbind(1), self._plans, strict=True)
+            return [plan.finish.erase(floats) for floats, plan in versions]
         parts = frames.split([shape.numel() for _, shape in self._pending], 1)
-        for part, (view, (_, *sizes)), plan in zip(parts, self._pending, self._plans, strict=True):
-            finish = partial(_finish, view=view, size=self._size, mean=self._mean, std=self._std)
-            finish = partial(finish, boxes=plan.erased, seed=plan.noise_seed)
-            clips.append(PendingClips(part.unflatten(1, (*sizes, 3)).permute(0, 3, 1, 2), finish))
-        return clips
+        return [  # a method, since Lightning looks into dataclasses and refuses frozen ones
+            PendingClips(part.unflatten(1, (*sizes, 3)).permute(0, 3, 1, 2), finish.to_clip)
+            for part, (finish, (_, *sizes)) in zip(parts, self._pending, strict=True)
+        ]
 
     def _draw_plan(self, height: int, width: int) -> _Plan:
         augment, rng, size = self._augment, self._rng, self._size
@@ -175,11 +185,12 @@ class ClipAugmentation:
         boxes = random_erase_boxes(
             size, size, probability=augment.erase_probability, max_count=augment.erase_count, rng=rng
         )
-        return _Plan(view, operations, colours, boxes, rng.getrandbits(63) if boxes else 0)
+        noise_seed = rng.getrandbits(63) if boxes else 0
+        return _Plan(operations, colours, _Finish(view, size, self._mean, self._std, boxes, noise_seed))
 
-    def _change(self, plan: _Plan, frames: Tensor) -> tuple[Tensor, CropBox | SpatialView]:
-        """What is done to bytes, and the view that is left to take."""
-        augment, view = self._augment, plan.view
+    def _change(self, plan: _Plan, frames: Tensor) -> tuple[Tensor, _Finish]:
+        """What is done to bytes, and what is left to do."""
+        augment, view = self._augment, plan.finish.view
         if augment.crop_first and isinstance(view, CropBox):
             frames = resize_bytes(cut(frames, view), self._size, self._size, "bicubic")
             view = CropBox(0, 0, self._size, self._size, view.flip)
@@ -190,16 +201,15 @@ class ClipAugmentation:
         for change, factor in plan.colours:
             frames = change(frames, factor)
         if isinstance(view, CropBox):
-            return cut(frames, view), replace(view, top=0, left=0)
-        return frames, view
+            frames, view = cut(frames, view), replace(view, top=0, left=0)
+        return frames, replace(plan.finish, view=view)
 
 
 def _spatial_view(
     height: int, width: int, size: int, augment: Augment, rng: random.Random
 ) -> CropBox | SpatialView:
-    flip = augment.flip_probability
-    if augment.short_side_range is not None:
-        sides = augment.short_side_range
+    flip, sides = augment.flip_probability, augment.short_side_range
+    if sides is not None:
         return random_short_side_crop(
             height, width, short_sides=sides, crop=size, flip_probability=flip, rng=rng
         )
@@ -330,27 +340,3 @@ def random_erase_boxes(
                 boxes.append(CropBox(top, left, box_height, box_width))
                 break
     return boxes
-
-
-def _finish(
-    frames: Tensor,
-    *,
-    view: CropBox | SpatialView,
-    size: int,
-    mean: RGB,
-    std: RGB,
-    boxes: Sequence[CropBox],
-    seed: int,
-) -> Tensor:
-    return _to_clip(normalise(cut_and_resize(frames, view, size), mean, std), boxes, seed)
-
-
-def _to_clip(frames: Tensor, boxes: Sequence[CropBox], seed: int) -> Tensor:
-    """Frames (T, 3, H, W) -> a clip (1, 3, T, H, W), with independent N(0, 1) noise in the boxes."""
-    clip = frames.transpose(0, 1)[None].contiguous()
-    if boxes:
-        generator = torch.Generator(clip.device).manual_seed(seed)
-        for box in boxes:
-            area = cut(clip, box)
-            area.copy_(torch.randn(area.shape[1:], generator=generator, device=clip.device))
-    return clip

@@ -20,9 +20,9 @@ from mvit_video.data.class_names import ClassNames, LabelOf, check_class_names, 
 from mvit_video.data.files import IMAGE_EXTENSIONS, FileSearch, existing, is_text, names_in, quoted
 from mvit_video.errors import ConfigError, DataError
 
-_SPLIT_NAMES = {
+SPLIT_NAMES = {  # of folders and files
     "train": ("train", "training"),
-    "val": ("val", "validation", "validate", "valid", "dev"),
+    "val": ("validation", "val", "validate", "valid", "dev"),
     "test": ("test", "testing"),
 }
 # "train_256", "trainset", "videos_val", ...
@@ -205,7 +205,7 @@ def folder_splits(
     _check_val_fraction(val_fraction)
     root, search = existing(root, folder=True), search or FileSearch()
     names = None if class_names is None else read_class_names(class_names)
-    folders = {split: folder for split in _SPLIT_NAMES if (folder := split_folder(root, split))}
+    folders = {split: folder for split in SPLIT_NAMES if (folder := split_folder(root, split))}
     others = set(_folders_in(root)) - {folder.name for folder in folders.values()}
     # A class may be called training: it has no classes of its own, and others beside it.
     of_classes = {split for split, folder in folders.items() if _folders_in(folder)}
@@ -291,7 +291,7 @@ def find_videos(paths: str | Path | Iterable[str | Path]) -> list[str]:
 
 def split_folder(root: Path, split: str) -> Path | None:
     """The folder of a split, whatever its spelling. Raises DataError where two could be it."""
-    names, words = _folders_in(root), _SPLIT_NAMES[split]
+    names, words = _folders_in(root), SPLIT_NAMES[split]
     longer = re.compile(_LONGER_NAME.format("|".join(words)), re.IGNORECASE)
     found = [name for name in names if name.lower() in words] or list(filter(longer.fullmatch, names))
     if len(found) > 1:
@@ -436,15 +436,12 @@ def _group_names(videos: Sequence[LabelledVideo], group: str | None, class_folde
 def _report_groups(
     index: VideoIndex, group: str | None, total: int, held_out: int, without: Sequence[int]
 ) -> None:
-    if group is None and not held_out:
-        raise DataError("no class has two videos, so none can be set aside for validation")
+    if not held_out:
+        why = f"data.group={group} puts all videos of each class into one group ({total} in all)"
+        why = "no class has two videos" if group is None else why
+        raise DataError(f"{why}, so none can be set aside for validation")
     if group is None:
         return
-    if not held_out:
-        raise DataError(
-            f"data.group={group} puts all videos of each class into one group ({total} in all), so none can "
-            "be set aside for validation"
-        )
     log.info("data.group=%s: %d groups, %d of them for validation", group, total, held_out)
     if names := [index.class_names[label] for label in without if label >= 0]:
         text = "data.group=%s: no validation videos of %s, which would leave none to train on"

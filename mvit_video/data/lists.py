@@ -257,18 +257,17 @@ def read_csv(file: Path, *, multi_label: bool = False) -> VideoList:
     content = [(where, line) for where, line in lines if not _is_comment(line)]
     if len(content) < len(lines):
         log.info("%s: %d lines that begin with # are ignored", file, len(lines) - len(content))
-    rows = list(_rows_of_columns(content, multi_label))
+    marks = "," if multi_label else ",;"  # between columns, besides tabs
+    rows = list(_rows_of_columns(content, marks))
     if not rows:
-        rows = [_row_of_line(where, line, multi_label) for where, line in content]
+        rows = [_row_of_line(where, line, marks) for where, line in content]
         if _is_header(rows):
             del rows[0]
     if all(_FOLDER_AND_COUNT.fullmatch(row.path) for row in rows):
         counts = ((row, row.path.rpartition(" ")) for row in rows)
         rows = [row._replace(path=f"{folder}/img_[00001-{int(n):05}].jpg") for row, (folder, _, n) in counts]
-    if multi_label:
-        rows = [
-            row._replace(label=_several(row.label)) if isinstance(row.label, str) else row for row in rows
-        ]
+    read_label = _several if multi_label else _number_or_name
+    rows = [row._replace(label=read_label(row.label)) if isinstance(row.label, str) else row for row in rows]
     return VideoList(file, rows)
 
 
@@ -300,10 +299,10 @@ def _plain(column: str) -> str:
     return re.sub(r"[\s_-]", "", column).lower()
 
 
-def _rows_of_columns(content: list[tuple[str, str]], multi_label: bool) -> Iterator[Row]:
+def _rows_of_columns(content: list[tuple[str, str]], marks: str) -> Iterator[Row]:
     """The rows below a header that names a column of paths and one of labels; none without such a header."""
     where, line = content[0] if content else ("", "")
-    delimiter = next((mark for mark in ("\t," if multi_label else "\t,;") if mark in line), None)
+    delimiter = next((mark for mark in "\t" + marks if mark in line), None)
     if delimiter is None:
         return
     header = [_plain(cell) for cell in cells_of(where, line, delimiter)]
@@ -316,16 +315,14 @@ def _rows_of_columns(content: list[tuple[str, str]], multi_label: bool) -> Itera
         cells += [""] * (len(header) - len(cells))
         if len(cells) != len(header) or not cells[paths[0]]:
             raise DataError(f"{where}: expected {len(header)} columns, got {quoted(line)}")
-        label = cells[labels[0]]
-        yield Row(where, cells[paths[0]], label if multi_label else _number_or_name(label))
+        yield Row(where, cells[paths[0]], cells[labels[0]])
 
 
-def _row_of_line(where: str, line: str, multi_label: bool) -> Row:
-    path, *labels = _split_line(where, line, "," if multi_label else ",;")
-    if len(labels) > 1 or not path or not (multi_label or all(labels)):
+def _row_of_line(where: str, line: str, marks: str) -> Row:
+    path, *labels = _split_line(where, line, marks)
+    if len(labels) > 1 or not path:
         raise DataError(f"{where}: expected `path label` or `path,label`, got {quoted(line)}")
-    label = labels[0] if labels else None
-    return Row(where, path, label if multi_label or label is None else _number_or_name(label))
+    return Row(where, path, labels[0] if labels else None)
 
 
 def _split_line(where: str, line: str, marks: str) -> list[str]:
@@ -344,11 +341,11 @@ def _split_line(where: str, line: str, marks: str) -> list[str]:
 
 def _is_header(rows: list[Row]) -> bool:
     """Whether the first row names columns: as a row it would make a class of the word label."""
-    if len(rows) < 2 or isinstance(rows[0].label, int):
+    if len(rows) < 2:
         return False
     path, label = _plain(rows[0].path), _plain(str(rows[0].label or ""))
     is_class = label and any(row.label == rows[0].label for row in rows[1:])
-    if is_class or not path.isidentifier():
+    if is_class or _is_integer(label) or not path.isidentifier():
         return False
     above_files = all(row.path.lower().endswith(_FILE_ENDINGS) for row in rows[1:])
     known = _PATH_COLUMN.fullmatch(path) or _LABEL_COLUMN.fullmatch(label)

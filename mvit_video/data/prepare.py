@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing
 from itertools import chain
 from multiprocessing.pool import ThreadPool
@@ -101,8 +101,7 @@ def prepare(
             known = _read_known(file, made_with) | _read_unfinished(unfinished, made_with)
             info, todo = _sort_out(paths, known)
             log.info("%d videos: %d to read, %d known or missing", len(paths), len(todo), len(info))
-            probes = track(_probe_all(todo, num_workers, decoder), len(todo), done=0, what="reading")
-            _collect(info, probes, save=lambda: save(unfinished))
+            _read_all(todo, decoder, num_workers, info, save=lambda: save(unfinished))
             table = save(file, _unlisted(place, info))
             unfinished.unlink(missing_ok=True)
     except OSError as error:
@@ -210,26 +209,26 @@ class _Probes:
         return self.paths[index], probe(self.paths[index], self.open_file)
 
 
-def _probe_all(paths: list[str], num_workers: int, decoder: Decoder) -> Iterator[tuple[str, FileInfo]]:
+def _read_all(
+    paths: list[str],
+    decoder: Decoder,
+    num_workers: int,
+    info: dict[str, FileInfo],
+    save: Callable[[], object],
+) -> None:
+    """Add what the files turn out to be to ``info``, saved from time to time and where something ends it."""
     workers, one_by_one = min(num_workers, len(paths)), AllVideos(len(paths), 1)
     loader: ClipLoader[tuple[str, FileInfo]] = ClipLoader(
         _Probes(paths, decoder), one_by_one, itemgetter(0), num_workers=workers, worker_type="process"
     )
-    with closing(loader):
-        yield from loader
-
-
-def _collect(
-    info: dict[str, FileInfo], probes: Iterable[tuple[str, FileInfo]], *, save: Callable[[], object]
-) -> None:
-    """Add what is found out to ``info``, and save it from time to time and where something ends it."""
     saved = time.monotonic()
     try:
-        for path, new in probes:
-            info[path] = new
-            if time.monotonic() > saved + SAVE_EVERY_S:
-                save()
-                saved = time.monotonic()
+        with closing(loader):
+            for path, found in track(loader, len(paths), what="reading"):
+                info[path] = found
+                if time.monotonic() > saved + SAVE_EVERY_S:
+                    save()
+                    saved = time.monotonic()
     except BaseException:
         save()
         raise
