@@ -21,9 +21,8 @@ from mvit_video.data.files import existing
 from mvit_video.data.index import VideoSplits
 from mvit_video.data.ranks import Ranks
 from mvit_video.errors import ConfigError, DataError
-from mvit_video.evaluation.classes import matching_classes, read_class_map
+from mvit_video.evaluation.classes import matching_classes, read_class_map, require_same_kind
 from mvit_video.evaluation.importers import as_in_data_set, read_table
-from mvit_video.evaluation.multi_label import require_same_kind
 from mvit_video.evaluation.provenance import provenance_of
 from mvit_video.evaluation.run import score_data_set
 from mvit_video.evaluation.score_files import write_scores

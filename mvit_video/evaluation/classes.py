@@ -13,6 +13,7 @@ from torch import Tensor
 from mvit_video.data.class_names import check_same_classes
 from mvit_video.data.files import existing, parse_json, read_text
 from mvit_video.errors import ConfigError, DataError, brief, did_you_mean
+from mvit_video.model import VideoModel
 
 ClassMap = dict[str, list[str]]
 
@@ -111,6 +112,19 @@ def map_classes(scores: Tensor, matrix: Tensor) -> Tensor:
     """Scores (..., known) -> (..., wanted): summed per class, scaled to sum to 1 over the wanted ones."""
     mapped = scores @ matrix
     return mapped / mapped.sum(-1, keepdim=True).clamp(min=torch.finfo(mapped.dtype).tiny)
+
+
+def require_same_kind(model: VideoModel, multi_label: bool, *, class_map: bool) -> None:
+    """Raise ConfigError where a model is of several classes a video and the data of one, or vice versa."""
+    if model.multi_label and not multi_label:
+        raise ConfigError(
+            "the model is of several classes a video, the data set of one; its lists may say several: "
+            "data=csv or json with data.multi_label=true"
+        )
+    if multi_label and not model.multi_label:
+        raise ConfigError("the data set is of several classes a video (data.multi_label), the model of one")
+    if multi_label and class_map:
+        raise ConfigError("class_map is for models of one class a video")
 
 
 def _first_twice(names: Sequence[str]) -> str | None:

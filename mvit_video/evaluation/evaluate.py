@@ -9,8 +9,8 @@ import torch
 from mvit_video.data.class_names import check_same_classes
 from mvit_video.data.decode import open_video
 from mvit_video.data.index import VideoIndex
-from mvit_video.evaluation.metrics import Metrics
-from mvit_video.evaluation.multi_label import MultiLabelMetrics, require_same_kind
+from mvit_video.evaluation.classes import require_same_kind
+from mvit_video.evaluation.metrics import Metrics, MultiLabelMetrics
 from mvit_video.evaluation.provenance import provenance_of
 from mvit_video.evaluation.results import report
 from mvit_video.evaluation.run import remove_journals, score_data_set

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -10,6 +11,7 @@ from typing import NamedTuple
 import torch
 from scipy.stats import binomtest, norm
 from torch import Tensor
+from torchmetrics.functional.classification import multilabel_average_precision
 
 from mvit_video.errors import DataError
 from mvit_video.evaluation.scores import Combination, ScoreTable, combine, log_scores
@@ -290,3 +292,37 @@ def paired_interval(only_first: int, only_second: int, number: int) -> Interval:
     deviation = math.sqrt(differing - difference**2 / total) / total
     reach = float(norm.ppf(0.975)) * deviation
     return Interval(max(difference / total - reach, -1.0), min(difference / total + reach, 1.0))
+
+
+@dataclass(frozen=True)
+class MultiLabelMetrics:
+    """What a table of scores comes to where a video may be of several classes.
+
+    Attributes:
+        scores: float (N, C), the combined scores of each video.
+        targets: bool (N, C), the classes that a video is of.
+        per_class: float (C,), the average precision of each class; nan where no video is of it.
+    """
+
+    scores: Tensor
+    targets: Tensor
+    per_class: Tensor
+
+    @property
+    def accuracy(self) -> dict[str, float]:
+        """ "map": the mean average precision, over the classes that have videos."""
+        return {"map": float(self.per_class.nanmean())}
+
+
+def measure_multi_label(table: ScoreTable, how: Combination) -> MultiLabelMetrics:
+    """The average precisions of a table. Raises DataError where no video has a class."""
+    scores = combine(table.views, how, multi_label=True)
+    targets = torch.zeros(scores.shape, dtype=torch.bool)
+    for row, video in zip(targets, table.videos, strict=True):
+        row[list(video.labels)] = True
+    if not targets.any():
+        raise DataError("no video has a class")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of classes without videos
+        found = multilabel_average_precision(scores, targets.long(), scores.shape[1], average=None)
+    return MultiLabelMetrics(scores, targets, found.where(targets.any(0), torch.nan))

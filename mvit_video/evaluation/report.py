@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from mvit_video.data.datasets import OpenVideo
+from mvit_video.data.pixels import resize_bytes
 from mvit_video.errors import VideoError
 from mvit_video.evaluation.metrics import Confusion, Metrics, most_confused, reliability, worst_mistakes
 from mvit_video.evaluation.scores import ScoreTable
@@ -165,10 +166,7 @@ def _strip(frames: Tensor) -> bytes:
 
 
 def _resized(frames: Tensor, height: int) -> Tensor:
-    """uint8 (T, 3, height, W) of uint8 (T, 3, H, W), W even as yuv420p is."""
-    width = max(round(frames.shape[3] * height / frames.shape[2] / 2) * 2, 2)
-    frames = F.interpolate(frames.float(), size=(height, width), mode="bilinear", antialias=True)
-    return frames.round().clamp(0, 255).byte()
+    return resize_bytes(frames, height, max(round(frames.shape[3] * height / frames.shape[2]), 2), "bilinear")
 
 
 # Figures

@@ -17,8 +17,14 @@ import pyarrow.parquet as pq
 
 from mvit_video.data.datasets import OpenVideo
 from mvit_video.errors import ConfigError
-from mvit_video.evaluation.metrics import Metrics, compare, measure, wilson_interval
-from mvit_video.evaluation.multi_label import MultiLabelMetrics, measure_multi_label
+from mvit_video.evaluation.metrics import (
+    Metrics,
+    MultiLabelMetrics,
+    compare,
+    measure,
+    measure_multi_label,
+    wilson_interval,
+)
 from mvit_video.evaluation.provenance import versions
 from mvit_video.evaluation.report import write_comparison, write_multi_label_report, write_report
 from mvit_video.evaluation.scores import Combination, ScoreTable

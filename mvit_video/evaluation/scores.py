@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,7 +13,6 @@ from mvit_video.data.index import LabelledVideo
 from mvit_video.errors import DataError
 
 Combination = Literal["mean", "max", "logits"]
-COMBINATIONS: tuple[Combination, ...] = get_args(Combination)
 
 
 @dataclass(frozen=True)

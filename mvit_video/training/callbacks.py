@@ -111,12 +111,11 @@ class Interrupts(pl.Callback):
         last.start()
         raise KeyboardInterrupt
 
-    def on_train_batch_start(self, *_: Any) -> None:
+    def on_train_batch_start(self, *_: Any, **__: Any) -> None:
         if self._interrupted:
             raise KeyboardInterrupt
 
-    def on_validation_batch_start(self, *_: Any) -> None:
-        self.on_train_batch_start()
+    on_validation_batch_start = on_train_batch_start
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if signal.getsignal(signal.SIGINT) == self._interrupt:
@@ -146,14 +145,11 @@ class EpochProgress(pl.Callback):
                 self._open.callback(handler.setStream, handler.stream)
                 handler.setStream(sys.stdout if handler.stream is stdout else sys.stderr)
 
-    def on_train_epoch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+    def on_train_epoch_start(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
         self._show(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}", trainer.num_training_batches)
 
-    def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        self.on_train_epoch_start(trainer)  # which isn't called where a run is resumed in an epoch
-
-    def on_validation_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        self.on_train_epoch_start(trainer)
+    on_train_start = on_train_epoch_start  # which isn't called where a run is resumed in an epoch
+    on_validation_end = on_train_epoch_start
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, *_: Any
@@ -162,8 +158,8 @@ class EpochProgress(pl.Callback):
         every = cast(Any, trainer).log_every_n_steps or 1
         if self._progress.live.is_started and trainer.global_step % every == 0:
             found = trainer.callback_metrics  # reading them waits for the GPU
-            names = {f"train/{name}_step": name for name in pl_module.train_metrics[:2]}
-            shown = [f"{text} {found[name].item():.3f}" for name, text in names.items() if name in found]
+            names = [name for name in pl_module.train_metrics[:2] if f"train/{name}_step" in found]
+            shown = [f"{name} {found[f'train/{name}_step'].item():.3f}" for name in names]
             if "clips/s_step" in found:
                 shown.append(f"{found['clips/s_step'].item():.1f} clips/s")
             self._progress.update(self._task, metrics="  ".join(shown))
@@ -177,11 +173,10 @@ class EpochProgress(pl.Callback):
     ) -> None:
         self._progress.update(self._task, completed=batch_idx + 1)
 
-    def on_exception(self, *_: Any) -> None:
-        self._open.close()
-
     def teardown(self, *_: Any, **__: Any) -> None:
         self._open.close()
+
+    on_exception = teardown
 
     def _show(self, description: str, total: float) -> None:
         self._progress.reset(self._task, total=total, description=description, visible=True)

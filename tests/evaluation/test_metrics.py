@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ from mvit_video.evaluation.metrics import (
     wilson_interval,
     worst_mistakes,
 )
-from mvit_video.evaluation.scores import COMBINATIONS, combine
+from mvit_video.evaluation.scores import Combination, combine
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +166,7 @@ def test_a_bootstrap_says_nothing_of_perfect_scores() -> None:
     assert metrics.intervals["video_top1"].low < 1
 
 
-@pytest.mark.parametrize("how", COMBINATIONS)
+@pytest.mark.parametrize("how", get_args(Combination))
 def test_accuracy_against_views_ends_at_that_of_all_views(how: str) -> None:
     generator = torch.Generator().manual_seed(0)
     views = (torch.randn(200, 6, 8, generator=generator) * 2).softmax(-1)

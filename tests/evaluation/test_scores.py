@@ -8,6 +8,7 @@ import pickle
 from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pyarrow as pa
@@ -24,7 +25,7 @@ from mvit_video.evaluation.importers import read_foreign_scores
 from mvit_video.evaluation.metrics import measure
 from mvit_video.evaluation.score_files import read_scores, write_scores
 from mvit_video.evaluation.scores import (
-    COMBINATIONS,
+    Combination,
     aligned,
     combine,
     ensemble,
@@ -55,7 +56,7 @@ def test_logits_are_averaged_before_the_softmax(scale: float) -> None:
     torch.testing.assert_close(combine(logits.softmax(-1), "logits"), expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("how", COMBINATIONS)
+@pytest.mark.parametrize("how", get_args(Combination))
 def test_combined_scores_are_probabilities(how: str) -> None:
     views = torch.rand(5, 3, 6).softmax(-1)
     torch.testing.assert_close(combine(views, how).sum(-1), torch.ones(5))

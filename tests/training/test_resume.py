@@ -738,6 +738,7 @@ def test_lightning_s_internals_are_those_of_its_version() -> None:
     """What is used of them though it isn't public; look at each again with another version."""
     assert pl.__version__.startswith("2.6.")
     assert callable(_TrainingEpochLoop._should_check_val_fx)
+    assert callable(_TrainingEpochLoop._should_accumulate)
     assert "_data_fetcher" in vars(pl.Trainer(logger=False, enable_checkpointing=False).fit_loop)
     average = EMAWeightAveraging(decay=0.9)
     assert {"_average_model", "_use_buffers", "_kwargs"} <= vars(average).keys()
