@@ -135,12 +135,13 @@ def cut_regions(maps: Tensor, boxes: Tensor, size: int, *, aligned: bool) -> Ten
     those along height and width, so products of matrices give the same.
 
     Args:
-        boxes: (R, 5): index of the map, x1, y1, x2, y2 in its places. No gradient of them is computed.
+        boxes: (R, 5): index of the map, x1, y1, x2, y2 in its places; on the CPU, so that none waits for a
+            GPU. No gradient of them is computed.
         aligned: as of ``torchvision.ops.roi_align``.
     """
     x1, y1, x2, y2 = boxes.detach()[:, 1:].unbind(1)
-    rows = _cell_weights(y1, y2, maps.shape[2], size, aligned)
-    columns = _cell_weights(x1, x2, maps.shape[3], size, aligned)
+    rows = _cell_weights(y1, y2, maps.shape[2], size, aligned).to(maps.device)
+    columns = _cell_weights(x1, x2, maps.shape[3], size, aligned).to(maps.device)
     with torch.autocast(maps.device.type, enabled=False):
         return rows[:, None] @ maps[boxes[:, 0].long()] @ columns[:, None].mT
 
@@ -150,10 +151,10 @@ def _cell_weights(low: Tensor, high: Tensor, length: int, size: int, aligned: bo
     low, extent = (low - 0.5, high - low) if aligned else (low, (high - low).clamp(min=1))
     low, cell = low[:, None, None], extent[:, None, None] / size
     counts = cell.ceil()  # points of a cell
-    points = torch.arange(int(counts.max()) if len(counts) else 0, device=low.device)
-    starts = low + torch.arange(size, device=low.device)[:, None] * cell
+    points = torch.arange(int(counts.max()) if len(counts) else 0)
+    starts = low + torch.arange(size)[:, None] * cell
     places = starts + (points + 0.5) * cell / counts.clamp(min=1)
     counted = (points < counts) & (places >= -1) & (places <= length)
-    distances = places.clamp(0, length - 1)[..., None] - torch.arange(length, device=low.device)
+    distances = places.clamp(0, length - 1)[..., None] - torch.arange(length)
     weights = (1 - distances.abs()).clamp(min=0) * counted[..., None]  # of a point's two neighbours
     return weights.sum(2) / counts.clamp(min=1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mvit_video.action_detection.boxes import cut_regions
@@ -76,12 +77,13 @@ class ActionDetector(MViT):
         """
         if boxes.ndim != 2 or boxes.shape[1] != 5:
             raise ValueError(f"expected boxes of shape (R, 5), got {tuple(boxes.shape)}")
-        if len(boxes) and not 0 <= boxes[:, 0].min() <= boxes[:, 0].max() < len(clips):
-            raise ValueError(f"boxes name clips {boxes[:, 0].unique().tolist()}, there are {len(clips)}")
+        stride_y, stride_x = self.roi_stride
+        # On the CPU, for what is asked of them would wait for a GPU each time.
+        places = boxes.detach().float().cpu() / torch.tensor([1, stride_x, stride_y, stride_x, stride_y])
+        if not (named := {*places[:, 0].tolist()}) <= {*range(len(clips))}:
+            raise ValueError(f"boxes name clips {sorted(named)}, there are {len(clips)}")
         tokens = self.forward_stages(clips)[-1].permute(0, 2, 3, 4, 1)  # (B, T', H', W', C)
         feature_map = self.norm(tokens).mean(1).permute(0, 3, 1, 2).float()
-        stride_y, stride_x = self.roi_stride
-        places = boxes.float() / boxes.new_tensor([1, stride_x, stride_y, stride_x, stride_y]).float()
         cut = cut_regions(feature_map, places, self.roi_size, aligned=self.aligned)
         return self.head(cut.amax((2, 3)).to(tokens.dtype))
 

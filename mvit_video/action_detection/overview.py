@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ from mvit_video.action_detection.prediction import (
     PeopleWatcher,
     PersonActions,
     people_painter,
-    to_json,
     to_segments,
 )
 from mvit_video.errors import DataError
@@ -59,8 +58,8 @@ class ActionDemo(Demo):
         copy = redraw_video(path, painter, Path(f"{name}.annotated.mp4"), progress=reached)
         told = {
             "path": Path(path).name,
-            "people": [json.loads(to_json(one, 0.0)) | {"path": Path(path).name} for one in people],
-            "segments": [segment.__dict__ for segment in to_segments(people, every, SHOWN_SCORE)],
+            "people": [asdict(one.likely(0.0)) | {"path": Path(path).name} for one in people],
+            "segments": [asdict(segment) for segment in to_segments(people, every, SHOWN_SCORE)],
         }
         write_json(json_file := Path(f"{name}.json"), told)
         return Overview(self._likeliest(timeline), str(copy), str(plot), None, None, str(json_file))

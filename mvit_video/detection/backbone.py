@@ -103,11 +103,7 @@ class Backbone(nn.Module):
     def __init__(self, config: MViTConfig, channels: int = CHANNELS, *, top_down: bool = True) -> None:
         super().__init__()
         self.bottom_up = MultiscaleViT(config)
-        self.fpn: nn.Module = (
-            Pyramid(self.bottom_up.channels, channels)
-            if top_down
-            else Projections(self.bottom_up.channels, channels)
-        )
+        self.fpn: nn.Module = (Pyramid if top_down else Projections)(self.bottom_up.channels, channels)
         for module in self.fpn.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_uniform_(module.weight, a=1)

@@ -74,9 +74,8 @@ def hog_targets(clips: Tensor, grid: Grid) -> Tensor:
         raise ValueError(f"tokens of {stride[1]} x {stride[2]} pixels hold no whole cells of {CELL} pixels")
     frames = clips[:, :, :: stride[0]].transpose(1, 2)  # (B, T', 3, H, W)
     cells = hog(frames.flatten(0, 1)).flatten(1, 2)  # (B * T', 3 * bins, H / cell, W / cell)
-    tokens = F.unfold(
-        cells, (stride[1] // CELL, stride[2] // CELL), stride=(stride[1] // CELL, stride[2] // CELL)
-    )
+    a_token = (stride[1] // CELL, stride[2] // CELL)
+    tokens = F.unfold(cells, a_token, stride=a_token)
     return tokens.transpose(1, 2).reshape(len(clips), math.prod(grid), -1)
 
 
