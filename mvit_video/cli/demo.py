@@ -261,11 +261,11 @@ def _build_demo(config: DictConfig) -> Demo:
     task = read_task(config.weights)
     if task == "detection":
         from mvit_video.cli.tasks.detection import build_finder
-        from mvit_video.detection.overview import ObjectDemo
+        from mvit_video.detection.recognizer import ObjectDemo
 
         return ObjectDemo(build_finder(config), **shared)
     if task == "action_detection":
-        from mvit_video.action_detection.overview import ActionDemo
+        from mvit_video.action_detection.prediction import ActionDemo
         from mvit_video.cli.tasks.action_detection import build_watcher
 
         return ActionDemo(build_watcher(config, find=True), **shared)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from av.error import FFmpegError
@@ -23,14 +23,18 @@ from mvit_video.detection.coco import read_image
 from mvit_video.detection.data import resized
 from mvit_video.detection.detector import Detector
 from mvit_video.detection.drawing import draw_objects
-from mvit_video.detection.metrics import LIKELY
-from mvit_video.errors import VideoError
+from mvit_video.detection.metrics import LIKELY, to_result
+from mvit_video.errors import DataError, VideoError
 from mvit_video.io.clips import clip_writer
-from mvit_video.io.writing import replacing
+from mvit_video.io.console import valid_text
+from mvit_video.io.writing import replacing, write_json
 from mvit_video.model.inference import autocast
-from mvit_video.prediction.follower import Follower
+from mvit_video.prediction.follower import LOST, Follower
 from mvit_video.prediction.inputs import expand
+from mvit_video.prediction.overview import Demo, Overview, Progress
 from mvit_video.prediction.prediction import NOT_FINITE
+from mvit_video.prediction.render import plot_timeline
+from mvit_video.prediction.timeline import Timeline
 
 FRAMES_AT_ONCE, PIXELS_AT_ONCE = 16, 1 << 25  # that are decoded of a video
 PATIENCE = 5  # frames that an object may be missing from until it is another
@@ -75,6 +79,21 @@ class FoundObjects:
             self.scores[kept],
             None if self.tracks is None else torch.tensor(self.tracks)[kept].tolist(),
         )
+
+    def rows(self, category_ids: Sequence[int]) -> list[dict[str, Any]]:
+        """Each object as in COCO's results, with file, frame, second, class, track; an error is one row."""
+        place = {"file_name": valid_text(self.path), "frame": self.frame, "second": self.second}
+        if self.error is not None:
+            return [place | {"error": valid_text(self.error)}]
+        tensors = {name: getattr(self, name) for name in ("boxes", "scores", "labels", "masks")}
+        height, width = self.image.shape[1:]
+        names = dict(zip(category_ids, self.class_names, strict=True))
+        tracks = [None if track == LOST else track for track in self.tracks or [LOST] * len(self.boxes)]
+        rows = to_result(0, (height, width), tensors, category_ids).detections
+        return [
+            row | place | {"class": valid_text(names[row["category_id"]]), "track": track}
+            for row, track in zip(rows, tracks, strict=True)
+        ]
 
 
 class ObjectRecognizer:
@@ -188,3 +207,37 @@ def video_writer(path: Path) -> Iterator[Any]:
             yield lambda image, second: add(image.permute(1, 2, 0).numpy(), second)
     except FFmpegError as error:
         raise VideoError(str(path), f"can't be written ({error})") from None
+
+
+class ObjectDemo(Demo):
+    """As ``Demo``, by a detector of objects. Its timeline has of each class the likeliest object."""
+
+    has_choices = False
+    title = "Objects"
+
+    def __init__(self, recognizer: ObjectRecognizer, **limits: Any) -> None:
+        super().__init__(cast("Any", recognizer.detector), **limits)
+        self.finder = recognizer
+
+    def _overview(self, path: str, duration: float, progress: Progress, *_: Any) -> Overview:
+        names, every = self.finder.class_names, self.finder.stride
+        ids = self.finder.detector.category_ids or tuple(range(len(names)))
+        name = self._new_files(path)
+        rows: list[dict[str, Any]] = []
+        spans, likeliest = [], []
+        with video_writer(copy := Path(f"{name}.annotated.mp4")) as add:
+            for found in self.finder.iterate(path):
+                if found.error is not None or found.second is None:
+                    raise DataError(found.error or "this is a picture, not a video")
+                progress(found.second / max(duration, 1e-6), desc="detecting objects")
+                add(found.draw(), found.second)
+                rows += [row | {"file_name": Path(path).name} for row in found.rows(ids)]
+                spans.append((found.second, found.second + every))
+                best = torch.zeros(len(names))
+                likeliest.append(best.scatter_reduce(0, found.labels, found.scores.float(), "amax"))
+        if not rows:
+            raise DataError("no object was detected in this video")
+        timeline = Timeline(Path(path).name, names, spans, torch.stack(likeliest), every)
+        plot_timeline(timeline, (), plot := Path(f"{name}.timeline.png"))
+        write_json(json_file := Path(f"{name}.json"), {"path": Path(path).name, "objects": rows})
+        return Overview(self._likeliest(timeline), str(copy), str(plot), None, None, str(json_file))

@@ -9,35 +9,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mvit_video.detection.metrics import to_result
-from mvit_video.detection.recognizer import FoundObjects
-from mvit_video.io.console import csv_text, valid_text
+from mvit_video.io.console import csv_text
 from mvit_video.io.fingerprint import Fingerprint
 from mvit_video.io.writing import replacing
-from mvit_video.prediction.follower import LOST
 from mvit_video.prediction.writer import Format, Rows, rows_of_files, write_parquet
 
 COLUMNS = (
     *("path", "frame", "second", "class", "category_id", "score"),
     *("x0", "y0", "x1", "y1", "mask", "error", "track"),
 )
-
-
-def rows_of(found: FoundObjects, category_ids: Sequence[int]) -> list[dict[str, Any]]:
-    """Each object as in COCO's results, with file, frame, second, class and track; an error is one row."""
-    place = {"file_name": valid_text(found.path), "frame": found.frame, "second": found.second}
-    if found.error is not None:
-        return [place | {"error": valid_text(found.error)}]
-    tensors = {name: getattr(found, name) for name in ("boxes", "scores", "labels", "masks")}
-    height, width = found.image.shape[1:]
-    names = dict(zip(category_ids, found.class_names, strict=True))
-    tracks = [None if track == LOST else track for track in found.tracks or [LOST] * len(found.boxes)]
-    return [
-        row | place | {"class": valid_text(names[row["category_id"]]), "track": track}
-        for row, track in zip(
-            to_result(0, (height, width), tensors, category_ids).detections, tracks, strict=True
-        )
-    ]
 
 
 def as_text(rows: Iterable[dict[str, Any]], format: Format) -> str:

@@ -26,10 +26,9 @@ from gradio_client import Client, handle_file
 from videos import write_numbered_video
 
 import mvit_video as mv
-from mvit_video.action_detection.overview import ActionDemo
-from mvit_video.action_detection.prediction import PeopleWatcher
+from mvit_video.action_detection.prediction import ActionDemo, PeopleWatcher
 from mvit_video.cli.demo import _Work, build_page, launch
-from mvit_video.detection.overview import ObjectDemo
+from mvit_video.detection.recognizer import ObjectDemo
 from mvit_video.errors import DataError
 from mvit_video.prediction.overview import Demo
 from mvit_video.prediction.render import is_playable

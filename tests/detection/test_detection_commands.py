@@ -314,10 +314,8 @@ def test_what_is_not_finite_is_no_answer(shapes: Path, detector_file: Path, part
 def test_masks_are_told_as_other_tools_read_them(shapes: Path, detector_file: Path) -> None:
     from pycocotools import mask as coco_mask
 
-    from mvit_video.detection.writer import rows_of
-
     (found,) = mv.ObjectRecognizer(detector_file).predict(shapes / "val" / "00001.png")
-    rows = rows_of(found, (1, 2, 3))
+    rows = found.rows((1, 2, 3))
     decoded = np.stack([coco_mask.decode(row["segmentation"]) for row in rows]).astype(bool)
     assert (decoded == found.masks.numpy()).all()
     x, y, width, height = rows[0]["bbox"]

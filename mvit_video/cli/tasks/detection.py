@@ -37,7 +37,7 @@ from mvit_video.detection.export import export_backbone, load_maps
 from mvit_video.detection.metrics import LIKELY, SUMMARY
 from mvit_video.detection.recognizer import FoundObjects, ObjectRecognizer, expand_files, video_writer
 from mvit_video.detection.training import DetectorTraining
-from mvit_video.detection.writer import COLUMNS, as_text, open_objects, rows_of
+from mvit_video.detection.writer import COLUMNS, as_text, open_objects
 from mvit_video.errors import ConfigError, DataError, VideoError
 from mvit_video.evaluation.provenance import versions
 from mvit_video.io.console import print_table, printable, track, write_csv
@@ -248,9 +248,9 @@ def predict(config: DictConfig, files: list[str]) -> None:
                 failed += [found] if found.error else []
                 shown += _table(found, config.min_score or LIKELY) if len(shown) <= MAX_TABLE else []
                 if output:
-                    output.add(path, rows_of(found, ids))
+                    output.add(path, found.rows(ids))
                 elif as_lines:
-                    print(as_text(rows_of(found, ids), as_lines), end="", flush=True)
+                    print(as_text(found.rows(ids), as_lines), end="", flush=True)
             if output and not any(found.path == path for found in failed[-1:]):
                 output.finish(path)
     if not config.output and not as_lines:
