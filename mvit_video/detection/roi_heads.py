@@ -151,7 +151,7 @@ class RoIHeads(nn.Module):
         """The objects of each image, boxes in pixels of the padded batch, clipped to the image."""
         decoded, probabilities = proposals, []
         for number in range(len(self.box_head)):
-            boxes = _clipped(decoded, sizes) if number else proposals
+            boxes = _clipped(decoded, sizes)
             logits, deltas = self._stage(number, maps, boxes)
             probabilities.append(logits.float().softmax(-1))
             decoded = self._decode(number, boxes, deltas)
@@ -167,7 +167,7 @@ class RoIHeads(nn.Module):
     def _stage(self, number: int, maps: list[Tensor], boxes: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Class logits and box offsets of all images' boxes."""
         pooled, share = pool_regions(maps, boxes, BOX_SIZE), 1 / len(self.box_head)
-        if self.training and share < 1 and pooled.requires_grad:
+        if self.training and share < 1 and pooled.requires_grad:  # the stages of a cascade share the gradient
             pooled.register_hook(lambda gradient: gradient * share)
         return self.box_predictor[number](self.box_head[number](pooled))
 

@@ -58,10 +58,8 @@ def _write(path: Path, rows: Iterator[dict[str, Any]], *, format: Format) -> Non
 
 def _flat(row: dict[str, Any]) -> dict[str, Any]:
     """A row with ``COLUMNS``: corners, and the mask as COCO's run-length encoding in JSON."""
-    flat = dict.fromkeys(COLUMNS) | {name: row.get(name) for name in ("frame", "second", "error")}
-    flat["path"] = row["file_name"]
+    flat = {name: row.get(name) for name in COLUMNS} | {"path": row["file_name"]}
     if "error" not in row:
         x, y, width, height = row["bbox"]
-        flat |= {name: row[name] for name in ("class", "category_id", "score", "track")}
         flat |= {"x0": x, "y0": y, "x1": x + width, "y1": y + height, "mask": json.dumps(row["segmentation"])}
     return flat
