@@ -278,21 +278,15 @@ def _key_frames(people: People, films: Films, source: Path, place: Path, max_mis
         )
     if missing:
         log.warning("%s: %d videos are missing, such as %s", source, len(missing), min(missing))
-    return ActionIndex(
-        tuple(
-            KeyFrame(
-                video,
-                path,
-                second,
-                start,
-                tuple(box for box, _ in moment.values()),
-                tuple(tuple(sorted(ids)) for _, ids in moment.values()),
+    found = []
+    for video in (name for name in films if name in people and name not in missing):
+        path, start = films[video]
+        for second, moment in sorted(people[video].items()):
+            boxes, actions = zip(*moment.values(), strict=True)
+            found.append(
+                KeyFrame(video, path, second, start, boxes, tuple(tuple(sorted(a)) for a in actions))
             )
-            for video, (path, start) in films.items()
-            if video in people and video not in missing
-            for second, moment in sorted(people[video].items())
-        )
-    )
+    return ActionIndex(tuple(found))
 
 
 def _find_films(folder: Path, names: Collection[str], start: float) -> Films:
