@@ -60,6 +60,7 @@ class MaskFeat(MViT):
         plans = list(plan_blocks(config))
         grids = [floor_divide(plans[depth].grid, plans[depth].q_stride) for depth in depths]
         lengths = [self.target_length(grid, config.crop_size) for grid in grids]
+        self.token_side = config.crop_size // grids[-1][1]  # pixels, at the last depth
         self.pred_head = PredictionHeads([plans[depth].dim_out for depth in depths], lengths)
 
     def target_length(self, grid: Grid, size: int) -> int:

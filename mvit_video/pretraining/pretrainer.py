@@ -15,7 +15,7 @@ from mvit_video.data.pixels import denormalise
 from mvit_video.io.writing import replacing
 from mvit_video.model.clip_spec import ClipSpec
 from mvit_video.pretraining.data import MaskedClips
-from mvit_video.pretraining.hog import BINS, CELL, cells_of
+from mvit_video.pretraining.hog import BINS, cells_of
 from mvit_video.pretraining.maskfeat import Features, MaskFeat, resize_masks
 from mvit_video.training.module import Losses, TrainingModule
 from mvit_video.weights import model_metadata
@@ -67,10 +67,8 @@ class Pretrainer(TrainingModule):
 
     def _with_predictions(self, clips: Tensor, masks: Tensor, predictions: Tensor) -> tuple[Tensor, Tensor]:
         """Features of all tokens (B, T', H', W', length): the true ones, and the predicted where masked."""
-        length, crop = predictions.shape[-1], clips.shape[-1]
-        is_hog = self.model.features == "hog"
-        stride = CELL * math.isqrt(length // (3 * BINS)) if is_hog else math.isqrt(length // 3)
-        grid = (masks.shape[1], crop // stride, crop // stride)
+        side = clips.shape[-1] // self.model.token_side
+        grid = (masks.shape[1], side, side)
         true = self.model.targets(clips, grid)
         masked = resize_masks(masks, grid).bool()
         predicted = true.clone()
