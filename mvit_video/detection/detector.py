@@ -15,7 +15,7 @@ from mvit_video.detection.augment import MAX_SIDE, TEST_SHORT_SIDE
 from mvit_video.detection.backbone import CHANNELS, DIVISOR, Backbone
 from mvit_video.detection.masks import paste_masks
 from mvit_video.detection.proposals import ProposalGenerator, has_area
-from mvit_video.detection.roi_heads import BOX_CHANNELS, RoIHeads, Target
+from mvit_video.detection.roi_heads import BOX_CHANNELS, Detections, RoIHeads, Target
 from mvit_video.detection.weights import load_detector_weights
 from mvit_video.model import MViTConfig
 from mvit_video.model.clip_spec import MAX_SIZE
@@ -150,7 +150,7 @@ class Detector(nn.Module):
         proposals, _ = self.proposal_generator(maps, sizes)
         found = self.roi_heads.detect(maps, proposals, sizes)
         return [
-            _in_pixels(*detections, size, wanted)
+            _in_pixels(detections, size, wanted)
             for detections, size, wanted in zip(found, sizes, output_sizes or sizes, strict=True)
         ]
 
@@ -169,18 +169,11 @@ class Detector(nn.Module):
         return torch.stack(padded), sizes
 
 
-def _in_pixels(
-    boxes: Tensor,
-    scores: Tensor,
-    labels: Tensor,
-    masks: Tensor,
-    size: tuple[int, int],
-    wanted: tuple[int, int],
-) -> dict[str, Tensor]:
+def _in_pixels(found: Detections, size: tuple[int, int], wanted: tuple[int, int]) -> dict[str, Tensor]:
     """Detections on an image of ``size`` as those of the same image of another size."""
     height, width = wanted
-    scale = boxes.new_tensor([width / size[1], height / size[0]] * 2)
-    boxes = clip_boxes_to_image(boxes * scale, wanted)
+    scale = found.boxes.new_tensor([width / size[1], height / size[0]] * 2)
+    boxes = clip_boxes_to_image(found.boxes * scale, wanted)
     kept = has_area(boxes)
-    pasted = paste_masks(masks[kept], boxes[kept], height, width)
-    return {"boxes": boxes[kept], "scores": scores[kept], "labels": labels[kept], "masks": pasted}
+    masks = paste_masks(found.masks[kept], boxes[kept], height, width)
+    return {"boxes": boxes[kept], "scores": found.scores[kept], "labels": found.labels[kept], "masks": masks}

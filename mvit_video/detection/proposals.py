@@ -76,26 +76,18 @@ class ProposalGenerator(nn.Module):
         self, anchors: list[Tensor], logits: list[Tensor], deltas: list[Tensor], sizes: list[tuple[int, int]]
     ) -> list[Tensor]:
         before, after = (top[not self.training] for top in (self.pre_nms_top_n, self.post_nms_top_n))
-        found, scores, levels = [], [], []
-        for number, (level_anchors, level_logits, level_deltas) in enumerate(
-            zip(anchors, logits, deltas, strict=True)
-        ):
+        found = []  # of each level boxes (B, N, 4), their scores and the number of the level (B, N)
+        for number, level in enumerate(zip(anchors, logits, deltas, strict=True)):
+            level_anchors, level_logits, level_deltas = level
             # By logits: probabilities of very likely boxes are equal, so their order would be chance.
             best, index = level_logits.topk(min(before, level_logits.shape[1]), dim=1)
             chosen = level_deltas.gather(1, index[..., None].expand(-1, -1, 4)).float()
             decoded = self._coder.decode_single(chosen.flatten(0, 1), level_anchors[index.flatten()])
-            found.append(decoded.view(*index.shape, 4))
-            scores.append(best)
-            levels.append(torch.full_like(index, number))
-        all_boxes, all_scores, all_levels = torch.cat(found, 1), torch.cat(scores, 1), torch.cat(levels, 1)
+            found.append((decoded.view(*index.shape, 4), best, torch.full_like(index, number)))
+        boxes, scores, levels = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
         if not self.training:
-            require_finite(all_boxes, all_scores)
-        return [
-            _suppressed(boxes, image_scores, image_levels, size, after)
-            for boxes, image_scores, image_levels, size in zip(
-                all_boxes, all_scores, all_levels, sizes, strict=True
-            )
-        ]
+            require_finite(boxes, scores)
+        return [_suppressed(*image, after) for image in zip(boxes, scores, levels, sizes, strict=True)]
 
     def _losses(
         self, anchors: Tensor, logits: list[Tensor], deltas: list[Tensor], boxes: list[Tensor]

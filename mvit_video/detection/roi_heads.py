@@ -157,11 +157,10 @@ class RoIHeads(nn.Module):
             decoded = self._decode(number, boxes, deltas)
         scores = torch.stack(probabilities).mean(0).split([len(found) for found in proposals])
         found = [self._choose(*image) for image in zip(decoded, scores, sizes, strict=True)]
-        logits = self._mask_logits(maps, [boxes for boxes, _, _ in found])
-        labels = torch.cat([labels for _, _, labels in found])
-        masks = logits[torch.arange(len(labels), device=labels.device), labels].float().sigmoid()
+        boxes, _, labels = map(list, zip(*found, strict=True))
+        masks = self._mask_logits(maps, boxes, torch.cat(labels)).float().sigmoid()
         require_finite(masks)
-        parts = masks.split([len(boxes) for boxes, _, _ in found])
+        parts = masks.split(list(map(len, labels)))
         return [Detections(*image, mask) for image, mask in zip(found, parts, strict=True)]
 
     def _stage(self, number: int, maps: list[Tensor], boxes: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -228,8 +227,7 @@ class RoIHeads(nn.Module):
         positive = [region.labels < self.num_classes for region in regions]
         boxes = [region.boxes[kept] for region, kept in zip(regions, positive, strict=True)]
         labels = torch.cat([region.labels[kept] for region, kept in zip(regions, positive, strict=True)])
-        logits = self._mask_logits(maps, boxes)
-        chosen = logits[torch.arange(len(labels), device=labels.device), labels]
+        logits = self._mask_logits(maps, boxes, labels)
         wanted = torch.cat(
             [
                 crop_masks(_select(target["masks"], region.objects[kept]), region.boxes[kept], 2 * MASK_SIZE)
@@ -238,11 +236,12 @@ class RoIHeads(nn.Module):
         )
         if not len(labels):
             return logits.sum() * 0
-        return F.binary_cross_entropy_with_logits(chosen.float(), wanted.float())
+        return F.binary_cross_entropy_with_logits(logits.float(), wanted.float())
 
-    def _mask_logits(self, maps: list[Tensor], boxes: list[Tensor]) -> Tensor:
-        """(N, C, 28, 28)"""
-        return self.mask_predictor(self.mask_head(pool_regions(maps, boxes, MASK_SIZE)))
+    def _mask_logits(self, maps: list[Tensor], boxes: list[Tensor], labels: Tensor) -> Tensor:
+        """Those of each box's class, (N, 28, 28)."""
+        logits = self.mask_predictor(self.mask_head(pool_regions(maps, boxes, MASK_SIZE)))
+        return logits[torch.arange(len(labels), device=labels.device), labels]
 
 
 def pool_regions(maps: list[Tensor], boxes: list[Tensor], size: int) -> Tensor:
