@@ -24,7 +24,7 @@ def as_text(rows: Iterable[dict[str, Any]], format: Format) -> str:
     """Rows as lines of a csv file, or of JSON."""
     if format != "csv":
         return "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
-    return csv_text([flat[name] for name in COLUMNS] for flat in map(_flat, rows))
+    return csv_text(_flat(row).values() for row in rows)
 
 
 def open_objects(
