@@ -35,7 +35,6 @@ class DetectorTraining(TrainingModule):
         validation: the images that are validated with; set before training.
     """
 
-    train_metrics: ClassVar[Sequence[str]] = ("loss",)
     val_metrics: ClassVar[Sequence[str]] = ("box_AP", "box_AP50", "mask_AP", "mask_AP50")
     monitor: ClassVar[str] = "val/box_AP"
     model: Detector
