@@ -154,9 +154,7 @@ def to_segments(people: Iterable[PersonActions], every: float, min_score: float)
     """When who does what: neighbouring key frames of a person and an action, merged."""
     runs: dict[tuple[int, str], list[tuple[float, list[float]]]] = {}
     for one in people:
-        for name, score in one.scores.items():
-            if score < min_score:
-                continue
+        for name, score in one.likely(min_score).scores.items():
             segments = runs.setdefault((one.person, name), [])
             if segments and one.second - segments[-1][0] - every * (len(segments[-1][1]) - 1) < 1.5 * every:
                 segments[-1][1].append(score)

@@ -26,11 +26,9 @@ LIKELY = 0.5  # a detection of this score that is none counts as a mistake of it
 
 
 class ImageResult(NamedTuple):
-    """The objects detected in an image of this size: rows of COCO's results format."""
+    """The objects detected in an image: rows of COCO's results format."""
 
     image_id: int
-    height: int
-    width: int
     detections: list[dict[str, Any]]
 
 
@@ -72,7 +70,7 @@ def to_result(
             found["labels"].tolist(), boxes.tolist(), found["scores"].tolist(), encoded, strict=True
         )
     ]
-    return ImageResult(image_id, *size, rows)
+    return ImageResult(image_id, rows)
 
 
 def measure(coco: CocoImages, results: Sequence[ImageResult]) -> dict[str, Precision]:

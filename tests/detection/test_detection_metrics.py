@@ -103,7 +103,7 @@ def test_precision_is_that_of_torchmetrics(coco: CocoImages) -> None:
 
 
 def test_perfect_and_empty_detections(coco: CocoImages) -> None:
-    nothing = [ImageResult(image.id, image.height, image.width, []) for image in coco.images]
+    nothing = [ImageResult(image.id, []) for image in coco.images]
     measured = measure(coco, nothing)
     assert measured["box"].summary["AP"] == 0
     objects = {image.id: sum(not a.crowd for a in image.annotations) for image in coco.images}
