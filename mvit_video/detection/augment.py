@@ -218,7 +218,7 @@ def _cut(
         return []
     whole = shapely.Polygon(polygon).buffer(0.0)  # which mends edges that cross
     inside = whole.intersection(shapely.box(left, top, left + width, top + height))
-    parts = [part for part in getattr(inside, "geoms", [inside]) if isinstance(part, shapely.Polygon)]
+    parts = [part for part in shapely.get_parts(inside) if isinstance(part, shapely.Polygon)]
     return [np.asarray(part.exterior.coords)[:-1] for part in parts if part.is_valid and not part.is_empty]
 
 

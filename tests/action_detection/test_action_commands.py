@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -100,13 +101,7 @@ def test_an_evaluation_is_resumed(films: Path, command: Command, tmp_path: Path)
     folder, weights = tmp_path / "eval", tmp_path / "detector.pyth"
     save_action_detector(small_detector(num_classes=8), weights)
     arguments = ("data=motion_actions", "num_workers=0", f"weights={weights}", f"hydra.run.dir={folder}")
-    root = tmp_path / "films"
-    root.mkdir()
-    for name in ("train.csv", "val.csv", "classes.txt"):
-        (root / name).write_text((films / name).read_text())
-    (root / "videos").mkdir()
-    for film in (films / "videos").iterdir():
-        (root / "videos" / film.name).write_bytes(film.read_bytes())
+    root = shutil.copytree(films, tmp_path / "films")
     whole = root / "videos" / "val_0003.mp4"
     content = whole.read_bytes()
     whole.write_bytes(content[:200])
