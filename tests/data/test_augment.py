@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from contextlib import closing
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from mvit_video.data.augment import (
 from mvit_video.data.datasets import ClipDataset, training_loader
 from mvit_video.data.index import LabelledVideo
 from mvit_video.data.loader import WorkerType
-from mvit_video.data.pixels import PendingClips, finish_clips
+from mvit_video.data.pixels import RGB, PendingClips, finish_clips
 from mvit_video.data.samplers import EpochBatches
 from mvit_video.model import ClipSpec
 
@@ -48,13 +49,7 @@ def as_frames(*pictures: np.ndarray) -> torch.Tensor:
 
 
 def augmented_clips(
-    frames: torch.Tensor,
-    augment: Augment,
-    size: int,
-    *,
-    rng: random.Random,
-    mean: tuple[float, float, float] = MEAN,
-    std: tuple[float, float, float] = STD,
+    frames: torch.Tensor, augment: Augment, size: int, *, rng: random.Random, mean: RGB = MEAN, std: RGB = STD
 ) -> torch.Tensor:
     augmentation = ClipAugmentation(augment, size, mean=mean, std=std, rng=rng)
     return finish_clips(augmentation.to_clips(augmentation(frames)))
@@ -114,9 +109,7 @@ def test_operations_are_applied_half_of_the_time_at_the_right_strength(
     applied: list[tuple[str, float, float]] = []
     for name in OPERATIONS:
 
-        def noted(
-            image: Image.Image, level: float, sign: float, fill: tuple[int, int, int], name: str = name
-        ) -> Image.Image:
+        def noted(image: Image.Image, level: float, sign: float, _: object, name: str = name) -> Image.Image:
             applied.append((name, level, sign))
             return image
 
@@ -280,12 +273,11 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> ClipDataset:
 def test_pending_clips_end_as_the_others(dataset: ClipDataset, kind: WorkerType) -> None:
     """To the bit, wherever they are finished; those whose bytes would be more are floats at once."""
     augment = replace(dataset.augment, area=(0.5, 1.0))
-    ways = [
-        ClipDataset(dataset.videos, dataset.protocol, augment, seed=3, pending=pending)
-        for pending in (False, True)
-    ]
-    plain = training_loader(ways[0], batch_size=2, num_workers=0)
-    with closing(training_loader(ways[1], batch_size=2, num_workers=1, worker_type=kind)) as loader:
+    at_once, pending = (
+        ClipDataset(dataset.videos, dataset.protocol, augment, seed=3, pending=way) for way in (False, True)
+    )
+    plain = training_loader(at_once, batch_size=2, num_workers=0)
+    with closing(training_loader(pending, batch_size=2, num_workers=1, worker_type=kind)) as loader:
         kinds = set()
         for epoch in range(4):
             plain.batches.set_epoch(epoch)
@@ -334,12 +326,7 @@ def test_repeats_come_from_one_decode_and_lie_side_by_side(dataset: ClipDataset)
     assert not torch.equal(batch.clips[0], batch.clips[1])
 
     opened: list[str] = []
-    spied = ClipDataset(
-        dataset.videos,
-        dataset.protocol,
-        dataset.augment,
-        seed=3,
-        open_file=lambda path: opened.append(path) or dataset.open_file(path),
-    )
+    spied = copy(dataset)
+    spied.open_file = lambda path: opened.append(path) or dataset.open_file(path)
     assert torch.equal(spied[order[0]].clips, batch.clips[:2])
     assert len(opened) == 1

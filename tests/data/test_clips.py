@@ -28,12 +28,8 @@ WHOLE_PICTURE = Augment(area=(1, 1), aspect=(1, 1), flip_probability=0)
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory: pytest.TempPathFactory) -> list[LabelledVideo]:
     root = tmp_path_factory.mktemp("numbered")
-    return [
-        LabelledVideo(
-            str(write_numbered_video(root / f"{i}.mp4", 20 + i, height=96, width=96)), i % 2, f"{i}"
-        )
-        for i in range(6)
-    ]
+    files = [write_numbered_video(root / f"{i}.mp4", 20 + i, height=96, width=96) for i in range(6)]
+    return [LabelledVideo(str(file), i % 2, file.stem) for i, file in enumerate(files)]
 
 
 def numbers(clip: torch.Tensor) -> list[int | None]:
@@ -81,16 +77,13 @@ def test_one_decode_serves_all_views(videos: list[LabelledVideo]) -> None:
 
 
 def test_training_clips_depend_on_seed_epoch_and_video_alone(videos: list[LabelledVideo]) -> None:
-    dataset = ClipDataset(videos, PROTOCOL, Augment(), seed=3)
-    again = ClipDataset(videos, PROTOCOL, Augment(), seed=3)
+    dataset, again, other = (ClipDataset(videos, PROTOCOL, Augment(), seed=seed) for seed in (3, 3, 4))
     random.seed(1)
     torch.manual_seed(1)
     for key in [(0, 4), (1, 4), (0, 0)]:
         assert torch.equal(dataset[key].clips[0], again[key].clips[0])
     assert not torch.equal(dataset[0, 4].clips[0], dataset[1, 4].clips[0])
-    assert not torch.equal(
-        dataset[0, 4].clips[0], ClipDataset(videos, PROTOCOL, Augment(), seed=4)[0, 4].clips[0]
-    )
+    assert not torch.equal(dataset[0, 4].clips[0], other[0, 4].clips[0])
 
 
 def test_the_sampler_shows_every_video_once_in_another_order_each_epoch() -> None:

@@ -127,11 +127,13 @@ def wait_until(is_done: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
+def batches_of_four(dataset: Counted) -> closing[ClipLoader[torch.Tensor]]:
+    return closing(ClipLoader(dataset, AllVideos(200, 4), torch.stack, num_workers=3, worker_type="thread"))
+
+
 def test_few_samples_are_made_ahead() -> None:
     dataset = Counted()
-    with closing(
-        ClipLoader(dataset, AllVideos(200, 4), torch.stack, num_workers=3, worker_type="thread")
-    ) as loader:
+    with batches_of_four(dataset) as loader:
         batches = iter(loader)
         assert next(batches).tolist() == [0, 1, 2, 3]
         most = 3 + 2 * 4 + 3  # three were taken when so many were under way
@@ -144,27 +146,24 @@ def test_few_samples_are_made_ahead() -> None:
 
 
 @pytest.mark.parametrize(
-    ("files", "limit"),
+    ("group", "files", "limit"),
     [
-        ({}, None),
-        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/memory.max": "3000000\n"}, 3_000_000),
-        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/memory.max": "max\n"}, None),
-        (
-            {
-                "proc/self/cgroup": "0::/job_7/step_0\n",
-                "sys/fs/cgroup/job_7/step_0/memory.max": "max\n",
-                "sys/fs/cgroup/job_7/memory.max": "5000000\n",
-            },
-            5_000_000,
-        ),
-        ({"sys/fs/cgroup/memory/memory.limit_in_bytes": "4000000\n"}, 4_000_000),
-        ({"sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n"}, None),
+        (None, {}, None),
+        ("/", {"memory.max": "3000000"}, 3_000_000),
+        ("/", {"memory.max": "max"}, None),
+        ("/a/b", {"a/b/memory.max": "max", "a/memory.max": "5000000"}, 5_000_000),
+        (None, {"memory/memory.limit_in_bytes": "4000000"}, 4_000_000),
+        (None, {"memory/memory.limit_in_bytes": "9223372036854771712"}, None),
     ],
 )
-def test_memory_is_that_of_the_container(tmp_path: Path, files: dict[str, str], limit: int | None) -> None:
-    for name, text in files.items():
+def test_memory_is_that_of_the_container(
+    tmp_path: Path, group: str | None, files: dict[str, str], limit: int | None
+) -> None:
+    found = {f"sys/fs/cgroup/{name}": text for name, text in files.items()}
+    found |= {} if group is None else {"proc/self/cgroup": f"0::{group}"}
+    for name, text in found.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
+        (tmp_path / name).write_text(f"{text}\n")
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert loader_module.memory_limit(tmp_path) == (limit or machine)
 
@@ -186,9 +185,7 @@ def test_large_samples_are_made_ahead_by_their_bytes(
     monkeypatch.setattr(loader_module, "PREFETCH_MEMORY_FRACTION", 0.5)
     monkeypatch.setattr(loader_module, "memory_of", lambda device: int(2 * megabytes * (1 << 20)))
     dataset = Large()
-    with closing(
-        ClipLoader(dataset, AllVideos(200, 4), torch.stack, num_workers=3, worker_type="thread")
-    ) as loader:
+    with batches_of_four(dataset) as loader:
         batches = iter(loader)
         next(batches)  # four samples; the last was taken when so many were under way
         wait_until(lambda: dataset.made[0] == 3 + ahead)

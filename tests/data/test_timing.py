@@ -68,17 +68,9 @@ def test_an_exception_ends_its_stage() -> None:
 def test_a_profiled_run_says_where_the_time_went(
     command: Command, two_classes: Path, tmp_path: Path, loading: list[str]
 ) -> None:
+    recipe = ["experiment=motion", f"data.root={two_classes}", "trainer.max_epochs=1", "batch_size=2"]
     start = time.perf_counter()
-    result = command(
-        "train",
-        "experiment=motion",
-        f"data.root={two_classes}",
-        "trainer.max_epochs=1",
-        "batch_size=2",
-        "profile=true",
-        "hydra.run.dir=run",
-        *loading,
-    )
+    result = command("train", *recipe, "profile=true", "hydra.run.dir=run", *loading)
     whole = time.perf_counter() - start
     assert result.code == 0, result.err
     assert "where the time went" in result.out
