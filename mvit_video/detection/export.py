@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -13,7 +10,7 @@ from torch import Tensor, nn
 from mvit_video.detection.checkpoint import detector_metadata
 from mvit_video.detection.detector import Detector
 from mvit_video.errors import ConfigError
-from mvit_video.weights.export import export_onnx, open_onnx, reading, require_trust, save_program
+from mvit_video.weights.export import Program, load_program, write_program
 
 LEVELS = ("p2", "p3", "p4", "p5", "p6")
 
@@ -41,30 +38,12 @@ def export_backbone(detector: Detector, path: str | Path, size: tuple[int, int])
     Raises:
         ConfigError: another size, or a package that this needs is missing.
     """
-    path = Path(path)
     if any(side % 32 or side < 32 for side in size):
         raise ConfigError(f"sides of {size[0]} x {size[1]} pixels must be multiples of 32")
     model, images = _Maps(detector.backbone).cpu().eval(), torch.zeros(1, 3, *size)
-    metadata = json.dumps(detector_metadata(detector))
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporters: about their own insides
-        if path.suffix == ".pt2":
-            save_program(torch.export.export(model, (images,)), path, metadata)
-        else:
-            export_onnx(model, {"images": images}, LEVELS, metadata, path)
+    write_program(model, {"images": images}, LEVELS, detector_metadata(detector), Path(path))
 
 
-def load_maps(path: str | Path, trust: bool = False) -> Callable[[Tensor], list[Tensor]]:
+def load_maps(path: str | Path, trust: bool = False) -> Program:
     """What a file of ``export_backbone`` computes. ``trust`` and errors are those of ``load_exported``."""
-    if Path(path).suffix != ".onnx":
-        require_trust(path, trust)
-        with reading(path):
-            module = torch.export.load(path).module()
-        return lambda images: list(module(images))
-    with reading(path):
-        session = open_onnx(path)
-
-    def run(images: Tensor) -> list[Tensor]:
-        return [torch.from_numpy(found) for found in session.run(list(LEVELS), {"images": images.numpy()})]
-
-    return run
+    return load_program(path, trust=trust)[0]

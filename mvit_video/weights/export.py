@@ -11,14 +11,12 @@ import json
 import logging
 import warnings
 import zipfile
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.export import ExportedProgram
 
 from mvit_video.errors import CheckpointError, ConfigError, refusing
 from mvit_video.model.base import VideoModel
@@ -29,7 +27,7 @@ from mvit_video.weights.reading import EXPORTED, METADATA_KEY
 
 MAX_BATCH = 1024  # clips that a program takes at once
 
-Run = Callable[[Tensor], Tensor]
+Program = Callable[[Tensor], list[Tensor]]  # all outputs, in order
 
 
 class ExportedModel(VideoModel):
@@ -38,7 +36,7 @@ class ExportedModel(VideoModel):
     It takes the place of an ``MViT`` in ``Recognizer``. Clips must have the size it was exported for.
     """
 
-    def __init__(self, run: Run, metadata: str | None, path: str) -> None:
+    def __init__(self, run: Callable[[Tensor], Tensor], metadata: str | None, path: str) -> None:
         super().__init__()
         if not metadata:
             raise CheckpointError(f"{path}: holds no description of the model; was it made by mvit-export?")
@@ -73,42 +71,71 @@ def export_model(model: MViT, path: str | Path, *, compiled: bool = False) -> No
     Raises:
         ConfigError: another suffix, or a package that this needs is missing.
     """
-    path = Path(path)
-    require_exported_suffix(path)
-    if compiled and path.suffix != ".pt2":
-        raise ConfigError(f"{path}: only a .pt2 can be compiled")
-    model = model.cpu().eval()
-    metadata = json.dumps(model_metadata(model))
+    path, model = Path(path), model.cpu().eval()
     # Two: a batch of one would be taken for a constant.
     clips = torch.zeros(2, 3, *model.config.input_size)
     shapes = {"clips": {0: torch.export.Dim("batch", min=1, max=MAX_BATCH)}}
+    metadata = model_metadata(model)
+    write_program(model, {"clips": clips}, ["logits"], metadata, path, shapes=shapes, compiled=compiled)
+
+
+def write_program(
+    model: nn.Module,
+    inputs: Mapping[str, Tensor],
+    outputs: Sequence[str],
+    metadata: Mapping[str, Any],
+    path: Path,
+    *,
+    shapes: Any = None,
+    compiled: bool = False,
+) -> None:
+    """Write a model for inputs like these, each by its name; errors as of ``export_model``.
+
+    Args:
+        outputs: their names.
+        shapes: ``torch.export``'s ``dynamic_shapes``; None: inputs have these sizes.
+    """
+    require_exported_suffix(path)
+    if compiled and path.suffix != ".pt2":
+        raise ConfigError(f"{path}: only a .pt2 can be compiled")
+    about, samples = {METADATA_KEY: json.dumps(metadata)}, tuple(inputs.values())
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporters: about their own insides
         if path.suffix == ".onnx":
-            export_onnx(model, {"clips": clips}, ["logits"], metadata, path, shapes)
+            names = {"input_names": list(inputs), "output_names": outputs}
+            _write_onnx(model, samples, about, path, dynamic_shapes=shapes, **names)
             return
-        program = torch.export.export(model, (clips,), dynamic_shapes=shapes)
+        program = torch.export.export(model, samples, dynamic_shapes=shapes)
         if compiled:
-            settings = {"aot_inductor.metadata": {METADATA_KEY: metadata}}
+            settings = {"aot_inductor.metadata": about}
             with refusing(ConfigError, f"{path}: can't be compiled; compiled=true needs a C++ compiler"):
                 torch._inductor.aoti_compile_and_package(
                     program, package_path=str(path), inductor_configs=settings
                 )
-        else:
-            save_program(program, path, metadata)
+            return
+        buffer = io.BytesIO()  # PyTorch ends the whole process where it can't write a file
+        torch.export.save(program, buffer, extra_files=about)
+        path.write_bytes(buffer.getbuffer())
+
+
+def _write_onnx(
+    model: nn.Module, samples: tuple[Tensor, ...], about: dict[str, str], path: Path, **options: Any
+) -> None:
+    onnx = imported("onnx")
+    imported("onnxscript")
+    for name in ("onnxscript", "onnx_ir"):  # hundreds of lines about their own steps
+        logging.getLogger(name).setLevel(logging.WARNING)
+    program = torch.onnx.export(model, samples, dynamo=True, verbose=False, **options)
+    assert program is not None
+    proto = program.model_proto  # a new one each time
+    onnx.helper.set_model_props(proto, about)
+    onnx.save(proto, str(path))
 
 
 def require_exported_suffix(path: Path) -> None:
     """Raises ConfigError for a file that no model is exported as."""
     if path.suffix not in EXPORTED:
         raise ConfigError(f"{path}: models are exported as {' or '.join(EXPORTED)}")
-
-
-def save_program(program: ExportedProgram, path: Path, metadata: str) -> None:
-    """Write a program of ``torch.export``. Raises OSError where the disk is full."""
-    buffer = io.BytesIO()  # PyTorch ends the whole process where it can't write a file
-    torch.export.save(program, buffer, extra_files={METADATA_KEY: metadata})
-    path.write_bytes(buffer.getbuffer())
 
 
 def load_exported(path: str | Path, device: str | torch.device = "cpu", trust: bool = False) -> ExportedModel:
@@ -122,97 +149,68 @@ def load_exported(path: str | Path, device: str | torch.device = "cpu", trust: b
         CheckpointError: the file can't be read, isn't trusted, or isn't one of this toolkit's.
         ConfigError: onnxruntime isn't installed.
     """
+    run, metadata = load_program(path, device, trust)
+    return ExportedModel(lambda clips: run(clips)[0], metadata, str(path))
+
+
+def load_program(
+    path: str | Path, device: str | torch.device = "cpu", trust: bool = False
+) -> tuple[Program, str | None]:
+    """What an exported file computes, and its metadata; as ``load_exported``, with the same errors."""
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
-    if path.suffix != ".onnx":
-        require_trust(path, trust)
-    load = _load_onnx if path.suffix == ".onnx" else _load_program
-    with reading(path):
-        run, metadata = load(path, str(device))
-    return ExportedModel(run, metadata, str(path))
-
-
-def reading(path: str | Path) -> AbstractContextManager[None]:
-    """Whatever goes wrong with an exported file becomes a CheckpointError, which names it."""
-    what = f"{path}: damaged, no exported model, or made for another machine or version"
-    return refusing(CheckpointError, what, but=(ConfigError,))
-
-
-def require_trust(path: str | Path, trust: bool) -> None:
-    """Raises CheckpointError for a program that nobody trusts."""
-    if not trust:
+    if path.suffix != ".onnx" and not trust:
         raise CheckpointError(
             f"{path}: refused, as a .pt2 is a program that can run any code when it is loaded; if you "
             "made it or trust who did, set trust=true (in Python load_exported(path, trust=True)), "
             "or export it as ONNX, which holds no code"
         )
+    load = _load_onnx if path.suffix == ".onnx" else _load_pt2
+    what = f"{path}: damaged, no exported model, or made for another machine or version"
+    with refusing(CheckpointError, what, but=(ConfigError,)):
+        return load(path, torch.device(device))
 
 
-def export_onnx(
-    model: nn.Module,
-    inputs: dict[str, Tensor],
-    outputs: Sequence[str],
-    metadata: str,
-    path: Path,
-    shapes: Any = None,
-) -> None:
-    """Write a model as ONNX for inputs like these. Raises ConfigError where a package is missing."""
-    onnx = imported("onnx")
-    imported("onnxscript")
-    for name in ("onnxscript", "onnx_ir"):  # hundreds of lines about their own steps
-        logging.getLogger(name).setLevel(logging.WARNING)
-    program = torch.onnx.export(
-        model,
-        tuple(inputs.values()),
-        dynamo=True,
-        dynamic_shapes=shapes,
-        input_names=list(inputs),
-        output_names=outputs,
-        verbose=False,
-    )
-    assert program is not None
-    proto = program.model_proto  # a new one each time
-    onnx.helper.set_model_props(proto, {METADATA_KEY: metadata})
-    onnx.save(proto, str(path))
-
-
-def open_onnx(path: str | Path, *providers: str) -> Any:
-    """A session on ``providers``, then on the CPU. Raises ConfigError where onnxruntime lacks them."""
+def _load_onnx(path: Path, device: torch.device) -> tuple[Program, str | None]:
     runtime = imported("onnxruntime")
+    providers = ["CUDAExecutionProvider"] * (device.type == "cuda")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     # Weights may lie in other files, which are looked for here: where there are none.
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path))
     if missing := set(providers) - set(runtime.get_available_providers()):
         raise ConfigError(f"onnxruntime has no {missing.pop()} here; device=cpu, or install onnxruntime-gpu")
-    content = Path(path).read_bytes()
-    return runtime.InferenceSession(content, options, providers=[*providers, "CPUExecutionProvider"])
+    providers.append("CPUExecutionProvider")
+    session = runtime.InferenceSession(path.read_bytes(), options, providers=providers)
+    (taken,) = session.get_inputs()
 
-
-def _load_onnx(path: Path, device: str) -> tuple[Run, str | None]:
-    session = open_onnx(path, *["CUDAExecutionProvider"] * (torch.device(device).type == "cuda"))
-
-    def run(clips: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(["logits"], {"clips": clips.float().cpu().numpy()})[0])
+    def run(batch: Tensor) -> list[Tensor]:
+        return list(map(torch.from_numpy, session.run(None, {taken.name: batch.float().cpu().numpy()})))
 
     return run, session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
 
 
-def _load_program(path: Path, device: str) -> tuple[Run, str | None]:
+def _load_pt2(path: Path, device: torch.device) -> tuple[Program, str | None]:
     with zipfile.ZipFile(path) as archive:
         is_compiled = any("aotinductor" in name for name in archive.namelist())
     if is_compiled:
-        package: Any = torch._inductor.aoti_load_package(str(path))
-        return cast(Run, package), package.get_metadata().get(METADATA_KEY)
-    extra = {METADATA_KEY: ""}
-    program = torch.export.load(path, extra_files=extra)
-    if torch.device(device).type != "cpu":
-        from torch.export.passes import move_to_device_pass
+        module: Any = torch._inductor.aoti_load_package(str(path))
+        metadata = module.get_metadata().get(METADATA_KEY)
+    else:
+        extra = {METADATA_KEY: ""}
+        program = torch.export.load(path, extra_files=extra)
+        if device.type != "cpu":
+            from torch.export.passes import move_to_device_pass
 
-        program = move_to_device_pass(program, device)
-    module = program.module()
-    return lambda clips: module(clips), extra[METADATA_KEY]  # no part of another module: it has no modes
+            program = move_to_device_pass(program, device)
+        module, metadata = program.module(), extra[METADATA_KEY]
+
+    def run(batch: Tensor) -> list[Tensor]:
+        found = module(batch)
+        return [found] if isinstance(found, Tensor) else list(found)
+
+    return run, metadata
 
 
 def imported(name: Literal["onnx", "onnxscript", "onnxruntime"]) -> Any:
