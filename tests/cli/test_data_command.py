@@ -552,11 +552,7 @@ NOT_UTF8 = pa.StringArray.from_buffers(2, pa.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\
         {"size": [None, 1]},
         {"sha256": ["", None]},
         {"label": ["0", "1"]},
-        {
-            "id": pa.StringArray.from_buffers(
-                2, pa.array([0, 1, 2], pa.int32()).buffers()[1], pa.py_buffer(b"\xffb")
-            )
-        },
+        {"id": NOT_UTF8},
     ],
     ids=lambda change: next(iter(change)),
 )

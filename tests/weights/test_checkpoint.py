@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import os
 import pickle
 from pathlib import Path
@@ -172,24 +173,17 @@ def test_slowfast_test_crop_tells_the_short_side(crop, short_side):
 # What is refused: files
 
 
-def write_text(path: Path) -> None:
-    path.write_text("These are not the weights that you are looking for.\n")
+def half_a_file() -> bytes:
+    torch.save(small_model().state_dict(), buffer := io.BytesIO())
+    return buffer.getvalue()[: len(buffer.getvalue()) // 2]
 
 
-def write_page(path: Path) -> None:
-    path.write_text("<!DOCTYPE html><html><body>404: Not Found</body></html>")
-
-
-def write_nothing(path: Path) -> None:
-    path.touch()
-
-
-def write_half(path: Path) -> None:
-    torch.save(small_model().state_dict(), path)
-    content = path.read_bytes()
-    path.write_bytes(content[: len(content) // 2])
-
-
+NO_CHECKPOINTS = {
+    "text": b"These are not the weights that you are looking for.\n",
+    "page": b"<!DOCTYPE html><html><body>404: Not Found</body></html>",
+    "nothing": b"",
+    "half": half_a_file(),
+}
 READERS = {
     "load_model": load_model,
     "from_slowfast": from_slowfast,
@@ -198,21 +192,13 @@ READERS = {
 
 
 @pytest.mark.parametrize("read", READERS.values(), ids=READERS)
-@pytest.mark.parametrize("write", [write_text, write_page, write_nothing, write_half])
-def test_files_that_are_no_checkpoints_are_refused_by_name(tmp_path, write, read):
+@pytest.mark.parametrize("content", NO_CHECKPOINTS.values(), ids=NO_CHECKPOINTS)
+def test_files_that_are_no_checkpoints_are_refused_by_name(tmp_path, content, read):
     path = tmp_path / "weights.pt"
-    write(path)
+    path.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"weights\.pt: not a checkpoint file, or damaged") as e:
         read(path)
     assert "\n" not in str(e.value)
-
-
-@pytest.mark.parametrize("read", READERS.values(), ids=READERS)
-def test_missing_file_or_folder(tmp_path, read):
-    for path, reason in ((tmp_path / "absent.pt", "no such file"), (tmp_path, "a folder")):
-        with pytest.raises(CheckpointError, match=reason) as caught:
-            read(path)
-        assert str(path) in str(caught.value)
 
 
 class Malicious:

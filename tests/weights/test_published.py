@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -77,9 +78,11 @@ def model() -> mv.MViT:
     return mv.create_model(NANO, num_classes=6)
 
 
-def publish(monkeypatch, server: Server, name: str, content: bytes) -> None:
-    server.files[name] = content
-    entry = PublishedWeights(NANO, "kinetics400", 6, f"{server.url}/{name}", "5x1", 0.0, 0.0)
+def publish(
+    monkeypatch, server: Server, file: str, content: bytes, name: str = "kinetics400", **more: Any
+) -> None:
+    server.files[file] = content
+    entry = PublishedWeights(NANO, name, 6, f"{server.url}/{file}", "5x1", 0.0, 0.0, **more)
     monkeypatch.setattr(published, "PUBLISHED", (entry,))
 
 
@@ -157,9 +160,7 @@ def test_processes_that_start_at_once_fetch_once(
 
 
 def test_torchvisions_weights_bring_its_protocol(monkeypatch, server: Server, model: mv.MViT) -> None:
-    entry = PublishedWeights(NANO, "kinetics400_torchvision", 6, f"{server.url}/nano.pth", "5x1", 0.0, 0.0)
-    server.files["nano.pth"] = packed(model)
-    monkeypatch.setattr(published, "PUBLISHED", (entry,))
+    publish(monkeypatch, server, "nano.pth", packed(model), "kinetics400_torchvision")
     protocol = mv.create_model(NANO, weights="kinetics400_torchvision").protocol
     assert (protocol.sampling, protocol.pixels) == ("torchvision", "torchvision")
 
@@ -229,10 +230,7 @@ def test_layout_is_believed_from_the_weights(monkeypatch, server: Server) -> Non
 
 
 def test_a_publishers_name_that_tells_too_little_is_replaced(monkeypatch, server, model, tmp_path) -> None:
-    server.files["k400.pyth"] = packed(model)
-    url = f"{server.url}/k400.pyth"
-    entry = PublishedWeights(NANO, "kinetics400", 6, url, "5x1", 0.0, 0.0, saved_as="nano.pyth")
-    monkeypatch.setattr(published, "PUBLISHED", (entry,))
+    publish(monkeypatch, server, "k400.pyth", packed(model), saved_as="nano.pyth")
     mv.create_model(NANO, weights="kinetics400")
     assert (tmp_path / "hub" / "checkpoints" / "nano.pyth").is_file()
 

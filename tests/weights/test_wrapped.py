@@ -15,7 +15,7 @@ from torch import nn
 
 import mvit_video as mv
 from mvit_video.model.baselines import create_baseline
-from mvit_video.weights import METADATA_KEY, save_weights
+from mvit_video.weights import METADATA_KEY, save_weights, weights_sha256
 from mvit_video.weights.description import as_overrides
 
 
@@ -150,6 +150,8 @@ def test_paths_that_are_no_files(tmp_path: Path) -> None:
     (folder / "best.ckpt").touch()
     (tmp_path / "model.onnx").touch()
     for path, named in (
+        (tmp_path / "absent.pt", "no such file"),
+        (tmp_path, "a folder"),
         (folder, "best.ckpt"),
         (f"{tmp_path}/{'x' * 300}", "can't be read"),
         ("https://example.org/model.pth", "download"),
@@ -157,8 +159,9 @@ def test_paths_that_are_no_files(tmp_path: Path) -> None:
         (f"{tmp_path}/a\0b", "no such file"),
     ):
         for read in (mv.load_model, mv.from_slowfast, lambda path: mv.load_weights(small_model(), path)):
-            with pytest.raises(mv.CheckpointError, match=named):
+            with pytest.raises(mv.CheckpointError, match=named) as caught:
                 read(path)
+            assert str(path) in str(caught.value)
 
 
 def test_permission_and_device_errors_name_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,3 +223,24 @@ def test_class_names_of_a_file_are_told_apart(
             mv.load_model(tmp_path / "model.pth")
     else:
         assert mv.load_model(tmp_path / "model.pth").class_names == expected
+
+
+# Which weights these are: by content, not by the name of a file
+
+
+def test_the_same_weights_through_another_format_are_the_same(tmp_path: Path) -> None:
+    model = small_model(0)
+    for name in ("a.ckpt", "b.safetensors"):
+        save_weights(model, tmp_path / name)
+        assert weights_sha256(mv.load_model(tmp_path / name)) == weights_sha256(model)
+    assert weights_sha256(torch.compile(model)) == weights_sha256(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_number_more_or_less_is_another_identity(dtype: torch.dtype) -> None:
+    model = small_model(0).to(dtype)
+    before = weights_sha256(model)
+    assert before == weights_sha256(small_model(0).to(dtype)) != weights_sha256(small_model(1).to(dtype))
+    with torch.no_grad():
+        model.norm.bias[0] += 1
+    assert weights_sha256(model) != before
