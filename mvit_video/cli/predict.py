@@ -6,8 +6,6 @@ import importlib
 import io
 import json
 import logging
-import os
-import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -266,9 +264,5 @@ def _print_lines(format: Format, *, per_clip: bool) -> Callable[[Prediction], No
 
 
 def _print(text: str) -> None:
-    try:
-        with naming(Path("standard output")):
-            print(text, end="", flush=True)
-    except BrokenPipeError:  # whoever read the predictions has had enough, such as head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
+    with naming(Path("standard output")):
+        print(text, end="", flush=True)
