@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import av
 import numpy as np
 import numpy.typing as npt
-import torch
 from av.error import FFmpegError
 from av.video.frame import VideoFrame
 from PIL import Image, ImageDraw, ImageFont
@@ -156,7 +155,7 @@ def _copy_with_labels(
     video = copy.add_stream("libx264", rate=rate, options={"crf": "20", "preset": "veryfast"})
     video.pix_fmt, video.codec_context.time_base = "yuv420p", tick
     copied_audio = None if audio is None else copy.add_stream_from_template(audio)
-    to_rgb = RgbConverter(torch.device("cpu"))
+    to_rgb = RgbConverter()
     first = last = None  # times of frames, in ticks
     waiting: list[Any] = []  # audio packets, until the size is known and the file can begin
     for packet in container.demux([s for s in (stream, audio) if s is not None]):

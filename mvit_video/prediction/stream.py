@@ -40,7 +40,7 @@ from mvit_video.data.decode.container import (
     why_not_opened,
 )
 from mvit_video.data.decode.frames import FrameFormat, Transform, convert
-from mvit_video.data.decode.video import Video
+from mvit_video.data.decode.video import CPU, Video
 from mvit_video.data.loader import memory_limit
 from mvit_video.errors import ConfigError, VideoError
 
@@ -60,7 +60,7 @@ _WHOLE_BYTES = 1 << 28  # of a window's frames as they were decoded: 2.9 s of 10
 class RgbConverter:
     """Makes RGB of a source's frames, all in the format of the first."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device = CPU) -> None:
         self.device, self._reformatter = device, VideoReformatter()
         self.fmt: FrameFormat | None = None
 
@@ -119,7 +119,7 @@ def iter_windows(
     length: float,
     stride: float,
     follow: float | None = None,
-    device: torch.device | None = None,
+    device: torch.device = CPU,
     max_pixels: int = MAX_PIXELS,
     transform: Transform | None = None,
 ) -> Iterator[Window]:
@@ -135,7 +135,7 @@ def iter_windows(
         follow: seconds to wait for more, each time that an end is reached: for a file to grow, or for a
             stream that broke off or ended to be there again; over HTTP a stream is what doesn't say how long
             it is. The time that passes without frames counts. None: the first end is the end.
-        device: where the frames end up; None: the CPU.
+        device: where the frames end up.
         max_pixels: of a frame; a source with larger ones is refused.
         transform: what ``get_frames`` of the windows will be called with. Then no more than 256 MB of whole
             frames are held: where a window has more, its frames are transformed as they come.
@@ -149,7 +149,7 @@ def iter_windows(
         least = 0.0 if name == "follow" else _SHORTEST
         if value is not None and not least <= value < math.inf:
             raise ConfigError(f"windows need a finite {name} of at least {least:g} seconds, got {value:g}")
-    to_rgb, name = RgbConverter(device or torch.device("cpu")), _name_of(source)
+    to_rgb, name = RgbConverter(device), _name_of(source)
 
     def shrink(frame: _Frame) -> _Frame:
         if transform is None or isinstance(frame.picture, Tensor):

@@ -12,8 +12,16 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 from videos import write_video
 
-from mvit_video.data.decode.colour import BT601, BT709, BT2020, matrix_of, to_rgb
-from mvit_video.data.decode.frames import FrameFormat, _from_planes, convert
+from mvit_video.data.decode.frames import (
+    BT601,
+    BT709,
+    BT2020,
+    FrameFormat,
+    _from_planes,
+    convert,
+    matrix_of,
+    to_rgb,
+)
 
 CPU = torch.device("cpu")
 PIX_FMTS = [

@@ -17,7 +17,7 @@ from mvit_video.data.decode import choice, engines
 from mvit_video.data.decode.container import MAX_PIXELS
 from mvit_video.data.decode.images import ImageSequence, is_images
 from mvit_video.data.decode.pyav import PyAVVideo
-from mvit_video.data.decode.video import Video
+from mvit_video.data.decode.video import CPU, Video
 from mvit_video.errors import ConfigError
 
 __all__ = ["BACKENDS", "FREE_KEYS", "Decoder", "Video", "device_of", "open_video"]
@@ -62,7 +62,7 @@ class Decoder:
                 raise ConfigError(
                     "decord decodes on the CPU only: decoder.device=cpu, or decoder.backend=pyav"
                 )
-            return torch.device("cpu"), False
+            return CPU, False
         return choice.resolve(self.device, nvdec_possible=self.backend != "torchcodec" and not images)
 
 

@@ -17,12 +17,12 @@ from av.error import FFmpegError
 
 from mvit_video.data.decode.frames import NotOnHardware
 from mvit_video.data.decode.pyav import PyAVVideo
+from mvit_video.data.decode.video import CPU
 from mvit_video.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
 SAMPLE = Path(__file__).with_name("sample.mp4")  # NVDEC refuses very small pictures; this one is 256 x 256
-CPU = torch.device("cpu")
 
 _lock = threading.Lock()  # so that threads that start together measure once
 _TOLERANCE = 3  # levels between swscale's colours and ours

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mvit_video.data.decode.container import MAX_PIXELS, open_picture
 from mvit_video.data.decode.frames import FrameBuffer, FrameFormat, Transform, convert
-from mvit_video.data.decode.video import Video
+from mvit_video.data.decode.video import CPU, Video
 from mvit_video.data.files import IMAGE_EXTENSIONS
 from mvit_video.errors import VideoError
 
@@ -105,12 +105,11 @@ class ImageSequence(Video):
         self,
         path: str | Path,
         *,
-        device: torch.device | None = None,
+        device: torch.device = CPU,
         frame_rate: float = 30.0,
         max_pixels: int = MAX_PIXELS,
     ) -> None:
-        self.path = str(path)
-        self.device = device or torch.device("cpu")
+        self.path, self.device = str(path), device
         self._max_pixels = max_pixels
         self._files = image_files(self.path)
         self.num_frames, self.fps = len(self._files), float(frame_rate)

@@ -38,7 +38,7 @@ from mvit_video.data.decode.index_cache import IndexCache
 from mvit_video.data.decode.packets import DecodeRange, FileIndex, VideoPacket
 from mvit_video.data.decode.reader import PacketReader
 from mvit_video.data.decode.times import NO_TIME, FrameTimes, measure_times, warn_of_jumps
-from mvit_video.data.decode.video import Video
+from mvit_video.data.decode.video import CPU, Video
 from mvit_video.data.timing import stage
 from mvit_video.errors import VideoError
 
@@ -54,7 +54,7 @@ class PyAVVideo(Video):
     """An open video file; see `Video`. Not thread-safe: each thread opens its own.
 
     Args:
-        device: where the frames end up; None: the CPU.
+        device: where the frames end up.
         nvdec: decode on the device, where it can decode the file's codec.
         max_pixels: of a frame; a file with larger ones is refused.
         index_cache: folder where the index is kept, see `IndexCache`.
@@ -64,13 +64,12 @@ class PyAVVideo(Video):
         self,
         path: str | Path,
         *,
-        device: torch.device | None = None,
+        device: torch.device = CPU,
         nvdec: bool = False,
         max_pixels: int = MAX_PIXELS,
         index_cache: str | Path | None = None,
     ) -> None:
-        self.path = str(path)
-        self.device = device or torch.device("cpu")
+        self.path, self.device = str(path), device
         self._nvdec, self._max_pixels = nvdec, max_pixels
         self._hardware: cuda.HardwareDecoder | None = None  # decodes in the place of the reader's decoder
         self._reformatter = VideoReformatter()  # kept: setting it up costs more than converting a frame

@@ -15,6 +15,8 @@ from torch import Tensor
 from mvit_video.data.decode.frames import Transform
 from mvit_video.data.timing import stage
 
+CPU = torch.device("cpu")
+
 _Video = TypeVar("_Video", bound="Video")
 
 
