@@ -27,16 +27,14 @@ from av.video.stream import VideoStream
 from torch import Tensor
 
 from mvit_video.data.decode.container import (
-    ENCRYPTED,
     MAX_PIXELS,
     Origin,
     best_video_stream,
     check_file,
     declared_rate,
     decoder_limit,
-    is_encrypted,
     open_container,
-    or_too_large,
+    unreadable,
     why_not_opened,
 )
 from mvit_video.data.decode.frames import FrameFormat, Transform, convert
@@ -163,8 +161,7 @@ def iter_windows(
             to_rgb.fmt = FrameFormat.of(shown[0].picture)
         yield Window(name, shown, span, to_rgb)
     if to_rgb.fmt is None:
-        why = f"no frame can be decoded{or_too_large(max_pixels)}"
-        raise VideoError(name, ENCRYPTED if is_encrypted(name) else why)
+        raise unreadable(name, "no frame can be decoded", max_pixels=max_pixels)
 
 
 def _slide(

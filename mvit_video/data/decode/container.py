@@ -59,8 +59,6 @@ _ALLOWED = {  # formats and protocols
 
 _NO_LIMIT = str((1 << 31) - 1)  # bytes that a hole in a transport stream may have, as in players
 
-ENCRYPTED = "the video is encrypted (DRM), and can't be decoded without its key"
-
 Origin: TypeAlias = Literal["file", "pipe", "address", "camera"]
 
 _REFUSED = (
@@ -146,11 +144,6 @@ def require_pixels(width: int, height: int, max_pixels: int, name: str) -> None:
         raise VideoError(name, _too_large(f" of {width}x{height}", max_pixels))
 
 
-def or_too_large(max_pixels: int) -> str:
-    """The other reason why nothing can be decoded, where the size of the pictures isn't known."""
-    return f", or {_too_large('', max_pixels)}"
-
-
 def _too_large(size: str, max_pixels: int) -> str:
     return f"its pictures{size} have more than decoder.max_pixels={max_pixels} pixels"
 
@@ -227,7 +220,18 @@ def _first_bytes(path: str) -> bytes:
         return file.read(8)
 
 
-def is_encrypted(path: str) -> bool:
+def unreadable(path: str, reason: str, *, max_pixels: int | None = None) -> VideoError:
+    """The error of a video whose frames don't come.
+
+    Args:
+        max_pixels: where its size isn't known, so that this limit may be the reason.
+    """
+    if has_telling_header(path) and _is_encrypted(path):
+        return VideoError(path, "the video is encrypted (DRM), and can't be decoded without its key")
+    return VideoError(path, reason if max_pixels is None else f"{reason}, or {_too_large('', max_pixels)}")
+
+
+def _is_encrypted(path: str) -> bool:
     """Whether a player's key is needed for the pictures of an MP4 or Matroska file."""
     try:
         with open_file(path) as container:

@@ -24,15 +24,7 @@ from av.video.reformatter import VideoReformatter
 from torch import Tensor
 
 from mvit_video.data.decode import cuda
-from mvit_video.data.decode.container import (
-    ENCRYPTED,
-    MAX_PIXELS,
-    check_file,
-    declared_rate,
-    is_encrypted,
-    or_too_large,
-    require_pixels,
-)
+from mvit_video.data.decode.container import MAX_PIXELS, check_file, declared_rate, require_pixels, unreadable
 from mvit_video.data.decode.frames import FrameBuffer, FrameFormat, NotOnHardware, Transform, convert
 from mvit_video.data.decode.index_cache import IndexCache
 from mvit_video.data.decode.packets import DecodeRange, FileIndex, VideoPacket
@@ -293,14 +285,10 @@ class PyAVVideo(Video):
 
     def _error(self, reason: str) -> VideoError:
         """For frames that don't come."""
-        reader = self.reader
-        if reader.codec.width and reader.codec.height:
-            require_pixels(reader.codec.width, reader.codec.height, self._max_pixels, self.path)
-        else:  # as of a file whose header doesn't tell the size, where the decoder has refused it
-            reason += or_too_large(self._max_pixels)
-        if reader.format in ("mp4", "matroska") and is_encrypted(self.path):
-            reason = ENCRYPTED
-        return VideoError(self.path, reason)
+        width, height = self.reader.codec.width, self.reader.codec.height
+        require_pixels(width, height, self._max_pixels, self.path)
+        # A header may not tell the size, where the decoder has refused it.
+        return unreadable(self.path, reason, max_pixels=None if width and height else self._max_pixels)
 
 
 def _iter_frames(reader: PacketReader, lost_packets: Collection[int] = ()) -> Iterator[VideoFrame | None]:
