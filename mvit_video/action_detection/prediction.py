@@ -23,12 +23,11 @@ from mvit_video.action_detection.drawing import draw_people
 from mvit_video.data.decode import Video
 from mvit_video.data.pixels import finish_clips
 from mvit_video.errors import DataError, VideoError
-from mvit_video.io.writing import write_json
 from mvit_video.prediction.follower import Follower
 from mvit_video.prediction.overview import Demo, Overview, Progress
 from mvit_video.prediction.prediction import NOT_FINITE, Segment
 from mvit_video.prediction.recognizer import prefetch
-from mvit_video.prediction.render import Picture, plot_timeline, redraw_video
+from mvit_video.prediction.render import Picture, redraw_video
 from mvit_video.prediction.stream import Source, iter_windows
 from mvit_video.prediction.timeline import Timeline
 
@@ -243,7 +242,6 @@ class ActionDemo(Demo):
             surest[row] = surest[row].maximum(torch.tensor(list(one.scores.values())))
         spans = [(second - every / 2, second + every / 2) for second in seconds]
         timeline = Timeline(Path(path).name, tuple(people[0].scores), spans, surest, every)
-        plot_timeline(timeline, (), plot := Path(f"{name}.timeline.png"))
 
         def reached(second: float) -> None:
             progress(0.7 + 0.3 * min(second / max(duration, 1e-6), 1), desc="writing the annotated video")
@@ -251,9 +249,7 @@ class ActionDemo(Demo):
         painter = people_painter(people, every=every, min_score=SHOWN_SCORE)
         copy = redraw_video(path, painter, Path(f"{name}.annotated.mp4"), progress=reached)
         told = {
-            "path": Path(path).name,
             "people": [asdict(one.likely(0.0)) | {"path": Path(path).name} for one in people],
             "segments": [asdict(segment) for segment in to_segments(people, every, SHOWN_SCORE)],
         }
-        write_json(json_file := Path(f"{name}.json"), told)
-        return Overview(self._likeliest(timeline), str(copy), str(plot), None, None, str(json_file))
+        return self._of_timeline(name, timeline, copy, told)

@@ -27,13 +27,12 @@ from mvit_video.detection.metrics import LIKELY, to_result
 from mvit_video.errors import DataError, VideoError
 from mvit_video.io.clips import clip_writer
 from mvit_video.io.console import valid_text
-from mvit_video.io.writing import replacing, write_json
+from mvit_video.io.writing import replacing
 from mvit_video.model.inference import autocast
 from mvit_video.prediction.follower import LOST, Follower
 from mvit_video.prediction.inputs import expand
 from mvit_video.prediction.overview import Demo, Overview, Progress
 from mvit_video.prediction.prediction import NOT_FINITE
-from mvit_video.prediction.render import plot_timeline
 from mvit_video.prediction.timeline import Timeline
 
 FRAMES_AT_ONCE, PIXELS_AT_ONCE = 16, 1 << 25  # that are decoded of a video
@@ -238,6 +237,4 @@ class ObjectDemo(Demo):
         if not rows:
             raise DataError("no object was detected in this video")
         timeline = Timeline(Path(path).name, names, spans, torch.stack(likeliest), every)
-        plot_timeline(timeline, (), plot := Path(f"{name}.timeline.png"))
-        write_json(json_file := Path(f"{name}.json"), {"path": Path(path).name, "objects": rows})
-        return Overview(self._likeliest(timeline), str(copy), str(plot), None, None, str(json_file))
+        return self._of_timeline(name, timeline, copy, {"objects": rows})

@@ -69,11 +69,14 @@ class Demo:
         self._files = tempfile.TemporaryDirectory(prefix="mvit-demo-")
         return Path(self._files.name) / Path(path).stem
 
-    def _likeliest(self, timeline: Timeline) -> dict[str, float]:
-        """The highest scores of classes in any window, best first."""
+    def _of_timeline(self, name: Path, timeline: Timeline, copy: Path, told: dict[str, Any]) -> Overview:
+        """An overview by a timeline alone; its scores are the highest of each class in any window."""
+        plot_timeline(timeline, (), plot := Path(f"{name}.timeline.png"))
+        write_json(json_file := Path(f"{name}.json"), {"path": timeline.path, **told})
         best = timeline.scores.amax(0).topk(min(self.topk, len(timeline.class_names)))
         pairs = zip(best.values.tolist(), best.indices.tolist(), strict=True)
-        return {timeline.class_names[index]: score for score, index in pairs}
+        scores = {timeline.class_names[index]: score for score, index in pairs}
+        return Overview(scores, str(copy), str(plot), None, None, str(json_file))
 
     def answer(
         self,
