@@ -87,9 +87,6 @@ class ClipLoader(Generic[Collated]):
         num_workers: threads or processes; 0 makes samples when they are asked for.
         worker_type: "thread" of this process, "process", or "auto": threads if there are at most two, else
             processes; and always threads, each with a stream of its own, where files are decoded on a GPU.
-        prefetch: how many samples are under way at most; None: two batches and one more for each worker,
-            but fewer where they would fill more than an eighth of the memory (of a GPU's free one, where they
-            lie there), unless every worker is to have one.
         device: where samples lie; None: where the dataset's ``open_file`` decodes.
         pin_memory: batches of CPU memory are put where a GPU fetches them fast.
 
@@ -109,14 +106,13 @@ class ClipLoader(Generic[Collated]):
         *,
         num_workers: int,
         worker_type: WorkerType = "auto",
-        prefetch: int | None = None,
         device: torch.device | None = None,
         pin_memory: bool = False,
     ) -> None:
         self.batches = batches
         self.batch_sampler = SimpleNamespace(sampler=batches)  # where Lightning finds its ``set_epoch``
         self._dataset, self._collate = dataset, collate
-        self._num_workers, self._worker_type, self._prefetch = num_workers, worker_type, prefetch
+        self._num_workers, self._worker_type = num_workers, worker_type
         self._samples_on, self._pin_memory = device, pin_memory
         self._workers: _Threads | _Processes | None = None
         self._futures: Generator[Future[Any], None, None] | None = None  # of the newest iteration
@@ -204,7 +200,7 @@ class ClipLoader(Generic[Collated]):
         try:
             with timing.stage("wait for data"):
                 while not wait([future], WARN_AFTER_S).done:
-                    files = ", ".join(workers.current_files())
+                    files = ", ".join(filter(None, workers.current_files().values()))
                     log.warning("no sample for %g s; being read: %s", WARN_AFTER_S, files)
                     if workers.what_died():
                         raise BrokenProcessPool  # Python 3.11 forgets to say so of cancelled futures
@@ -228,7 +224,8 @@ class ClipLoader(Generic[Collated]):
         return self._samples_on or device_of(self._dataset.open_file)
 
     def _most_ahead(self, largest: int) -> int:
-        most = self._prefetch or 2 * largest + self._num_workers
+        """Samples under way: two batches and one a worker, or what memory has room for, but one a worker."""
+        most = 2 * largest + self._num_workers
         size = self._dataset.sample_nbytes
         fitting = int(memory_of(self._device) * PREFETCH_MEMORY_FRACTION / size) if size else most
         return min(most, max(self._num_workers, fitting))
@@ -309,8 +306,8 @@ class _Threads:
         with torch.cuda.stream(self._thread.stream):
             return *self._make(key), self._thread.stream.record_event()
 
-    def current_files(self) -> list[str]:
-        return [path for path in self._files.values() if path]
+    def current_files(self) -> dict[int, str]:
+        return self._files
 
     def what_died(self) -> str | None:
         return None  # threads go with this process
@@ -347,8 +344,10 @@ class _Processes:
         self._processes: Any = self.pool._processes
         self.make = _make_in_process
 
-    def current_files(self) -> list[str]:
-        return [path for path in self._files_by_pid().values() if path]
+    def current_files(self) -> dict[int, str]:
+        """By the process's number."""
+        notes = [bytes(file.value).partition(b" ") for file in self._files]
+        return {int(pid): os.fsdecode(path) for pid, _, path in notes if pid}
 
     def what_died(self) -> str | None:
         """Which process has ended, how, and what it was reading; None where all are alive."""
@@ -360,7 +359,7 @@ class _Processes:
         while (code := died.exitcode) is None:  # the pool's thread is asking for it just now
             died.join(0.01)
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
-        reading = self._files_by_pid().get(died.pid)
+        reading = self.current_files().get(died.pid)
         where = f"while it read {reading}" if reading else "between two videos"
         advice = " (out of memory? fewer num_workers need less)" if code == -signal.SIGKILL else ""
         return f"a process of the loader {how} {where}{advice}"
@@ -376,10 +375,6 @@ class _Processes:
     def _kill(self) -> None:
         for process in list(self._processes.values()):
             process.kill()
-
-    def _files_by_pid(self) -> dict[int, str]:
-        notes = [bytes(file.value).partition(b" ") for file in self._files]
-        return {int(pid): os.fsdecode(path) for pid, _, path in notes if pid}
 
 
 _making: _Making  # of this process, where it is one of them

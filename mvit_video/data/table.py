@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mvit_video.data.files import existing
-from mvit_video.data.index import LabelledVideo, VideoIndex, VideoSplits, leave_out
+from mvit_video.data.index import LabelledVideo, VideoIndex, VideoSplits, leave_out, relative
 from mvit_video.errors import DataError
 from mvit_video.io.fingerprint import Fingerprint
 from mvit_video.io.writing import replacing
@@ -191,7 +191,7 @@ def read_parquet(file: Path, columns: Sequence[str]) -> pa.Table:
 def _portable(path: str, base: str) -> str:
     """Relative to the index below its folder, so that both can be moved together; else absolute."""
     path = os.path.abspath(path)  # noqa: PTH100 (speed)
-    return "." if path == base else path.removeprefix(base.rstrip(os.sep) + os.sep)
+    return "." if path == base else relative(path, base)
 
 
 def _read(file: Path, columns: Sequence[str]) -> tuple[pa.Table, dict[str, Any]]:

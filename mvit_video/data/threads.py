@@ -16,16 +16,15 @@ Out = TypeVar("Out")
 
 
 def threaded_map(
-    function: Callable[[In], Out], items: Iterable[In], num_workers: int, *, prefetch: int | None = None
+    function: Callable[[In], Out], items: Iterable[In], num_workers: int
 ) -> Generator[Out, None, None]:
     """``map`` by threads that work ahead of the reader; results come in the order of the items.
 
     FFmpeg and torch release the interpreter's lock while they work.
 
     Args:
-        items: taken one by one, when there is room for another result.
+        items: taken one by one, when there is room for another result: two for each thread.
         num_workers: threads; 0 calls the function when its result is asked for.
-        prefetch: how many items are taken ahead of the reader at most; None: two for each thread.
 
     Yields the results; an exception of the function ends it. When it ends or is closed, so have the threads.
     """
@@ -34,7 +33,7 @@ def threaded_map(
         return
     with thread_pool(num_workers) as pool:
         # A loop would hold on to each result while the next is made.
-        yield from map(Future.result, submit_ahead(pool, function, items, prefetch or 2 * num_workers))
+        yield from map(Future.result, submit_ahead(pool, function, items, 2 * num_workers))
 
 
 def submit_ahead(

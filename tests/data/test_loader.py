@@ -369,10 +369,10 @@ def test_threads_end_with_the_reader() -> None:
             taken.append(number)
             yield number
 
-    squares = threaded_map(lambda number: number**2, items(), 2, prefetch=3)
+    squares = threaded_map(lambda number: number**2, items(), 2)
     assert list(islice(squares, 5)) == [0, 1, 4, 9, 16]
     squares.close()
-    assert len(taken) <= 5 + 3
+    assert len(taken) <= 5 + 4
     assert set(threading.enumerate()) <= before
     assert list(threaded_map(str, range(7), 3)) == list(threaded_map(str, range(7), 0)) == list("0123456")
 
