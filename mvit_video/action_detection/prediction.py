@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from av.video.frame import VideoFrame
 from torch import Tensor
 
 from mvit_video.action_detection.annotations import Box, BoxRow, KeyFrame
@@ -27,7 +26,7 @@ from mvit_video.prediction.follower import Follower
 from mvit_video.prediction.overview import Demo, Overview, Progress
 from mvit_video.prediction.prediction import NOT_FINITE, Segment
 from mvit_video.prediction.recognizer import prefetch
-from mvit_video.prediction.render import Picture, redraw_video
+from mvit_video.prediction.render import Paint, Picture, redraw_video
 from mvit_video.prediction.stream import Source, iter_windows
 from mvit_video.prediction.timeline import Timeline
 
@@ -185,9 +184,7 @@ def to_json(one: PersonActions, min_score: float) -> str:
     return json.dumps(asdict(one.likely(min_score)), allow_nan=False)
 
 
-def people_painter(
-    people: Iterable[PersonActions], *, every: float, min_score: float
-) -> Callable[[Picture, float], VideoFrame]:
+def people_painter(people: Iterable[PersonActions], *, every: float, min_score: float) -> Paint:
     """Draws people's boxes and what they do, for ``redraw_video``.
 
     A picture shows the people of the key frame nearest to it, if that is within ``every`` seconds.
@@ -197,14 +194,13 @@ def people_painter(
         at.setdefault(one.second, []).append(one)
     seconds = np.array(sorted(at) or [math.inf])
 
-    def paint(picture: Picture, second: float) -> VideoFrame:
+    def paint(picture: Picture, second: float) -> Picture:
         nearest = float(seconds[np.abs(seconds - second).argmin()])
         shown = at[nearest] if abs(nearest - second) <= every else []
-        height, width = (side // 2 * 2 for side in picture.shape[:2])
+        height, width = picture.shape[:2]
         boxes = torch.tensor([one.box for one in shown]).reshape(-1, 4) * torch.tensor([width, height] * 2)
-        even = torch.from_numpy(picture[:height, :width].copy()).permute(2, 0, 1)
-        drawn = draw_people(even, boxes, [to_text(one, min_score) for one in shown])
-        return VideoFrame.from_ndarray(drawn.permute(1, 2, 0).contiguous().numpy(), format="rgb24")
+        texts = [to_text(one, min_score) for one in shown]
+        return draw_people(torch.from_numpy(picture).permute(2, 0, 1), boxes, texts).permute(1, 2, 0).numpy()
 
     return paint
 

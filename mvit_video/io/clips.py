@@ -39,13 +39,18 @@ def clip_writer(
             stream.codec_context.time_base = _TICK
 
         def add(picture: Any, second: float | None) -> None:
-            height, width = (side // 2 * 2 for side in picture.shape[:2])
-            if not stream.codec_context.is_open:
-                stream.height, stream.width = height, width
-            frame = VideoFrame.from_ndarray(np.ascontiguousarray(picture[:height, :width]), format="rgb24")
-            if second is not None:
-                frame.pts, frame.time_base = round(second / _TICK), _TICK
-            container.mux(stream.encode(frame))
+            add_picture(container, stream, picture, None if second is None else round(second / _TICK), _TICK)
 
         yield add
         container.mux(stream.encode(None))
+
+
+def add_picture(container: Any, stream: Any, picture: Any, pts: int | None, tick: Fraction) -> None:
+    """Encode an uint8 picture (H, W, 3), or an even part of it as yuv420p is; the first gives the size."""
+    height, width = (side // 2 * 2 for side in picture.shape[:2])
+    if not stream.codec_context.is_open:
+        stream.height, stream.width = height, width
+    frame = VideoFrame.from_ndarray(np.ascontiguousarray(picture[:height, :width]), format="rgb24")
+    if pts is not None:
+        frame.pts, frame.time_base = pts, tick
+    container.mux(stream.encode(frame))

@@ -14,11 +14,11 @@ import av
 import numpy as np
 import numpy.typing as npt
 from av.error import FFmpegError
-from av.video.frame import VideoFrame
 from PIL import Image, ImageDraw, ImageFont
 
 from mvit_video.data.decode.container import MAX_PIXELS, declared_rate
 from mvit_video.errors import VideoError
+from mvit_video.io.clips import add_picture
 from mvit_video.io.console import printable
 from mvit_video.io.figures import new_figure
 from mvit_video.io.writing import replacing
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Picture = npt.NDArray[np.uint8]
-Paint = Callable[[Picture, float], VideoFrame]
+Paint = Callable[[Picture, float], Picture]
 
 MAX_CURVES, MAX_LEGEND = 8, 16
 _FORMATS = {".mp4": "mp4", ".mkv": "matroska"}
@@ -97,7 +97,7 @@ def is_playable(source: str) -> bool:
 
 def playable_copy(source: str, path: Path) -> None:
     """An MP4 of a video for browsers, without sound; see ``redraw_video``."""
-    redraw_video(source, _Painter(()), path, sound=False)
+    redraw_video(source, lambda picture, _: picture, path, sound=False)
 
 
 def annotate_video(source: str, segments: Sequence[Segment], path: Path, **options: Any) -> Path:
@@ -118,7 +118,7 @@ def redraw_video(
 
     Args:
         paint: gives what is shown in the place of a picture, upright RGB (H, W, 3), of a second since the
-            first; of even height and width.
+            first. It may draw into the picture.
         path: of the copy; an audio codec that MP4 can't hold makes it a ``.mkv``. Another file of that name
             is kept, see ``io.writing.replacing``.
         max_pixels: of a frame; a source with larger ones is refused.
@@ -177,11 +177,8 @@ def _copy_with_labels(
                     continue
                 last = pts
                 progress(second := float((pts - first) * tick))
-                drawn = paint(to_rgb(frame)[0].permute(1, 2, 0).numpy(), second)
-                drawn.pts, drawn.time_base = pts, tick
-                if pts == first:
-                    video.height, video.width = drawn.height, drawn.width
-                copy.mux(video.encode(drawn))
+                picture = paint(to_rgb(frame)[0].permute(1, 2, 0).numpy(), second)
+                add_picture(copy, video, picture, pts, tick)
         if first is not None:
             copy.mux(waiting)
             waiting = []
@@ -200,10 +197,8 @@ class _Painter:
         self._changes = sorted({second for segment in segments for second in (segment.start, segment.end)})
         self._drawn: tuple[int, Picture] = (-1, np.empty((0, 0, 3), np.uint8))  # after which change
 
-    def __call__(self, picture: Picture, second: float) -> VideoFrame:
-        """A copy of even height and width, as yuv420p is."""
-        height, width = picture.shape[0] // 2 * 2, picture.shape[1] // 2 * 2
-        picture = np.array(picture[:height, :width], order="C")
+    def __call__(self, picture: Picture, second: float) -> Picture:
+        height, width = picture.shape[:2]
         second += 1e-6
         change = bisect.bisect_right(self._changes, second)
         if change != self._drawn[0]:
@@ -213,7 +208,7 @@ class _Painter:
         strip = self._drawn[1]
         lower = picture[height - len(strip) :]
         lower[:] = lower // 4 + strip // 4 * 3  # the picture shines through
-        return VideoFrame.from_ndarray(picture, format="rgb24")
+        return picture
 
 
 def _strip(segment: Segment, height: int, width: int) -> Picture:
