@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
 
@@ -76,8 +76,6 @@ def train(config: DictConfig) -> float | None:
         trainer = _build_trainer(config, output, monitor)
 
         training: Training = task.train(config, trainer)
-        for loader in (training.training, training.validation):
-            stack.enter_context(closing(loader))
         if config.compile == "auto":
             trainer.callbacks.append(CompileIfFaster())  # type: ignore[attr-defined]
         elif config.compile:

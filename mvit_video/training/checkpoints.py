@@ -85,33 +85,21 @@ class LastCheckpoint(Checkpoint):
         validates = loop.epoch_loop._should_check_val_fx(cast(Any, loop._data_fetcher))
         if _is_gathering(trainer) or validates or batch_idx + 1 == trainer.num_training_batches:
             return
-        asks = trainer.world_size == 1 or trainer.global_step % _ASK_EVERY == 0
-        end = asks and self._ends(trainer)
-        if end or self._is_due(trainer):
-            self._save(trainer)
-        if end:
-            self._end(trainer)
+        is_due = self._is_due(trainer)
+        if is_due or trainer.world_size == 1 or trainer.global_step % _ASK_EVERY == 0:
+            self._write(trainer, is_due)
 
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.sanity_checking:  # there is nothing to save yet
-            return
-        end = self._ends(trainer)
-        in_epoch = trainer.fit_loop.batch_idx + 1 < trainer.num_training_batches
-        if end or (in_epoch and self._is_due(trainer)):
-            self._save_in_validation(trainer)
-        if end:
-            self._end(trainer)
+    def on_validation_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        if not trainer.sanity_checking:  # else there is nothing to save yet
+            self._write(trainer, is_cut(trainer) and self._is_due(trainer), validating=True)
 
     def on_validation_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        if not trainer.sanity_checking and self._ends(trainer):
-            self._save_in_validation(trainer)
-            self._end(trainer)
+        if not trainer.sanity_checking:
+            self._write(trainer, False, validating=True)
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         self._ends_cut_epoch = is_cut(trainer)
-        self._save(trainer)
-        if self._ends(trainer):
-            self._end(trainer)
+        self._write(trainer, True)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -127,25 +115,19 @@ class LastCheckpoint(Checkpoint):
     def _is_due(self, trainer: pl.Trainer) -> bool:
         return self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0
 
-    def _ends(self, trainer: pl.Trainer) -> bool:
-        """Whether any process was asked to end."""
-        return trainer.strategy.reduce_boolean_decision(self._terminated or self._requeues, all=False)
-
-    def _end(self, trainer: pl.Trainer) -> None:
-        if self._requeues and trainer.is_global_zero:
-            processes.requeue()
-        raise SIGTERMException
-
-    def _save_in_validation(self, trainer: pl.Trainer) -> None:
-        if _is_gathering(trainer) or trainer.global_step == trainer.max_steps:
-            return  # nothing would lead to it; the checkpoint before does
-        self._leads_to_validation = True
-        self._save(trainer)
-        self._leads_to_validation = False
-
-    def _save(self, trainer: pl.Trainer) -> None:
-        if not cast(Any, trainer).fast_dev_run:
+    def _write(self, trainer: pl.Trainer, is_due: bool, *, validating: bool = False) -> None:
+        """Where a checkpoint is due, or any process was asked to end; raises SIGTERMException then."""
+        ends = trainer.strategy.reduce_boolean_decision(self._terminated or self._requeues, all=False)
+        # To such a validation nothing would lead; the checkpoint before does.
+        left_out = validating and (_is_gathering(trainer) or trainer.global_step == trainer.max_steps)
+        if (ends or is_due) and not left_out and not cast(Any, trainer).fast_dev_run:
+            self._leads_to_validation = validating
             trainer.save_checkpoint(self.path)
+            self._leads_to_validation = False
+        if ends:
+            if self._requeues and trainer.is_global_zero:
+                processes.requeue()
+            raise SIGTERMException
 
 
 def _is_gathering(trainer: pl.Trainer) -> bool:

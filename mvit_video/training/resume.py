@@ -137,9 +137,8 @@ def find_checkpoint(ckpt_path: str | None, output: Path, *, own_only: bool) -> P
             log.info("nothing to resume in %s yet: starting at the front", output)
             return None
         runs = output.parents[1]
-        if not found:
-            left = [files for run in runs.glob("*/*") if (files := _left_in(run))]
-            found = max(left, key=lambda files: files[0].stat().st_mtime, default=[])
+        others = filter(None, map(_left_in, runs.glob("*/*")))
+        found = found or max(others, key=lambda files: files[0].stat().st_mtime, default=[])
         if not found:
             raise ConfigError(f"ckpt_path=last: no run below {runs} has left a checkpoint")
     problems: list[str] = []
@@ -167,13 +166,11 @@ def _problem(path: Path) -> str | None:
         return "no such file; ckpt_path takes a checkpoint or 'last'"
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # by the checksums of what it holds
-        if damaged is None:
-            checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            if archive.testzip() is not None:  # by the checksums of what it holds
+                return "the checkpoint is damaged"
+        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception:  # whatever reading it raises
         return "the checkpoint is cut off or damaged"
-    if damaged is not None:
-        return "the checkpoint is damaged"
     if not isinstance(checkpoint, dict) or not {"loops", "optimizer_states"} <= checkpoint.keys():
         return "no checkpoint of a run but weights alone; weights=FILE starts from them"
     return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def run(
     resume_from: Path | None,
     max_bad_videos: float,
 ) -> float | None:
-    """Fit, with the callbacks of ``make_callbacks`` in the Trainer; draw the curves.
+    """Fit, with the callbacks of ``make_callbacks`` in the Trainer; close the loaders, draw the curves.
 
     Args:
         run_fingerprint: what a run must share with the checkpoint that it goes on from.
@@ -117,7 +118,8 @@ def run(
 
     accompanying.append(LambdaCallback(on_train_batch_start=note, on_validation_batch_start=note))
     try:
-        fit(trainer, module, training.training, training.validation, resume_from)
+        with closing(training.training) as clips, closing(training.validation) as held_out:
+            fit(trainer, module, clips, held_out, resume_from)
     except SIGTERMException:
         log.warning("stopped by a signal; ckpt_path=last resumes from the last checkpoint")
         sys.exit(128 + signal.SIGTERM)

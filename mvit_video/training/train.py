@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -125,8 +125,6 @@ def _fit(
             num_replicas=built.world_size,
             pin_memory=torch.cuda.is_available() and num_workers > 0,
         )
-        for loader in (training.training, training.validation):
-            stack.enter_context(closing(loader))
         same = fingerprint(
             batch={"size": module.batch_size * built.world_size},
             optim=recipe,
