@@ -120,19 +120,19 @@ def _frame_patterns(file: Path, folders: list[Path]) -> dict[str, str]:
     found: dict[str, str] = {}
     folder: Path | None = None
     for video, frames in groupby(lines, key=lambda line: line[1][0]):
-        places: list[str] = []
+        first = ""
         paths: list[str] = []
         for where, fields in frames:
             if len(fields) not in (4, 5):
                 raise DataError(f"{where}: expected `{columns}`, got {quoted(' '.join(fields))}")
-            places.append(where)
+            first = first or where
             paths.append(fields[3])
         if video in found:
-            raise DataError(f"{places[0]}: frames of {quoted(video)} come again after those of others")
+            raise DataError(f"{first}: frames of {quoted(video)} come again after those of others")
         pattern = frame_pattern(paths[0], paths[-1])
         if pattern is None or not _means(pattern, paths):
             listed = f"the {len(paths)} frames from {quoted(paths[0])} to {quoted(paths[-1])}"
-            raise DataError(f"{places[0]}: {listed} are not numbered one by one, rising")
+            raise DataError(f"{first}: {listed} are not numbered one by one, rising")
         folder = folder or next((f for f in folders if (f / paths[0]).exists()), folders[0])
         found[video] = os.path.join(folder, pattern)  # noqa: PTH118
     if not found:
