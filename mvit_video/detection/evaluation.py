@@ -107,35 +107,37 @@ def report(
         log.info("images without objects: only detections.json is written, in %s", output)
         return None
     measured, counts = measure(coco, results), summary(coco)["objects"]
-    summaries = {
+    told = {**settings, "images": len(results), "objects": sum(counts.values())}
+    told |= {
         kind: {name: None if value < 0 else value for name, value in precision.summary.items()}
         for kind, precision in measured.items()
     }
     per_class = {
-        name: {"objects": counts[name]}
-        | {
-            f"{kind}_AP": None if math.isnan(value := precision.per_class[label]) else float(value)
-            for kind, precision in measured.items()
-        }
+        name: {kind: float(precision.per_class[label]) for kind, precision in measured.items()}
         for label, name in enumerate(coco.class_names)
     }
-    told = {**settings, "images": len(results), "objects": sum(counts.values()), **summaries}
-    told |= {"per_class": per_class, "problems": [problem._asdict() for problem in coco.problems]}
+    told["per_class"] = {
+        name: {"objects": counts[name]}
+        | {f"{kind}_AP": None if math.isnan(value) else value for kind, value in row.items()}
+        for name, row in per_class.items()
+    }
+    told["problems"] = [problem._asdict() for problem in coco.problems]
     write_json(output / "results.json", told)
-    _write_page(coco, results, measured, output, settings=settings, num_worst=num_worst)
+    classes = [(printable(name), *row.values()) for name, row in per_class.items()]
+    write_page(
+        Path(__file__).with_name("report.html"),
+        output / "report.html",
+        settings={key: str(value) for key, value in settings.items()},
+        images=len(results),
+        measured={kind: precision.summary for kind, precision in measured.items()},
+        figures=list(_figures(measured, output)),
+        classes=sorted(classes, key=lambda row: (math.isnan(row[1]), row[1])),
+        pictures=list(_worst(coco, results, measured["box"].mistakes, num_worst)),
+    )
     return measured
 
 
-def _write_page(
-    coco: CocoImages,
-    results: Sequence[ImageResult],
-    measured: Mapping[str, Precision],
-    output: Path,
-    *,
-    settings: Mapping[str, Any],
-    num_worst: int,
-) -> None:
-    figures = []
+def _figures(measured: Mapping[str, Precision], output: Path) -> Iterator[dict[str, str]]:
     for kind, precision in measured.items():
         with new_figure(curves := output / f"{kind}_curves.png", (5.5, 4)) as figure:
             axes = figure.subplots()
@@ -144,46 +146,32 @@ def _write_page(
             axes.set(xlabel="recall", ylabel="precision (mean of the classes)", xlim=(0, 1), ylim=(0, 1.02))
             axes.legend(loc="lower left")
             axes.grid(alpha=0.3)
-        figures.append({"title": f"Precision of each {kind}", "uri": data_uri(curves.read_bytes())})
-    mistakes = measured["box"].mistakes
-    worst = sorted(results, key=lambda result: -mistakes.get(result.image_id, 0))[:num_worst]
-    pictures = [
-        {"name": name, "mistakes": mistakes[result.image_id], "uri": data_uri(picture)}
-        for result in worst
-        if mistakes.get(result.image_id)
-        for name, picture in _drawn(coco, result)
-    ]
-    classes = [
-        (printable(name), *(float(measured[kind].per_class[label]) for kind in measured))
-        for label, name in enumerate(coco.class_names)
-    ]
-    write_page(
-        Path(__file__).with_name("report.html"),
-        output / "report.html",
-        settings={key: str(value) for key, value in settings.items()},
-        images=len(results),
-        measured={kind: precision.summary for kind, precision in measured.items()},
-        figures=figures,
-        classes=sorted(classes, key=lambda row: (math.isnan(row[1]), row[1])),
-        pictures=pictures,
-    )
+        yield {"title": f"Precision of each {kind}", "uri": data_uri(curves.read_bytes())}
 
 
-def _drawn(coco: CocoImages, result: ImageResult) -> Iterator[tuple[str, bytes]]:
-    """The objects of an image on the left, likely detections on the right; nothing where it is gone."""
-    listed = next(image for image in coco.images if image.id == result.image_id)
-    try:
-        image, target = load_objects(listed).target()
-    except VideoError:
-        return
-    rows = [row for row in result.detections if row["score"] >= LIKELY]
-    found = draw_objects(
-        image,
-        box_convert(torch.tensor([row["bbox"] for row in rows]).reshape(-1, 4), "xywh", "xyxy"),
-        torch.tensor([coco.category_ids.index(row["category_id"]) for row in rows]),
-        [row["segmentation"] for row in rows],
-        coco.class_names,
-        torch.tensor([row["score"] for row in rows]),
-    )
-    truth = draw_objects(image, target["boxes"], target["labels"], target["masks"], coco.class_names)
-    yield printable(Path(listed.path).name), as_png(grid([truth, found], columns=2))
+def _worst(
+    coco: CocoImages, results: Sequence[ImageResult], mistakes: Mapping[int, int], most: int
+) -> Iterator[dict[str, Any]]:
+    """Images with mistakes that aren't gone: their objects on the left, likely detections on the right."""
+    listed = {image.id: image for image in coco.images}
+    wrong = [result for result in results if mistakes.get(result.image_id)]
+    for result in sorted(wrong, key=lambda result: -mistakes[result.image_id])[:most]:
+        try:
+            image, target = load_objects(listed[result.image_id]).target()
+        except VideoError:
+            continue
+        rows = [row for row in result.detections if row["score"] >= LIKELY]
+        found = draw_objects(
+            image,
+            box_convert(torch.tensor([row["bbox"] for row in rows]).reshape(-1, 4), "xywh", "xyxy"),
+            torch.tensor([coco.category_ids.index(row["category_id"]) for row in rows]),
+            [row["segmentation"] for row in rows],
+            coco.class_names,
+            torch.tensor([row["score"] for row in rows]),
+        )
+        truth = draw_objects(image, target["boxes"], target["labels"], target["masks"], coco.class_names)
+        yield {
+            "name": printable(Path(listed[result.image_id].path).name),
+            "mistakes": mistakes[result.image_id],
+            "uri": data_uri(as_png(grid([truth, found], columns=2))),
+        }
