@@ -25,6 +25,7 @@ from mvit_video.io.fingerprint import Fingerprint
 from mvit_video.io.journal import Entry
 from mvit_video.io.pages import data_uri, write_page
 from mvit_video.io.writing import write_json
+from mvit_video.prediction.prediction import NOT_FINITE
 
 ORDERS = {"ActivityNet": "score", "PySlowFast": "file"}
 
@@ -84,9 +85,7 @@ def score_people(
                 with autocast:
                     logits = detector(batch.clips, batch.boxes.to(device)).float().cpu()
                 if not logits.isfinite().all():
-                    raise DataError(
-                        f"{batch.paths[0]}: the model's output isn't finite; its weights are damaged"
-                    )
+                    raise DataError(f"{batch.paths[0]}: {NOT_FINITE}")
                 counts = [len(sample.boxes) for sample in group]
                 yield from zip(group, logits.sigmoid().split(counts), strict=True)
 
@@ -168,7 +167,11 @@ def report(
         )
         found[evaluator] = {"mAP": mean, "per_class": {names[k]: v for k, v in precisions.items()}}
     results = {"key_frames": len(scored), "evaluators": found, **settings}
-    write_json(output / "results.json", _plain(results))
+    # JSON has no word for NaN.
+    told = {
+        name: one | {"mAP": None if math.isnan(one["mAP"]) else one["mAP"]} for name, one in found.items()
+    }
+    write_json(output / "results.json", results | {"evaluators": told})
     per_class = found["PySlowFast"]["per_class"]
     rows = sorted(((n, v) for n, v in per_class.items() if v is not None), key=lambda row: row[1])
     mean = found["PySlowFast"]["mAP"]
@@ -177,10 +180,3 @@ def report(
     template, page = Path(__file__).with_name("report.html"), output / "report.html"
     write_page(template, page, results=results, classes=rows[::-1], picture=picture)
     return results
-
-
-def _plain(value: Any) -> Any:
-    """NaN as null, which JSON has no word for."""
-    if isinstance(value, Mapping):
-        return {key: _plain(entry) for key, entry in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
