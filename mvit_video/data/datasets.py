@@ -188,6 +188,7 @@ def training_loader(
     num_replicas: int = 1,
     shuffle: bool = True,
     weights: Sequence[float] | None = None,
+    arrange: Callable[[list[int], int], list[int]] | None = None,
     **loading: Any,
 ) -> ClipLoader[Any]:
     """Batches of random clips in the order of ``EpochBatches``.
@@ -196,7 +197,7 @@ def training_loader(
         dataset: with a ``seed``; its keys are (epoch, index).
         collate, loading: as of ``ClipLoader``; by default labelled clips.
     """
-    order: dict[str, Any] = {"shuffle": shuffle, "weights": weights}
+    order: dict[str, Any] = {"shuffle": shuffle, "weights": weights, "arrange": arrange}
     batches = EpochBatches(
         len(dataset), batch_size, seed=dataset.seed, rank=rank, num_replicas=num_replicas, **order
     )

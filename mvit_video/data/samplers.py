@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from mvit_video.errors import DataError
@@ -26,6 +26,7 @@ class EpochBatches:
         shuffle: False gives the order of epoch 0 again and again.
         weights: of each video; an epoch then draws as many as there are, with these probabilities and with
             replacement. None: each once.
+        arrange: gives another order of an epoch's videos, told it and how many a step has over all processes.
 
     Raises DataError where there are fewer videos than processes.
     """
@@ -40,10 +41,11 @@ class EpochBatches:
         num_replicas: int = 1,
         shuffle: bool = True,
         weights: Sequence[float] | None = None,
+        arrange: Callable[[list[int], int], list[int]] | None = None,
     ) -> None:
         if num_videos < num_replicas:
             raise DataError(f"{num_replicas} processes can't share {num_videos} training videos")
-        self.weights = weights
+        self.weights, self.arrange = weights, arrange
         self.num_videos, self.seed, self.epoch = num_videos, seed, 0
         self.rank, self.num_replicas, self.shuffle = rank, num_replicas, shuffle
         share = num_videos // num_replicas
@@ -65,6 +67,8 @@ class EpochBatches:
             order = rng.choices(order, self.weights, k=self.num_videos)
         drawn: Counter[int] = Counter()
         keys: list[tuple[int, ...]] = []
+        if self.arrange is not None:
+            order = self.arrange(order, self.batch_size * self.num_replicas)
         for index in order:
             keys.append((self.epoch, index, drawn[index]) if drawn[index] else (self.epoch, index))
             drawn[index] += 1

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -13,9 +14,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
-from mvit_video.data.datasets import BadVideo, read_or_replace, validation_loader
+from mvit_video.data.datasets import BadVideo, read_or_replace, training_loader, validation_loader
 from mvit_video.data.loader import ClipLoader
-from mvit_video.data.samplers import EpochBatches
 from mvit_video.detection.augment import LargeScaleJitter, MultiScale, Objects, shortest_edge
 from mvit_video.detection.coco import AnnotatedImage, OpenImage, load_objects, open_listed, read_image
 from mvit_video.detection.roi_heads import Target
@@ -99,52 +99,29 @@ def resized(image: Image.Image, short_side: int, max_side: int) -> Tensor:
     return pil_to_tensor(image.resize((width, height), Image.Resampling.BILINEAR))
 
 
-class AspectBatches(EpochBatches):
-    """Every image once an epoch, upright ones with upright ones, so that little of a batch is padding.
+def by_aspect(order: Sequence[int], size: int, *, wide: Sequence[bool]) -> list[int]:
+    """Upright images with upright ones, ``size`` of them a step, so that little of a batch is padding.
+
+    Those that are left at the end are of both kinds.
 
     Args:
         wide: of each image, whether it is wider than high.
-        Others as of ``EpochBatches``, of which it keeps all else: the images of a step over all processes
-        are of one kind, but for those that are left at an epoch's end.
     """
-
-    def __init__(self, wide: Sequence[bool], batch_size: int, **order: Any) -> None:
-        super().__init__(len(wide), batch_size, **order)
-        self.wide = wide
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = list(range(self.num_videos))
-        random.Random(f"{self.seed} {self.epoch}").shuffle(order)
-        size = self.batch_size * self.num_replicas
-        waiting: dict[bool, list[int]] = {False: [], True: []}
-        sorted_order: list[int] = []
-        for index in order:
-            group = waiting[self.wide[index]]
-            group.append(index)
-            if len(group) == size:
-                sorted_order += group
-                group.clear()
-        sorted_order += waiting[False] + waiting[True]
-        for start in range(0, len(self) * size, size):
-            share = sorted_order[start : start + size][self.rank :: self.num_replicas]
-            yield [(self.epoch, index) for index in share]
+    waiting: dict[bool, list[int]] = {False: [], True: []}
+    arranged: list[int] = []
+    for index in order:
+        group = waiting[wide[index]]
+        group.append(index)
+        if len(group) == size:
+            arranged += group
+            group.clear()
+    return arranged + waiting[False] + waiting[True]
 
 
-def training_loader(
-    dataset: TrainingImages,
-    *,
-    batch_size: int,
-    rank: int = 0,
-    num_replicas: int = 1,
-    shuffle: bool = True,
-    **loading: Any,
-) -> ClipLoader[ImageBatch]:
-    """Batches in the order of ``AspectBatches``; ``loading`` as of ``ClipLoader``."""
-    wide = [image.width > image.height for image in dataset.images]
-    batches = AspectBatches(
-        wide, batch_size, seed=dataset.seed, rank=rank, num_replicas=num_replicas, shuffle=shuffle
-    )
-    return ClipLoader(dataset, batches, collate, device=torch.device("cpu"), **loading)
+def image_loader(dataset: TrainingImages, **loading: Any) -> ClipLoader[ImageBatch]:
+    """Batches of images of one kind, see ``by_aspect``; ``loading`` as of ``training_loader``."""
+    arrange = partial(by_aspect, wide=[image.width > image.height for image in dataset.images])
+    return training_loader(dataset, collate, arrange=arrange, device=torch.device("cpu"), **loading)
 
 
 def whole_image_loader(dataset: TestImages, **loading: Any) -> ClipLoader[ImageBatch]:

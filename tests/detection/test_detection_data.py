@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mvit_video.data.samplers import EpochBatches
 from mvit_video.detection.augment import LargeScaleJitter, MultiScale
 from mvit_video.detection.coco import AnnotatedImage, coco_splits, load_objects, summary
-from mvit_video.detection.data import AspectBatches, TestImages, TrainingImages, training_loader
+from mvit_video.detection.data import TestImages, TrainingImages, by_aspect, image_loader
 from mvit_video.errors import DataError
 
 CATEGORIES = [{"id": 4, "name": "dog"}, {"id": 2, "name": "cat"}]
@@ -136,9 +138,12 @@ def test_a_broken_image_is_replaced_and_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("num_replicas", [1, 3])
 def test_a_step_has_images_of_one_kind(num_replicas: int) -> None:
     wide = [random.Random(index).random() < 0.6 for index in range(50)]
-    ranks = [
-        AspectBatches(wide, 2, seed=1, rank=rank, num_replicas=num_replicas) for rank in range(num_replicas)
-    ]
+    order: dict[str, Any] = {
+        "seed": 1,
+        "num_replicas": num_replicas,
+        "arrange": partial(by_aspect, wide=wide),
+    }
+    ranks = [EpochBatches(len(wide), 2, rank=rank, **order) for rank in range(num_replicas)]
     for epoch in (0, 1):
         for batches in ranks:
             batches.set_epoch(epoch)
@@ -157,7 +162,7 @@ def test_batches_don_t_depend_on_workers(tmp_path: Path) -> None:
     dataset = TrainingImages(train.images, MultiScale(short_sides=(32, 48)), seed=0)
     found = []
     for workers in (0, 2):
-        loader = training_loader(dataset, batch_size=2, num_workers=workers)
+        loader = image_loader(dataset, batch_size=2, num_workers=workers)
         found.append([batch.paths for batch in loader])
         shapes = {tuple(image.shape) for batch in loader for image in batch.images}
         assert shapes <= {(3, 32, 43), (3, 48, 64), *(shape for shape in shapes if shape[1] in (32, 48))}

@@ -29,7 +29,7 @@ from mvit_video.detection.coco import (
     load_objects,
     summary,
 )
-from mvit_video.detection.data import TestImages, TrainingImages, training_loader, whole_image_loader
+from mvit_video.detection.data import TestImages, TrainingImages, image_loader, whole_image_loader
 from mvit_video.detection.detector import Detector
 from mvit_video.detection.drawing import as_png, name_of_track
 from mvit_video.detection.evaluation import detect_in_images, report
@@ -83,7 +83,7 @@ def train(config: DictConfig, trainer: pl.Trainer) -> Training:
         crowds = summary(splits.train)["crowds"]
         raise DataError(f"no training image has a usable object; {crowds} are crowds (iscrowd=1 in its json)")
     shuffle = not config.trainer.overfit_batches
-    training = training_loader(
+    training = image_loader(
         TrainingImages(trained.images, augment, seed=config.seed), shuffle=shuffle, **loading
     )
     whole = TestImages(
