@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Found = TypeVar("Found")
 
@@ -55,6 +56,15 @@ def look_up(name: str, known: Mapping[str, Found], what: str) -> Found:
         names = ", ".join(sorted(known))
         raise ConfigError(f"unknown {what} {name!r}{did_you_mean(name, known)}; known: {names}")
     return known[name]
+
+
+def import_extra(module: str, extra: str, who: str) -> Any:
+    """A module that only ``who`` needs. Raises ConfigError, with the extra to install, without it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        missing = f"{module.partition('.')[0]} isn't installed: pip install 'mvit-video[{extra}]'"
+        raise ConfigError(f"{missing} ({who} needs it: {error})") from None
 
 
 @contextmanager

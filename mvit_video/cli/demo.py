@@ -15,7 +15,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from mvit_video.cli import app
-from mvit_video.errors import ConfigError, MVitVideoError
+from mvit_video.errors import ConfigError, MVitVideoError, import_extra
 from mvit_video.prediction.explain import METHODS
 from mvit_video.prediction.overview import NO_MAP, Demo, Overview, Progress
 from mvit_video.prediction.render import is_playable, playable_copy
@@ -226,11 +226,7 @@ def launch(page: Any, *, host: str, port: int | None, max_megabytes: float, bloc
 
 
 def _gradio() -> Any:
-    try:
-        import gradio
-    except ImportError as error:
-        raise ConfigError(f"the page needs gradio ({error}): pip install 'mvit-video[demo]'") from None
-    return gradio
+    return import_extra("gradio", "demo", "the page")
 
 
 def serve(config: DictConfig) -> None:

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-from mvit_video.errors import ConfigError
+from mvit_video.errors import ConfigError, import_extra
 from mvit_video.prediction.prediction import Prediction
 
 _FILES_PER_TASK = 32  # enough to fill batches, few enough to be done again after a crash
@@ -42,11 +42,10 @@ def predict_with_ray(
         ConfigError: Ray isn't installed, the cluster isn't there, or it is too small for one actor.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reports its use to its makers otherwise
-    try:
-        import ray.data
-        import ray.exceptions
-    except ImportError as error:
-        raise ConfigError(f"engine=ray needs Ray ({error}): pip install 'mvit-video[ray]'") from None
+    import_extra("ray.data", "ray", "engine=ray")
+    import ray.data
+    import ray.exceptions
+
     started = not ray.is_initialized()
     try:
         if started:

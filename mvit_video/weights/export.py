@@ -13,12 +13,12 @@ import warnings
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mvit_video.errors import CheckpointError, ConfigError, refusing
+from mvit_video.errors import CheckpointError, ConfigError, import_extra, refusing
 from mvit_video.model.base import VideoModel
 from mvit_video.model.config import MViTConfig
 from mvit_video.model.mvit import MViT
@@ -121,8 +121,8 @@ def write_program(
 def _write_onnx(
     model: nn.Module, samples: tuple[Tensor, ...], about: dict[str, str], path: Path, **options: Any
 ) -> None:
-    onnx = imported("onnx")
-    imported("onnxscript")
+    onnx = import_extra("onnx", "onnx", "ONNX")
+    import_extra("onnxscript", "onnx", "ONNX")
     for name in ("onnxscript", "onnx_ir"):  # hundreds of lines about their own steps
         logging.getLogger(name).setLevel(logging.WARNING)
     program = torch.onnx.export(model, samples, dynamo=True, verbose=False, **options)
@@ -173,7 +173,7 @@ def load_program(
 
 
 def _load_onnx(path: Path, device: torch.device) -> tuple[Program, str | None]:
-    runtime = imported("onnxruntime")
+    runtime = import_extra("onnxruntime", "onnx", "ONNX")
     providers = ["CUDAExecutionProvider"] * (device.type == "cuda")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
@@ -211,11 +211,3 @@ def _load_pt2(path: Path, device: torch.device) -> tuple[Program, str | None]:
         return [found] if isinstance(found, Tensor) else list(found)
 
     return run, metadata
-
-
-def imported(name: Literal["onnx", "onnxscript", "onnxruntime"]) -> Any:
-    """One of the packages that ONNX needs. Raises ConfigError where it isn't installed."""
-    try:
-        return __import__(name)
-    except ImportError as error:
-        raise ConfigError(f"ONNX needs {name} ({error}): pip install 'mvit-video[onnx]'") from None

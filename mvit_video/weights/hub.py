@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
-from mvit_video.errors import CheckpointError, ConfigError, refusing
+from mvit_video.errors import CheckpointError, import_extra, refusing
 from mvit_video.io.console import printable
 
 PREFIX = "hf://"
@@ -28,7 +27,7 @@ def download(address: str) -> Path:
         ConfigError: huggingface_hub isn't installed.
     """
     repo, revision, file = parse(address)
-    hub = imported(address)
+    hub = import_extra("huggingface_hub", "hub", address)
     with refusing(CheckpointError, address):
         return Path(hub.hf_hub_download(repo, file or WEIGHTS, revision=revision))
 
@@ -39,12 +38,3 @@ def parse(address: str) -> tuple[str, str | None, str | None]:
     if not match:
         raise CheckpointError(f"{printable(address)}: expected hf://user/name, also with @revision or /file")
     return match[1], match[2], match[3]
-
-
-def imported(address: str) -> Any:
-    """The package that an address needs. Raises ConfigError where it isn't installed."""
-    try:
-        import huggingface_hub
-    except ImportError:
-        raise ConfigError(f"{address} needs huggingface_hub: pip install 'mvit-video[hub]'") from None
-    return huggingface_hub

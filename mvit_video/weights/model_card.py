@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mvit_video.errors import CheckpointError, ConfigError, refusing
+from mvit_video.errors import CheckpointError, ConfigError, import_extra, refusing
 from mvit_video.io.console import printable
 from mvit_video.io.writing import replacing, write_json
 from mvit_video.model.base import VideoModel
 from mvit_video.weights.checkpoint import save_weights
 from mvit_video.weights.description import model_metadata
-from mvit_video.weights.hub import WEIGHTS, imported, parse
+from mvit_video.weights.hub import WEIGHTS, parse
 from mvit_video.weights.reading import METADATA_KEY
 
 
@@ -29,7 +29,7 @@ def push_to_hub(
     repo, revision, file = parse(address)
     if revision or file:
         raise ConfigError(f"{address}: models are saved as hf://user/name")
-    hub = imported(address)
+    hub = import_extra("huggingface_hub", "hub", address)
     with tempfile.TemporaryDirectory() as folder, refusing(CheckpointError, address, but=(ConfigError,)):
         write_repository(model, Path(folder), repo, results=results, licence=licence)
         api = hub.HfApi()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes.util
 import functools
-import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -21,7 +20,7 @@ from mvit_video.data.decode.choice import SAMPLE
 from mvit_video.data.decode.frames import Transform
 from mvit_video.data.decode.pyav import PyAVVideo
 from mvit_video.data.decode.video import Video
-from mvit_video.errors import ConfigError, VideoError
+from mvit_video.errors import ConfigError, VideoError, import_extra
 
 # Rising frame indices -> uint8 (T, 3, H, W), and the seconds of what was decoded, if the library tells them.
 _Read: TypeAlias = Callable[[list[int]], tuple[Tensor, list[float]]]
@@ -133,10 +132,8 @@ def _why_wrong(indexed: PyAVVideo, engine: str) -> str | None:
 def import_torchcodec() -> Any:
     """Its `decoders`. Raises `ConfigError` where it or the FFmpeg libraries that it needs are missing."""
     try:
-        decoders = importlib.import_module("torchcodec.decoders")
+        decoders = import_extra("torchcodec.decoders", "torchcodec", "decoder=torchcodec")
         decoders.VideoDecoder(str(SAMPLE))  # FFmpeg may be loaded only now
-    except ImportError as error:
-        raise ConfigError("torchcodec isn't installed: pip install 'mvit-video[torchcodec]'") from error
     except RuntimeError as error:
         missing = [name for name in _FFMPEG_LIBRARIES if ctypes.util.find_library(name) is None]
         raise ConfigError(
@@ -148,10 +145,7 @@ def import_torchcodec() -> Any:
 
 def import_decord() -> Any:
     """The module. Raises `ConfigError` where it is missing."""
-    try:
-        return importlib.import_module("decord")
-    except ImportError as error:
-        raise ConfigError("decord isn't installed: pip install 'mvit-video[decord]'") from error
+    return import_extra("decord", "decord", "decoder=decord")
 
 
 ENGINES: dict[str, tuple[Callable[[], Any], Callable[[Any, EngineVideo], tuple[int, _Read]]]] = {
