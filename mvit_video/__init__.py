@@ -6,9 +6,11 @@ model = mv.create_model("mvitv2_s_16x4", num_classes=400)
 logits = model(clips)  # float (B, 3, T, H, W) -> (B, 400)
 """
 
+import ast
 import importlib
 import os
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 # Threads of OpenMP that wait for work spin for milliseconds by default, which starves those that decode
 # beside them; if they sleep at once, waking them for the next operation takes a quarter of the model's time.
@@ -16,96 +18,24 @@ from typing import TYPE_CHECKING, Any
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
-if TYPE_CHECKING:
-    from mvit_video.action_detection import ActionDetector, create_action_detector
-    from mvit_video.data.augment import Augment
-    from mvit_video.data.clips import centre_views
-    from mvit_video.data.datasets import ClipDataset, ViewDataset, collate_training, collate_views
-    from mvit_video.data.decode import open_video
-    from mvit_video.data.index import folder_splits
-    from mvit_video.data.lists import csv_splits, json_splits
-    from mvit_video.data.sampling import kinetics_frame_indices, segment_frame_indices, spatial_views
-    from mvit_video.detection import ObjectRecognizer, create_detector, list_detectors, load_detector
-    from mvit_video.errors import CheckpointError, ConfigError, DataError, MVitVideoError, VideoError
-    from mvit_video.evaluation.evaluate import evaluate
-    from mvit_video.model import ClipSpec, MViT, MViTConfig, list_models
-    from mvit_video.prediction import Prediction, Recognizer, predict
-    from mvit_video.pretraining import create_pretrainer, list_pretrainers
-    from mvit_video.training.train import train
-    from mvit_video.weights import create_model, from_slowfast, load_model, load_weights
 
-    Protocol = ClipSpec
+def _public_names() -> dict[str, tuple[str, str]]:
+    """Where each public name lives, and its name there: as ``__init__.pyi`` tells type checkers."""
+    stub = ast.parse(Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8"))
+    imports = (node for node in stub.body if isinstance(node, ast.ImportFrom))
+    return {name.asname or name.name: (node.module, name.name) for node in imports for name in node.names}
 
-# Imported when they are first used, so that what a script doesn't need costs it nothing.
-_HOMES = {
-    "mvit_video.action_detection": ("ActionDetector", "create_action_detector"),
-    "mvit_video.data.decode": ("open_video",),
-    "mvit_video.data.augment": ("Augment",),
-    "mvit_video.data.clips": ("centre_views",),
-    "mvit_video.data.datasets": ("ClipDataset", "ViewDataset", "collate_training", "collate_views"),
-    "mvit_video.data.index": ("folder_splits",),
-    "mvit_video.data.lists": ("csv_splits", "json_splits"),
-    "mvit_video.data.sampling": ("kinetics_frame_indices", "segment_frame_indices", "spatial_views"),
-    "mvit_video.detection": ("ObjectRecognizer", "create_detector", "list_detectors", "load_detector"),
-    "mvit_video.errors": ("CheckpointError", "ConfigError", "DataError", "MVitVideoError", "VideoError"),
-    "mvit_video.evaluation.evaluate": ("evaluate",),
-    "mvit_video.model": ("ClipSpec", "MViT", "MViTConfig", "list_models"),
-    "mvit_video.prediction": ("Prediction", "Recognizer", "predict"),
-    "mvit_video.pretraining": ("create_pretrainer", "list_pretrainers"),
-    "mvit_video.training.train": ("train",),
-    "mvit_video.weights": ("create_model", "from_slowfast", "load_model", "load_weights"),
-}
-_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
-__all__ = [
-    "ActionDetector",
-    "Augment",
-    "CheckpointError",
-    "ClipDataset",
-    "ClipSpec",
-    "ConfigError",
-    "DataError",
-    "MViT",
-    "MViTConfig",
-    "MVitVideoError",
-    "ObjectRecognizer",
-    "Prediction",
-    "Protocol",
-    "Recognizer",
-    "VideoError",
-    "ViewDataset",
-    "centre_views",
-    "collate_training",
-    "collate_views",
-    "create_action_detector",
-    "create_detector",
-    "create_model",
-    "create_pretrainer",
-    "csv_splits",
-    "evaluate",
-    "folder_splits",
-    "from_slowfast",
-    "json_splits",
-    "kinetics_frame_indices",
-    "list_detectors",
-    "list_models",
-    "list_pretrainers",
-    "load_detector",
-    "load_model",
-    "load_weights",
-    "open_video",
-    "predict",
-    "segment_frame_indices",
-    "spatial_views",
-    "train",
-]
+_HOMES = _public_names()
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
-    wanted = "ClipSpec" if name == "Protocol" else name  # Protocol: its name until version 0.2
-    if wanted not in _HOME_OF:
+    """Imports what is first used, so that what a script doesn't need costs it nothing."""
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(_HOME_OF[wanted]), wanted)
+    home, there = _HOMES[name]
+    value = globals()[name] = getattr(importlib.import_module(home), there)
     return value
 
 

@@ -104,8 +104,8 @@ def _evaluation(results: Mapping[str, Any] | None) -> list[str]:
     rows = ["| metric | value | 95 % interval |", "|---|---|---|"]
     for key in ("video_top1", "video_top5", "clip_top1", "mean_class_accuracy", "map"):
         if isinstance(value := results.get(key), int | float):
-            interval = results.get(f"{key}_interval")
-            rows.append(f"| {key} | {value:.4f} | {_range(interval)} |")
+            interval = " to ".join(f"{end:.4f}" for end in results.get(f"{key}_interval") or ())
+            rows.append(f"| {key} | {value:.4f} | {interval} |")
     settings = {
         "videos": results.get("videos"),
         "split": results.get("split"),
@@ -115,9 +115,3 @@ def _evaluation(results: Mapping[str, Any] | None) -> list[str]:
     }
     told = "; ".join(f"{key}: {printable(str(value))}" for key, value in settings.items() if value)
     return ["\n".join(rows), told]
-
-
-def _range(interval: Any) -> str:
-    if isinstance(interval, list) and len(interval) == 2:
-        return f"{interval[0]:.4f} to {interval[1]:.4f}"
-    return ""

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from mvit_video.errors import CheckpointError, brief, refusing
+from mvit_video.errors import CheckpointError, refusing
 from mvit_video.model.clip_spec import ClipSpec
 from mvit_video.model.config import (
     Grid,
@@ -141,7 +141,7 @@ def parse_cfg(cfg: Any, name: str, weight_names: Iterable[str] = ()) -> Descript
             cfg = yaml.safe_load(cfg)  # tags that would make objects are refused
     if not isinstance(cfg, Mapping) or not isinstance(cfg.get("MVIT"), Mapping):
         raise CheckpointError(f"{name}: its cfg is no MViT configuration, it has no section MVIT")
-    try:
+    with refusing(CheckpointError, f"{name}: its cfg is no MViT configuration"):
         require_bounded(cfg)
         options = {
             section: {option: getattr(_OFFICIAL, field) for option, field in _FIELDS.get(section, {}).items()}
@@ -149,13 +149,9 @@ def parse_cfg(cfg: Any, name: str, weight_names: Iterable[str] = ()) -> Descript
             | {option: _plain(value) for option, value in (cfg.get(section) or {}).items()}
             for section, defaults in _OTHER.items()
         }
-        _require_buildable(options)
+        _require_buildable(options, name)
         config = infer_layout(_model_config(options), set(weight_names))
         return Description(config, _clip_spec(options))
-    except CheckpointError as error:
-        raise CheckpointError(f"{name}: {error}") from None
-    except Exception as error:  # a file can hold anything in the place of anything
-        raise CheckpointError(f"{name}: its cfg is no MViT configuration ({brief(error)})") from None
 
 
 def make_cfg(config: MViTConfig, spec: ClipSpec) -> Sections:
@@ -222,7 +218,7 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _require_buildable(options: Sections) -> None:
+def _require_buildable(options: Sections, name: str) -> None:
     for option, allowed in _BUILDABLE.items():
         section, key, *deeper = option.split(".")
         found = options[section][key]
@@ -230,13 +226,15 @@ def _require_buildable(options: Sections) -> None:
             found = (found or {}).get(deeper[0], False)
         if found not in allowed:
             only = " or ".join(map(str, allowed))
-            raise CheckpointError(f"{option} = {found!s:.80} can't be built; only {only} can")
+            raise CheckpointError(f"{name}: {option} = {found!s:.80} can't be built; only {only} can")
     mvit = options["MVIT"]
     for option in sorted(set(mvit) - set(_FIELDS["MVIT"]) - set(_OTHER["MVIT"])):
-        raise CheckpointError(f"MVIT.{option[:80]} = {mvit[option]!s:.80} can't be built; it is unknown")
-    if type(mvit["DEPTH"]) is not int or not 0 < mvit["DEPTH"] <= MAX_BLOCKS:
+        found = f"MVIT.{option[:80]} = {mvit[option]!s:.80}"
+        raise CheckpointError(f"{name}: {found} can't be built; it is unknown")
+    depth = mvit["DEPTH"]
+    if type(depth) is not int or not 0 < depth <= MAX_BLOCKS:
         raise CheckpointError(
-            f"MVIT.DEPTH = {mvit['DEPTH']!s:.80} can't be built; only 1 to {MAX_BLOCKS} can"
+            f"{name}: MVIT.DEPTH = {depth!s:.80} can't be built; only 1 to {MAX_BLOCKS} can"
         )
 
 
