@@ -190,13 +190,11 @@ class StageProfiler(Profiler):
         self._outer: list[str] = []
 
     def start(self, action_name: str) -> None:
-        current, name = clock(), _stage_of(action_name)
-        if current is not None and name is not None:
+        if (current := clock()) and (name := _stage_of(action_name)):
             self._outer.append(current.switch(name))
 
     def stop(self, action_name: str) -> None:
-        current = clock()
-        if current is not None and _stage_of(action_name) is not None:
+        if (current := clock()) and _stage_of(action_name):
             current.switch(self._outer.pop())
 
 

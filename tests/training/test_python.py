@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_models import small_model
 
 import mvit_video as mv
 from mvit_video.training.resume import FINGERPRINT_KEY
@@ -14,10 +15,7 @@ QUIET = {"accelerator": "cpu", "log_every_n_steps": 1}
 
 
 def tiny(num_classes: int = 2) -> mv.MViT:
-    torch.manual_seed(0)
-    return mv.create_model(
-        "mvitv2_nano_8x4", num_classes, embed_dim=8, stages=(1, 1), crop_size=32, num_frames=4
-    )
+    return small_model(num_classes=num_classes, crop_size=32)
 
 
 def test_a_folder_is_trained_on_and_its_best_weights_predict(

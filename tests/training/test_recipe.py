@@ -10,6 +10,7 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from golden_weights import unit
+from small_models import small_model
 from torch.utils.data import DataLoader
 
 import mvit_video as mv
@@ -187,26 +188,19 @@ def test_parts_are_frozen_by_name() -> None:
         freeze(model, ["patch_embed", "cls_token", "blocks", "norm", "head"])
 
 
-def fit(folder: Path, *, videos: int = 4, epochs: int = 1, callbacks=(), **settings) -> Classifier:
-    """Train a tiny model on noise, all on one device."""
-    torch.manual_seed(0)
-    model = mv.create_model("mvitv2_nano_8x4", 3, embed_dim=8, stages=(1, 1), crop_size=16, num_frames=2)
-    clips = torch.randn(videos, 3, 2, 16, 16)
-    batches = [Batch(clips, torch.arange(videos) % 3, []) for _ in range(4)]
-    optimizer = partial(torch.optim.SGD, momentum=0.0)
-    classifier = Classifier(model, optimizer=optimizer, batch_size=videos, **settings)
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        devices=1,
-        max_epochs=epochs,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
-        callbacks=list(callbacks),
+def trainer_on_cpu(folder: Path, **options) -> pl.Trainer:
+    quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    options = {"max_epochs": 1, **dict.fromkeys(quiet, False), **options}
+    return pl.Trainer(accelerator="cpu", devices=1, default_root_dir=folder, **options)
+
+
+def fit(folder: Path, *, batches: int = 4, trainer: dict | None = None, **settings) -> Classifier:
+    """Train a tiny model on noise, four videos at once."""
+    classifier = Classifier(
+        small_model(num_frames=2), **{"optimizer": torch.optim.SGD, **settings}, batch_size=4
     )
-    trainer.fit(classifier, DataLoader(batches, batch_size=None))
+    batch = Batch(torch.randn(4, 3, 2, 16, 16), torch.arange(4) % 3, [])
+    trainer_on_cpu(folder, **trainer or {}).fit(classifier, DataLoader([batch] * batches, batch_size=None))
     return classifier
 
 
@@ -222,21 +216,13 @@ def test_rates_are_scaled_with_the_videos_of_a_step(
             return super().step(closure)
 
     settings = {"lr": 0.1, "warmup": 0.25, "warmup_start_lr": 0.02, "end_lr": 0.01}
-    model = mv.create_model("mvitv2_nano_8x4", 3, embed_dim=8, stages=(1, 1), crop_size=16, num_frames=2)
-    classifier = Classifier(
-        model, optimizer=Noting, batch_size=4, lr_batch_size=lr_batch_size, layer_decay=0.5, **settings
-    )
-    batches = [Batch(torch.randn(4, 3, 2, 16, 16), torch.arange(4) % 3, []) for _ in range(8 * accumulate)]
-    trainer = pl.Trainer(
-        accelerator="cpu", devices=1, max_epochs=1, accumulate_grad_batches=accumulate, logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        default_root_dir=tmp_path,
-    )  # fmt: skip
-    trainer.fit(classifier, DataLoader(batches, batch_size=None))
+    settings |= {"optimizer": Noting, "lr_batch_size": lr_batch_size, "layer_decay": 0.5}
+    trainer = {"accumulate_grad_batches": accumulate}
+    classifier = fit(tmp_path, batches=8 * accumulate, trainer=trainer, **settings)
     plan = partial(learning_rate, lr=0.1, epochs=8, warmup_epochs=2, warmup_start_lr=0.02, end_lr=0.01)
     assert rates == pytest.approx([scale * plan(step) for step in range(8)])
     first, last = classifier.optimizers(False).param_groups[0], classifier.optimizers(False).param_groups[-1]
-    assert first["lr"] == pytest.approx(last["lr"] * 0.5 ** (len(model.blocks) + 1))
+    assert first["lr"] == pytest.approx(last["lr"] * 0.5 ** (len(classifier.model.blocks) + 1))
 
 
 def test_mixing_follows_from_seed_epoch_and_batch(tmp_path: Path) -> None:
@@ -249,7 +235,7 @@ def test_mixing_follows_from_seed_epoch_and_batch(tmp_path: Path) -> None:
             return mixed, lam
 
     for seed in (1, 1, 2):
-        fit(tmp_path, lr=0.0, mixing=Watching(), seed=seed, epochs=2)
+        fit(tmp_path, lr=0.0, mixing=Watching(), seed=seed, trainer={"max_epochs": 2})
         np.random.default_rng().random()
     first, again, other = seen[:8], seen[8:16], seen[16:]
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
@@ -261,7 +247,8 @@ def test_what_the_model_sees_is_drawn_and_the_time_is_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level("INFO", "mvit_video"):
-        fit(tmp_path, lr=0.1, epochs=3, callbacks=[EstimatedTime(), BatchPicture(tmp_path / "batch.png")])
+        callbacks = [EstimatedTime(), BatchPicture(tmp_path / "batch.png")]
+        fit(tmp_path, lr=0.1, trainer={"max_epochs": 3, "callbacks": callbacks})
     assert (tmp_path / "batch.png").stat().st_size > 5000
     told = [message for message in caplog.messages if "one epoch will take about" in message]
     assert len(told) == 1
@@ -274,18 +261,10 @@ def test_a_broken_loss_that_is_seen_later_leaves_its_own_batch(
 ) -> None:
     """On a GPU a loss is looked at when it is there, some steps later; nothing waits for it."""
     monkeypatch.setattr(_Unchecked, "is_there", lambda self: classifier.global_step >= self.step + in_flight)
-    model = mv.create_model("mvitv2_nano_8x4", 3, embed_dim=8, stages=(1, 1), crop_size=16, num_frames=2)
-    classifier = Classifier(model, optimizer=torch.optim.SGD, lr=0.0)
-    batches = [
-        Batch(
-            torch.full((2, 3, 2, 16, 16), float(step) if step != 1 else float("nan")),
-            torch.tensor([0, 1]),
-            [],
-        )
-        for step in range(6)
-    ]
-    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"))
-    trainer = pl.Trainer(accelerator="cpu", devices=1, max_epochs=1, default_root_dir=tmp_path, **quiet)
+    classifier = Classifier(small_model(num_frames=2), optimizer=torch.optim.SGD, lr=0.0)
+    values = (0.0, torch.nan, 2.0, 3.0, 4.0, 5.0)
+    batches = [Batch(torch.full((2, 3, 2, 16, 16), value), torch.tensor([0, 1]), []) for value in values]
+    trainer = trainer_on_cpu(tmp_path)
     with pytest.raises(TrainingError, match="step 1;"):
         trainer.fit(classifier, DataLoader(batches, batch_size=None))
     assert trainer.global_step == 1 + in_flight
