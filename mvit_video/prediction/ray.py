@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-from mvit_video.errors import ConfigError, import_extra
+from mvit_video.errors import ConfigError, brief, import_extra
 from mvit_video.prediction.prediction import Prediction
 
 _FILES_PER_TASK = 32  # enough to fill batches, few enough to be done again after a crash
@@ -52,7 +52,7 @@ def predict_with_ray(
             quiet: dict[str, Any] = {"log_to_driver": False, "include_dashboard": False}
             ray.init(address=address, logging_level=logging.ERROR, **quiet)
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
-        raise ConfigError(f"there is no Ray cluster at {address}: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"there is no Ray cluster at {address}: {brief(error)}") from None
     try:
         available: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
         for kind, wanted in (("CPU", cpus), ("GPU", gpus)):

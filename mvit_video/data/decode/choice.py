@@ -18,7 +18,7 @@ from av.error import FFmpegError
 from mvit_video.data.decode.frames import NotOnHardware
 from mvit_video.data.decode.pyav import PyAVVideo
 from mvit_video.data.decode.video import CPU
-from mvit_video.errors import ConfigError
+from mvit_video.errors import ConfigError, brief
 
 log = logging.getLogger(__name__)
 
@@ -73,15 +73,14 @@ def why_no_nvdec(index: int = 0) -> str | None:
     """Why frames can't be decoded on a GPU here, found by trying and looking at them; None if they can."""
     if "cuda" not in hwdevices_available():
         return "this PyAV is built without CUDA (pip install --force-reinstall av)"
-    problem = why_no_gpu(index)
-    if problem is not None:
+    if problem := why_no_gpu(index):
         return problem
     try:
         is_right = _is_right(torch.device("cuda", index))
     except (FFmpegError, NotOnHardware, NotImplementedError, RuntimeError) as error:
         return (
-            f"NVDEC does not work ({type(error).__name__}: {str(error).splitlines()[0]}); in a container the "
-            "driver's video part is needed (NVIDIA_DRIVER_CAPABILITIES=compute,video,utility)"
+            f"NVDEC does not work ({brief(error)}); in a container the driver's video part is needed "
+            "(NVIDIA_DRIVER_CAPABILITIES=compute,video,utility)"
         )
     wrong = "NVDEC gives other pictures than the CPU decoder (is the driver up to date?)"
     return None if is_right else wrong

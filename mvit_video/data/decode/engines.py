@@ -20,7 +20,7 @@ from mvit_video.data.decode.choice import SAMPLE
 from mvit_video.data.decode.frames import Transform
 from mvit_video.data.decode.pyav import PyAVVideo
 from mvit_video.data.decode.video import Video
-from mvit_video.errors import ConfigError, VideoError, import_extra
+from mvit_video.errors import ConfigError, VideoError, brief, import_extra
 
 # Rising frame indices -> uint8 (T, 3, H, W), and the seconds of what was decoded, if the library tells them.
 _Read: TypeAlias = Callable[[list[int]], tuple[Tensor, list[float]]]
@@ -77,8 +77,7 @@ class EngineVideo(Video):
             raise VideoError(self.path, f"{self._engine} {problem}; decode it with decoder=pyav")
 
     def _unreadable(self, error: Exception) -> VideoError:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-        return VideoError(self.path, f"{self._engine} can't read it ({reason})")
+        return VideoError(self.path, f"{self._engine} can't read it ({brief(error)})")
 
 
 def _open_with_torchcodec(decoders: Any, video: EngineVideo) -> tuple[int, _Read]:
