@@ -32,13 +32,9 @@ def read_training_clips(
     if spec.sampling == "segment":
         indices = random_segment_frame_indices(video.num_frames, clip_frames=spec.clip_frames, rng=rng)
     else:
+        length, stride, fps = spec.clip_frames, spec.stride, spec.target_fps
         indices = random_frame_indices(
-            video.num_frames,
-            video.fps,
-            clip_frames=spec.clip_frames,
-            stride=spec.stride,
-            target_fps=spec.target_fps,
-            rng=rng,
+            video.num_frames, video.fps, clip_frames=length, stride=stride, target_fps=fps, rng=rng
         )
     augmentation = ClipAugmentation(augment, spec.crop, mean=spec.mean, std=spec.std, rng=rng)
     return augmentation.to_clips(video.get_frames(indices, transform=augmentation))
@@ -100,21 +96,13 @@ def centre_views(clips: Tensor, spec: ClipSpec) -> Tensor:
 
 def view_frame_indices(num_frames: int, fps: float, spec: ClipSpec) -> list[list[int]]:
     """Frame numbers of the test clips."""
+    length, clips, stride, target_fps = spec.clip_frames, spec.num_clips, spec.stride, spec.target_fps
     if spec.sampling == "segment":
-        return [segment_frame_indices(num_frames, clip_frames=spec.clip_frames)]
+        return [segment_frame_indices(num_frames, clip_frames=length)]
     if spec.sampling == "torchvision":
         return torchvision_frame_indices(
-            num_frames,
-            fps,
-            clip_frames=spec.clip_frames,
-            frame_rate=spec.target_fps / spec.stride,
-            num_clips=spec.num_clips,
+            num_frames, fps, clip_frames=length, frame_rate=target_fps / stride, num_clips=clips
         )
     return kinetics_frame_indices(
-        num_frames,
-        fps,
-        clip_frames=spec.clip_frames,
-        stride=spec.stride,
-        num_clips=spec.num_clips,
-        target_fps=spec.target_fps,
+        num_frames, fps, clip_frames=length, stride=stride, num_clips=clips, target_fps=target_fps
     )

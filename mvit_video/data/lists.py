@@ -187,13 +187,8 @@ def _index_of_list(
     remedy = video_list.remedy or f"relative paths start at root={base}"
     if missing and any("\\" in row.path for row in video_list.rows):
         remedy = f"paths have `\\` between folders, where this system has `/`; {remedy}"
-    return leave_out(
-        VideoIndex(tuple(videos), names),
-        missing,
-        source=video_list.file,
-        max_missing=max_missing if labels else 1.0,
-        remedy=remedy,
-    )
+    index, allowed = VideoIndex(tuple(videos), names), max_missing if labels else 1.0
+    return leave_out(index, missing, source=video_list.file, max_missing=allowed, remedy=remedy)
 
 
 def _label(row: Row, label_of: LabelOf, where: str) -> Label | None:

@@ -246,10 +246,8 @@ def test_kinetics_by_class_folders(tmp_path: Path, a_video: PutVideo) -> None:
     a_video(tmp_path / "val" / "zumba" / "c.mp4")
     splits = kinetics_splits(tmp_path, class_names="kinetics400")
     names = read_class_names("kinetics400")
-    assert [names[video.label or 0] for video in splits.train.videos] == [
-        "passing American football (in game)",
-        "zumba",
-    ]
+    found = [names[video.label or 0] for video in splits.train.videos]
+    assert found == ["passing American football (in game)", "zumba"]
     a_video(tmp_path / "val" / "sleeping in" / "c.mp4")
     with fails(f"{tmp_path / 'val' / 'sleeping in'}: unknown class 'sleeping in'"):
         kinetics_splits(tmp_path, class_names="kinetics400")
@@ -524,19 +522,16 @@ def test_damaged_folders_of_frames_are_named(tmp_path: Path) -> None:
     small = Image.new("RGB", (32, 32))
     content = (folder / "000004.jpg").read_bytes()
     damages: list[tuple[Callable[[Path], object], str]] = [
-        (
-            lambda file: file.write_bytes(content[: len(content) // 2]),
-            r"000004.jpg (is damaged|can't be read)",
-        ),
-        (lambda file: file.write_bytes(b"no picture"), r"000004.jpg is no picture"),
-        (lambda file: file.write_bytes(b""), "000004.jpg is empty"),
-        (lambda file: small.save(file), "000004.jpg is 32x32, the first picture 64x48"),
+        (lambda file: file.write_bytes(content[: len(content) // 2]), "(is damaged|can't be read)"),
+        (lambda file: file.write_bytes(b"no picture"), "is no picture"),
+        (lambda file: file.write_bytes(b""), "is empty"),
+        (lambda file: small.save(file), "is 32x32, the first picture 64x48"),
     ]
     for damage, message in damages:
         damage(folder / "000004.jpg")
         with mv.open_video(folder) as video:
             video.get_frames([0, 1, 2, 4])
-            with pytest.raises(VideoError, match=message):
+            with pytest.raises(VideoError, match=f"000004.jpg {message}"):
                 video.get_frames([3])
     (folder / "000004.jpg").unlink()
     with pytest.raises(VideoError, match=r"picture 4 is missing before 000005.jpg"):
@@ -638,10 +633,8 @@ def ucf101(root: Path, put: PutVideo) -> Path:
 def test_ucf101(tmp_path: Path, a_video: PutVideo) -> None:
     splits = ucf101_splits(ucf101(tmp_path, a_video))
     assert splits.class_names == ("ApplyEyeMakeup", "YoYo")
-    assert labels(splits.train) == {
-        "ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi": 0,
-        "YoYo/v_YoYo_g08_c01.avi": 1,
-    }
+    names = [f"{name}/v_{name}_g08_c01.avi" for name in splits.class_names]
+    assert labels(splits.train) == {names[0]: 0, names[1]: 1}
     assert [video.label for video in splits.val.videos] == [0, 1]
     with fails("trainlist02.txt does not exist"):
         ucf101_splits(tmp_path, fold=2)

@@ -381,7 +381,7 @@ def test_a_number_that_is_no_label_is_named_with_its_line(videos: Path, label: i
         ('[{"path": "v/a.mp4", "label": 0}, {"path": "v/b.mp4"}]', "entry 2 ('v/b.mp4'): it has no label"),
         ('[{"path": "v/a.mp4", "label": null}]', "train.json, entry 1: expected"),
         (
-            '[{"path": "v/a.mp4", "label": 0}, {"path": "v/b.mp4", "label": "x"}]',
+            '[{"path": "a", "label": 0}, {"path": "b", "label": "x"}]',
             "entry 2: the label 'x' is a name, that of",
         ),
     ],
