@@ -41,10 +41,12 @@ MAX_TABLE = 100  # videos; the others are in the output
 
 def predict_files(config: DictConfig, files: list[str]) -> None:
     """Classify the files given as arguments and in ``config.videos``: a table, or a file."""
-    if (task := app.task_of(config)) != "classification":
-        importlib.import_module(f"mvit_video.cli.tasks.{task}").predict(config, files)
-        return
     arguments = files + list(config.videos)
+    if not arguments:
+        raise ConfigError("no videos given; type their files or folders after the command")
+    if (task := app.task_of(config)) != "classification":
+        importlib.import_module(f"mvit_video.cli.tasks.{task}").predict(config, arguments)
+        return
     _check(config, arguments)
     recognizer, settings = build_recognizer(config)
     if config.live:
@@ -128,8 +130,6 @@ def watch(config: DictConfig, recognizer: Recognizer, settings: Fingerprint, sou
 
 def _check(config: DictConfig, arguments: Sequence[str]) -> None:
     """ConfigError for values that don't go together."""
-    if not arguments:
-        raise ConfigError("no videos given; type their files or folders after the command")
     if config.explain and config.window:
         raise ConfigError("explain= takes no window=; it explains a video's clips")
     if config.save and not config.window:

@@ -68,7 +68,7 @@ def train(config: DictConfig) -> float | None:
         # Everything that can be checked without data is built before data are read.
         pl.seed_everything(config.seed, workers=True, verbose=False)
         use_own_gpu()
-        task.check(config)
+        app.build(config.optim, model=task.sketch(config))
         several = config.data.get("multi_label")  # classes a video
         module: Any = MultiLabelClassifier if several else get_class(config.optim._target_)
         monitor = config.monitor or module.monitor

@@ -57,14 +57,13 @@ log = logging.getLogger(__name__)
 MAX_TABLE = 100  # rows; the others are in the output
 
 
-def check(config: DictConfig) -> None:
-    """ConfigError for what can be refused before data are read."""
+def sketch(config: DictConfig) -> ActionDetector:
+    """The model without memory. Raises ConfigError for whatever can be refused before data are read."""
     if not isinstance(app.build(config.augment), ActionAugment):
         raise ConfigError("augment= is for classification; action detection takes augment=action")
     app.build_decoder(config)
     with torch.device("meta"):
-        sketch = _build_detector(config, weights=None)
-        app.build(config.optim, model=sketch)
+        return _build_detector(config, weights=None)
 
 
 def train(config: DictConfig, trainer: pl.Trainer) -> Training:
@@ -205,9 +204,8 @@ def _sha256(index: ActionIndex) -> str:
     return digest.hexdigest()
 
 
-def predict(config: DictConfig, files: list[str]) -> None:
+def predict(config: DictConfig, arguments: list[str]) -> None:
     """Say what the people in films do: a table, or files of rows, subtitles and an annotated copy."""
-    arguments = files + list(config.videos)
     _check_prediction(config, arguments)
     rows = read_boxes(config.persons) if str(config.persons).lower().endswith(".csv") else None
     watcher, open_file = build_watcher(config, find=rows is None), app.build_decoder(config)
@@ -291,8 +289,6 @@ def _watch_live(config: DictConfig, watcher: PeopleWatcher, source: str, max_pix
 
 def _check_prediction(config: DictConfig, arguments: list[str]) -> None:
     """ConfigError for values that don't go together."""
-    if not arguments:
-        raise ConfigError("no videos given; type their files or folders after the command")
     if config.explain or config.window or config.engine != "local":
         raise ConfigError("explain=, window= and engine= are for classification; key frames: stride=1")
     if "png" in config.save:

@@ -26,16 +26,16 @@ FEW_VIDEOS, FEW_OF_A_CLASS = 1000, 50
 MANY_PARAMETERS = 5e6
 
 
-def check(config: DictConfig) -> None:
-    """ConfigError for what can be refused before data are read."""
+def sketch(config: DictConfig) -> VideoModel:
+    """The model without memory. Raises ConfigError for whatever can be refused before data are read."""
     augment, mixing = app.build(config.augment), app.build(config.mixing)
     if mixing is not None and mixing.probability and config.batch_size * augment.repeats < 2:
         raise ConfigError("mixing pairs the clips of a batch; batch_size=2 or more is needed, or mixing=none")
     app.build_decoder(config)
     with torch.device("meta"):
-        sketch = app.build(config.model, weights=None)
-        app.override_protocol(sketch.protocol, config.views)
-        app.build(config.optim, model=sketch)
+        model: VideoModel = app.build(config.model, weights=None)
+    app.override_protocol(model.protocol, config.views)
+    return model
 
 
 def train(config: DictConfig, trainer: pl.Trainer) -> Training:

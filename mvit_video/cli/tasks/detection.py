@@ -58,12 +58,12 @@ MAX_TABLE = 100  # rows; the others are in the output
 log = logging.getLogger(__name__)
 
 
-def check(config: DictConfig) -> None:
-    """ConfigError for what can be refused before data are read."""
+def sketch(config: DictConfig) -> Detector:
+    """The model without memory. Raises ConfigError for whatever can be refused before data are read."""
     if not callable(app.build(config.augment)):
         raise ConfigError("augment= is for videos; detection takes augment=multi_scale or large_scale_jitter")
     with torch.device("meta"):
-        app.build(config.optim, model=_build_detector(config))
+        return _build_detector(config)
 
 
 def train(config: DictConfig, trainer: pl.Trainer) -> Training:
@@ -218,10 +218,9 @@ def evaluate(config: DictConfig) -> None:
         log.info("results.json and report.html are in %s", output)
 
 
-def predict(config: DictConfig, files: list[str]) -> None:
-    """Detect objects in the files given as arguments and in ``config.videos``: a table, or a file."""
-    arguments = files + list(config.videos)
-    _check_prediction(config, arguments)
+def predict(config: DictConfig, arguments: list[str]) -> None:
+    """Detect objects in pictures and videos: a table, or a file."""
+    _check_prediction(config)
     recognizer, settings = _build_recognizer(config)
     ids = recognizer.detector.category_ids or tuple(range(recognizer.detector.config.num_classes))
     paths = expand_files(arguments)
@@ -300,9 +299,7 @@ def build_finder(config: DictConfig) -> ObjectRecognizer:
     )
 
 
-def _check_prediction(config: DictConfig, arguments: list[str]) -> None:
-    if not arguments:
-        raise ConfigError("no pictures or videos given; type their files or folders after the command")
+def _check_prediction(config: DictConfig) -> None:
     for key in ("window", "live", "explain", "per_clip"):
         if config[key]:
             raise ConfigError(f"{key}= is for classification; a detector takes min_score=, stride= and save=")

@@ -26,26 +26,26 @@ from mvit_video.training.resume import files_identity, model_identity, videos_sh
 log = logging.getLogger(__name__)
 
 
-def check(config: DictConfig) -> None:
-    """ConfigError for what can be refused before data are read."""
+def sketch(config: DictConfig) -> MaskFeat:
+    """The model without memory. Raises ConfigError for whatever can be refused before data are read."""
     app.build(config.augment)
     app.build_decoder(config)
     with torch.device("meta"):
-        sketch = app.build(config.model)
-    if not isinstance(sketch, MaskFeat):
+        model = app.build(config.model)
+    if not isinstance(model, MaskFeat):
         raise ConfigError(
             f"task=pretraining needs a model such as maskfeat_mvitv2_s_16x4, not {config.model.name}"
         )
-    sketch.protocol = app.override_protocol(sketch.protocol, config.views)
-    _, window = _masking(config, sketch)
-    spec = sketch.protocol
+    model.protocol = app.override_protocol(model.protocol, config.views)
+    _, window = _masking(config, model)
+    spec = model.protocol
     clips = torch.empty(1, 3, spec.clip_frames, spec.crop, spec.crop, device="meta")
     try:
-        for _, grid in sketch.predict(clips, torch.empty(1, *window, device="meta")):
-            sketch.target_length(grid, spec.crop)
+        for _, grid in model.predict(clips, torch.empty(1, *window, device="meta")):
+            model.target_length(grid, spec.crop)
     except ValueError as error:
         raise ConfigError(f"views: {error}") from None
-    app.build(config.optim, model=sketch)
+    return model
 
 
 def train(config: DictConfig, trainer: pl.Trainer) -> Training:
