@@ -25,12 +25,12 @@ from mvit_video.io.fingerprint import Fingerprint, fingerprint
 from mvit_video.io.writing import sole_writer
 from mvit_video.training import processes
 from mvit_video.training.callbacks import CompileIfFaster, StageProfiler
-from mvit_video.training.checkpoints import AtomicCheckpoints
+from mvit_video.training.checkpoints import CHECKPOINTS, AtomicCheckpoints
 from mvit_video.training.classification import MultiLabelClassifier
 from mvit_video.training.fit import tame_lightning
 from mvit_video.training.module import Training
 from mvit_video.training.resume import find_checkpoint
-from mvit_video.training.run import CHECKPOINTS, make_callbacks, run
+from mvit_video.training.run import make_callbacks, run
 from mvit_video.training.sharding import FullySharded
 
 log = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ from mvit_video.io.writing import interrupts_deferred, replacing
 from mvit_video.training import processes
 from mvit_video.training.metrics import is_cut
 
-LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
+CHECKPOINTS, LAST, PREVIOUS = "checkpoints", "last.ckpt", "previous.ckpt"  # a run's folder, files in it
 _ASK_EVERY = 10  # steps, where several processes have to agree
 
 

@@ -22,7 +22,7 @@ from mvit_video.data.index import LabelledVideo
 from mvit_video.data.loader import ClipLoader
 from mvit_video.errors import CheckpointError, ConfigError, VideoError
 from mvit_video.io.fingerprint import Fingerprint, differences, file_stamp, fingerprint, require_same
-from mvit_video.training.checkpoints import LAST, PREVIOUS
+from mvit_video.training.checkpoints import CHECKPOINTS, LAST, PREVIOUS
 from mvit_video.weights import METADATA_KEY
 
 log = logging.getLogger(__name__)
@@ -154,8 +154,7 @@ def find_checkpoint(ckpt_path: str | None, output: Path, *, own_only: bool) -> P
 
 
 def _left_in(run: Path) -> list[Path]:
-    folder = run / "checkpoints"
-    return [file for file in (folder / LAST, folder / PREVIOUS) if file.is_file()]
+    return [file for name in (LAST, PREVIOUS) if (file := run / CHECKPOINTS / name).is_file()]
 
 
 def _problem(path: Path) -> str | None:

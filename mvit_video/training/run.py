@@ -18,7 +18,7 @@ from mvit_video.errors import ConfigError
 from mvit_video.io.fingerprint import Fingerprint
 from mvit_video.io.writing import keep_former, remove_unfinished
 from mvit_video.training import callbacks
-from mvit_video.training.checkpoints import LastCheckpoint
+from mvit_video.training.checkpoints import CHECKPOINTS, LastCheckpoint
 from mvit_video.training.fit import fit
 from mvit_video.training.metrics import BestCheckpoint, EpochLogger, ResumableMetrics, best_is
 from mvit_video.training.module import Training
@@ -27,8 +27,6 @@ from mvit_video.training.resume import resume
 from mvit_video.training.sharding import AveragedWeights
 
 log = logging.getLogger(__name__)
-
-CHECKPOINTS = "checkpoints"  # folder of a run
 
 
 def make_callbacks(

@@ -19,12 +19,12 @@ from mvit_video.io.console import show_log
 from mvit_video.io.fingerprint import fingerprint
 from mvit_video.io.writing import sole_writer
 from mvit_video.model import VideoModel
-from mvit_video.training.checkpoints import AtomicCheckpoints
+from mvit_video.training.checkpoints import CHECKPOINTS, AtomicCheckpoints
 from mvit_video.training.classification import Classifier, MultiLabelClassifier, classification_training
 from mvit_video.training.fit import tame_lightning
 from mvit_video.training.mixing import Mixing
 from mvit_video.training.resume import find_checkpoint
-from mvit_video.training.run import CHECKPOINTS, make_callbacks, run
+from mvit_video.training.run import make_callbacks, run
 
 
 def train(

@@ -16,6 +16,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from conftest import Command, error_line
+from test_processes import torchrun
 from test_resume import losses, validations
 
 from mvit_video.training.metrics import BestCheckpoint, EpochLogger, Means
@@ -193,12 +194,7 @@ def test_a_process_whose_validation_videos_are_all_unreadable(
     options = ["data.root=data", "max_bad_videos=2", "logger=csv", "trainer.accelerator=cpu"]
     one = command("train", *BASE, *options)
     assert one.code == 0, one.err
-    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*torchrun, "-m", "mvit_video.train", *BASE, *options, "batch_size=1", "hydra.run.dir=two"],
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = torchrun(*BASE, *options, "batch_size=1", "hydra.run.dir=two", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert len(losses(tmp_path / "two")) == len(losses(tmp_path / "run"))
     (two,), (alone,) = validations(tmp_path / "two"), validations(tmp_path / "run")
