@@ -241,18 +241,14 @@ def _iter_frames(source: Source, name: str, follow: float | None, max_pixels: in
 
 def _decoded(container: InputContainer, stream: VideoStream, name: str) -> Iterator[VideoFrame]:
     """All frames but the damaged ones."""
-    demuxer = container.demux(stream)
-    while True:
-        try:
-            packet = next(demuxer, None)
-        except (FFmpegError, OSError) as error:
-            log.warning("%s: reading ended early (%s)", name, _reason(error))
-            packet = None
-        with suppress(FFmpegError, OSError):  # of a packet without its frame, the next one is read
-            frames = stream.decode(None) if packet is None else packet.decode()  # what it still holds
-            yield from (frame for frame in frames if not frame.is_corrupt)
-        if packet is None:
-            return
+    try:
+        for packet in container.demux(stream):
+            with suppress(FFmpegError, OSError):  # of a packet without its frame, the next one is read
+                yield from (frame for frame in packet.decode() if not frame.is_corrupt)
+    except (FFmpegError, OSError) as error:
+        log.warning("%s: reading ended early (%s)", name, _reason(error))
+        with suppress(FFmpegError, OSError):  # what the decoder still holds
+            yield from (frame for frame in stream.decode(None) if not frame.is_corrupt)
 
 
 @contextmanager
