@@ -8,17 +8,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from mvit_video.data import sampling
 from mvit_video.data.augment import Augment, ClipAugmentation
 from mvit_video.data.decode import Video
 from mvit_video.data.pixels import PendingClips, cut_views, finish_clips, resize_for_test, view_crops
-from mvit_video.data.sampling import (
-    SpatialView,
-    kinetics_frame_indices,
-    random_frame_indices,
-    random_segment_frame_indices,
-    segment_frame_indices,
-    torchvision_frame_indices,
-)
 from mvit_video.model.clip_spec import ClipSpec
 
 
@@ -29,11 +22,11 @@ def read_training_clips(
 
     Raises VideoError for a bad file.
     """
+    length, stride, fps = spec.clip_frames, spec.stride, spec.target_fps
     if spec.sampling == "segment":
-        indices = random_segment_frame_indices(video.num_frames, clip_frames=spec.clip_frames, rng=rng)
+        indices = sampling.random_segment_frame_indices(video.num_frames, clip_frames=length, rng=rng)
     else:
-        length, stride, fps = spec.clip_frames, spec.stride, spec.target_fps
-        indices = random_frame_indices(
+        indices = sampling.random_frame_indices(
             video.num_frames, video.fps, clip_frames=length, stride=stride, target_fps=fps, rng=rng
         )
     augmentation = ClipAugmentation(augment, spec.crop, mean=spec.mean, std=spec.std, rng=rng)
@@ -71,7 +64,7 @@ def _resize_large(frames: Tensor, *, spec: ClipSpec, frames_a_clip: float) -> Te
 
 
 def _finish_views(
-    frames: Tensor, *, rows: list[list[int]], crops: list[SpatialView], spec: ClipSpec
+    frames: Tensor, *, rows: list[list[int]], crops: list[sampling.SpatialView], spec: ClipSpec
 ) -> Tensor:
     resized = resize_for_test(frames, spec) if frames.dtype == torch.uint8 else frames
     return cut_views(resized, rows, crops)
@@ -98,11 +91,11 @@ def view_frame_indices(num_frames: int, fps: float, spec: ClipSpec) -> list[list
     """Frame numbers of the test clips."""
     length, clips, stride, target_fps = spec.clip_frames, spec.num_clips, spec.stride, spec.target_fps
     if spec.sampling == "segment":
-        return [segment_frame_indices(num_frames, clip_frames=length)]
+        return [sampling.segment_frame_indices(num_frames, clip_frames=length)]
     if spec.sampling == "torchvision":
-        return torchvision_frame_indices(
+        return sampling.torchvision_frame_indices(
             num_frames, fps, clip_frames=length, frame_rate=target_fps / stride, num_clips=clips
         )
-    return kinetics_frame_indices(
+    return sampling.kinetics_frame_indices(
         num_frames, fps, clip_frames=length, stride=stride, num_clips=clips, target_fps=target_fps
     )

@@ -395,12 +395,10 @@ def draw_split(
             found = [name for name in order if label in counts[name] and possible(name)]
             hold_out(sorted(found, key=lambda name: counts[name].total())[:1])
     _report_groups(index, group, len(groups), len(chosen), [i for i in quota if 0 < quota[i] == lacking[i]])
-    parts: tuple[list[LabelledVideo], list[LabelledVideo]] = ([], [])
     held = {video.id for name in chosen for video in groups[name]}
-    for video in index.videos:
-        parts[video.id in held].append(video)
-    train, val = (VideoIndex(tuple(part), index.class_names) for part in parts)
-    return VideoSplits(replace(train, left_out=index.left_out), val)
+    train = tuple(video for video in index.videos if video.id not in held)
+    val = tuple(video for video in index.videos if video.id in held)
+    return VideoSplits(replace(index, videos=train), VideoIndex(val, index.class_names))
 
 
 def _check_val_fraction(val_fraction: float) -> None:

@@ -62,7 +62,7 @@ class Batches(Protocol):
     def __iter__(self) -> Iterator[list[Any]]: ...
 
 
-class Clips(Protocol):
+class Samples(Protocol):
     """Makes a sample from its key, and opens files with ``open_file`` for it."""
 
     open_file: Callable[[str], Any]
@@ -100,7 +100,7 @@ class ClipLoader(Generic[Collated]):
 
     def __init__(
         self,
-        dataset: Clips,
+        dataset: Samples,
         batches: Batches,
         collate: Callable[[list[Any]], Collated],
         *,
@@ -267,7 +267,7 @@ def memory_limit(system: Path = Path("/")) -> int:
 class _Making:
     """Makes samples from keys, each with the seconds of its stages, and notes which file it reads."""
 
-    def __init__(self, dataset: Clips, note: Callable[[str], None], *, measured: bool) -> None:
+    def __init__(self, dataset: Samples, note: Callable[[str], None], *, measured: bool) -> None:
         self._note, self._open_file, self._measured = note, dataset.open_file, measured
         self._dataset = copy.copy(dataset)
         self._dataset.open_file = self._open
@@ -290,7 +290,7 @@ class _Making:
 class _Threads:
     """Threads of this process. On a GPU they need nothing but streams and events to hand samples over."""
 
-    def __init__(self, dataset: Clips, num_workers: int, device: torch.device) -> None:
+    def __init__(self, dataset: Samples, num_workers: int, device: torch.device) -> None:
         self.pool = thread_pool(num_workers)
         self._device, self._thread = device, threading.local()
         self._files: dict[int, str] = {}  # by thread
@@ -331,7 +331,7 @@ def _hand_over(sample: Any, made: torch.cuda.Event) -> None:
 class _Processes:
     """Processes, each with a piece of shared memory that names the file that it reads."""
 
-    def __init__(self, dataset: Clips, num_workers: int) -> None:
+    def __init__(self, dataset: Samples, num_workers: int) -> None:
         context = multiprocessing.get_context()
         self._files = [context.Array("c", _LONGEST_PATH, lock=False) for _ in range(num_workers)]
         numbers = context.SimpleQueue()
@@ -384,7 +384,7 @@ def _make_in_process(key: Any) -> tuple[Any, dict[str, float], None]:
     return *_making(key), None
 
 
-def _start_process(dataset: Clips, files: list[Any], numbers: Any, measured: bool) -> None:
+def _start_process(dataset: Samples, files: list[Any], numbers: Any, measured: bool) -> None:
     global _making
     # Ctrl-C and a scheduler's signals reach all processes; the one that trains decides what happens then.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
