@@ -175,6 +175,9 @@ class ViewDataset(Dataset[VideoViews]):
         return VideoViews(video, clips if self.pending else finish_clips(clips), spans)
 
 
+TrainingClips, TestViews = ClipDataset, ViewDataset  # their names until version 0.2
+
+
 def _clip_nbytes(protocol: ClipSpec) -> int:
     return 4 * 3 * protocol.clip_frames * protocol.crop**2  # float32 RGB
 
