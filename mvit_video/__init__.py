@@ -6,10 +6,9 @@ model = mv.create_model("mvitv2_s_16x4", num_classes=400)
 logits = model(clips)  # float (B, 3, T, H, W) -> (B, 400)
 """
 
-import ast
 import importlib
 import os
-from pathlib import Path
+import re
 from typing import Any
 
 # Threads of OpenMP that wait for work spin for milliseconds by default, which starves those that decode
@@ -18,15 +17,10 @@ from typing import Any
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
-
-def _public_names() -> dict[str, tuple[str, str]]:
-    """Where each public name lives, and its name there: as ``__init__.pyi`` tells type checkers."""
-    stub = ast.parse(Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8"))
-    imports = (node for node in stub.body if isinstance(node, ast.ImportFrom))
-    return {name.asname or name.name: (node.module, name.name) for node in imports for name in node.names}
-
-
-_HOMES = _public_names()
+# Each name's module, and its name there: as the stub beside this file tells type checkers.
+with open(f"{__file__}i", encoding="utf-8") as _stub:  # noqa: PTH123 - importing pathlib takes milliseconds
+    _LINES = re.findall(r"^from (\S+) import (\S+) as (\w+)", _stub.read(), re.MULTILINE)
+_HOMES = {name: (home, there) for home, there, name in _LINES}
 __all__ = sorted(_HOMES)
 
 
