@@ -8,7 +8,6 @@ logits = model(clips)  # float (B, 3, T, H, W) -> (B, 400)
 
 import importlib
 import os
-import re
 from typing import Any
 
 # Threads of OpenMP that wait for work spin for milliseconds by default, which starves those that decode
@@ -17,19 +16,35 @@ from typing import Any
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
-# Each name's module, and its name there: as the stub beside this file tells type checkers.
-with open(f"{__file__}i", encoding="utf-8") as _stub:  # noqa: PTH123 - importing pathlib takes milliseconds
-    _LINES = re.findall(r"^from (\S+) import (\S+) as (\w+)", _stub.read(), re.MULTILINE)
-_HOMES = {name: (home, there) for home, there, name in _LINES}
-__all__ = sorted(_HOMES)
+# Imported when they are first used, so that what a script doesn't need costs it nothing. Type checkers read
+# the stub beside this file.
+_HOMES = {
+    "mvit_video.action_detection": ("ActionDetector", "create_action_detector"),
+    "mvit_video.data.augment": ("Augment",),
+    "mvit_video.data.clips": ("centre_views",),
+    "mvit_video.data.datasets": ("ClipDataset", "ViewDataset", "collate_training", "collate_views"),
+    "mvit_video.data.decode": ("open_video",),
+    "mvit_video.data.index": ("folder_splits",),
+    "mvit_video.data.lists": ("csv_splits", "json_splits"),
+    "mvit_video.data.sampling": ("kinetics_frame_indices", "segment_frame_indices", "spatial_views"),
+    "mvit_video.detection": ("ObjectRecognizer", "create_detector", "list_detectors", "load_detector"),
+    "mvit_video.errors": ("CheckpointError", "ConfigError", "DataError", "MVitVideoError", "VideoError"),
+    "mvit_video.evaluation.evaluate": ("evaluate",),
+    "mvit_video.model": ("ClipSpec", "MViT", "MViTConfig", "list_models"),
+    "mvit_video.prediction": ("Prediction", "Recognizer", "predict"),
+    "mvit_video.pretraining": ("create_pretrainer", "list_pretrainers"),
+    "mvit_video.training.train": ("train",),
+    "mvit_video.weights": ("create_model", "from_slowfast", "load_model", "load_weights"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+__all__ = ["Protocol", *_HOME_OF]
 
 
 def __getattr__(name: str) -> Any:
-    """Imports what is first used, so that what a script doesn't need costs it nothing."""
-    if name not in _HOMES:
+    wanted = "ClipSpec" if name == "Protocol" else name  # its name until version 0.2
+    if wanted not in _HOME_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home, there = _HOMES[name]
-    value = globals()[name] = getattr(importlib.import_module(home), there)
+    value = globals()[name] = getattr(importlib.import_module(_HOME_OF[wanted]), wanted)
     return value
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import zipfile
+from importlib import import_module
 from pathlib import Path
 
 from conftest import Command
@@ -17,6 +19,13 @@ CONFIGS = sorted(path.relative_to(ROOT / "conf") for path in (ROOT / "conf").rgl
 
 def run(*command: str, **options) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
+
+
+def test_type_checkers_know_each_name() -> None:
+    stub = (ROOT / "mvit_video" / "__init__.pyi").read_text()
+    found = re.findall(r"^from (\S+) import (\w+) as (\w+)", stub, re.MULTILINE)
+    told = {name: getattr(import_module(home), there) for home, there, name in found}
+    assert told == {name: getattr(mv, name) for name in mv.__all__}
 
 
 def test_predict_stays_a_function_beside_its_command() -> None:
