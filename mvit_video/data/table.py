@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from mvit_video.data.files import existing
 from mvit_video.data.index import LabelledVideo, VideoIndex, VideoSplits, leave_out, relative
-from mvit_video.errors import DataError
+from mvit_video.errors import DataError, brief
 from mvit_video.io.fingerprint import Fingerprint
 from mvit_video.io.writing import replacing
 
@@ -203,8 +203,7 @@ def _read(file: Path, columns: Sequence[str]) -> tuple[pa.Table, dict[str, Any]]
         _check(table, metadata)
         table = table.cast(pa.schema([_SCHEMA.field(name) for name in columns]))
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
-        problem = " ".join(str(error).split())[:160]
-        raise DataError(f"{file} is no index of mvit-data prepare, or a damaged one ({problem})") from None
+        raise DataError(f"{file} is no index of mvit-data prepare, or damaged ({brief(error)})") from None
     paths = table["path"]
     below = pc.binary_join_element_wise(str(file.absolute().parent).rstrip(os.sep), paths, os.sep)
     # An empty one stays so: it is an error, or no such file.

@@ -452,7 +452,7 @@ def _read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{file} can't be read as json ({' '.join(str(error).split())[:160]})") from None
+        raise DataError(f"{file} can't be read as json ({brief(error)})") from None
     for name in ("images", "categories", "annotations"):
         rows = content.get(name) if isinstance(content, dict) else None
         if not isinstance(rows, list) and (rows is not None or name != "annotations"):

@@ -164,10 +164,10 @@ def augment_qk(
 def saves_memory(x: Tensor, *modules: nn.Module) -> bool:
     """Whether less memory is worth more calls, as in inference on a CPU, where calls cost nothing.
 
-    Not where somebody might look at what ``modules`` compute.
+    Not where somebody might look at what ``modules`` compute, nor in compiled code, which has no loops.
     """
     parts = (part for module in modules for part in module.modules())
-    is_inference = not torch.is_grad_enabled() and _has_cpu_kernels(x)
+    is_inference = not torch.is_grad_enabled() and not torch.compiler.is_compiling() and _has_cpu_kernels(x)
     return is_inference and all(_is_unmodified(part, type(part)) for part in parts)
 
 
