@@ -20,7 +20,7 @@ from mvit_video.data.class_names import ClassNames, LabelOf, check_class_names, 
 from mvit_video.data.files import IMAGE_EXTENSIONS, FileSearch, existing, is_text, names_in, quoted
 from mvit_video.errors import ConfigError, DataError
 
-SPLIT_NAMES = {  # of folders and files
+_SPLIT_NAMES = {  # of folders and files
     "train": ("train", "training"),
     "val": ("validation", "val", "validate", "valid", "dev"),
     "test": ("test", "testing"),
@@ -205,7 +205,7 @@ def folder_splits(
     _check_val_fraction(val_fraction)
     root, search = existing(root, folder=True), search or FileSearch()
     names = None if class_names is None else read_class_names(class_names)
-    folders = {split: folder for split in SPLIT_NAMES if (folder := split_folder(root, split))}
+    folders = {split: folder for split in _SPLIT_NAMES if (folder := split_folder(root, split))}
     others = set(_folders_in(root)) - {folder.name for folder in folders.values()}
     # A class may be called training: it has no classes of its own, and others beside it.
     of_classes = {split for split, folder in folders.items() if _folders_in(folder)}
@@ -291,7 +291,7 @@ def find_videos(paths: str | Path | Iterable[str | Path]) -> list[str]:
 
 def split_folder(root: Path, split: str) -> Path | None:
     """The folder of a split, whatever its spelling. Raises DataError where two could be it."""
-    names, words = _folders_in(root), SPLIT_NAMES[split]
+    names, words = _folders_in(root), _SPLIT_NAMES[split]
     longer = re.compile(_LONGER_NAME.format("|".join(words)), re.IGNORECASE)
     found = [name for name in names if name.lower() in words] or list(filter(longer.fullmatch, names))
     if len(found) > 1:

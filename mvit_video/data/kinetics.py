@@ -14,12 +14,13 @@ from typing import NamedTuple
 from mvit_video.data.class_names import ClassNames, read_class_names
 from mvit_video.data.decode.images import entry_on_disk
 from mvit_video.data.files import FileSearch, existing, lines_of, names_in, quoted
-from mvit_video.data.index import SPLIT_NAMES, VideoSplits, folder_splits, split_folder
+from mvit_video.data.index import VideoSplits, folder_splits, split_folder
 from mvit_video.data.lists import Row, VideoList, cells_of, read_csv, splits_of_lists
 from mvit_video.errors import DataError
 
 log = logging.getLogger(__name__)
 
+_SPLITS = {"train": ("train",), "val": ("val", "validate", "validation"), "test": ("test",)}
 # <youtube id>_<start>_<end>; an id may contain underscores
 _CLIP_NAME = re.compile(r"(?P<id>.+)_(?P<start>\d+)_(?P<end>\d+)$")
 
@@ -91,7 +92,7 @@ def parse_clip_name(stem: str) -> Clip | None:
 
 
 def _find_list(root: Path, split: str) -> Path | None:
-    names = "|".join(SPLIT_NAMES[split])
+    names = "|".join(_SPLITS[split])
     usual = rf"(k(inetics)?[-_]?\d*([-_]\d+)*[-_])?({names})(_list(_videos)?)?\.(csv|txt)"
     for folder in (root, root / "annotations", root / "lists", *sorted(root.glob("kinetics*"))):
         if folder.is_dir():
@@ -169,7 +170,7 @@ def _choose(paths: list[str], split: str, root: Path) -> str | None:
     def rank(path: str) -> tuple[bool, bool, str]:
         parents = Path(path.removeprefix(str(root)).lower()).parts[:-1]
         replaced = any("replacement" in parent for parent in parents)
-        of_split = any(name in parent for name in SPLIT_NAMES[split] for parent in parents)
+        of_split = any(name in parent for name in _SPLITS[split] for parent in parents)
         return not replaced, not of_split, path
 
     return min(paths, key=rank) if len(paths) > 1 else next(iter(paths), None)
@@ -182,7 +183,7 @@ def _read_paths(file: Path, root: Path, split: str) -> VideoList:
     """Relative paths start in the folder that has most of the first videos."""
     found = read_csv(file)
     first = [row.path for row in found.rows[:: max(len(found.rows) // 20, 1)]]
-    names = [f"{prefix}{name}" for name in SPLIT_NAMES[split] for prefix in ("", "videos_", "rawframes_")]
+    names = [f"{prefix}{name}" for name in _SPLITS[split] for prefix in ("", "videos_", "rawframes_")]
     folders = [root, file.parent, *(root / name for name in names), root / "videos"]
 
     def there(folder: Path) -> int:

@@ -10,11 +10,12 @@ from pathlib import Path
 from mvit_video.data.class_names import ClassNames, read_class_names
 from mvit_video.data.decode.images import frame_pattern, image_files
 from mvit_video.data.files import VIDEO_EXTENSIONS, existing, find_first, lines_of, names_in, quoted
-from mvit_video.data.index import SPLIT_NAMES, VideoSplits
+from mvit_video.data.index import VideoSplits
 from mvit_video.data.lists import Row, VideoList, entries_of, splits_of_lists
 from mvit_video.errors import DataError, VideoError
 
 _PREFIX = "something-something-v2-"
+_NAMES = {"train": ("train",), "val": ("validation", "val"), "test": ("test",)}
 _VIDEO_FOLDERS = ["20bn-something-something-v2", "videos", "frames", "rawframes"]
 
 
@@ -59,9 +60,9 @@ def ssv2_splits(
     paths = _videos_in(folders[0]) if frame_lists is None else {}
     lists: dict[str, VideoList] = {}
     for split, given in {"train": train, "val": val, "test": test}.items():
-        file = existing(given) if given is not None else _find(root, *SPLIT_NAMES[split])
+        file = existing(given) if given is not None else _find(root, *_NAMES[split])
         if file is None and split != "test":
-            raise DataError(f"{root} has no {SPLIT_NAMES[split][0]}.json; give data.{split}=FILE")
+            raise DataError(f"{root} has no {_NAMES[split][0]}.json; give data.{split}=FILE")
         if file is None or (frame_lists is not None and split == "test"):
             continue  # PySlowFast has no frame list of the test videos
         if frame_lists is not None:

@@ -114,7 +114,7 @@ def run(
     def note(trainer: pl.Trainer, module: pl.LightningModule, batch: Any, *_: Any) -> None:
         bad_videos.note(batch.bad)  # raises DataError as soon as they are too many
 
-    accompanying.append(LambdaCallback(on_train_batch_start=note, on_validation_batch_start=note))
+    accompanying.insert(0, LambdaCallback(on_train_batch_start=note, on_validation_batch_start=note))
     try:
         with closing(training.training) as clips, closing(training.validation) as held_out:
             fit(trainer, module, clips, held_out, resume_from)

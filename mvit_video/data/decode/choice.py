@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -36,6 +35,7 @@ def resolve(device: str, *, nvdec_possible: bool = True) -> tuple[torch.device, 
 
     Raises `ConfigError`.
     """
+    device = str(device)  # of a torch.device
     if device == "cpu":
         return CPU, False
     if device == "auto":
@@ -50,10 +50,14 @@ def resolve(device: str, *, nvdec_possible: bool = True) -> tuple[torch.device, 
 
 
 def _parse(device: str) -> torch.device:
-    if not re.fullmatch(r"cuda(:\d+)?", device):
+    try:
+        target = torch.device(device)
+    except (RuntimeError, TypeError):
+        target = torch.device("meta")
+    if target.type != "cuda":
         raise ConfigError(f"decoder device {device!r} is not possible, choose 'auto', 'cpu' or 'cuda'")
     current = torch.cuda.current_device() if torch.cuda.is_available() else 0
-    return torch.device(device if ":" in device else f"cuda:{current}")
+    return target if target.index is not None else torch.device("cuda", current)
 
 
 @functools.cache
