@@ -175,7 +175,7 @@ def read_key_frame(
     how: dict[str, Any] = {"short_side_range": sides, "flip_probability": flip_probability, "rng": rng}
     view, size = clip_view(*video.size, spec, split, **how)
     boxes = move_boxes(torch.tensor(frame.boxes).reshape(-1, 4), *video.size, view, size)
-    colours = Colours() if rng is None else Colours.draw(augment, rng)
+    colours = Colours.draw(augment, rng) if split == "train" and rng else Colours()
     return read_clip(video, frame, spec, view, size, colours), F.pad(boxes, (1, 0))
 
 

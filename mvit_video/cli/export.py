@@ -29,11 +29,11 @@ def export_and_check(config: DictConfig) -> None:
     """Write ``config.output``, compare it with the model that it was made of, and time both."""
     task, path = app.task_of(config), Path(config.output)
     to_hub = task == "classification" and config.output.startswith(hub.PREFIX)
-    if not to_hub:
-        require_exported_suffix(path)
     if task != "classification":
         importlib.import_module(f"mvit_video.cli.tasks.{task}").export(config)
         return
+    if not to_hub:
+        require_exported_suffix(path)
     model = app.build_model(config)
     if not isinstance(model, MViT):
         raise ConfigError(f"only MViT models can be exported, not {type(model).__name__}")

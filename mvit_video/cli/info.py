@@ -29,7 +29,8 @@ def print_model(config: DictConfig) -> None:
         model = app.build(config.model, weights=None)
     if not isinstance(model, MViT):
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        print(f"{config.model.name}: {parameters:,} parameters; {model.protocol}")
+        clips = f"; {model.protocol}" if hasattr(model, "protocol") else ""  # a detector takes pictures
+        print(f"{config.model.name}: {parameters:,} parameters{clips}")
         return
     described = describe(model.config)
     rows = []

@@ -43,7 +43,7 @@ def predict_files(config: DictConfig, files: list[str]) -> None:
     """Classify the files given as arguments and in ``config.videos``: a table, or a file."""
     arguments = files + list(config.videos)
     if not arguments:
-        raise ConfigError("no videos given; type their files or folders after the command")
+        raise ConfigError("no files given; type videos, pictures or their folders after the command")
     if (task := app.task_of(config)) != "classification":
         importlib.import_module(f"mvit_video.cli.tasks.{task}").predict(config, arguments)
         return

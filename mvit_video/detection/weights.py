@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mvit_video.errors import CheckpointError, brief
 from mvit_video.model import MViTConfig
-from mvit_video.weights.checkpoint import LoadReport, fit_weights
+from mvit_video.weights.checkpoint import LoadReport, fit_weights, require_head
 from mvit_video.weights.description import describing, plain_metadata
 from mvit_video.weights.formats import adapt_shape, to_pyslowfast_keys
 from mvit_video.weights.pickles import load_arrays
@@ -65,7 +65,9 @@ def load_detector_weights(
 
     Raises:
         CheckpointError: the file can't be read, or names or shapes differ.
+        ConfigError: there is no such ``head``.
     """
+    require_head(head)
     name = "state dict" if isinstance(source, Mapping) else str(source)
     if not isinstance(source, Mapping):
         source = _read_arrays(Path(source)) if name.endswith(".pkl") else read_checkpoint(source)

@@ -16,7 +16,7 @@ from mvit_video.model.attention import NORM_EPS
 from mvit_video.model.config import Grid, floor_divide, plan_blocks
 from mvit_video.pretraining.hog import BINS, CELL, hog_targets, pixel_targets
 from mvit_video.weights import LoadReport
-from mvit_video.weights.checkpoint import fit_weights
+from mvit_video.weights.checkpoint import fit_weights, require_head
 from mvit_video.weights.formats import adapt_shape
 from mvit_video.weights.reading import find_weights, read_checkpoint
 
@@ -139,7 +139,9 @@ class MaskFeat(MViT):
 
         Raises:
             CheckpointError: the file can't be read, or names or shapes differ.
+            ConfigError: there is no such ``head``.
         """
+        require_head(head)
         name = "state dict" if isinstance(source, Mapping) else str(source)
         weights = find_weights(source if isinstance(source, Mapping) else read_checkpoint(source), name)[0]
         expected = self.state_dict()

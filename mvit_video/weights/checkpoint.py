@@ -126,8 +126,7 @@ def load_weights(
             the model that the file describes.
         ConfigError: the model has no such part.
     """
-    if head not in ("strict", "new"):
-        raise ConfigError(f"head must be 'strict' or 'new', got {head!r}")
+    require_head(head)
     if isinstance(model, LoadsWeights):
         if fresh:
             raise ConfigError("fresh: only a classifier can leave parts out")
@@ -135,6 +134,12 @@ def load_weights(
     if isinstance(source, Mapping):
         return _load(model, source, "state dict", head, fresh)
     return _load(model, read_checkpoint(source), str(source), head, fresh)
+
+
+def require_head(head: str) -> None:
+    """Raises ConfigError for what isn't possible with the head of a model that takes weights."""
+    if head not in ("strict", "new"):
+        raise ConfigError(f"head must be 'strict' or 'new', got {head!r}")
 
 
 def build_for_weights(

@@ -53,7 +53,7 @@ from mvit_video.cli.messages import one_line
         ("train", ["data.root=.", "ckpt_path=last"], ["no run below", "checkpoint"]),
         ("eval", ["data.root=."], ["weights isn't set"]),
         ("eval", ["data.root=.", "weights=gone.ckpt"], ["gone.ckpt", "no such file"]),
-        ("predict", ["weights=gone.ckpt"], ["no videos given"]),
+        ("predict", ["weights=gone.ckpt"], ["no files given"]),
         ("predict", ["a.mp4"], ["weights=FILE", "model=NAME"]),
         ("predict", ["a.mp4", "model=mvitv2_nano_8x4"], ["a.mp4", "does not exist"]),
         # the grammar of the command line, and text, numbers and lists that aren't meant as they read

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,12 @@ def test_models_are_described(command: Command, model: str, parameters: str, gma
     assert model in shown.out
     assert parameters in shown.out
     assert f"{gmacs} GMACs a view" in shown.out
+
+
+def test_a_detector_is_counted(command: Command) -> None:
+    shown = command("info", "model=mask_rcnn_mvitv2_t")
+    assert shown.code == 0, shown.err
+    assert re.search(r"^mask_rcnn_mvitv2_t: 4\d,\d{3},\d{3} parameters$", shown.out, re.MULTILINE)
 
 
 def test_overrides_count(command: Command) -> None:

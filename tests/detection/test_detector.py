@@ -250,6 +250,8 @@ def test_official_files_are_read(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="head=new"):
         mv.load_weights(other, weights)
     assert len(mv.load_weights(other, weights, head="new").fresh) == 6
+    with pytest.raises(ConfigError, match="head must be 'strict' or 'new'"):
+        other.load_weights(weights, head="old")
 
 
 def test_a_classifier_goes_into_the_backbone() -> None:

@@ -257,6 +257,8 @@ def test_official_files_go_into_pretrainers(tmp_path: Path) -> None:
             mv.load_weights(other, tmp_path / "pt.pyth")
         fresh = mv.load_weights(other, tmp_path / "pt.pyth", head="new").fresh
         assert len(fresh) == len([name for name in other.state_dict() if name.startswith("pred_head")])
+        with pytest.raises(ConfigError, match="head must be 'strict' or 'new'"):
+            other.load_weights(tmp_path / "pt.pyth", head="old")
 
 
 def test_fine_tuning_takes_what_the_official_code_takes() -> None:
