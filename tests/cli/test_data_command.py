@@ -335,7 +335,7 @@ def test_a_damaged_index_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "index.parquet"
     write_table(file, big_table(10))
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(DataError, match=r"index.parquet is no index of mvit-data prepare, or a damaged one"):
+    with pytest.raises(DataError, match=r"index.parquet is no index of mvit-data prepare, or damaged"):
         index_splits(file)
     other: dict[str, Any] = {"split": ["train"], "id": ["a"]}
     pq.write_table(pa.table(other), file)
