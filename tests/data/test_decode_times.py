@@ -147,6 +147,7 @@ def _encrypted_mp4(folder: Path) -> Path:
         "encryption_scheme": "cenc-aes-ctr",
         "encryption_key": "76a6c65c5ea762046bd749a2e632ccbb",
         "encryption_kid": "a7e61c373e219033c21091fa607bf3b8",
+        "fflags": "bitexact",  # else encryption begins at random, and noise may look like a picture
     }
     return write_numbered_video(folder / "a.mp4", 30, options=X264, container_options=options)
 
