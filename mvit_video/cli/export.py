@@ -27,11 +27,10 @@ log = logging.getLogger(__name__)
 
 def export_and_check(config: DictConfig) -> None:
     """Write ``config.output``, compare it with the model that it was made of, and time both."""
-    task, path = app.task_of(config), Path(config.output)
-    to_hub = task == "classification" and config.output.startswith(hub.PREFIX)
-    if task != "classification":
+    if (task := app.task_of(config)) != "classification":
         importlib.import_module(f"mvit_video.cli.tasks.{task}").export(config)
         return
+    path, to_hub = Path(config.output), config.output.startswith(hub.PREFIX)
     if not to_hub:
         require_exported_suffix(path)
     model = app.build_model(config)

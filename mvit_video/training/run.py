@@ -123,9 +123,14 @@ def run(
         sys.exit(128 + signal.SIGTERM)
     if count := len(bad_videos.found):
         log.warning("%d unreadable video%s, listed in %s", count, "s"[: count > 1], bad_videos.file)
+    return _conclude(trainer, history, output / "learning_curve.png", monitor)
+
+
+def _conclude(trainer: pl.Trainer, history: EpochLogger, curves: Path, monitor: str) -> float | None:
+    """Draw the curves and tell of the best checkpoint; the best value of ``monitor``."""
     if history.epochs and trainer.is_global_zero:
-        plot_history(history.epochs, output / "learning_curve.png", monitor=monitor)
-        log.info("learning curve: %s", output / "learning_curve.png")
+        plot_history(history.epochs, curves, monitor=monitor)
+        log.info("learning curve: %s", curves)
     best = trainer.checkpoint_callback
     if not isinstance(best, BestCheckpoint) or best.best_model_score is None:
         return history.best(monitor)
